@@ -1,0 +1,30 @@
+"""ML-Decoder classification heads for timm. Importing this package activates ``create_model(..., ml_decoder=...)``."""
+
+from timm_mldecoder import plugin
+from timm_mldecoder.version import __version__
+
+# Public name -> module. Resolved on first use: torch imports this package while it is itself being imported (see
+# plugin.py), and must not pay for, or fail on, anything that the plug-in does not need.
+_PUBLIC = {
+    'MLDecoder': 'timm_mldecoder.head',
+    'add_ml_decoder_head': 'timm_mldecoder.attach',
+    'convert_state_dict': 'timm_mldecoder.weights',
+}
+
+__all__ = ['__version__', *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+if not plugin.loaded_by_torch():
+    plugin.activate()
