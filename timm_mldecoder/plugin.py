@@ -2,8 +2,8 @@
 
 torch calls the entry points of its group ``torch.backends`` at the end of ``import torch``; ours is `autoload`. It must
 cost next to nothing and can never fail, so this file imports neither timm nor torch, and waits for timm's factory with
-an import hook. ``create_model`` looks ``model_entrypoint`` up in its own module when it is called: replacing that one name
-reaches every ``from timm import create_model`` made before.
+an import hook. ``create_model`` looks ``model_entrypoint`` up in its own module when it is called: replacing that one
+name reaches every ``from timm import create_model`` made before.
 """
 
 import functools
@@ -99,7 +99,7 @@ def _with_option(entrypoint):
                     'this checkpoint holds an ML-Decoder head: leave ml_decoder out, or load it without pretrained=True'
                 )
             return entrypoint(*args, **kwargs)
-        return _attach_module().create_with_head(
+        return _factory_module().create_with_head(
             functools.partial(entrypoint, *args), ml_decoder, stored_head=bool(stored), **kwargs
         )
 
@@ -116,15 +116,15 @@ def _refusing(create_model):
     return create
 
 
-def _attach_module():
+def _factory_module():
     version = metadata.version('timm')
     if tuple(int(part) for part in version.split('.')[:3] if part.isdigit()) < OLDEST_TIMM:
         _refuse(f'it needs timm {".".join(map(str, OLDEST_TIMM))} or newer')
     try:
-        from timm_mldecoder import attach
+        from timm_mldecoder import factory
     except Exception as error:  # timm or this package is broken: say so once, where the option was asked for
         _refuse(f'it could not be loaded: {error!r}', error)
-    return attach
+    return factory
 
 
 def _refuse(reason: str, cause: BaseException | None = None) -> None:

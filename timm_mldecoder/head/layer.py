@@ -8,6 +8,7 @@ from torch.nn import functional as F
 class CrossAttention(nn.Module):
     """Multi-head attention of queries [B or 1, K, D] to memory [B, N, D]; output [B, K, D].
 
+    A mask [B, N] is False where no query may look.
     The input projections of query, key and value are stacked in that order, as in ``torch.nn.MultiheadAttention``.
     """
 
@@ -36,11 +37,12 @@ class CrossAttention(nn.Module):
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         return query, key, value
 
-    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.project(queries, memory)
         query = query.expand(key.shape[0], -1, -1, -1)
+        mask = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
     def attention_weights(self, queries: Tensor, memory: Tensor) -> Tensor:
@@ -77,8 +79,8 @@ class DecoderLayer(nn.Module):
         """What stands where a decoder has self-attention: the query added to itself, normalised."""
         return self.norm1(queries + self.dropout(queries))
 
-    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.ask(queries)
-        x = self.norm2(x + self.dropout(self.multihead_attn(x, memory)))
+        x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, mask)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
