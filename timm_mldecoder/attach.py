@@ -153,17 +153,17 @@ def _empty_instance(model_class: type) -> nn.Module:
 
 def _check_model(model: nn.Module, num_classes: int) -> int:
     name = type(model).__name__
-    missing = [what for what in ('forward_features', 'forward_head', 'reset_classifier') if not hasattr(model, what)]
-    if missing:
-        raise ValueError(
-            f'{name} is not a timm classification model (it has no {", ".join(missing)}): '
-            f'put timm_mldecoder.MLDecoder on its feature map yourself'
-        )
     refuse = family_of(type(model)).refuse
     if refuse:
         raise ValueError(
             f'{name} cannot take an ML-Decoder head: {refuse}. Use the classifier of the same family '
             f'(timm.list_models), or put timm_mldecoder.MLDecoder on its forward_features yourself'
+        )
+    missing = [what for what in ('forward_features', 'forward_head', 'reset_classifier') if not hasattr(model, what)]
+    if missing:
+        raise ValueError(
+            f'{name} is not a timm classification model (it has no {", ".join(missing)}): '
+            f'put timm_mldecoder.MLDecoder on its feature map yourself'
         )
     num_classes = model.num_classes if num_classes == -1 else num_classes
     if num_classes < 1:
@@ -184,8 +184,9 @@ def _take_head_off(model: nn.Module) -> None:
     model.ml_decoder_features = family.widths(model) or model.head_hidden_size
     model.ml_decoder_slot = _nearest(model, slot)
     for path in others:
-        if path.partition('.')[0] != slot.partition('.')[0]:
-            model.set_submodule(_nearest(model, path), nn.Identity())
+        beside = _nearest(model, path)
+        if beside and path.partition('.')[0] != slot.partition('.')[0]:
+            model.set_submodule(beside, nn.Identity())
     model.pretrained_cfg = model.default_cfg = {
         **getattr(model, 'pretrained_cfg', {}), 'classifier': model.ml_decoder_slot
     }
@@ -202,7 +203,7 @@ def _classifier_paths(model: nn.Module, family: Family) -> list[str]:
 
 
 def _nearest(model: nn.Module, path: str) -> str:
-    """The longest part of a module path that the model has."""
+    """The longest part of a module path that the model has, '' if it has none of it."""
     names = dict(model.named_modules())
     while path not in names:
         path = path.rpartition('.')[0]
