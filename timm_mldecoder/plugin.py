@@ -8,9 +8,9 @@ name reaches every ``from timm import create_model`` made before.
 
 import functools
 import os
+import re
 import sys
 import warnings
-from importlib import metadata
 
 ENTRY_POINT_SWITCH = 'TIMM_MLDECODER_AUTOLOAD'
 OLDEST_TIMM = (1, 0, 31)
@@ -23,7 +23,7 @@ def activate() -> None:
     for name in FACTORIES:
         if name in sys.modules:
             _hook(sys.modules[name])
-    if not any(isinstance(finder, _FactoryFinder) for finder in sys.meta_path):
+    if not _active():
         sys.meta_path.insert(0, _FactoryFinder())
 
 
@@ -117,8 +117,8 @@ def _refusing(create_model):
 
 
 def _factory_module():
-    version = metadata.version('timm')
-    if tuple(int(part) for part in version.split('.')[:3] if part.isdigit()) < OLDEST_TIMM:
+    """Our part of the work, or one clear word about why it cannot be had."""
+    if tuple(int(part) for part in re.findall(r'\d+', _timm_version())[:3]) < OLDEST_TIMM:
         _refuse(f'it needs timm {".".join(map(str, OLDEST_TIMM))} or newer')
     try:
         from timm_mldecoder import factory
@@ -127,7 +127,11 @@ def _factory_module():
     return factory
 
 
+def _timm_version() -> str:
+    return getattr(sys.modules['timm'], '__version__', '(unknown version)')
+
+
 def _refuse(reason: str, cause: BaseException | None = None) -> None:
-    message = f'ml_decoder does not work with the installed timm {metadata.version("timm")}: {reason}'
+    message = f'ml_decoder does not work with the installed timm {_timm_version()}: {reason}'
     warnings.warn(message, RuntimeWarning, stacklevel=4)
     raise RuntimeError(message) from cause

@@ -1,0 +1,35 @@
+"""Shared fixtures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _two_threads():
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run a program in a new interpreter, in an empty folder: ``python(code, **environment)`` gives the process."""
+
+    def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        process = subprocess.run(
+            [sys.executable, '-c', code],
+            cwd=tmp_path,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert not check or process.returncode == 0, process.stderr
+        return process
+
+    return run
