@@ -4,6 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_mldecoder.head.queries import in_groups
 
 
 class GroupFullyConnected(nn.Module):
@@ -36,9 +39,90 @@ class GroupFullyConnected(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.bmm(x.transpose(0, 1), self.weight)  # [K, B, group_size]
-        return logits.transpose(0, 1).flatten(1)[:, : self.num_classes] + self.bias
+        return read_groups(x, self.weight, self.num_classes) + self.bias
 
     def extra_repr(self) -> str:
         num_queries, dim, group_size = self.weight.shape
         return f'num_classes={self.num_classes}, num_queries={num_queries}, dim={dim}, group_size={group_size}'
+
+
+class CosineGroupFullyConnected(GroupFullyConnected):
+    """Group fully-connected on the angle alone, for metric learning (arXiv 2209.06585, section 3).
+
+    Query outputs and the weight column of each class are L2-normalised; a learned bias is added to the cosine; the sum
+    is multiplied by `scale`. Not clamped.
+    """
+
+    def __init__(
+        self, num_classes: int, num_queries: int, dim: int, scale: float = 1.0, device=None, dtype=None
+    ) -> None:
+        super().__init__(num_classes, num_queries, dim, device, dtype)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        cosine = read_groups(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1), self.num_classes)
+        return self.scale * (cosine + self.bias)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, scale={self.scale}'
+
+
+class WordClassifier(nn.Module):
+    """Outputs of word queries [B, K, D] and label embeddings [C, E] to logits [B, C].
+
+    The bias [1] is shared by all labels, as nothing here may depend on how many there are.
+    """
+
+    def __init__(self, weight_shape: tuple[int, ...], group_size: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f'weight={list(self.weight.shape)}, group_size={self.group_size}'
+
+
+class SharedPooling(WordClassifier):
+    """One weight [D, group_size] for all groups: only its query tells a label from another (section 2.3.3)."""
+
+    def __init__(self, dim: int, group_size: int, device=None, dtype=None) -> None:
+        super().__init__((dim, group_size), group_size, device, dtype)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return (x @ self.weight).flatten(1)[:, : len(words)] + self.bias
+
+
+class WordPooling(WordClassifier):
+    """Group fully-connected factorised through the label embeddings (appendix B, equation 11): W_k = W_a N_k.
+
+    N_k [E, group_size] holds the embeddings of the group's labels; `weight` is the learned W_a [D, E].
+    """
+
+    def __init__(self, dim: int, group_size: int, width: int, device=None, dtype=None) -> None:
+        super().__init__((dim, width), group_size, device, dtype)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        weight = in_groups(F.linear(words, self.weight), self.group_size).transpose(1, 2)  # W_k [K, D, group_size]
+        return read_groups(x, weight, len(words)) + self.bias
+
+
+class LearnedPooling(WordClassifier):
+    """An ablation of appendix B: a trained weight [D, group_size] for each group, blind to which labels it holds."""
+
+    def __init__(self, num_queries: int, dim: int, group_size: int, device=None, dtype=None) -> None:
+        super().__init__((num_queries, dim, group_size), group_size, device, dtype)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return read_groups(x, self.weight[: x.shape[1]], len(words)) + self.bias
+
+
+def read_groups(x: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """``x[:, k] @ weight[k]`` of outputs [B, K, D] and weights [K, D, group_size], side by side: [B, num_classes]."""
+    logits = torch.bmm(x.transpose(0, 1), weight)  # [K, B, group_size]
+    return logits.transpose(0, 1).flatten(1)[:, :num_classes]
