@@ -1,0 +1,192 @@
+"""From options to the parts of a run: model, loss, task, optimizer, schedule."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.loss import create_classification_loss
+from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
+from timm.utils import NativeScaler
+from torch import nn
+
+from timm_mldecoder.engine.world import World
+
+_logger = logging.getLogger(__name__)
+
+_TASKS = {'classification': ClassificationTask, 'multilabel': MultiLabelClassificationTask}
+
+
+def head_options(options: Namespace) -> dict[str, Any]:
+    """The argument of `timm.create_model` that asks for an ML-Decoder head; none where the options do not."""
+    if not options.use_ml_decoder_head:
+        return {}
+    return {'ml_decoder': dict(
+        num_of_groups=options.num_of_groups,
+        decoder_embedding=options.decoder_embedding,
+        **options.ml_decoder_kwargs,
+    )}
+
+
+def create_model(options: Namespace, world: World) -> nn.Module:
+    """The model on its device; `options.num_classes` is filled in where it was not given."""
+    if options.fast_norm:
+        set_fast_norm()
+    overlay = {}
+    if options.pretrained_path:  # num_classes -1: adapt the head, whatever the file holds
+        overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
+    model = timm.create_model(
+        options.model,
+        pretrained=options.pretrained,
+        in_chans=image_channels(options),
+        num_classes=options.num_classes,
+        drop_rate=options.drop,
+        drop_path_rate=options.drop_path,
+        drop_block_rate=options.drop_block,
+        global_pool=None if options.use_ml_decoder_head else options.gp,
+        bn_momentum=options.bn_momentum,
+        bn_eps=options.bn_eps,
+        checkpoint_path=options.initial_checkpoint or None,
+        **overlay,
+        **head_options(options),
+        **options.model_kwargs,
+    )
+    options.num_classes = options.num_classes or model.num_classes
+    _scale_head(model, options.head_init_scale, options.head_init_bias)
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if world.primary:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count}')
+
+    model.to(device=world.device, dtype=model_dtype(options))
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.sync_bn and world.distributed:
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def image_channels(options: Namespace) -> int:
+    if options.in_chans is not None:
+        return options.in_chans
+    return options.input_size[0] if options.input_size is not None else 3
+
+
+def model_dtype(options: Namespace) -> torch.dtype | None:
+    """The dtype of weights and images, None for the default."""
+    return getattr(torch, options.model_dtype) if options.model_dtype else None
+
+
+def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    classifier = model.get_classifier()
+    with torch.no_grad():
+        if scale is not None:
+            classifier.weight.mul_(scale)
+            classifier.bias.mul_(scale)
+        if bias is not None:
+            classifier.bias.fill_(bias)
+
+
+def create_task(options: Namespace, model: nn.Module, world: World) -> TrainingTask:
+    """The model with its loss, as one timm task."""
+    settings = dict(threshold=options.multilabel_threshold) if options.task == 'multilabel' else {}
+    return _TASKS[options.task](
+        model=model,
+        criterion=create_loss(options),
+        device=world.device,
+        dtype=model_dtype(options),
+        verbose=world.primary,
+        **settings,
+    )
+
+
+def create_loss(options: Namespace) -> nn.Module:
+    """The training loss. Unlike timm's older script, `--bce-loss` holds without smoothing and mixup too."""
+    soft_targets = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+    stats = load_class_stats(options.class_stats)
+    weights = partial(resolve_class_weights, class_stats=stats, power=options.loss_weight_power)
+    loss = options.loss or ('bce' if options.bce_loss else None)
+    settings = dict(
+        loss_type=loss,
+        multi_label=options.task == 'multilabel',
+        smoothing=options.smoothing,
+        soft_targets=soft_targets,
+        class_weight=weights(options.loss_class_weight, kind='class_weight'),
+        pos_weight=weights(options.loss_pos_weight, kind='pos_weight'),
+    )
+    if loss == 'bce' or loss is None and options.task == 'multilabel':
+        settings.update(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
+        settings['pos_weight'] = options.bce_pos_weight if settings['pos_weight'] is None else settings['pos_weight']
+    if loss == 'poly':
+        settings.update(poly_gamma=options.poly_gamma, poly_epsilon=options.poly_epsilon)
+    if loss == 'db' and stats is not None:
+        settings.update(class_counts=stats[0], num_samples=stats[1])
+    try:
+        return create_classification_loss(**{**settings, **options.loss_kwargs})
+    except TypeError as error:  # a name in --loss-kwargs that the loss does not have
+        raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def resolve_learning_rate(options: Namespace, world: World) -> None:
+    """Compute `options.lr` from the base rate and the images an update, where it was not given."""
+    if options.lr:
+        return
+    images = options.batch_size * world.size * options.grad_accum_steps
+    name = options.opt.lower()
+    scale = options.lr_base_scale or ('sqrt' if 'ada' in name or 'lamb' in name else 'linear')
+    ratio = images / options.lr_base_size
+    options.lr = options.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    if world.primary:
+        _logger.info(f'Learning rate ({options.lr}) calculated from base learning rate ({options.lr_base}) '
+                     f'and effective global batch size ({images}) with {scale} scaling.')
+
+
+def create_optimizer(options: Namespace, model: nn.Module, world: World) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over the parameters of the model."""
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
+    except (TypeError, ImportError) as error:  # an argument the optimizer does not have; a package that is missing
+        raise ValueError(f'--opt {options.opt}: {error}') from error
+    if world.primary:
+        shown = {**optimizer.defaults, 'weight_decay': options.weight_decay}
+        settings = ', '.join(f'{name}: {value}' for name, value in shown.items())
+        _logger.info(f'Created {type(optimizer).__name__} ({options.opt}) optimizer: {settings}')
+    return optimizer
+
+
+def create_schedule(
+        options: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, decreasing: bool, world: World,
+) -> tuple[Scheduler | None, int]:
+    """The learning-rate schedule, and the number of epochs it takes."""
+    schedule, epochs = create_scheduler_v2(
+        optimizer,
+        **scheduler_kwargs(options, decreasing_metric=decreasing),
+        updates_per_epoch=updates_per_epoch,
+    )
+    if world.primary:
+        each = 'epoch' if schedule is None or schedule.t_in_epochs else 'update'
+        _logger.info(f'Scheduled epochs: {epochs}. LR stepped per {each}.')
+    return schedule, epochs
+
+
+def create_autocast(options: Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The context that forward passes run in."""
+    if not options.amp:
+        return nullcontext
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, options.amp_dtype))
+
+
+def create_scaler(options: Namespace, device: torch.device) -> NativeScaler | None:
+    """A loss scaler where gradients are float16 on CUDA; bfloat16 and the CPU need none."""
+    needed = options.amp and options.amp_dtype == 'float16' and device.type == 'cuda'
+    return NativeScaler(device=device.type) if needed else None

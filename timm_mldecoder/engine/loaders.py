@@ -1,0 +1,272 @@
+"""From options to loaders that yield batches ready for the model: on the device, normalised, mixed."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, Mixup, MultiLabelTarget, create_loader, resolve_data_config
+from timm.data.loader import PrefetchLoader
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_mldecoder.data import create_dataset
+from timm_mldecoder.engine import streams
+from timm_mldecoder.engine.dataset_checks import check_folder
+from timm_mldecoder.engine.restartable import Position, RestartableLoader
+from timm_mldecoder.engine.world import World
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is left to do to a batch that comes out of a loader."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    prefetched: bool = True
+
+    def __call__(self, images: Tensor, target: Tensor, mix: Mixup | None = None) -> tuple[Tensor, Tensor]:
+        if not self.prefetched:
+            images, target = images.to(self.device, self.dtype), target.to(self.device)
+            if mix is not None:
+                images, target = mix(images, target)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, target
+
+
+class TrainLoader:
+    """Epochs of training batches; every epoch's random streams start anew, see `streams`.
+
+    Args:
+        loader: What timm's `create_loader` returned.
+        placement: What to do to its batches.
+        mixing: Mixup/CutMix, either the collate function of `loader` or applied here.
+        options: `seed`, `mixup_off_epoch` and `use_multi_epochs_loader` are read.
+        rank: Rank of this process.
+    """
+
+    def __init__(self, loader: Any, placement: Placement, mixing: Mixup | None, options: Namespace, rank: int) -> None:
+        self._prefetcher = loader if isinstance(loader, PrefetchLoader) else None
+        self._batches = RestartableLoader(loader.loader if self._prefetcher else loader)
+        if self._prefetcher:
+            self._prefetcher.loader = self._batches
+        self._placement = placement
+        self._mixing = mixing
+        self._seed, self._rank = options.seed, rank
+        self._mixup_off_epoch = options.mixup_off_epoch
+        self._starts_early = options.use_multi_epochs_loader
+        self._started: tuple[int, streams.Streams] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def dataset(self) -> Dataset:
+        return self._batches.dataset
+
+    def epoch(self, epoch: int, resume: Position | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from a position within it where one is given."""
+        if self._started and self._started[0] == epoch:
+            streams.restore(self._started[1])
+        else:
+            self._start(epoch, resume)
+        self._started = None
+        mix = self._mixing if self._prefetcher is None else None
+        for images, target in self._prefetcher or self._batches:
+            yield self._placement(images, target, mix)
+
+    def epoch_ended(self, next_epoch: int) -> None:
+        """Let the loader processes begin with the next epoch, where --use-multi-epochs-loader asks for it."""
+        if self._starts_early:
+            current = streams.capture()
+            self._start(next_epoch, None)
+            self._started = next_epoch, streams.capture()
+            streams.restore(current)
+
+    def position(self, batch: int) -> Position:
+        """The position after `batch` batches of the epoch under way."""
+        return self._batches.position(batch)
+
+    def _start(self, epoch: int, resume: Position | None) -> None:
+        for part in (self.dataset, self._batches.batch_sampler, self._batches.sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
+        if self._mixing is not None and self._mixup_off_epoch:
+            self._mixing.mixup_enabled = epoch < self._mixup_off_epoch
+        if resume:
+            streams.restore(resume.start)
+        elif epoch > 0:
+            streams.start_epoch(self._seed, epoch, self._rank)
+        self._batches.start(resume)
+
+
+class EvalLoader:
+    """Batches of evaluation images, in order.
+
+    Args:
+        loader: What timm's `create_loader` returned.
+        placement: What to do to its batches.
+    """
+
+    def __init__(self, loader: Any, placement: Placement) -> None:
+        self.loader = loader
+        self._placement = placement
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, target in self.loader:
+            yield self._placement(images, target)
+
+
+def data_config(options: Namespace, model: nn.Module, world: World, **kwargs: Any) -> dict[str, Any]:
+    """Input size, normalisation, interpolation and crop, from the options and what the model was trained with."""
+    return resolve_data_config(vars(options), model=model, verbose=world.primary, **kwargs)
+
+
+def create_split(options: Namespace, split: str, config: dict[str, Any], *, training: bool = False) -> Dataset:
+    """One split of the data set that the options name.
+
+    Raises:
+        ValueError: If the data is not there.
+    """
+    channels = config['input_size'][0]
+    check_folder(options.dataset, options.data_dir, split)
+    dataset = create_dataset(
+        options.dataset,
+        root=options.data_dir,
+        split=split,
+        is_training=training,
+        class_map=options.class_map,
+        download=options.dataset_download,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        repeats=getattr(options, 'epoch_repeats', 0) if training else 0,
+        input_img_mode=options.input_img_mode or ('RGB' if channels == 3 else 'L'),
+        input_key=options.input_key,
+        target_key=options.target_key,
+        num_samples=_num_samples(options, training),
+        trust_remote_code=options.dataset_trust_remote_code,
+    )
+    if options.task == 'multilabel' and getattr(dataset, 'target_transform', None) is None:
+        dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+    return dataset
+
+
+def create_mixing(options: Namespace) -> Mixup | None:
+    """Mixup and CutMix, in the collate function where batches are prefetched; None where neither is on."""
+    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None):
+        return None
+    return (Mixup if options.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=options.cutmix_minmax,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=options.num_classes,
+        multi_label=options.task == 'multilabel',
+    )
+
+
+def create_train_loader(
+        options: Namespace, dataset: Dataset, config: dict[str, Any], placement: Placement, world: World,
+) -> TrainLoader:
+    """The loader of the training split.
+
+    Raises:
+        ValueError: If not even one batch fits the data set.
+    """
+    mixing = create_mixing(options)
+    interpolation = options.train_interpolation
+    loader = create_loader(
+        dataset,
+        input_size=config['input_size'],
+        is_training=True,
+        batch_size=options.batch_size,
+        collate_fn=mixing if placement.prefetched else None,
+        no_aug=options.no_aug,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        re_split=options.resplit,
+        train_crop_mode=options.train_crop_mode,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        color_jitter_prob=options.color_jitter_prob,
+        grayscale_prob=options.grayscale_prob,
+        gaussian_blur_prob=options.gaussian_blur_prob,
+        auto_augment=options.aa,
+        num_aug_repeats=options.aug_repeats if world.distributed else 0,
+        interpolation=config['interpolation'] if options.no_aug or not interpolation else interpolation,
+        num_workers=options.workers,
+        worker_seeding=options.worker_seeding,
+        **_changing_sizes(options),
+        **_common(options, config, placement, world),
+    )
+    if len(loader) == 0:
+        raise ValueError(f'--batch-size {options.batch_size} on {world.size} process(es): the training split has only '
+                         f'{len(dataset)} images, not one full batch; make the batch smaller')
+    return TrainLoader(loader, placement, mixing, options, world.rank)
+
+
+def create_eval_loader(
+        options: Namespace, dataset: Dataset, config: dict[str, Any], placement: Placement, world: World,
+        batch_size: int, **kwargs: Any,
+) -> EvalLoader:
+    """A loader of every image of a split, once; `kwargs` go to timm's `create_loader`."""
+    streamed_across_ranks = world.distributed and ('tfds' in options.dataset or 'wds' in options.dataset)
+    loader = create_loader(
+        dataset,
+        input_size=config['input_size'],
+        is_training=False,
+        batch_size=batch_size,
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        # fewer processes pad a streamed data set less, as timm does
+        num_workers=min(2, options.workers) if streamed_across_ranks else options.workers,
+        **_common(options, config, placement, world),
+        **kwargs,
+    )
+    return EvalLoader(loader, placement)
+
+
+def _common(options: Namespace, config: dict[str, Any], placement: Placement, world: World) -> dict[str, Any]:
+    return dict(
+        mean=config['mean'],
+        std=config['std'],
+        pin_memory=options.pin_mem,
+        img_dtype=placement.dtype or torch.float32,
+        device=placement.device,
+        distributed=world.distributed,
+        use_prefetcher=placement.prefetched,
+    )
+
+
+def _changing_sizes(options: Namespace) -> dict[str, Any]:
+    if not options.train_img_sizes:
+        return {}
+    return dict(
+        input_size_choices=options.train_img_sizes,
+        batch_size_choices=options.train_batch_sizes,
+        batch_choice_weights=options.train_size_probs,
+        batch_choice_seed=options.seed,
+        batch_choice_schedule=options.train_size_schedule,
+        batch_schedule_epochs=options.epochs,
+        batch_schedule_spread=options.train_size_schedule_spread,
+        batch_schedule_random_mix=options.train_size_random_mix,
+        num_batches=options.train_batches_per_epoch,
+    )
+
+
+def _num_samples(options: Namespace, training: bool) -> int | None:
+    name = 'num_samples' if hasattr(options, 'num_samples') else 'train_num_samples' if training else 'val_num_samples'
+    return getattr(options, name)

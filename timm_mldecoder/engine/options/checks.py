@@ -1,0 +1,83 @@
+"""Values that no run could use, found before anything is built."""
+
+import os
+from argparse import Namespace
+
+import timm
+from timm.optim import list_optimizers
+
+_DTYPES = ('float32', 'float16', 'bfloat16')
+_CHOICES = {  # options whose choices timm does not put into its parser
+    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'dist_bn': ('broadcast', 'reduce', ''),
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'worker_seeding': ('all', 'part'),
+    'model_dtype': (None, *_DTYPES),
+    'amp_dtype': _DTYPES[1:],
+    'results_format': ('csv', 'json'),
+}
+_AT_LEAST = {
+    'batch_size': 1, 'validation_batch_size': 1, 'num_classes': 1, 'epochs': 1, 'workers': 0, 'log_interval': 1,
+    'log_freq': 1, 'val_interval': 1, 'checkpoint_hist': 1, 'seed': 0, 'recovery_interval': 0, 'stop_epoch': 1,
+    'start_epoch': 0, 'warmup_epochs': 0, 'cooldown_epochs': 0, 'img_size': 1, 'in_chans': 1, 'num_gpu': 1,
+    'aug_repeats': 0, 'mixup': 0, 'cutmix': 0, 'smoothing': 0, 'train_batches_per_epoch': 1,
+}
+
+
+def check_train(options: Namespace) -> None:
+    """Raise a ValueError for options that train.py could not run with."""
+    _check_values(options)
+    if options.opt.lower() not in list_optimizers():
+        raise ValueError(f'--opt {options.opt}: no such optimizer; timm has {", ".join(list_optimizers())}')
+    if not _is_model(options.model):
+        raise ValueError(_no_such_model(options.model))
+    if options.bce_loss and options.loss not in (None, 'bce'):
+        raise ValueError(f'--bce-loss contradicts --loss {options.loss}; give one of them')
+    if options.mixup or options.cutmix or options.cutmix_minmax:
+        sizes = options.train_batch_sizes or [options.batch_size]
+        odd = [size for size in sizes if size % 2]
+        if odd:
+            raise ValueError(f'batch size {odd[0]}: mixup and CutMix pair images, the batch size must be even')
+    if options.cutmix_minmax is not None and len(options.cutmix_minmax) != 2:
+        raise ValueError(f'--cutmix-minmax takes two ratios, got {options.cutmix_minmax}')
+    if options.wandb_resume_id and not options.resume:
+        raise ValueError(f'--wandb-resume-id {options.wandb_resume_id} needs --resume')
+    if options.resume == 'auto' and not options.experiment:
+        raise ValueError('--resume auto needs --experiment, the run to go on with')
+
+
+def check_validate(options: Namespace) -> None:
+    """Raise a ValueError for options that validate.py could not run with."""
+    _check_values(options)
+    if options.checkpoint and not os.path.exists(options.checkpoint):
+        raise ValueError(f'--checkpoint {options.checkpoint}: no such file or folder')
+
+
+def _check_values(options: Namespace) -> None:
+    values = vars(options)
+    for name, choices in _CHOICES.items():
+        if name in values and values[name] not in choices:
+            shown = ', '.join(repr(choice) for choice in choices if choice is not None)
+            raise ValueError(f'--{name.replace("_", "-")} {values[name]!r} is not one of {shown}')
+    for name, least in _AT_LEAST.items():
+        if values.get(name) is not None and values[name] < least:
+            raise ValueError(f'--{name.replace("_", "-")} {values[name]} is below {least}')
+    if options.amp and options.model_dtype not in (None, 'float32'):
+        raise ValueError(f'--amp needs float32 weights, --model-dtype is {options.model_dtype}; give one of them')
+    if options.use_ml_decoder_head and 'ml_decoder' in options.model_kwargs:
+        raise ValueError('--model-kwargs ml_decoder=... contradicts --use-ml-decoder-head 1; give one of them')
+    if not options.data_dir and options.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
+        raise ValueError('no data: give the folder of the data, as in "DIR" or --data-dir DIR')
+
+
+def _is_model(name: str) -> bool:
+    return ':' in name or timm.is_model(name.partition('.')[0].rpartition('/')[2])
+
+
+def _no_such_model(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f'--model {name}: no such model' + (f'; did you mean {", ".join(close)}?' if close else ' in timm')

@@ -1,0 +1,107 @@
+"""Options that change nothing in the combination they are given in: each is said once, none is silently ignored."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+
+from timm.optim import get_optimizer_info
+
+_Condition = Callable[[Namespace, int], bool]
+
+
+def _loss(*names: str) -> _Condition:
+    def uses(options: Namespace, world_size: int) -> bool:
+        default = 'bce' if options.bce_loss or options.task == 'multilabel' else 'ce'
+        return (options.loss or default) in names
+
+    return uses
+
+
+def _sched(*names: str) -> _Condition:
+    return lambda options, world_size: options.sched in names
+
+
+def _given(*names: str) -> _Condition:
+    return lambda options, world_size: any(getattr(options, name) for name in names)
+
+
+def _dataset(*kinds: str) -> _Condition:
+    return lambda options, world_size: options.dataset.lower().startswith(kinds)
+
+
+def _distributed(options: Namespace, world_size: int) -> bool:
+    return world_size > 1
+
+
+def _augments(options: Namespace, world_size: int) -> bool:
+    return not options.no_aug
+
+
+_mixes = _given('mixup', 'cutmix', 'cutmix_minmax')
+_CYCLES = ('cosine', 'tanh', 'poly')
+_STREAMED = ('hfids/', 'tfds/', 'wds/')
+
+#: (options, when they have an effect, what that takes)
+_NEEDS: list[tuple[tuple[str, ...], _Condition, str]] = [
+    (('aug_repeats', 'sync_bn', 'no_ddp_bb', 'dist_bn'), _distributed, 'more than one process'),
+    (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
+      'aa', 'reprob', 'train_crop_mode', 'train_interpolation'), _augments, 'augmentation, which --no-aug turns off'),
+    (('color_jitter_prob',), lambda o, _: not o.aa, 'no --aa, which replaces colour jitter'),
+    (('remode', 'recount', 'resplit'), _given('reprob'), '--reprob'),
+    (('mixup_prob', 'mixup_mode', 'mixup_off_epoch'), _mixes, '--mixup or --cutmix'),
+    (('mixup_switch_prob',), lambda o, _: bool(o.mixup and (o.cutmix or o.cutmix_minmax)), 'both --mixup and --cutmix'),
+    (('drop_connect',), lambda o, _: False, "--drop-path, timm's present name of it"),
+    (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), _loss('bce'), '--bce-loss'),
+    (('loss_pos_weight', 'loss_class_weight'), _loss('bce', 'asl'), '--loss bce or asl'),
+    (('loss_weight_power',), _given('class_stats'), '--class-stats'),
+    (('class_stats',), lambda o, w: _loss('db')(o, w) or bool(o.loss_pos_weight or o.loss_class_weight),
+     '--loss db, or a method in --loss-pos-weight or --loss-class-weight'),
+    (('poly_gamma', 'poly_epsilon'), _loss('poly'), '--loss poly'),
+    (('target_format', 'multilabel_threshold'), lambda o, _: o.task == 'multilabel', '--task multilabel'),
+    (('clip_mode',), _given('clip_grad'), '--clip-grad'),
+    (('layer_decay_min_scale', 'layer_decay_no_opt_scale'), _given('layer_decay'), '--layer-decay'),
+    (('momentum',), lambda o, _: get_optimizer_info(o.opt.lower()).has_momentum, 'an optimizer with momentum'),
+    (('lr_base', 'lr_base_size', 'lr_base_scale'), lambda o, _: not o.lr, 'no --lr, which replaces it'),
+    (('lr_noise_pct', 'lr_noise_std'), _given('lr_noise'), '--lr-noise'),
+    (('warmup_lr', 'warmup_prefix'), _given('warmup_epochs'), '--warmup-epochs'),
+    (('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'cooldown_epochs'), _sched(*_CYCLES),
+     '--sched cosine, tanh or poly'),
+    (('lr_k_decay',), _sched('cosine', 'poly'), '--sched cosine or poly'),
+    (('lr_decay_fn',), _sched('wsd', 'rsqrt'), '--sched wsd or rsqrt'),
+    (('lr_stable_timescale',), _sched('rsqrt'), '--sched rsqrt'),
+    (('decay_milestones',), _sched('multistep'), '--sched multistep'),
+    (('decay_epochs',), _sched('step', 'wsd', 'rsqrt'), '--sched step, wsd or rsqrt'),
+    (('decay_rate',), _sched('step', 'multistep', 'plateau', 'poly'), '--sched step, multistep, plateau or poly'),
+    (('patience_epochs',), _sched('plateau'), '--sched plateau'),
+    (('min_lr',), _sched(*_CYCLES, 'plateau', 'wsd', 'rsqrt'), 'a schedule with a lower bound'),
+    (('epoch_repeats', 'train_num_samples', 'val_num_samples'), _dataset(*_STREAMED), 'a streamed data set'),
+    (('dataset_download',), _dataset('torch/', 'hfids/', 'tfds/'), 'a torch/, hfids/ or tfds/ data set'),
+    (('dataset_trust_remote_code',), _dataset('hfds/', 'hfids/'), 'a Hugging Face data set'),
+    (('train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
+      'train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'), _given('train_img_sizes'),
+     '--train-img-sizes'),
+    (('train_size_schedule_spread', 'train_size_random_mix'), lambda o, _: o.train_size_schedule == 'progressive',
+     '--train-size-schedule progressive'),
+    (('use_multi_epochs_loader',), lambda o, _: o.workers > 0, 'loader processes (-j above 0)'),
+    (('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'), _given('model_ema'), '--model-ema'),
+    (('amp_dtype',), _given('amp'), '--amp'),
+    (('torchcompile_mode',), _given('torchcompile'), '--torchcompile'),
+    (('pin_mem',), lambda o, _: not o.device.startswith('cpu'), 'a device other than the CPU'),
+    (('num_of_groups', 'decoder_embedding', 'ml_decoder_kwargs'), _given('use_ml_decoder_head'),
+     '--use-ml-decoder-head 1'),
+    (('gp',), lambda o, _: not o.use_ml_decoder_head, '--use-ml-decoder-head 0: an ML-Decoder head does not pool'),
+    (('no_resume_opt',), _given('resume'), '--resume'),
+    (('eval_metric', 'val_num_samples', 'validation_batch_size', 'tta'), _given('val_split'), 'a validation split'),
+    (('wandb_project', 'wandb_tags', 'wandb_resume_id'), _given('log_wandb'), '--log-wandb'),
+]
+
+
+def without_effect(options: Namespace, parser: ArgumentParser, world_size: int) -> Iterator[str]:
+    """One sentence for each option that is not at its default and yet changes nothing."""
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    said = set()
+    for names, has_effect, needs in _NEEDS:
+        for name in names:
+            value = getattr(options, name)
+            if name not in said and value != parser.get_default(name) and not has_effect(options, world_size):
+                said.add(name)
+                yield f'{flags[name]} {value} needs {needs}'

@@ -1,0 +1,77 @@
+"""Command line + YAML file -> options, with every mistake found before anything is built."""
+
+import logging
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from timm.utils.distributed import world_info_from_env
+
+from timm_mldecoder.engine.options import dataset, model, optim, refused, run
+from timm_mldecoder.engine.options.checks import check_train, check_validate
+from timm_mldecoder.engine.options.config import read_config
+from timm_mldecoder.engine.options.effects import without_effect
+from timm_mldecoder.engine.options.tables import build_parser, parse_explicit
+from timm_mldecoder.engine.options.validation import VALIDATE_GROUPS
+
+_logger = logging.getLogger(__name__)
+
+TRAIN_GROUPS = [
+    dataset.DATASET, model.MODEL, model.HEAD, optim.LOSS, optim.OPTIMIZER, optim.SCHEDULE, dataset.AUGMENTATION,
+    dataset.SIZES, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN, *refused.TRAIN_REFUSED,
+]
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of train.py: timm's flags with timm's defaults, and those of the ML-Decoder head."""
+    return build_parser('Train a timm image classifier, with an ML-Decoder head or its own.', TRAIN_GROUPS)
+
+
+def validate_parser() -> ArgumentParser:
+    """The parser of validate.py."""
+    groups = [*VALIDATE_GROUPS, *refused.VALIDATE_REFUSED]
+    return build_parser('Evaluate a timm image classifier, with an ML-Decoder head or its own.', groups)
+
+
+def parse_train(argv: list[str] | None = None) -> Namespace:
+    """The effective options of a training run: defaults, then the YAML file, then the command line.
+
+    Raises:
+        ValueError: For a refused flag, a wrong value in the YAML file, or options that contradict each other.
+    """
+    parser = train_parser()
+    options, explicit = parse_explicit(parser, argv)
+    if options.config:
+        from_file = read_config(options.config, parser)
+        explicit = {**from_file, **explicit}
+        vars(options).update(explicit)
+    refused.refuse(options, 'train.py')
+    _resolve_defaults(options, explicit)
+    check_train(options)
+    _, rank, world_size = world_info_from_env()
+    for reason in without_effect(options, parser, world_size) if rank == 0 else ():
+        _logger.warning('No effect: %s', reason)
+    return options
+
+
+def parse_validate(argv: list[str] | None = None) -> tuple[Namespace, dict[str, Any]]:
+    """The options of an evaluation and, apart, those the user wrote.
+
+    Raises:
+        ValueError: As in `parse_train`.
+    """
+    options, explicit = parse_explicit(validate_parser(), argv)
+    refused.refuse(options, 'validate.py')
+    options.data_dir = options.data_dir or options.data
+    check_validate(options)
+    return options, explicit
+
+
+def _resolve_defaults(options: Namespace, explicit: dict[str, Any]) -> None:
+    """Fill in the defaults that depend on other options, as timm does."""
+    options.data_dir = options.data_dir or options.data
+    options.grad_accum_steps = max(1, options.grad_accum_steps)
+    if options.task == 'multilabel':
+        options.smoothing = explicit.get('smoothing', 0.0)
+        options.eval_metric = explicit.get('eval_metric', 'map')
+    if options.sched in ('wsd', 'rsqrt'):  # 90 epochs are meant for step; these two end with a share of the schedule
+        options.decay_epochs = explicit.get('decay_epochs', 0.2)

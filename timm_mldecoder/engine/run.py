@@ -1,0 +1,104 @@
+"""A training run: what the loop works with, and what it asks of it."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from timm_mldecoder.engine import report
+from timm_mldecoder.engine.loaders import EvalLoader, TrainLoader
+from timm_mldecoder.engine.state import RUN, TrainingState
+from timm_mldecoder.engine.world import World
+
+
+@dataclass
+class Run:
+    """What the loop works with; only `state` changes while it trains.
+
+    Attributes:
+        epochs: Epochs to train, where --stop-epoch does not end the run before.
+        eval_model: The model as it is evaluated, free of the wrapper that exchanges gradients.
+        eval_metric: The metric that ranks checkpoints.
+        dist_bn: How running statistics are shared between processes, empty for not at all.
+        folder: Where results go; None on all but the first rank.
+        data_config: Size, crop and normalisation of evaluation images; validate.py scores a checkpoint with the same.
+    """
+
+    options: Namespace
+    world: World
+    state: TrainingState
+    train_loader: TrainLoader
+    eval_loader: EvalLoader | None
+    eval_model: nn.Module
+    autocast: Callable[[], AbstractContextManager]
+    epochs: int
+    eval_metric: str
+    dist_bn: str
+    folder: Path | None
+    data_config: dict[str, Any]
+    bar: report.ProgressBar
+    trackers: list[Callable[[dict[str, float]], None]]
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-len(self.train_loader) // self.options.grad_accum_steps)
+
+    def updates_done(self) -> int:
+        """Updates since the start of training."""
+        return self.state.epoch * self.updates_per_epoch + -(-self.state.batch // self.options.grad_accum_steps)
+
+    def accumulation(self, batch: int) -> tuple[int, bool]:
+        """How many batches the update that `batch` belongs to is made of, and whether it is the last of them."""
+        steps, batches = self.options.grad_accum_steps, len(self.train_loader)
+        size = min(steps, batches - batch // steps * steps)
+        return size, batch == batches - 1 or (batch + 1) % steps == 0
+
+    def loss_scale(self, images: int) -> float:
+        """What the loss is multiplied by where batch sizes change."""
+        ratio = images / self.options.batch_size
+        return {'none': 1.0, 'sqrt': ratio ** 0.5, 'linear': ratio}[self.options.variable_batch_loss_scale]
+
+    def clip_parameters(self) -> list[nn.Parameter] | None:
+        """The parameters whose gradients are clipped; AGC leaves the classifier out."""
+        if self.options.clip_grad is None:
+            return None
+        return list(self.state.task.get_clip_parameters(exclude_head='agc' in self.options.clip_mode))
+
+    def learning_rate(self) -> float:
+        """The mean over the parameter groups."""
+        rates = [group['lr'] for group in self.state.optimizer.param_groups]
+        return sum(rates) / len(rates)
+
+    def step_schedule(self, metric: float | None) -> None:
+        """Set the learning rate of the epoch that comes next."""
+        if self.state.schedule is not None:
+            self.state.schedule.step(self.state.epoch, metric)
+
+    def save_epoch(self, epoch: int, metric: float) -> None:
+        """Save the end of an epoch, its row of the summary and its metrics; a collective call."""
+        ranks = self.state.gather_ranks()
+        if self.folder is None:
+            return
+        self.state.checkpoints.save_epoch(epoch, metric, lambda: self._content(ranks, metric))
+        if self.options.save_epochs and epoch + 1 in self.options.save_epochs:
+            self.state.checkpoints.save_milestone(epoch + 1)
+        report.write_summary(self.folder / 'summary.csv', self.state.rows)
+        for track in self.trackers:
+            track(self.state.rows[-1])
+
+    def save_recovery(self) -> None:
+        """Save the present position within the epoch; a collective call."""
+        self.state.position = self.train_loader.position(self.state.batch)
+        ranks = self.state.gather_ranks()
+        if self.folder is not None:
+            self.state.checkpoints.save_recovery(self.state.epoch, self.state.batch, lambda: self._content(ranks))
+        self.state.position = None
+
+    def _content(self, ranks: list[dict[str, Any]], metric: float | None = None) -> dict[str, Any]:
+        content = self.state.state_dict(self.options, ranks, metric)
+        content[RUN]['data_config'] = self.data_config
+        return content

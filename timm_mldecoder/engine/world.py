@@ -1,0 +1,84 @@
+"""Where a process runs: its device, and its place among the others."""
+
+import importlib
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+
+_SLURM_PORTS = range(20_000, 30_000)
+
+
+@dataclass(frozen=True)
+class World:
+    """The device of this process, its rank and how many processes there are."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def distributed(self) -> bool:
+        return self.size > 1
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(options: Namespace) -> Iterator[World]:
+    """Set up the device, and the process group where a launcher asks for one; leave the group at the end.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    for module in getattr(options, 'device_modules', None) or ():
+        importlib.import_module(module)
+    _check_device(options.device)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+    if is_distributed_env():
+        _complete_slurm_environment(os.environ)
+    found = init_distributed_device_so(options.device)
+    world = World(torch.device(found['device']), found['global_rank'], found['local_rank'], found['world_size'])
+    try:
+        yield world
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _check_device(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f'--device {name}: {error}') from error
+    backend = getattr(torch, kind, None)
+    if kind != 'cpu' and not (hasattr(backend, 'is_available') and backend.is_available()):
+        raise ValueError(f'--device {name}: there is no such device here; pass --device cpu to run on the CPU')
+
+
+def _complete_slurm_environment(environment: dict[str, str]) -> None:
+    """`srun` tells ranks but not where rank 0 listens: take the first node of the step and a port from the job's id."""
+    if 'SLURM_PROCID' not in environment:
+        return
+    nodes = environment.get('SLURM_STEP_NODELIST') or environment.get('SLURM_JOB_NODELIST') or 'localhost'
+    environment.setdefault('MASTER_ADDR', first_node(nodes))
+    job = int(environment.get('SLURM_JOB_ID', 0))
+    environment.setdefault('MASTER_PORT', str(_SLURM_PORTS[job % len(_SLURM_PORTS)]))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a Slurm node list, as in 'gpu[03-05,9]' -> 'gpu03'."""
+    match = re.match(r'([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?', nodes)
+    prefix, first, suffix = match.groups()
+    return prefix + (first or '') + (suffix or '')
