@@ -1,20 +1,31 @@
 """Datasets in the formats they are published in, beside timm's own."""
 
+from functools import partial
 from pathlib import Path
 
 import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
+from timm_mldecoder.data.coco import read_coco
 from timm_mldecoder.data.csv_list import read_csv
+from timm_mldecoder.data.open_images import read_open_images
+from timm_mldecoder.data.voc import read_voc
 
-# name: reader of (root, split, class_map), giving the annotations of one split
+# name: reader of (root, split) that gives the annotations of one split
 FORMATS = {
+    'coco2014': partial(read_coco, year=2014),
+    'coco2017': partial(read_coco, year=2017),
+    'voc2007': partial(read_voc, year=2007),
+    'voc2012': partial(read_voc, year=2012),
+    'openimages': read_open_images,
     'csv': read_csv,
 }
-# Options of timm.data.create_dataset that only its streaming and downloading readers have a use for ...
-_MEANINGLESS_HERE = {'search_split', 'batch_size', 'seed', 'repeats', 'is_training', 'trust_remote_code'}
-# ... and those the user will be told about rather than see ignored.
-_UNSUPPORTED_HERE = ('download', 'load_bytes', 'num_samples', 'input_key', 'target_key')
+# Options of timm.data.create_dataset: how its streaming readers shuffle and batch, without a meaning for files on disk,
+_MEANINGLESS = {'search_split', 'batch_size', 'seed', 'repeats', 'trust_remote_code'}
+# those for the reader of one format,
+_READER_OPTIONS = {'csv': {'class_map'}}
+# and the rest, which it is better to refuse than to ignore.
+_REFUSED = {'class_map', 'download', 'load_bytes', 'num_samples', 'input_key', 'target_key'}
 
 __all__ = ['FORMATS', 'Annotations', 'MultiLabelDataset', 'create_dataset']
 
@@ -36,12 +47,12 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
     if name not in FORMATS:
         return timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
 
-    refused = [option for option in _UNSUPPORTED_HERE if kwargs.pop(option, None)]
+    options = {option: value for option, value in kwargs.items() if value and option not in _MEANINGLESS}
+    reader_options = {option: options.pop(option) for option in _READER_OPTIONS.get(name, ()) if option in options}
+    refused = sorted(_REFUSED & options.keys())
     if refused:
-        raise ValueError(f'Dataset {name!r} has no option {refused}: its files are read from disk as they are.')
+        raise ValueError(f'Dataset {name!r} has no option {refused}: its files are read as they are distributed.')
     if root is None or not Path(root).is_dir():
         raise ValueError(f'Dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder.')
     split = {'val': 'validation'}.get(split, split)
-    annotations = FORMATS[name](Path(root), split, kwargs.pop('class_map', None) or None)
-    options = {key: value for key, value in kwargs.items() if key not in _MEANINGLESS_HERE and value is not None}
-    return MultiLabelDataset(annotations, **options)
+    return MultiLabelDataset(FORMATS[name](Path(root), split, **reader_options), root, **options)

@@ -1,7 +1,7 @@
 """What every multi-label format is read into: image files, class names and a sparse table of labels."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ class Annotations:
 
     Args:
         class_names: Name of each class, in the order of the target vector.
-        paths: One image file per image.
+        paths: One image file per image, relative to the root of the data.
         image: Image index of each annotation, [A].
         label: Class index of each annotation, [A].
         value: POSITIVE, NEGATIVE or IGNORED for each annotation, [A]; of several values for one image and class the
@@ -50,8 +50,13 @@ class Annotations:
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def has_ignored(self) -> bool:
+        """Whether any target holds a label to ignore: then losses must know of it, and targets must not be mixed."""
+        return self.unlisted == IGNORED or bool((self._value == IGNORED).any())
+
     def path(self, index: int) -> str:
-        """File of image `index`."""
+        """File of image `index`, relative to the root of the data."""
         return os.fsdecode(self._paths[index])
 
     def target(self, index: int) -> torch.Tensor:
@@ -71,10 +76,25 @@ class MultiLabelDataset(Dataset):
 
     Unlike `timm.data.ImageDataset` an unreadable image is an error and not a warning and the next image in its place:
     a silently repeated image would change the metrics.
+
+    Args:
+        annotations: Images and their labels.
+        root: Folder that the images' paths are relative to.
+        transform: Applied to the PIL image.
+        target_transform: Applied to the target.
+        input_img_mode: PIL mode of the images.
     """
 
-    def __init__(self, annotations: Annotations, transform=None, target_transform=None, input_img_mode: str = 'RGB'):
+    def __init__(
+        self,
+        annotations: Annotations,
+        root: str | Path = '',
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        input_img_mode: str = 'RGB',
+    ):
         self.annotations = annotations
+        self.root = root
         self.transform = transform
         self.target_transform = target_transform
         self.input_img_mode = input_img_mode
@@ -88,7 +108,7 @@ class MultiLabelDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index: int):
-        image = self._load(self.annotations.path(index))
+        image = self._load(os.path.join(self.root, self.annotations.path(index)))
         target = self.annotations.target(index)
         if self.transform is not None:
             image = self.transform(image)
@@ -104,11 +124,11 @@ class MultiLabelDataset(Dataset):
             raise OSError(f'Cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """File of image `index`, as timm's datasets tell it."""
+        """File of image `index`: as timm's, relative to the root unless asked otherwise."""
         path = self.annotations.path(index)
         if basename:
             return os.path.basename(path)
-        return os.path.abspath(path) if absolute else path
+        return os.path.join(self.root, path) if absolute else path
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
         """Files of all images, in order."""

@@ -70,4 +70,4 @@ def read_csv(root: Path, split: str, class_map: str | Path | None = None) -> Ann
                 image.append(position)
                 label.append(class_index[name])
                 value.append(meaning)
-    return Annotations(class_names, [root / row['path'] for _, row in rows], image, label, value)
+    return Annotations(class_names, [row['path'] for _, row in rows], image, label, value)

@@ -1,0 +1,47 @@
+"""Class priors on disk: how often each class is there, by an estimate, for the class-aware selective loss.
+
+A CSV of two columns, `Classes` and `avg_pred`, the layout of the published files. Such an estimate is the mean
+predicted probability of a model trained with mode 'ignore' (`timm_mldecoder.metrics.MeanProbability`).
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HEADER = ['Classes', 'avg_pred']
+
+
+def write_priors(path: str | Path, class_names: Sequence[str], priors: Tensor) -> None:
+    """Write the prior of each class, [C] in [0, 1]."""
+    with Path(path).open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        writer.writerows(zip(class_names, priors.tolist(), strict=True))
+
+
+def read_priors(path: str | Path, class_names: Sequence[str]) -> Tensor:
+    """Read the prior of each class, float32 [C] in the order of `class_names`.
+
+    Raises:
+        ValueError: If a line is malformed, or the classes of the file are not those asked for.
+    """
+    priors = {}
+    with Path(path).open(newline='', encoding='utf-8') as file:
+        reader = csv.reader(file)
+        for row in reader:
+            if row == HEADER and reader.line_num == 1:
+                continue
+            try:
+                name, prior = row[0], float(row[1])
+            except (IndexError, ValueError) as error:
+                raise ValueError(f'{path}, line {reader.line_num}: expected class and prior, got {row}.') from error
+            if not 0 <= prior <= 1:
+                raise ValueError(f'{path}, line {reader.line_num}: {name!r} has a prior of {prior}, not in [0, 1].')
+            priors[name] = prior
+    missing, unknown = [sorted(set(a) - set(b)) for a, b in ((class_names, priors), (priors, class_names))]
+    if missing or unknown:
+        raise ValueError(f'{path} does not hold the classes of the data: missing {missing}, unknown {unknown}.')
+    return torch.tensor([priors[name] for name in class_names])
