@@ -1,0 +1,64 @@
+"""Training transforms of the multi-label recipes that timm lacks: squash-resize and Cutout in a random colour."""
+
+import random
+
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
+from torchvision.transforms import Compose, RandomChoice, Resize
+
+
+class Cutout:
+    """Paint a rectangle over an image, of a random colour and at a random place (arXiv 1708.04552).
+
+    The rectangle has the sides of the image times `fraction`. Its centre is any pixel, so some of it may fall outside.
+
+    Args:
+        fraction: Sides of the rectangle as a fraction of the image's, in (0, 1].
+        probability: How often to paint at all, in [0, 1].
+    """
+
+    def __init__(self, fraction: float, probability: float = 1.0):
+        if not 0 < fraction <= 1 or not 0 <= probability <= 1:
+            raise ValueError(
+                f'Cutout takes a fraction in (0, 1] and a probability in [0, 1], got {fraction} and {probability}.'
+            )
+        self.fraction = fraction
+        self.probability = probability
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if random.random() >= self.probability:
+            return image
+        width, height = (round(self.fraction * side) for side in image.size)
+        left = random.randrange(image.width) - width // 2
+        top = random.randrange(image.height) - height // 2
+        colour = tuple(random.randrange(256) for _ in image.getbands())
+        image = image.copy()
+        image.paste(colour, (left, top, left + width, top + height))
+        return image
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(fraction={self.fraction}, probability={self.probability})'
+
+
+def squash(transform: Compose, interpolation: str = 'bilinear') -> Compose:
+    """timm's training transform with the random resized crop replaced: the whole image, its aspect not kept.
+
+    Args:
+        transform: What `timm.data.create_transform` returns for training.
+        interpolation: timm's name of a filter, or 'random' for bilinear or bicubic.
+
+    Raises:
+        ValueError: If the transform does not begin with a random resized crop.
+    """
+    crop, *rest = transform.transforms
+    if not isinstance(crop, RandomResizedCropAndInterpolation):
+        raise ValueError(f'Squashing takes the place of a random resized crop; the transform begins with {crop}.')
+    filters = ('bilinear', 'bicubic') if interpolation == 'random' else (interpolation,)
+    resizes = [Resize(crop.size, str_to_interp_mode(name)) for name in filters]
+    return Compose([RandomChoice(resizes) if len(resizes) > 1 else resizes[0], *rest])
+
+
+def cut_out(transform: Compose, cutout: Cutout) -> Compose:
+    """A training transform with Cutout after its first step, the crop or resize."""
+    first, *rest = transform.transforms
+    return Compose([first, cutout, *rest])
