@@ -7,14 +7,14 @@ The layout is timm's, and its `load_checkpoint` and resume read these files.
 import logging
 import math
 import os
-import pickle
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from timm_mldecoder.weights import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -47,17 +47,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is missing, damaged, or would have to run code to be loaded.
     """
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # timm keeps the options of the run in one
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = _first_line(error)
-        raise ValueError(f'{path} was not loaded: it is damaged, or holds more than weights ({reason})') from error
-    except (OSError, EOFError, RuntimeError) as error:
-        raise ValueError(f'{path} could not be read: {_first_line(error)}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is no checkpoint: it holds a {type(content).__name__}')
-    return content
+    if not Path(path).is_file():
+        raise ValueError(f'{path}: no such file')
+    return read_checkpoint(path)
 
 
 class CheckpointFolder:
@@ -179,7 +171,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

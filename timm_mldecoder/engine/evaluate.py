@@ -18,7 +18,8 @@ def evaluate(
         autocast: Callable[[], AbstractContextManager],
         distributed: bool = False,
         views: int = 0,
-        on_batch: Callable[[int, Tensor, ClassificationEvaluator], None] | None = None,
+        classes: Tensor | None = None,
+        on_batch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> OrderedDict[str, float]:
     """Run a model over the batches of a split.
 
@@ -29,7 +30,8 @@ def evaluate(
         autocast: The context of the forward pass.
         distributed: Whether to add up the counts of all processes.
         views: Successive outputs that are averaged into one prediction, where above 1.
-        on_batch: Called after each batch with its index, its outputs and the evaluator.
+        classes: Indices of the outputs that count, all if None.
+        on_batch: Called after each batch with its index, its outputs and its targets.
 
     Returns:
         The metrics of the split, accuracies in percent.
@@ -43,7 +45,9 @@ def evaluate(
         if views > 1:
             output = output.unfold(0, views, views).mean(dim=2)
             target = target[::views]
+        if classes is not None:
+            output = output[:, classes]
         evaluator.update(output, target)
         if on_batch is not None:
-            on_batch(index, output, evaluator)
+            on_batch(index, output, target)
     return evaluator.compute(distributed=distributed)

@@ -143,8 +143,8 @@ def validate(run: Run) -> Metrics:
 
 def _validate(run: Run, ema: bool) -> Metrics:
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(run.eval_loader.loader))
-    tell = report.EvalReport('Test (EMA)' if ema else 'Test', len(run.eval_loader), run.options.log_interval, run.bar,
-                             run.world.primary)
+    tell = report.EvalReport('Test (EMA)' if ema else 'Test', evaluator, len(run.eval_loader), run.options.log_interval,
+                             run.bar, run.world.primary)
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     return evaluate(model, run.eval_loader, evaluator, autocast=run.autocast, distributed=run.world.distributed,
                     views=run.options.tta, on_batch=tell)

@@ -107,24 +107,27 @@ class EvalReport:
 
     Args:
         name: What is evaluated.
+        evaluator: Knows the metrics so far.
         batches: Batches of the split.
         interval: Batches between log lines.
         bar: Where progress is drawn.
         primary: Whether this process logs at all.
     """
 
-    def __init__(self, name: str, batches: int, interval: int, bar: 'ProgressBar', primary: bool) -> None:
-        self._name, self._last, self._interval, self._bar, self._primary = name, batches - 1, interval, bar, primary
+    def __init__(self, name: str, evaluator: ClassificationEvaluator, batches: int, interval: int, bar: ProgressBar,
+                 primary: bool) -> None:
+        self._name, self._evaluator = name, evaluator
+        self._last, self._interval, self._bar, self._primary = batches - 1, interval, bar, primary
         self._begin = self._mark = time.perf_counter()
 
-    def __call__(self, batch: int, output: torch.Tensor, evaluator: ClassificationEvaluator) -> None:
+    def __call__(self, batch: int, output: torch.Tensor, target: torch.Tensor) -> None:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._bar.show(self._name, batch + 1, self._last + 1)
         if self._primary and (batch == self._last or batch % self._interval == 0):
             mean = (now - self._begin) / (batch + 1)
             self._bar.clear()
-            _logger.info(eval_line(self._name, batch, self._last, (seconds, mean), evaluator.summary()))
+            _logger.info(eval_line(self._name, batch, self._last, (seconds, mean), self._evaluator.summary()))
 
 
 def peak_memory(device: torch.device) -> str:

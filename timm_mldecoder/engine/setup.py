@@ -45,7 +45,7 @@ def set_up(options: Namespace, world: World) -> Run:
     train_loader, eval_loader = _create_loaders(options, config, placement, world, as_given['num_classes'] is not None)
 
     # task and optimizer; averaged weights are copied before the model is compiled, and that is done before DDP wraps it
-    task = build.create_task(options, model, world)
+    task = build.create_task(options, model, train_loader.dataset, world)
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     optimizer = build.create_optimizer(options, task.get_trainable_module(), world)
     if options.model_ema:
@@ -57,7 +57,8 @@ def set_up(options: Namespace, world: World) -> Run:
     eval_model = task.get_eval_model()
     if world.distributed:
         on_device = None if world.device.type == 'cpu' else [world.device]
-        task.prepare_distributed(device_ids=on_device, broadcast_buffers=not options.no_ddp_bb)
+        buffers = dict(broadcast_buffers=False) if options.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=on_device, **buffers)
 
     updates = -(-len(train_loader) // options.grad_accum_steps)
     decreasing = eval_metric == 'loss'
@@ -114,7 +115,8 @@ def _create_loaders(
     if validation is None:
         return train_loader, None
     batch_size = options.validation_batch_size or options.batch_size
-    return train_loader, loaders.create_eval_loader(options, validation, config, placement, world, batch_size)
+    return train_loader, loaders.create_eval_loader(
+        options, validation, config, placement, world, batch_size, crop_mode=options.crop_mode)
 
 
 def _check_metric(name: str, task: Any) -> str:

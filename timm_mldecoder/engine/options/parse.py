@@ -4,9 +4,10 @@ import logging
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.engine.options import dataset, model, optim, refused, run
+from timm_mldecoder.engine.options import dataset, model, multilabel, optim, refused, run
 from timm_mldecoder.engine.options.checks import check_train, check_validate
 from timm_mldecoder.engine.options.config import read_config
 from timm_mldecoder.engine.options.effects import without_effect
@@ -17,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 TRAIN_GROUPS = [
     dataset.DATASET, model.MODEL, model.HEAD, optim.LOSS, optim.OPTIMIZER, optim.SCHEDULE, dataset.AUGMENTATION,
-    dataset.SIZES, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN, *refused.TRAIN_REFUSED,
+    dataset.SIZES, multilabel.MULTI_LABEL, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN, *refused.TRAIN_REFUSED,
 ]
 
 
@@ -62,6 +63,10 @@ def parse_validate(argv: list[str] | None = None) -> tuple[Namespace, dict[str, 
     options, explicit = parse_explicit(validate_parser(), argv)
     refused.refuse(options, 'validate.py')
     options.data_dir = options.data_dir or options.data
+    if 'device' not in explicit and not torch.cuda.is_available():
+        options.device = 'cpu'  # scoring on the CPU is slow, not wrong
+        _logger.warning('No CUDA device here: evaluating on the CPU.')
+    resolve_amp_dtype(options, explicit)
     check_validate(options)
     return options, explicit
 
@@ -73,5 +78,16 @@ def _resolve_defaults(options: Namespace, explicit: dict[str, Any]) -> None:
     if options.task == 'multilabel':
         options.smoothing = explicit.get('smoothing', 0.0)
         options.eval_metric = explicit.get('eval_metric', 'map')
+    resolve_amp_dtype(options, explicit)
     if options.sched in ('wsd', 'rsqrt'):  # 90 epochs are meant for step; these two end with a share of the schedule
         options.decay_epochs = explicit.get('decay_epochs', 0.2)
+
+
+def resolve_amp_dtype(options: Namespace, explicit: dict[str, Any]) -> None:
+    """On a CPU, mixed precision means bfloat16 unless float16 was asked for.
+
+    There float16 has no loss scaling, and convolutions take some eighty times as long backwards.
+    """
+    if options.amp and options.device == 'cpu' and 'amp_dtype' not in explicit:
+        options.amp_dtype = 'bfloat16'
+        _logger.info('Mixed precision on a CPU: bfloat16 in place of float16, which --amp-dtype float16 asks for.')

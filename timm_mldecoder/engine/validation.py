@@ -1,0 +1,269 @@
+"""Scoring models: what validate.py does with its options."""
+
+import csv
+import json
+import logging
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import apply_test_time_pool, set_fast_norm
+from timm.models import clean_state_dict
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.utils import natural_key, random_seed
+from timm.utils.decay_batch import decay_batch_step
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+from timm_mldecoder.engine import build, loaders
+from timm_mldecoder.engine.checkpoint import SUFFIX, load_checkpoint
+from timm_mldecoder.engine.dataset_checks import check_classes
+from timm_mldecoder.engine.evaluate import evaluate
+from timm_mldecoder.engine.measures import create_measures
+from timm_mldecoder.engine.report import EvalReport, ProgressBar
+from timm_mldecoder.engine.state import RUN
+from timm_mldecoder.engine.world import World
+from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.weights import convert_state_dict
+
+_logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+#: Options that a checkpoint of train.py brings along, where the user does not set them.
+_INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', 'num_of_groups', 'decoder_embedding',
+              'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last')
+_INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
+_EVALUATORS = {
+    'classification': lambda options: ClassificationEvaluator,
+    'multilabel': lambda options: partial(MultiLabelEvaluator, threshold=options.multilabel_threshold),
+}
+_SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
+
+
+def score(options: Namespace, explicit: dict[str, Any], world: World) -> None:
+    """Score every model or checkpoint that the options name, print the results and write them to a file.
+
+    Raises:
+        ValueError: For whatever the user got wrong.
+    """
+    candidates = list_candidates(options)
+    results = []
+    for model, checkpoint in candidates:
+        own = Namespace(**{**vars(options), 'model': model, 'checkpoint': checkpoint})
+        results.append(score_with_retry(own, explicit, world, retry=options.retry or len(candidates) > 1))
+    results.sort(key=lambda result: -result.get('top1', result.get('map', 0.0)))
+    if not world.primary:
+        return
+    if options.results_file or len(candidates) > 1:
+        write_results(Path(options.results_file or './results-all.csv'), results, options.results_format)
+    print(f'--result\n{json.dumps(results if len(candidates) > 1 else results[0], indent=4)}')
+
+
+def list_candidates(options: Namespace) -> list[tuple[str, str]]:
+    """Pairs of model and checkpoint: one, a folder of checkpoints, a pattern of model names, or a file of them."""
+    folder = Path(options.checkpoint) if options.checkpoint else None
+    if folder and folder.is_dir():
+        files = sorted((str(path) for end in (SUFFIX, '.pth', '.safetensors') for path in folder.glob(f'*{end}')),
+                       key=natural_key)
+        if not files:
+            raise ValueError(f'--checkpoint {folder}: the folder has no checkpoint')
+        return [(options.model, file) for file in files]
+    if ':' in options.model or timm.is_model(options.model):
+        return [(options.model, options.checkpoint)]
+    if options.model == 'all':
+        return [(name, '') for name in timm.list_models(pretrained=True, exclude_filters=['*_in21k', '*_in22k'])]
+    names = timm.list_models(options.model, pretrained=True)
+    if not names and Path(options.model).is_file():
+        names = Path(options.model).read_text().split()
+    if not names:
+        raise ValueError(f'--model {options.model}: no such model, no pattern of models, no file of names')
+    return [(name, options.checkpoint) for name in names]
+
+
+def score_with_retry(options: Namespace, explicit: dict[str, Any], world: World, retry: bool) -> Result:
+    """Score one model, with smaller and smaller batches where memory runs out and `retry` says so."""
+    while True:
+        try:
+            return score_model(options, explicit, world)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            smaller = decay_batch_step(options.batch_size)
+            if not retry or not smaller:
+                remedy = 'pass --retry, or a smaller -b' if smaller else 'not even one image fits'
+                raise ValueError(f'--batch-size {options.batch_size} does not fit the memory: {remedy}') from error
+        _logger.warning(f'A batch of {options.batch_size} does not fit the memory, trying {smaller}.')
+        options = Namespace(**{**vars(options), 'batch_size': smaller})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> Result:
+    """Score one model on a split.
+
+    Returns:
+        The metrics of the split in percent, unrounded, and how it was evaluated, under the names that timm prints.
+    """
+    random_seed(options.seed, 0)
+    weights, config = _take_checkpoint(options, explicit) if options.checkpoint else (None, {})
+    model = _create_model(options, weights, world)
+    config = {**loaders.data_config(options, model, world, use_test_size=not options.use_train_size), **config}
+    model, pooled = _test_pool(options, model, config)
+    model = _prepare(options, model, world)
+
+    placement = loaders.Placement(
+        world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
+    dataset = loaders.create_split(options, options.split, config)
+    valid_labels = _read_valid_labels(options.valid_labels, world.device)
+    if valid_labels is None:
+        check_classes(dataset, options.num_classes, asked_for='num_classes' in explicit)
+    loader = loaders.create_eval_loader(
+        options, dataset, config, placement, world, options.batch_size,
+        crop_mode=config['crop_mode'],
+        crop_border_pixels=options.crop_border_pixels,
+        tf_preprocessing=options.tf_preprocessing,
+    )
+    if pooled:
+        config['crop_pct'] = 1.0
+
+    limit = evaluation_sample_limit(loader.loader)
+    evaluator = _EVALUATORS[options.task](options)(world.device, max_samples=limit)
+    extra = create_measures(options, dataset, limit)
+    tell = EvalReport('Test', evaluator, len(loader), options.log_freq, ProgressBar(world.primary), world.primary)
+
+    def on_batch(index: int, output: Tensor, target: Tensor) -> None:
+        for measure in extra:
+            measure.update(output, target)
+        tell(index, output, target)
+
+    metrics = evaluate(model, loader, evaluator, autocast=build.create_autocast(options, world.device),
+                       distributed=world.distributed, classes=valid_labels, on_batch=on_batch)
+    for measure in extra:
+        metrics.update(measure.compute())
+    if world.primary:
+        _logger.info(' * ' + ' '.join(f'{_SHOWN.get(name, name)} {value:.3f}' for name, value in metrics.items()))
+    return _describe(options, metrics, model, config)
+
+
+def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load the checkpoint; take over how train.py built and evaluated the model, but for what the user set.
+
+    Returns:
+        What the file holds, and the data configuration it brings along.
+    """
+    content = load_checkpoint(options.checkpoint)
+    if RUN not in content:
+        return content, {}
+    trained = vars(content['args'])
+    names = _INHERITED if 'model_dtype' in explicit or 'amp' in explicit else _INHERITED + _INHERITED_PRECISION
+    taken = {name: trained[name] for name in names if name not in explicit and trained[name] != getattr(options, name)}
+    vars(options).update(taken)
+    asked = {'input_size' if name == 'img_size' else name for name in explicit}
+    config = {name: value for name, value in content[RUN]['data_config'].items() if name not in asked}
+    shown = ', '.join(f'{name} {value}' for name, value in {**taken, **config}.items())
+    _logger.info(f'Evaluated as trained, but for flags that say otherwise: {shown}')
+    if 'state_dict_ema' in content and not options.use_ema:
+        _logger.info('The checkpoint has averaged weights too, which training ranks it by: --use-ema evaluates them.')
+    return content, config
+
+
+def _create_model(options: Namespace, content: dict[str, Any] | None, world: World) -> nn.Module:
+    if options.fast_norm:
+        set_fast_norm()
+    model = timm.create_model(
+        options.model,
+        pretrained=options.pretrained or content is None,
+        num_classes=options.num_classes,
+        in_chans=build.image_channels(options),
+        global_pool=None if options.use_ml_decoder_head else options.gp,
+        **build.head_options(options),
+        **options.model_kwargs,
+    )
+    options.num_classes = options.num_classes or model.num_classes
+    if content is not None:
+        _load_weights(model, content, options)
+    if options.reparam:
+        model = reparameterize_model(model)
+    if world.primary:
+        _logger.info(f'Model {options.model} created, param count: {_count(model)}')
+    return model
+
+
+def _load_weights(model: nn.Module, content: dict[str, Any], options: Namespace) -> None:
+    if options.use_ema and 'state_dict_ema' not in content:
+        raise ValueError(f'--use-ema: {options.checkpoint} holds no averaged weights; leave the flag out')
+    weights = content['state_dict_ema'] if options.use_ema else content.get('state_dict', content.get('model', content))
+    if options.use_ml_decoder_head and RUN not in content:
+        weights = convert_state_dict(weights, model)
+    try:
+        model.load_state_dict(clean_state_dict(weights))
+    except RuntimeError as error:  # torch names every key that does not fit
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'--checkpoint {options.checkpoint} holds another model: {reason}') from error
+
+
+def _test_pool(options: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, bool]:
+    if not options.test_pool:
+        return model, False
+    if options.use_ml_decoder_head:
+        raise ValueError('--test-pool pools before the classifier; an ML-Decoder head has no pooling')
+    return apply_test_time_pool(model, config)
+
+
+def _prepare(options: Namespace, model: nn.Module, world: World) -> nn.Module:
+    """Put the model onto its device, and compile it where that is asked for."""
+    model = model.to(device=world.device, dtype=build.model_dtype(options))
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if options.torchcompile:
+        model = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
+    elif options.aot_autograd:
+        model = torch.compile(model, backend='aot_eager')
+    if options.num_gpu > 1:
+        model = nn.DataParallel(model, device_ids=list(range(options.num_gpu)))
+    return model
+
+
+def _read_valid_labels(path: str, device: torch.device) -> Tensor | None:
+    if not path:
+        return None
+    try:
+        labels = [int(line) for line in Path(path).read_text().split()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--valid-labels {path}: {error}; one class index a line is expected') from error
+    return torch.tensor(labels, device=device)
+
+
+def _describe(options: Namespace, metrics: dict[str, float], model: nn.Module, config: dict[str, Any]) -> Result:
+    result: Result = {'model': options.model}
+    if options.checkpoint:
+        result['checkpoint'] = options.checkpoint
+    for name, value in metrics.items():
+        if name == 'loss':
+            continue
+        result[name] = value
+        if name in ('top1', 'top5'):
+            result[f'{name}_err'] = 100 - value
+    return {
+        **result,
+        'param_count': round(_count(model) / 1e6, 2),
+        'img_size': config['input_size'][-1],
+        'crop_pct': config['crop_pct'],
+        'interpolation': config['interpolation'],
+    }
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_results(path: Path, results: list[Result], kind: str) -> None:
+    """Write results as CSV, one row a model, or as JSON."""
+    with open(path, 'w', newline='') as file:
+        if kind == 'json':
+            json.dump(results, file, indent=4)
+            return
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for result in results for name in result)))
+        writer.writeheader()
+        writer.writerows(results)

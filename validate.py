@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Evaluate a timm image classifier, with an ML-Decoder head or its own.
+
+    python validate.py DATA --checkpoint output/train/EXPERIMENT/model_best.pth.tar
+    python validate.py DATA --model resnet50.a2_in1k --pretrained
+
+A checkpoint of train.py is evaluated as it was trained, but for the flags given here. The flags are those of timm's own
+script, with the same defaults; `--help` lists them.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from timm_mldecoder.engine import cli
+from timm_mldecoder.engine.options import parse_validate
+from timm_mldecoder.engine.validation import score
+from timm_mldecoder.engine.world import join_world
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says.
+
+    Raises:
+        ValueError: For a user's mistake.
+    """
+    options, explicit = parse_validate(argv)
+    with join_world(options) as world:
+        score(options, explicit, world)
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run(main))
