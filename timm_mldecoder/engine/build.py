@@ -15,15 +15,18 @@ from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
+from torch.utils.data import Dataset
 
+from timm_mldecoder.engine import multilabel
+from timm_mldecoder.engine.one_cycle import create_one_cycle
 from timm_mldecoder.engine.world import World
 
 _logger = logging.getLogger(__name__)
 
-_TASKS = {'classification': ClassificationTask, 'multilabel': MultiLabelClassificationTask}
+_TASKS = {'classification': ClassificationTask, 'multilabel': multilabel.MultiLabelTask}
 
 
 def head_options(options: Namespace) -> dict[str, Any]:
@@ -97,12 +100,12 @@ def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> No
             classifier.bias.fill_(bias)
 
 
-def create_task(options: Namespace, model: nn.Module, world: World) -> TrainingTask:
-    """The model with its loss, as one timm task."""
+def create_task(options: Namespace, model: nn.Module, dataset: Dataset, world: World) -> TrainingTask:
+    """The model with the loss that the options and the labels of the training data ask for, as one timm task."""
     settings = dict(threshold=options.multilabel_threshold) if options.task == 'multilabel' else {}
     return _TASKS[options.task](
         model=model,
-        criterion=create_loss(options),
+        criterion=create_loss(options, dataset),
         device=world.device,
         dtype=model_dtype(options),
         verbose=world.primary,
@@ -110,8 +113,12 @@ def create_task(options: Namespace, model: nn.Module, world: World) -> TrainingT
     )
 
 
-def create_loss(options: Namespace) -> nn.Module:
+def create_loss(options: Namespace, dataset: Dataset) -> nn.Module:
     """The training loss. Unlike timm's older script, `--bce-loss` holds without smoothing and mixup too."""
+    if options.task == 'multilabel':
+        own = multilabel.create_own_loss(options, dataset)
+        if own is not None:
+            return own
     soft_targets = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
     stats = load_class_stats(options.class_stats)
     weights = partial(resolve_class_weights, class_stats=stats, power=options.loss_weight_power)
@@ -168,11 +175,14 @@ def create_schedule(
         options: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, decreasing: bool, world: World,
 ) -> tuple[Scheduler | None, int]:
     """The learning-rate schedule, and the number of epochs it takes."""
-    schedule, epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(options, decreasing_metric=decreasing),
-        updates_per_epoch=updates_per_epoch,
-    )
+    if options.sched == 'onecycle':
+        schedule, epochs = create_one_cycle(options, optimizer, updates_per_epoch), options.epochs
+    else:
+        schedule, epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(options, decreasing_metric=decreasing),
+            updates_per_epoch=updates_per_epoch,
+        )
     if world.primary:
         each = 'epoch' if schedule is None or schedule.t_in_epochs else 'update'
         _logger.info(f'Scheduled epochs: {epochs}. LR stepped per {each}.')

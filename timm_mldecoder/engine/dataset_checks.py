@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 
-from timm_mldecoder.data import FORMATS
+from timm_mldecoder.data import FORMATS, MultiLabelDataset
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def check_classes(dataset: Any, num_classes: int, asked_for: bool) -> None:
     if not classes or len(classes) == num_classes:
         return
     message = f'the data has {len(classes)} classes, the model {num_classes}; pass --num-classes {len(classes)}'
-    if asked_for or len(classes) > num_classes:
+    if asked_for or len(classes) > num_classes or isinstance(dataset, MultiLabelDataset):
         raise ValueError(message)
     _logger.warning(message)
 
@@ -62,5 +62,7 @@ def check_same_classes(train: Any, validation: Any) -> None:
 
 
 def class_to_index(dataset: Any) -> dict[str, int] | None:
-    """The class indices of a folder or tar data set, None for others."""
+    """The class indices of a data set, None where it does not know them."""
+    if isinstance(dataset, MultiLabelDataset):
+        return {name: index for index, name in enumerate(dataset.class_names)}
     return getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)

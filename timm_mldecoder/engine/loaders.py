@@ -11,9 +11,10 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import create_dataset
+from timm_mldecoder.data import MultiLabelDataset, create_dataset
 from timm_mldecoder.engine import streams
 from timm_mldecoder.engine.dataset_checks import check_folder
+from timm_mldecoder.engine.multilabel import change_transform
 from timm_mldecoder.engine.restartable import Position, RestartableLoader
 from timm_mldecoder.engine.world import World
 
@@ -152,7 +153,8 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
         num_samples=_num_samples(options, training),
         trust_remote_code=options.dataset_trust_remote_code,
     )
-    if options.task == 'multilabel' and getattr(dataset, 'target_transform', None) is None:
+    ours = isinstance(dataset, MultiLabelDataset)  # its targets are dense, and some of its labels ignored
+    if options.task == 'multilabel' and not ours and getattr(dataset, 'target_transform', None) is None:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
     return dataset
 
@@ -183,7 +185,7 @@ def create_train_loader(
         ValueError: If not even one batch fits the data set.
     """
     mixing = create_mixing(options)
-    interpolation = options.train_interpolation
+    interpolation = options.train_interpolation or config['interpolation']
     loader = create_loader(
         dataset,
         input_size=config['input_size'],
@@ -195,7 +197,7 @@ def create_train_loader(
         re_mode=options.remode,
         re_count=options.recount,
         re_split=options.resplit,
-        train_crop_mode=options.train_crop_mode,
+        train_crop_mode=None if options.train_crop_mode == 'squash' else options.train_crop_mode,
         scale=options.scale,
         ratio=options.ratio,
         hflip=options.hflip,
@@ -206,12 +208,13 @@ def create_train_loader(
         gaussian_blur_prob=options.gaussian_blur_prob,
         auto_augment=options.aa,
         num_aug_repeats=options.aug_repeats if world.distributed else 0,
-        interpolation=config['interpolation'] if options.no_aug or not interpolation else interpolation,
+        interpolation=config['interpolation'] if options.no_aug else interpolation,
         num_workers=options.workers,
         worker_seeding=options.worker_seeding,
         **_changing_sizes(options),
         **_common(options, config, placement, world),
     )
+    change_transform(options, dataset, interpolation)
     if len(loader) == 0:
         raise ValueError(f'--batch-size {options.batch_size} on {world.size} process(es): the training split has only '
                          f'{len(dataset)} images, not one full batch; make the batch smaller')

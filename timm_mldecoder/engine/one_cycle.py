@@ -1,6 +1,7 @@
 """The one-cycle schedule, which timm lacks, in the form of timm's schedulers."""
 
 import math
+from argparse import Namespace
 
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
@@ -72,3 +73,14 @@ class OneCycleScheduler(Scheduler):
 
 def _anneal(start: float, end: float, fraction: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def create_one_cycle(options: Namespace, optimizer: Optimizer, updates_per_epoch: int) -> OneCycleScheduler:
+    """One cycle from --warmup-lr over --lr to --min-lr, which peaks after --warmup-epochs."""
+    return OneCycleScheduler(
+        optimizer,
+        num_updates=options.epochs * updates_per_epoch,
+        warmup_fraction=options.warmup_epochs / options.epochs,
+        div_factor=options.lr / options.warmup_lr if options.warmup_lr else math.inf,
+        final_div_factor=options.warmup_lr / options.min_lr if options.min_lr else math.inf,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from timm_mldecoder.engine import report
+from timm_mldecoder.engine.dataset_checks import class_to_index
 from timm_mldecoder.engine.loaders import EvalLoader, TrainLoader
 from timm_mldecoder.engine.state import RUN, TrainingState
 from timm_mldecoder.engine.world import World
@@ -101,4 +102,7 @@ class Run:
     def _content(self, ranks: list[dict[str, Any]], metric: float | None = None) -> dict[str, Any]:
         content = self.state.state_dict(self.options, ranks, metric)
         content[RUN]['data_config'] = self.data_config
+        classes = class_to_index(self.train_loader.dataset)
+        if classes:
+            content['class_names'] = list(classes)
         return content

@@ -8,7 +8,10 @@ from timm.optim import list_optimizers
 
 _DTYPES = ('float32', 'float16', 'bfloat16')
 _CHOICES = {  # options whose choices timm does not put into its parser
-    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
+    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'onecycle',
+              'none'),
+    'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr', 'squash'),
+    'crop_mode': (None, 'squash', 'border', 'center'),
     'clip_mode': ('norm', 'value', 'agc'),
     'mixup_mode': ('batch', 'pair', 'elem'),
     'dist_bn': ('broadcast', 'reduce', ''),

@@ -28,7 +28,8 @@ DATASET: Group = ('Data set', [
 
 AUGMENTATION: Group = ('Augmentation and regularisation', [
     switch('--no-aug', help='train on the evaluation transform'),
-    flag('--train-crop-mode', type=str, metavar='MODE', help='rrc, rkrc or rkrr instead of the random resized crop'),
+    flag('--train-crop-mode', type=str, metavar='MODE',
+         help='rrc (random resized crop, the default), rkrc, rkrr or squash (no crop)'),
     flag('--scale', type=float, nargs='+', metavar='PCT', default=[0.08, 1.0], help='area range of the random crop'),
     flag('--ratio', type=float, nargs='+', metavar='RATIO', default=[3. / 4., 4. / 3.],
          help='aspect range of the random crop'),

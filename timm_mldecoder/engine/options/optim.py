@@ -3,10 +3,11 @@
 from timm.task import LOSS_TYPES
 
 from timm_mldecoder.engine.options.tables import Group, flag, pairs, switch
+from timm_mldecoder.losses import LOSSES
 
 LOSS: Group = ('Loss', [
-    flag('--loss', type=str, choices=list(LOSS_TYPES),
-         help='loss; ce for one class an image, bce for several, if not given'),
+    flag('--loss', type=str, choices=[*LOSS_TYPES, *(name for name in LOSSES if name not in LOSS_TYPES)],
+         help='loss; ce for one class an image, bce for several, if not given; csl and aam are for several'),
     switch('--bce-loss', help='binary cross-entropy, the same as --loss bce'),
     switch('--bce-sum', help='sum the BCE over classes'),
     flag('--bce-target-thresh', type=float, metavar='T', help='turn mixed targets above it to 1, others to 0'),
@@ -19,7 +20,8 @@ LOSS: Group = ('Loss', [
     flag('--poly-gamma', type=float, metavar='G', default=0.0, help='focusing parameter of the poly loss'),
     flag('--poly-epsilon', type=float, metavar='EPS', default=2.0, help='coefficient of the poly loss'),
     pairs('--loss-kwargs',
-          help="further arguments of the loss, as in asl_gamma_pos=0 (timm.loss.create_classification_loss)"),
+          help="further arguments of the loss, as in asl_gamma_pos=0 (timm.loss.create_classification_loss), "
+               "detach_focusing=True or mode=selective (timm_mldecoder.losses)"),
 ])
 
 OPTIMIZER: Group = ('Optimizer', [
@@ -38,7 +40,7 @@ OPTIMIZER: Group = ('Optimizer', [
 
 SCHEDULE: Group = ('Learning rate', [
     flag('--sched', type=str, metavar='NAME', default='cosine',
-         help='cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none'),
+         help='cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau, onecycle or none'),
     switch('--sched-on-updates', help='step the schedule with every update rather than epoch'),
     flag('--lr', type=float, metavar='LR', help='learning rate; from --lr-base if not given'),
     flag('--lr-base', type=float, metavar='LR', default=0.1, help='learning rate at --lr-base-size images an update'),

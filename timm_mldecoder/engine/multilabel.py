@@ -1,0 +1,80 @@
+"""What a multi-label run does in another way than timm's: losses, metrics, transforms, labels to ignore."""
+
+from argparse import Namespace
+from typing import Any
+
+from timm.task import MultiLabelClassificationTask
+from torch.utils.data import Dataset
+
+from timm_mldecoder.data import MultiLabelDataset
+from timm_mldecoder.data.priors import read_priors
+from timm_mldecoder.data.transforms import Cutout, cut_out, squash
+from timm_mldecoder.losses import LOSSES, MultiLabelLoss, create_loss
+from timm_mldecoder.metrics import MultiLabelEvaluator
+
+#: Losses that timm has too, and that it computes where it can.
+SHARED_LOSSES = ('bce', 'asl')
+#: timm's defaults of the losses that both have; nothing but what is asked for changes where ours steps in.
+_TIMM_DEFAULTS = {
+    'asl': dict(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_focusing=False, reduction='batchmean'),
+    'bce': dict(reduction='mean'),
+}
+_TIMM_ONLY = ('bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'loss_pos_weight', 'loss_class_weight')
+
+
+class MultiLabelTask(MultiLabelClassificationTask):
+    """timm's multi-label task, evaluated with labels to ignore and more metrics."""
+
+    def create_evaluator(self, **options: Any) -> MultiLabelEvaluator:
+        return MultiLabelEvaluator(device=self.device, threshold=self.threshold, **options)
+
+
+def create_own_loss(options: Namespace, dataset: Dataset) -> MultiLabelLoss | None:
+    """The loss of this package that the options and the labels ask for; None where timm has what it takes.
+
+    Raises:
+        ValueError: If the labels to ignore, or an option, do not go with the loss.
+    """
+    name = options.loss or 'bce'
+    ignores = has_ignored(dataset)
+    timm_can = name in SHARED_LOSSES and not ignores and 'detach_focusing' not in options.loss_kwargs
+    if timm_can or (name not in LOSSES and not ignores):
+        return None
+    if name not in LOSSES:
+        raise ValueError(f'--loss {name} would learn from labels that are to be ignored; take one of {sorted(LOSSES)}')
+    if ignores and (options.mixup or options.cutmix or options.cutmix_minmax):
+        raise ValueError(f'--mixup and --cutmix would mix labels that are to be ignored with others; '
+                         f'--dataset {options.dataset} has such labels')
+    given = [f'--{option.replace("_", "-")}' for option in _TIMM_ONLY if getattr(options, option)]
+    if given:
+        raise ValueError(f'{", ".join(given)} cannot be had with --loss {name} and labels to ignore')
+    settings = {option.removeprefix(f'{name}_'): value for option, value in options.loss_kwargs.items()}
+    if options.class_priors:
+        settings['class_prior'] = read_priors(options.class_priors, dataset.class_names)
+    soft = options.mixup or options.cutmix or options.cutmix_minmax  # Mixup has smoothed them already
+    settings.setdefault('smoothing', 0.0 if soft else options.smoothing)
+    try:
+        return create_loss(name, **{**_TIMM_DEFAULTS.get(name, {}), **settings})
+    except TypeError as error:  # a name in --loss-kwargs that the loss does not have
+        raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def has_ignored(dataset: Dataset) -> bool:
+    """Whether some labels of a data set are to be ignored."""
+    return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored
+
+
+def change_transform(options: Namespace, dataset: Dataset, interpolation: str) -> None:
+    """Squash and cut out, in the training transform that timm has given a data set.
+
+    Raises:
+        ValueError: With changing image sizes, which have a transform each.
+    """
+    if options.no_aug or not (options.cutout or options.train_crop_mode == 'squash'):
+        return
+    if options.train_img_sizes:
+        raise ValueError('--train-crop-mode squash and --cutout do not go with --train-img-sizes')
+    if options.train_crop_mode == 'squash':
+        dataset.transform = squash(dataset.transform, interpolation)
+    if options.cutout:
+        dataset.transform = cut_out(dataset.transform, Cutout(options.cutout, options.cutout_prob))
