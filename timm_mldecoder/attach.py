@@ -6,6 +6,7 @@ stay, and `MLDecoderModel` answers for the head. How a family's features are rea
 
 import functools
 import inspect
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -31,25 +32,66 @@ def add_ml_decoder_head(
         num_classes: classes of the new head; -1 keeps the model's.
         num_of_groups: queries of the head, see `MLDecoder`.
         decoder_embedding: width of the head, see `MLDecoder`.
-        **options: further keyword options of `MLDecoder`.
+        **options: further keyword options of `MLDecoder`. ``word_embeddings`` may also be a file, see
+            `timm_mldecoder.data.word_embeddings`; ``class_names`` then pick and order its classes.
 
     Returns:
         The same model. ``forward`` gives logits [B, num_classes].
 
     Raises:
-        ValueError: the model is not timm's, cannot give image features, or has no classes; an unknown option.
+        ValueError: the model is not timm's, cannot give image features, or has no classes; an unknown option; label
+            embeddings of another number of classes.
     """
     options = {'num_of_groups': num_of_groups, 'decoder_embedding': decoder_embedding, **options}
     check_options(options)
+    words, class_names = _take_words(options)
+    if words is not None:
+        if num_classes not in (-1, len(words)):
+            raise ValueError(f'word_embeddings are of {len(words)} classes, num_classes is {num_classes}')
+        num_classes = len(words)
     num_classes = _check_model(model, num_classes)
+    MLDecoder(num_classes, **options, device='meta')  # a wrong value is said before the model is touched
     if not isinstance(model, MLDecoderModel):
         _take_head_off(model)
         model.__class__ = ml_decoder_class(type(model))
     defaults = inspect.signature(MLDecoder).parameters
     model.ml_decoder_options = {name: value for name, value in options.items() if value != defaults[name].default}
-    model._model_args = dict(model._model_args)  # notes the head for save_for_hf
     model.reset_classifier(num_classes)
+    if words is not None:
+        head = model.get_classifier()
+        head.set_word_embeddings(words, class_names)
+        # what is learned depends on the grouping, which must not follow the number of classes
+        model.ml_decoder_options |= {'num_of_groups': head.plan.num_queries, 'group_size': head.plan.group_size}
+    model._model_args = dict(model._model_args)  # notes the head for save_for_hf
     return model
+
+
+def _take_words(options: dict) -> tuple[Tensor | None, list[str] | None]:
+    """The label embeddings and class names of a word-query head, if any.
+
+    Leaves the width of the embeddings behind: the options are written as JSON, and the embeddings travel with the
+    weights.
+    """
+    words, class_names = options.get('word_embeddings'), options.pop('class_names', None)
+    if isinstance(words, (str, PathLike)):
+        from timm_mldecoder.data.word_embeddings import read_word_embeddings
+
+        words, class_names = read_word_embeddings(words, class_names)
+    if isinstance(words, Tensor):
+        if words.dim() != 2:
+            raise ValueError(f'word_embeddings must be [C, E], got a tensor of shape {tuple(words.shape)}')
+        options['word_embeddings'] = words.shape[1]
+        return words, class_names
+    if class_names is not None:
+        raise ValueError('class_names need word_embeddings, a tensor or a file')
+    return None, None
+
+
+def _keep_words(old: nn.Module, new: MLDecoder) -> None:
+    """A fresh head for as many classes is for the same ones."""
+    words, place = getattr(old, 'vocabulary', None), new.vocabulary
+    if words is not None and place is not None and words.known and words.width == place.width:
+        new.set_word_embeddings(words.embeddings, words.class_names)
 
 
 def check_options(options: dict) -> None:
@@ -65,6 +107,11 @@ class MLDecoderModel:
     ml_decoder_options: dict
     ml_decoder_slot: str  # where the head is registered, the place of the classifier it replaced
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head, which a head with word queries may change; 0 without a head."""
+        return getattr(self.get_classifier(), 'num_classes', 0)
+
     def get_classifier(self) -> nn.Module:
         return self.get_submodule(self.ml_decoder_slot)
 
@@ -76,7 +123,7 @@ class MLDecoderModel:
         if num_classes and global_pool:
             raise ValueError(f'global_pool={global_pool!r} has no meaning with an ML-Decoder head: leave it out')
         place = next(p for p in self.parameters() if p.is_floating_point())
-        head = nn.Identity()
+        old, head = self.get_classifier(), nn.Identity()
         if num_classes:
             head = MLDecoder(
                 num_classes,
@@ -85,8 +132,9 @@ class MLDecoderModel:
                 device=place.device,
                 dtype=place.dtype,
             )
+            if self.num_classes == num_classes:
+                _keep_words(old, head)
         self.set_submodule(self.ml_decoder_slot, head.train(self.training))
-        self.num_classes = num_classes
         self.ml_decoder_pooled = global_pool != ''
 
     def forward_head(self, x=None, pre_logits: bool = False, patch_valid: Tensor | None = None, **kwargs) -> Tensor:

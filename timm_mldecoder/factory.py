@@ -1,5 +1,6 @@
 """What ``timm.create_model`` does when ``ml_decoder`` is asked for; plugin.py leads here."""
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -48,6 +49,9 @@ def create_with_head(
     if pool:
         kwargs['global_pool'] = pool
 
+    # the number of classes that a stored model was saved with is nobody's wish, where new word embeddings come
+    asked, saved = kwargs.get('num_classes'), (kwargs.get('pretrained_model_args') or {}).get('num_classes')
+    options['num_classes'] = -1 if asked is None or asked == saved else asked
     if not (pretrained and stored_head):
         return add_ml_decoder_head(entrypoint(pretrained=pretrained, **kwargs), **options)
     with _held_back_load() as loads:
@@ -88,14 +92,18 @@ def load_with_head(model: nn.Module, filter_fn: Callable | None = None, **kwargs
             classes are the same.
     """
     head_prefix = model.ml_decoder_slot + '.'
-    same_classes = kwargs['num_classes'] == kwargs['pretrained_cfg']['num_classes']
+    # word queries fit any classes, and know whether they have their own
+    has_words = model.get_classifier().vocabulary is not None
+    same_classes = has_words or kwargs['num_classes'] == kwargs['pretrained_cfg']['num_classes']
 
     def filter_backbone(state_dict: dict, model: nn.Module) -> dict:
         head = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(head_prefix)}
         if filter_fn is not None:
             # timm's filters tell its own files from others' by the classifier
             stand_ins = {head_prefix + name: torch.zeros(0) for name in ('weight', 'bias')}
-            state_dict = filter_fn({**state_dict, **stand_ins}, model)
+            state_dict = {**state_dict, **stand_ins}
+            takes_model = len(inspect.signature(filter_fn).parameters) > 1
+            state_dict = filter_fn(state_dict, model) if takes_model else filter_fn(state_dict)
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith(head_prefix)}
         if not same_classes:
             _logger.warning(
