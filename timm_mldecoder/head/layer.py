@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.project(queries, memory)
-        query = query.expand(key.shape[0], -1, -1, -1)
+        query = query.expand(memory.shape[0], -1, -1, -1)  # key's batch size is a constant to timm's ONNX exporter
         mask = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
