@@ -1,0 +1,218 @@
+"""Checkpoints from elsewhere in this package's layout: the reference repository's, and timm's own ML-Decoder layer's.
+
+Weights only: nothing in a file is ever run, and a tensor that does not fit is an error, never left out.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from timm.models.tresnet import checkpoint_filter_fn as convert_tresnet
+from torch import Tensor, nn
+
+from timm_mldecoder.head import MLDecoder
+
+# Where files keep their weights; the averaged ones first, as timm's own loader prefers them.
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+
+# The group fully-connected weight, which every layout names in its own way -> whose layout it is.
+LAYOUTS = {
+    'decoder.duplicate_pooling': 'the reference repository',
+    'duplicate_pooling': "timm's own ML-Decoder layer",
+    'group_fc.weight': 'timm_mldecoder',
+}
+# The other two layouts' names -> ours, once their leading `decoder.` is off; all other names are the same.
+_RENAMES = {
+    'embed_standart': 'embed',
+    'query_embed': 'queries',
+    'duplicate_pooling': 'group_fc.weight',
+    'duplicate_pooling_bias': 'group_fc.bias',
+}
+# Option of MLDecoder -> the tensor and its dimension that show it. The number of attention heads shows nowhere.
+_SHOWN_BY = {
+    'num_classes': ('group_fc.bias', 0),
+    'num_of_groups': ('group_fc.weight', 0),
+    'decoder_embedding': ('group_fc.weight', 1),
+    'dim_feedforward': ('layers.0.linear1.weight', 0),
+}
+
+# What files hold beside tensors and plain values: the options and scores of a training run. Building one runs nothing.
+_numpy_scalar = np.float64().__reduce__()[0]
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float32', 'float64', 'str')},
+    (_numpy_scalar, 'numpy.core.multiarray.scalar'),  # as numpy 1 wrote it, and as numpy 2 does
+    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
+]
+
+
+class Head(NamedTuple):
+    """An ML-Decoder head found among the tensors of a file: the names of its tensors start with ``prefix``."""
+
+    layout: str
+    prefix: str
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under the names that ``model.load_state_dict`` expects.
+
+    Reads the layouts of the reference repository (its TResNets with in-place ABN included), of timm's own ML-Decoder
+    layer and of this package, under ``model`` or ``state_dict``, with or without ``module.``. Takes the arguments of
+    timm's filters: ``timm.models.load_checkpoint(model, path, filter_fn=convert_state_dict)``.
+
+    Args:
+        state_dict: what the file holds; neither it nor the model is changed.
+        model: a timm model with an ML-Decoder head, or an `MLDecoder`, built as `head_options` says.
+
+    Raises:
+        ValueError: the file or the model has no ML-Decoder head, or tensors are missing, unexpected or of another
+            shape; they are all listed.
+    """
+    slot = _slot(model)
+    tensors = unwrap(state_dict)
+    prefix = find_head(tensors).prefix
+    head = {slot + name: tensor for name, tensor in _head_tensors(tensors, prefix).items()}
+    backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    if 'body.conv1.0.weight' in backbone:
+        backbone = convert_tresnet(backbone, model)
+        # batch norm counts its batches, in-place ABN does not
+        backbone |= {
+            name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')
+        }
+    converted = {**backbone, **head}
+    _check_fit(converted, model, slot)
+    return converted
+
+
+def head_options(state_dict: Mapping[str, Any]) -> dict[str, int]:
+    """The options of `MLDecoder` that the shapes of a checkpoint's tensors show, ``num_classes`` first.
+
+    ``add_ml_decoder_head(model, **head_options(state_dict))`` gives the head that the checkpoint fits.
+
+    Raises:
+        ValueError: no ML-Decoder head in the checkpoint, one of word queries, or one with tensors missing.
+    """
+    tensors = unwrap(state_dict)
+    head = _head_tensors(tensors, find_head(tensors).prefix)
+    missing = sorted({name for name, _ in _SHOWN_BY.values()} - set(head))
+    if missing:
+        raise ValueError(f'the ML-Decoder head in the checkpoint is not complete: it lacks {", ".join(missing)}')
+    if head['group_fc.weight'].dim() != 3:
+        raise ValueError(
+            f'the group weight in the checkpoint has shape {list(head["group_fc.weight"].shape)}, not [groups, width, '
+            f'classes a group]: it is shared by word queries (zero-shot), which have no options to infer'
+        )
+    return _shown_options(head)
+
+
+def find_head(tensors: Mapping[str, Tensor]) -> Head:
+    """The one ML-Decoder head among the tensors of a file.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    for marker, layout in LAYOUTS.items():
+        prefixes = [name.removesuffix(marker) for name in tensors if f'.{name}'.endswith(f'.{marker}')]
+        if len(prefixes) > 1:
+            raise ValueError(f'the checkpoint has {len(prefixes)} ML-Decoder heads ({", ".join(prefixes)}), not one')
+        if prefixes:
+            return Head(layout, prefixes[0])
+    raise ValueError(
+        f'no ML-Decoder head in the checkpoint: none of its {len(tensors)} tensors is named {" or ".join(LAYOUTS)}'
+    )
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of what a file holds, without the names that DistributedDataParallel and torch.compile add."""
+    wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+    tensors = clean_state_dict(checkpoint if wrapper is None else checkpoint[wrapper])
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f'not a state dict: {", ".join(map(str, others))} are no tensors; weights are looked for at the top level '
+            f'and under {", ".join(WRAPPERS)}'
+        )
+    return tensors
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a ``.safetensors`` or ``torch.save`` file holds, on the CPU.
+
+    Beside tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted.
+
+    Raises:
+        ValueError: the file holds anything else, or is damaged. It is not read in another way.
+    """
+    if Path(path).suffix == '.safetensors':
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f'{path} is no whole safetensors file: {error}') from error
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        blocked = re.search(r'GLOBAL (\S+)', str(error))
+        reason = f'it holds {blocked[1]}, which could run code' if blocked else f'it is damaged ({error})'
+        raise ValueError(f'{path} is refused: {reason}. Only files of weights are read.') from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the weights of a model by name')
+    return dict(checkpoint)
+
+
+def _head_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of the head under our names, without prefix."""
+    return {_our_name(name[len(prefix) :]): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix('decoder.')
+    module, dot, rest = name.partition('.')
+    return _RENAMES.get(module, module) + dot + rest
+
+
+def _shown_options(head: Mapping[str, Tensor]) -> dict[str, int]:
+    options = {
+        option: head[name].shape[dim]
+        for option, (name, dim) in _SHOWN_BY.items()
+        if name in head and head[name].dim() > dim
+    }
+    return {**options, 'num_layers': len({name.split('.')[1] for name in head if name.startswith('layers.')})}
+
+
+def _slot(model: nn.Module) -> str:
+    slots = [name for name, module in model.named_modules() if isinstance(module, MLDecoder)]
+    if len(slots) != 1:
+        raise ValueError(
+            f'{type(model).__name__} has {len(slots)} ML-Decoder heads, not one: build it with '
+            f'timm.create_model(..., ml_decoder=True) or add_ml_decoder_head'
+        )
+    return f'{slots[0]}.' if slots[0] else ''
+
+
+def _check_fit(converted: Mapping[str, Tensor], model: nn.Module, slot: str) -> None:
+    own = model.state_dict()
+    misfits = {
+        'missing': [name for name in own if name not in converted],
+        'unexpected': [name for name in converted if name not in own],
+        'mis-shaped': [
+            f'{name} (file {list(converted[name].shape)}, model {list(tensor.shape)})'
+            for name, tensor in own.items()
+            if name in converted and converted[name].shape != tensor.shape
+        ],
+    }
+    if not any(misfits.values()):
+        return
+    lines = [f'  {kind}: {", ".join(names)}' for kind, names in misfits.items() if names]
+    head = {name[len(slot) :]: tensor for name, tensor in converted.items() if name.startswith(slot)}
+    options = ', '.join(f'{option}={value}' for option, value in _shown_options(head).items())
+    lines = [f'the checkpoint does not fit {type(model).__name__}:', *lines, f'  its head was built with {options}']
+    raise ValueError('\n'.join(lines))
