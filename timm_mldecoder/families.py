@@ -1,7 +1,7 @@
 """How each timm family gives its un-pooled features to the head: the one table in which families differ.
 
-Most of timm needs no entry: ``reset_classifier(0, '')`` switches the pooling off, and what ``forward_head`` then returns
-as pre-logits is what a pooling head would have pooled, with the norms and convolutions that stand before it.
+Most of timm needs no entry: ``reset_classifier(0, "")`` switches the pooling off, and what ``forward_head`` then gives as
+pre-logits is what a pooling head would have pooled, with the norms and convolutions that stand before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +29,11 @@ class Family:
         prefix_tokens: class and register tokens in front of the image's, where the model does not say.
         channels_first: tokens come as [B, F, N].
         features: stands in for ``forward_features``.
+        why: what makes the family differ, for the documentation.
         refuse: why the family cannot take the head.
     """
 
+    why: str = ''
     read_features: bool = False
     unpool: Mapping[str, object] = field(default_factory=lambda: {'global_pool': ''})
     clear: Mapping[str, object] = field(default_factory=dict)
@@ -43,18 +45,26 @@ class Family:
     refuse: str = ''
 
 
-RULE = Family()
+RULE = Family(
+    'un-pooled with `reset_classifier(0, "")`; the head reads what `forward_head` gives before the classifier'
+)
+_CLASS_ATTENTION = 'class attention runs after the image tokens are done; nothing but the class token would feel it'
+_TWO_TOKENS = 'two class tokens with a classifier each; the head reads the image tokens'
+_POOLED_STAGE = 'a stage between features and classifier works on the pooled vector only; the head reads the features'
+_SCALES = 'several scales with a classifier each; the head reads the tokens of all, with an embedding a scale'
+_PARTS = 'the classifier is a module of several parts; the head takes its place'
+_MLP_HEAD = Family(_POOLED_STAGE, read_features=True, unpool={'reset_other': True})
 _ENCODER = Family(refuse='it is the encoder of a larger model and was never a classifier')
-_MLP_HEAD = Family(read_features=True, unpool={'reset_other': True})
 
 # By the name of timm's class, looked up along the class's ancestors.
 FAMILIES: dict[str, Family] = {
-    # class attention after the image tokens are done: only the class token would feel it
-    'Cait': Family(clear={'blocks_token_only': None, 'cls_token': None, 'num_prefix_tokens': 0}),
-    'Xcit': Family(clear={'cls_attn_blocks': None, 'cls_token': None, 'num_prefix_tokens': 0}),
-    'VOLO': Family(clear={'post_network': None, 'cls_token': None, 'use_aux_head': False}),
-    # several scales, each with a classifier of its own: the head reads them all
+    'Cait': Family(
+        _CLASS_ATTENTION, clear={'blocks_token_only': None, 'cls_token': None, 'num_prefix_tokens': 0}
+    ),
+    'Xcit': Family(_CLASS_ATTENTION, clear={'cls_attn_blocks': None, 'cls_token': None, 'num_prefix_tokens': 0}),
+    'VOLO': Family(_CLASS_ATTENTION, clear={'post_network': None, 'cls_token': None, 'use_aux_head': False}),
     'CoaT': Family(
+        _SCALES + ' (the lite models have one scale)',
         read_features=True,
         unpool={},
         clear={'aggregate': None},
@@ -62,28 +72,30 @@ FAMILIES: dict[str, Family] = {
         widths=lambda model: model.embed_dims[1:] if model.parallel_blocks is not None else None,
     ),
     'CrossVit': Family(
-        read_features=True, unpool={}, prefix_tokens=1, slot='head', widths=lambda model: model.embed_dim
+        _SCALES, read_features=True, unpool={}, prefix_tokens=1, slot='head', widths=lambda model: model.embed_dim
     ),
     'EfficientViM': Family(
+        _SCALES,
         read_features=True,
         unpool={},
         channels_first=True,
         slot='heads',
         widths=lambda model: (*model.embed_dim, model.embed_dim[-1]),
     ),
-    # two class tokens, two heads
-    'VisionTransformerDistilled': Family(read_features=True, unpool={}, prefix_tokens=2),
+    'VisionTransformerDistilled': Family(_TWO_TOKENS, read_features=True, unpool={}, prefix_tokens=2),
     'PoolingVisionTransformer': Family(
-        read_features=True, unpool={}, clear={'norm': nn.Identity}, features=last_stage_map
+        '`forward_features` gives class tokens only; the head reads the last map of `forward_intermediates`',
+        read_features=True,
+        unpool={},
+        clear={'norm': nn.Identity},
+        features=last_stage_map,
     ),
-    # the classifier is a module of several parts
-    'RepVit': Family(slot='head'),
-    'IFormer': Family(slot='head'),
-    # a stage between features and classifier that works on the pooled vector only
+    'RepVit': Family(_PARTS, slot='head'),
+    'IFormer': Family(_PARTS, slot='head'),
     'EfficientVit': _MLP_HEAD,
     'EfficientVitLarge': _MLP_HEAD,
     'MetaNeXt': _MLP_HEAD,
-    'VGG': Family(read_features=True, clear={'pre_logits': nn.Identity}),
+    'VGG': Family(_POOLED_STAGE, read_features=True, clear={'pre_logits': nn.Identity}),
     'DeepseekVitEncoder': _ENCODER,
     'Gemma4VitEncoder': _ENCODER,
     'MobileNetV5Encoder': _ENCODER,

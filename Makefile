@@ -1,0 +1,27 @@
+# Everything runs in .venv, made once. `make demo` and `make test` need nothing but Python 3.10 or newer.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN := .venv/bin/python
+
+.PHONY: demo test test-slow models clean
+
+demo: .venv/ready  ## train both heads on embedded data, print the table, leave a picture in demo_output/
+	$(RUN) -m benchmarks.demo
+
+test: .venv/ready  ## linter and the fast suite
+	$(RUN) -m ruff check .
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
+
+test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+
+models: .venv/ready  ## write docs/models.md anew
+	OMP_NUM_THREADS=1 $(RUN) docs/models.py --write
+
+.venv/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv demo_output output

@@ -1,0 +1,55 @@
+"""What a class's query looks at in an image, as a map over the image."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from timm_mldecoder.head import MLDecoder
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Attention of the query of one class an image, mean over heads.
+
+    Args:
+        model: a timm model with an ML-Decoder head, in eval mode.
+        images: [B, C, H, W], preprocessed as for the model.
+        classes: [B], a class index an image.
+
+    Returns:
+        [B, h, w], the grid of the head's tokens; each map sums to 1.
+
+    Raises:
+        ValueError: the model has no ML-Decoder head, or sees several scales or no grid.
+    """
+    head = model.get_classifier()
+    if not isinstance(head, MLDecoder):
+        raise ValueError(f'attention maps need an ML-Decoder head, the model has {type(head).__name__}')
+    seen: list = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.extend(args[:1]))
+    try:
+        features = model.forward_features(images)
+        model.forward_head(features)
+    finally:
+        handle.remove()
+    tokens = seen[0]
+    if not isinstance(tokens, Tensor):
+        raise ValueError('attention maps are for one scale of features; this model gives several')
+    weights = head.attention_weights(tokens)  # [B, K, N]
+    query = classes // head.group_fc.group_size
+    rows = weights[torch.arange(len(classes), device=query.device), query]
+    return rows.unflatten(1, _grid(model, features, tokens.shape[1], images.shape[-2:]))
+
+
+def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:
+    """Rows and columns of the tokens."""
+    if features.dim() == 4:
+        shape = features.shape[1:3] if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else features.shape[2:]
+        if shape.numel() == num_tokens:
+            return tuple(shape)
+    height, width = image_size
+    rows = round(math.sqrt(num_tokens * height / width))
+    if rows == 0 or num_tokens % rows or rows * (num_tokens // rows) != num_tokens:
+        raise ValueError(f'{num_tokens} tokens make no grid over an image of {height} x {width}')
+    return rows, num_tokens // rows
