@@ -63,6 +63,7 @@ class RestartableLoader:
         )
         self._iterator: Iterator | None = None
         self._resume: Position | None = None
+        self._fetched_ahead = False
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -108,22 +109,27 @@ class RestartableLoader:
                 break
             samples, self._sent[batch] = item
             yield samples
-        self._note_streams(first + 1, first)
+        self._catch_up()
 
     def _note_streams(self, batch: int, first: int) -> None:
         """Before a batch is fetched: keep the streams it is fetched with, for the last few batches only."""
-        resume = self._resume
-        if resume and batch == first:
-            self._fetched_with[batch] = resume.before or resume.now
+        if self._resume and batch == first:
+            self._fetched_with[batch] = self._resume.before or self._resume.now
             return
-        if resume and resume.before and batch == first + 1:
-            streams.restore(resume.now)  # the first batch had been fetched ahead of the step before it
+        self._catch_up()
         self._fetched_with[batch] = streams.capture()
         self._fetched_with.pop(batch - 3, None)
         self._sent.pop(batch - self.num_workers - 3, None)
 
     def _restore_streams(self) -> None:
         streams.restore(self._resume.before or self._resume.now)
+        self._fetched_ahead = self._resume.before is not None
+
+    def _catch_up(self) -> None:
+        """Once the first batch is here again, which had been fetched ahead of a step: go on from after that step."""
+        if self._fetched_ahead:
+            streams.restore(self._resume.now)
+            self._fetched_ahead = False
 
     def _turns(self, batch: int) -> list[tuple[int, int]]:
         """(batch, worker) of the last batch that each loader process made before `batch`."""
