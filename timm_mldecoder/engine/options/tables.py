@@ -50,7 +50,8 @@ def parse_explicit(parser: ArgumentParser, argv: list[str] | None) -> tuple[Name
     unset = object()
     options = Namespace(**{action.dest: unset for action in parser._actions if action.dest != 'help'})
     parser.parse_args(argv, options)
-    explicit = {name: value for name, value in vars(options).items() if value is not unset}
+    # argparse sets an optional positional to None where it is not given
+    explicit = {name: value for name, value in vars(options).items() if value is not unset and value is not None}
     for name in vars(options).keys() - explicit.keys():
         setattr(options, name, parser.get_default(name))
     return options, explicit
