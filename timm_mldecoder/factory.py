@@ -37,20 +37,29 @@ def create_with_head(
     Raises:
         ValueError: an unknown option, or a model without classes or un-pooled features.
     """
-    options = {} if ml_decoder is True else _as_options(ml_decoder)
+    options = _as_options(ml_decoder)
     stored_pool = options.pop('global_pool', None)
     check_options(options)
-    if kwargs.get('features_only'):
-        raise ValueError('features_only=True gives feature maps without a classifier: leave ml_decoder out')
-    if kwargs.get('num_classes') == 0:
-        raise ValueError('num_classes=0 gives a model without a classifier: leave ml_decoder out')
+    saved = (kwargs.get('pretrained_model_args') or {}).get('num_classes')
+    for name, value in (('features_only', True), ('num_classes', 0)):
+        if kwargs.get(name) == value and not stored_head:
+            raise ValueError(f'{name}={value} gives a model without a classifier: leave ml_decoder out')
     # An un-pooled model with classes is no model to timm; the head takes the pooling away after the weights are in.
     pool = global_pool or stored_pool
     if pool:
         kwargs['global_pool'] = pool
 
+    # Of a folder with a head, also its backbone may be had.
+    if kwargs.get('features_only'):
+        return entrypoint(pretrained=pretrained, **kwargs)
+    if kwargs.get('num_classes') == 0:
+        kwargs['num_classes'] = saved
+        model = create_with_head(entrypoint, ml_decoder, stored_head, pretrained, **kwargs)
+        model.reset_classifier(0)
+        return model
+
     # the number of classes that a stored model was saved with is nobody's wish, where new word embeddings come
-    asked, saved = kwargs.get('num_classes'), (kwargs.get('pretrained_model_args') or {}).get('num_classes')
+    asked = kwargs.get('num_classes')
     options['num_classes'] = -1 if asked is None or asked == saved else asked
     if not (pretrained and stored_head):
         return add_ml_decoder_head(entrypoint(pretrained=pretrained, **kwargs), **options)
@@ -62,7 +71,9 @@ def create_with_head(
     return model
 
 
-def _as_options(ml_decoder: Mapping) -> dict:
+def _as_options(ml_decoder: bool | Mapping) -> dict:
+    if ml_decoder is True:
+        return {}
     if not isinstance(ml_decoder, Mapping):
         raise ValueError(f'ml_decoder must be True, False or a dict of options, got {ml_decoder!r}')
     return dict(ml_decoder)
