@@ -181,9 +181,10 @@ class TestConvertStateDict:
             ({'duplicate_pooling': torch.zeros(4, 8, 1)}, 'lacks group_fc.bias, layers.0.linear1.weight'),
             (
                 {
-                    'duplicate_pooling': torch.zeros(8, 1),
-                    'duplicate_pooling_bias': torch.zeros(1),
-                    'decoder.layers.0.linear1.weight': torch.zeros(4, 8),
+                    'group_fc.weight': torch.zeros(8, 1),
+                    'group_fc.bias': torch.zeros(1),
+                    'layers.0.linear1.weight': torch.zeros(4, 8),
+                    'vocabulary.embeddings': torch.zeros(3, 5),
                 },
                 'word queries',
             ),

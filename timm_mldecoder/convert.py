@@ -17,6 +17,7 @@ import timm
 from timm.models import resolve_model_input_args, save_for_hf
 from torch import Tensor
 
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.weights import convert_state_dict, find_head, head_options, read_checkpoint, unwrap
 
 
@@ -71,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def convert(file: Path, folder: Path, model: str | None, input_size: int | None, **preprocessing) -> None:
+def convert(
+    file: Path, folder: Path, model: str | None, input_size: int | None, word_embeddings: Path | None, **preprocessing
+) -> None:
     """Read ``file``, say what it is, and write ``folder``.
 
     Args:
@@ -79,6 +82,8 @@ def convert(file: Path, folder: Path, model: str | None, input_size: int | None,
         folder: a new or empty folder, for ``config.json`` and ``model.safetensors``.
         model: timm's name of the backbone, where the file does not show it.
         input_size: height and width of the images in pixels, where the checkpoint is not a published one.
+        word_embeddings: label embeddings for a head of word queries, which is published without any; see
+            `timm_mldecoder.data.word_embeddings`.
         **preprocessing: how images are prepared, under the names of timm's data config.
 
     Raises:
@@ -90,7 +95,13 @@ def convert(file: Path, folder: Path, model: str | None, input_size: int | None,
     checkpoint = read_checkpoint(file)
     tensors = unwrap(checkpoint)
     options = head_options(tensors)
-    num_classes, num_of_groups = options.pop('num_classes'), options['num_of_groups']
+    names = None
+    if 'word_embeddings' in options:
+        options['word_embeddings'], names = _word_embeddings(word_embeddings)
+        options['class_names'] = names
+    elif word_embeddings:
+        raise ValueError(f'{file} has no word queries: leave --word-embeddings out')
+    num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
     architecture = Architecture(model) if model else _architecture(shape, checkpoint.get('arch'))
     input_size = input_size or INPUT_SIZES.get((shape, num_classes))
@@ -98,7 +109,7 @@ def convert(file: Path, folder: Path, model: str | None, input_size: int | None,
         raise ValueError(f'{file} does not show the size of its images: say --input-size')
     if not timm.is_model(architecture.model):
         raise ValueError(f'{architecture.model} is no model of timm: see timm.list_models()')
-    names = class_names(checkpoint.get('idx_to_class'), num_classes)
+    names = names or class_names(checkpoint.get('idx_to_class'), num_classes)
 
     target = resolve_model_input_args(
         architecture.model,
@@ -117,9 +128,15 @@ def convert(file: Path, folder: Path, model: str | None, input_size: int | None,
     print(f'layout        {find_head(tensors).layout}')
     print(f'architecture  {architecture.model}', *(f'{key}={value}' for key, value in architecture.arguments.items()))
     print(f'classes       {num_classes}, {_say_names(names, checkpoint)}')
-    print(f'groups        {num_of_groups}')
+    print(f'groups        {network.get_classifier().plan.num_queries}')
     print('images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()))
     print(f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+def _word_embeddings(path: Path | None) -> tuple[Tensor, list[str] | None]:
+    if path is None:
+        raise ValueError('the file has word queries: give its classes, --word-embeddings FILE')
+    return read_word_embeddings(path)
 
 
 def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
@@ -171,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('folder', type=Path, help='folder to write, new or empty')
     parser.add_argument('--model', help="timm's name of the backbone, where the file does not show it")
     parser.add_argument('--input-size', type=int, help='pixels a side, where the checkpoint is not a published one')
+    parser.add_argument('--word-embeddings', type=Path, help='label embeddings, for a head of word queries')
     images = parser.add_argument_group('how images are prepared, by default as the published checkpoints expect them')
     images.add_argument('--crop-mode', default='squash', choices=['squash', 'center', 'border'], help='[%(default)s]')
     images.add_argument('--crop-pct', default=1.0, type=float, help='[%(default)s]')

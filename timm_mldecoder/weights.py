@@ -34,6 +34,7 @@ _RENAMES = {
     'query_embed': 'queries',
     'duplicate_pooling': 'group_fc.weight',
     'duplicate_pooling_bias': 'group_fc.bias',
+    'wordvec_proj': 'queries.proj',
 }
 # Option of MLDecoder -> the tensor and its dimension that show it. The number of attention heads shows nowhere.
 _SHOWN_BY = {
@@ -66,15 +67,16 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 
     Reads the layouts of the reference repository (its TResNets with in-place ABN included), of timm's own ML-Decoder
     layer and of this package, under ``model`` or ``state_dict``, with or without ``module.``. Takes the arguments of
-    timm's filters: ``timm.models.load_checkpoint(model, path, filter_fn=convert_state_dict)``.
+    timm's filters: ``timm.models.load_checkpoint(model, path, filter_fn=convert_state_dict)``. The reference's files of
+    word queries hold no label embeddings: the model keeps its own.
 
     Args:
         state_dict: what the file holds; neither it nor the model is changed.
         model: a timm model with an ML-Decoder head, or an `MLDecoder`, built as `head_options` says.
 
     Raises:
-        ValueError: the file or the model has no ML-Decoder head, or tensors are missing, unexpected or of another
-            shape; they are all listed.
+        ValueError: the file or the model has no ML-Decoder head, tensors are missing, unexpected or of another shape
+            (they are all listed), or neither the file nor the model has label embeddings.
     """
     slot = _slot(model)
     tensors = unwrap(state_dict)
@@ -87,7 +89,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
         backbone |= {
             name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')
         }
-    converted = {**backbone, **head}
+    converted = {**_own_classes(model, slot, head), **backbone, **head}
     _check_fit(converted, model, slot)
     return converted
 
@@ -95,10 +97,12 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 def head_options(state_dict: Mapping[str, Any]) -> dict[str, int]:
     """The options of `MLDecoder` that the shapes of a checkpoint's tensors show, ``num_classes`` first.
 
-    ``add_ml_decoder_head(model, **head_options(state_dict))`` gives the head that the checkpoint fits.
+    ``add_ml_decoder_head(model, **head_options(state_dict))`` gives the head that the checkpoint fits. For the
+    reference's word queries there is the width of the label embeddings, ``word_embeddings``, instead of the classes.
 
     Raises:
-        ValueError: no ML-Decoder head in the checkpoint, one of word queries, or one with tensors missing.
+        ValueError: no ML-Decoder head in the checkpoint, one of this package's word queries, whose grouping no shape
+            shows, or one with tensors missing.
     """
     tensors = unwrap(state_dict)
     head = _head_tensors(tensors, find_head(tensors).prefix)
@@ -106,10 +110,7 @@ def head_options(state_dict: Mapping[str, Any]) -> dict[str, int]:
     if missing:
         raise ValueError(f'the ML-Decoder head in the checkpoint is not complete: it lacks {", ".join(missing)}')
     if head['group_fc.weight'].dim() != 3:
-        raise ValueError(
-            f'the group weight in the checkpoint has shape {list(head["group_fc.weight"].shape)}, not [groups, width, '
-            f'classes a group]: it is shared by word queries (zero-shot), which have no options to infer'
-        )
+        return _word_options(head)
     return _shown_options(head)
 
 
@@ -188,6 +189,32 @@ def _shown_options(head: Mapping[str, Tensor]) -> dict[str, int]:
     return {**options, 'num_layers': len({name.split('.')[1] for name in head if name.startswith('layers.')})}
 
 
+def _word_options(head: Mapping[str, Tensor]) -> dict[str, int]:
+    """The options of the reference's head of word queries, which are those of full decoding."""
+    dim, group_size = head['group_fc.weight'].shape
+    if 'vocabulary.embeddings' in head or group_size != 1:
+        raise ValueError(
+            'the shapes of word queries do not show how they group the classes: build the model as it was trained'
+        )
+    shown = _shown_options(head)
+    width = head['queries.proj.weight'].shape[1] if 'queries.proj.weight' in head else dim
+    return {
+        'word_embeddings': width,
+        'decoder_embedding': dim,
+        **{option: shown[option] for option in ('dim_feedforward', 'num_layers')},
+    }
+
+
+def _own_classes(model: nn.Module, slot: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The label embeddings that the model has already, for a file without any."""
+    vocabulary = model.get_submodule(slot.removesuffix('.')).vocabulary
+    if vocabulary is None or f'{slot}vocabulary.embeddings' in head:
+        return {}
+    if not vocabulary.known:
+        raise ValueError('give the head its classes first, with set_word_embeddings')
+    return {f'{slot}vocabulary.{name}': tensor for name, tensor in vocabulary.state_dict().items()}
+
+
 def _slot(model: nn.Module) -> str:
     slots = [name for name, module in model.named_modules() if isinstance(module, MLDecoder)]
     if len(slots) != 1:
@@ -200,13 +227,14 @@ def _slot(model: nn.Module) -> str:
 
 def _check_fit(converted: Mapping[str, Tensor], model: nn.Module, slot: str) -> None:
     own = model.state_dict()
+    classes = f'{slot}vocabulary.'  # which a head of word queries takes from a file, or leaves, as it fits
     misfits = {
         'missing': [name for name in own if name not in converted],
         'unexpected': [name for name in converted if name not in own],
         'mis-shaped': [
             f'{name} (file {list(converted[name].shape)}, model {list(tensor.shape)})'
             for name, tensor in own.items()
-            if name in converted and converted[name].shape != tensor.shape
+            if name in converted and converted[name].shape != tensor.shape and not name.startswith(classes)
         ],
     }
     if not any(misfits.values()):
