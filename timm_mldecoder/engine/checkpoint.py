@@ -82,7 +82,7 @@ class CheckpointFolder:
         """
         name = f'checkpoint-{epoch}{SUFFIX}'
         kept, dropped = self._rank(name, metric)
-        is_best = self.best_metric is None or self._key(metric) < self._key(self.best_metric)
+        is_best = self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)
         if is_best:
             self.best_metric, self.best_epoch = metric, epoch
         self.ranked = kept
@@ -131,9 +131,9 @@ class CheckpointFolder:
         if epoch is not None and metric is not None:
             entries.append((f'checkpoint-{epoch}{SUFFIX}', metric))
         entries = {name: value for name, value in entries if (self.folder / name).exists() and value is not None}
-        self.ranked = sorted(entries.items(), key=lambda entry: self._key(entry[1]))
+        self.ranked = sorted(entries.items(), key=lambda entry: self.sort_key(entry[1]))
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
-        if epoch is not None and (self.best_metric is None or self._key(metric) < self._key(self.best_metric)):
+        if epoch is not None and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
         if (folder / BEST).exists() and not (self.folder / BEST).exists():
             shutil.copy2(folder / BEST, self.folder / BEST)
@@ -141,11 +141,11 @@ class CheckpointFolder:
     def _rank(self, name: str, metric: float) -> tuple[list[tuple[str, float]], list[str]]:
         """The entries to keep once `name` has joined them, and the names of those to drop."""
         entries = [entry for entry in self.ranked if entry[0] != name] + [(name, metric)]
-        entries.sort(key=lambda entry: self._key(entry[1]))
+        entries.sort(key=lambda entry: self.sort_key(entry[1]))
         kept, dropped = entries[:self.max_history], entries[self.max_history:]
         return kept, [old for old, _ in dropped]
 
-    def _key(self, metric: float) -> tuple[bool, float]:
+    def sort_key(self, metric: float) -> tuple[bool, float]:
         """Sorts the best first, and a NaN last."""
         if math.isnan(metric):
             return True, 0.0

@@ -153,8 +153,10 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
         num_samples=_num_samples(options, training),
         trust_remote_code=options.dataset_trust_remote_code,
     )
-    ours = isinstance(dataset, MultiLabelDataset)  # its targets are dense, and some of its labels ignored
-    if options.task == 'multilabel' and not ours and getattr(dataset, 'target_transform', None) is None:
+    if isinstance(dataset, MultiLabelDataset):
+        if options.task != 'multilabel':
+            raise ValueError(f'--dataset {options.dataset} has any number of classes an image: pass --task multilabel')
+    elif options.task == 'multilabel' and getattr(dataset, 'target_transform', None) is None:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
     return dataset
 

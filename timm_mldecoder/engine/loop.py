@@ -132,12 +132,16 @@ def forward_backward(run: Run, images: Tensor, target: Tensor, accumulated: int,
 
 
 def validate(run: Run) -> Metrics:
-    """The metrics of the validation split; those of the averaged weights where there are any."""
+    """The metrics of the validation split: of the averaged weights where there are any, or of the better of the two."""
     metrics = _validate(run, ema=False)
     if run.state.task.has_ema() and not run.options.model_ema_force_cpu:
         if run.world.distributed and run.dist_bn:
             distribute_bn(run.state.task.get_trainable_module(ema=True), run.world.size, run.dist_bn == 'reduce')
-        metrics = _validate(run, ema=True)
+        averaged = _validate(run, ema=True)
+        if not run.options.better_of_ema:
+            return averaged
+        metrics['ema'], averaged['ema'] = 0, 1
+        metrics = min(averaged, metrics, key=lambda scored: run.state.checkpoints.sort_key(scored[run.eval_metric]))
     return metrics
 
 

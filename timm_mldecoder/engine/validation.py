@@ -23,6 +23,7 @@ from timm_mldecoder.engine.checkpoint import SUFFIX, load_checkpoint
 from timm_mldecoder.engine.dataset_checks import check_classes
 from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.measures import create_measures
+from timm_mldecoder.engine.multilabel_report import MultiLabelReport
 from timm_mldecoder.engine.report import EvalReport, ProgressBar
 from timm_mldecoder.engine.state import RUN
 from timm_mldecoder.engine.world import World
@@ -130,10 +131,11 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     limit = evaluation_sample_limit(loader.loader)
     evaluator = _EVALUATORS[options.task](options)(world.device, max_samples=limit)
     extra = create_measures(options, dataset, limit)
+    report = MultiLabelReport(options, evaluator, dataset, limit, world)
     tell = EvalReport('Test', evaluator, len(loader), options.log_freq, ProgressBar(world.primary), world.primary)
 
     def on_batch(index: int, output: Tensor, target: Tensor) -> None:
-        for measure in extra:
+        for measure in (*extra, report):
             measure.update(output, target)
         tell(index, output, target)
 
@@ -141,6 +143,7 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
                        distributed=world.distributed, classes=valid_labels, on_batch=on_batch)
     for measure in extra:
         metrics.update(measure.compute())
+    report.write(weights)
     if world.primary:
         _logger.info(' * ' + ' '.join(f'{_SHOWN.get(name, name)} {value:.3f}' for name, value in metrics.items()))
     return _describe(options, metrics, model, config)
@@ -159,11 +162,17 @@ def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict
     names = _INHERITED if 'model_dtype' in explicit or 'amp' in explicit else _INHERITED + _INHERITED_PRECISION
     taken = {name: trained[name] for name in names if name not in explicit and trained[name] != getattr(options, name)}
     vars(options).update(taken)
+    last = content[RUN]['rows'][-1] if content[RUN]['rows'] else {}
+    if last.get('eval_ema'):
+        taken['use_ema'] = options.use_ema = True
     asked = {'input_size' if name == 'img_size' else name for name in explicit}
     config = {name: value for name, value in content[RUN]['data_config'].items() if name not in asked}
     shown = ', '.join(f'{name} {value}' for name, value in {**taken, **config}.items())
     _logger.info(f'Evaluated as trained, but for flags that say otherwise: {shown}')
-    if 'state_dict_ema' in content and not options.use_ema:
+    if 'thresholds' in content and 'multilabel_threshold' not in explicit:
+        options.multilabel_threshold = content['thresholds']
+        _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrules them.')
+    if 'state_dict_ema' in content and not options.use_ema and 'eval_ema' not in last:
         _logger.info('The checkpoint has averaged weights too, which training ranks it by: --use-ema evaluates them.')
     return content, config
 

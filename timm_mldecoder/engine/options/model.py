@@ -66,4 +66,5 @@ EMA: Group = ('Averaged weights', [
     switch('--model-ema-force-cpu', help='keep it on the CPU; it is then not evaluated'),
     flag('--model-ema-decay', type=float, metavar='D', default=0.9998, help='decay of the average'),
     switch('--model-ema-warmup', help='let the decay grow at first'),
+    switch('--better-of-ema', help='rank an epoch by the better of the weights and their average, not by the average'),
 ])

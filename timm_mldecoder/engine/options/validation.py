@@ -2,6 +2,7 @@
 
 from timm_mldecoder.engine.options.dataset import DATASET
 from timm_mldecoder.engine.options.model import HEAD
+from timm_mldecoder.engine.options.multilabel import MULTI_LABEL_RESULTS
 from timm_mldecoder.engine.options.tables import Group, flag, pairs, switch
 
 _SHARED = {'data', '--data-dir', '--dataset', '--dataset-download', '--class-map', '--input-img-mode', '--input-key',
@@ -57,6 +58,7 @@ VALIDATE_GROUPS: list[Group] = [
         flag('--seed', type=int, metavar='S', default=42, help='random seed'),
         flag('--log-freq', type=int, metavar='N', default=10, help='batches between log lines'),
     ]),
+    MULTI_LABEL_RESULTS,
     ('Results', [
         flag('--results-file', type=str, metavar='FILE', default='', help='file for the results'),
         flag('--results-format', type=str, metavar='FORMAT', default='csv', help='csv or json'),

@@ -1,0 +1,244 @@
+"""Multi-label data from the command line: every format, the published optimisation step by step, what a run leaves."""
+
+import copy
+import csv
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from multilabel_data import WRITTEN, write_image
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from timm_mldecoder.data import create_dataset
+from timm_mldecoder.data.digits import NAMES, write_digit_scenes
+from timm_mldecoder.data.priors import read_priors
+from timm_mldecoder.engine.build import create_loss
+from timm_mldecoder.engine.loop import fit
+from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.setup import set_up
+from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, BinaryCrossEntropyLoss, ClassAwareSelectiveLoss
+from train import main as train
+from validate import main as validate
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = shlex.split("""
+    --model test_resnet.r160_in1k --img-size 32 --device cpu -j 0 -b 2 --task multilabel
+    --use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs dropout=0.0
+""")
+# the optimisation of the published recipe, at a rate for so small a model
+RECIPE = shlex.split("""
+    --loss asl --loss-kwargs gamma_pos=0 detach_focusing=True reduction=sum
+    --opt adam --lr 1e-3 --weight-decay 1e-4 --sched onecycle --warmup-lr 4e-5 --min-lr 4e-9
+    --train-crop-mode squash --crop-mode squash --crop-pct 1 --mean 0 0 0 --std 1 1 1 --hflip 0
+    --train-interpolation bilinear --cutout 0.5 --aa rand-m9-n2 --model-ema --model-ema-decay 0.9
+    --output output --experiment run
+""")
+SCORE = shlex.split('--dataset csv --device cpu -j 0 -b 15')
+CHECKPOINT = 'output/run/model_best.pth.tar'
+
+
+def load(path: str | Path) -> dict:
+    from timm_mldecoder.engine.checkpoint import load_checkpoint
+
+    return load_checkpoint(path)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so small a model more than one is slower
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp('scenes')
+    return str(write_digit_scenes(folder, num_train=45, num_validation=24, size=32, sides=(8, 14)))
+
+
+def train_scenes(scenes: str, *more: str) -> None:
+    train([scenes, *SMALL, *RECIPE, *SCORE, '--num-classes', '10', '--epochs', '2', '--warmup-epochs', '1',
+           '--val-interval', '2', *more])  # fmt: skip
+
+
+def last_row() -> dict[str, str]:
+    with open('output/run/summary.csv') as file:
+        return list(csv.DictReader(file))[-1]
+
+
+@pytest.mark.parametrize('name', WRITTEN)
+def test_every_format_trains_and_validates(tmp_path, capsys, name):
+    write, class_names, _, _ = WRITTEN[name]
+    write(tmp_path / 'data')
+    data = [str(tmp_path / 'data'), '--dataset', name, '--num-classes', str(len(class_names))]
+    train([*data, *SMALL, *RECIPE, '--epochs', '4', '--warmup-epochs', '2', '--val-interval', '4'])
+    assert load(CHECKPOINT)['class_names'] == class_names
+
+    capsys.readouterr()
+    validate([*data, '--checkpoint', CHECKPOINT, '--use-ema', '--device', 'cpu', '-j', '0', '-b', '2'])
+    result = capsys.readouterr().out
+    for metric in ('map', 'of1_top3'):
+        assert number(result, metric) == float(last_row()[f'eval_{metric}'])
+
+
+def test_the_scripts_train_and_validate_in_processes_of_their_own(scenes):
+    command = [sys.executable, ROOT / 'train.py', scenes, *SMALL, *RECIPE, *SCORE, '--num-classes', '10']
+    subprocess.run([*command, '--epochs', '1', '--sched', 'cosine'], check=True, capture_output=True)
+    command = [sys.executable, ROOT / 'validate.py', scenes, *SCORE, '--checkpoint', CHECKPOINT, '--use-ema']
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert number(result.stdout, 'map') == float(last_row()['eval_map'])
+
+
+def test_thirty_steps_are_those_of_a_plain_loop_with_torchs_one_cycle(scenes):
+    schedule = ['--epochs', '5', '--warmup-epochs', '1', '-b', '7', '--val-split', '', '--val-interval', '5']
+    options = parse_train([scenes, *SMALL, *RECIPE, '--dataset', 'csv', '--num-classes', '10', *schedule])
+    batches = []
+    with join_world(options) as world:
+        run = set_up(options, world)
+        model = run.state.task.get_trainable_module()
+        reference, averaged = copy.deepcopy(model), copy.deepcopy(model)
+        run.state.task.register_forward_pre_hook(lambda _, inputs: batches.append([x.clone() for x in inputs]))
+        fit(run)
+    assert len(batches) == 30
+
+    decayed, others = [], []
+    for name, parameter in reference.named_parameters():
+        (others if parameter.ndim == 1 or name.endswith('.bias') else decayed).append(parameter)
+    groups = [dict(params=others, weight_decay=0.0), dict(params=decayed, weight_decay=1e-4)]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    one_cycle = OneCycleLR(optimizer, max_lr=1e-3, total_steps=30, pct_start=0.2)
+    loss = AsymmetricLoss(gamma_neg=4, gamma_pos=0, clip=0.05)
+    reference.train()
+    for step, (images, target) in enumerate(batches):
+        optimizer.zero_grad()
+        loss(reference(images), target).backward()
+        optimizer.step()
+        if step < 29:
+            one_cycle.step()
+        with torch.no_grad():
+            for mean, value in zip(averaged.state_dict().values(), reference.state_dict().values(), strict=True):
+                decay = 0.9 if step and value.is_floating_point() else 0  # timm's average starts after the first update
+                mean.copy_(decay * mean + (1 - decay) * value)
+
+    for ours, plain in ((model, reference), (run.state.task.get_trainable_module(ema=True), averaged)):
+        for value, expected in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def test_the_better_of_weights_and_average_ranks_an_epoch_and_is_what_validate_scores(scenes, capsys):
+    train_scenes(scenes, '--better-of-ema')
+    row = last_row()
+    scores = {}
+    for flags in ((), ('--use-ema',)):
+        capsys.readouterr()
+        validate([scenes, *SCORE, '--checkpoint', CHECKPOINT, *flags])
+        scores[flags] = number(capsys.readouterr().out, 'map')
+    assert scores[()] == float(row['eval_map']) >= scores[('--use-ema',)]
+    assert row['eval_ema'] == str(int(scores[()] == scores[('--use-ema',)]))
+
+
+def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes(scenes, capsys):
+    train_scenes(scenes)
+    capsys.readouterr()
+    base = [scenes, *SCORE, '--checkpoint', CHECKPOINT]
+    validate([*base, '--write-thresholds', '--write-class-priors', 'priors.csv'])
+    plain = capsys.readouterr().out
+    content = load(CHECKPOINT)
+    assert content['thresholds'].shape == (10,)
+    validate([*base, '--class-report', 'classes.csv'])
+    tuned = capsys.readouterr().out
+    assert number(tuned, 'macro_f1') > number(plain, 'macro_f1')
+    validate([*base, '--multilabel-threshold', '0.5'])
+    assert number(capsys.readouterr().out, 'macro_f1') == number(plain, 'macro_f1')
+
+    with open('classes.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['class'] for row in rows] == list(NAMES)
+    assert sum(float(row['ap']) for row in rows) / 10 == pytest.approx(number(tuned, 'map'))
+    assert [float(row['threshold']) for row in rows] == pytest.approx(content['thresholds'].tolist())
+    assert ((read_priors('priors.csv', NAMES) > 0) & (read_priors('priors.csv', NAMES) < 1)).all()
+
+    # and the priors go into the loss of another run
+    train_scenes(scenes, '--loss', 'csl', '--loss-kwargs', 'mode=selective', '--class-priors', 'priors.csv')
+
+
+def number(output: str, name: str) -> float:
+    return float(output.split(f'"{name}": ')[1].split(',')[0])
+
+
+def loss_of(name: str, root: Path, *flags: str) -> nn.Module:
+    options = parse_train([str(root), '--dataset', name, *SMALL, *flags])
+    return create_loss(options, create_dataset(name, str(root), 'train'))
+
+
+def test_timms_losses_serve_where_they_can_and_ours_where_they_cannot(tmp_path):
+    for name in ('coco2014', 'voc2007'):
+        WRITTEN[name][0](tmp_path / name)
+    complete, partial = tmp_path / 'coco2014', tmp_path / 'voc2007'
+    assert loss_of('coco2014', complete).__module__.startswith('timm.loss')
+    assert loss_of('coco2014', complete, '--loss', 'asl').__module__.startswith('timm.loss')
+    assert isinstance(loss_of('coco2014', complete, '--loss', 'aam'), AngularMarginLoss)
+    assert isinstance(loss_of('voc2007', partial), BinaryCrossEntropyLoss)
+    assert isinstance(loss_of('voc2007', partial, '--loss', 'csl'), ClassAwareSelectiveLoss)
+
+    # one asl or the other: the same function of complete labels
+    logits, target = torch.randn(4, 20), (torch.rand(4, 20) < 0.3).float()
+    timms = loss_of('coco2014', complete, '--loss', 'asl', '--loss-kwargs', 'asl_gamma_neg=3')
+    ours = loss_of('voc2007', partial, '--loss', 'asl', '--loss-kwargs', 'asl_gamma_neg=3')
+    assert isinstance(ours, AsymmetricLoss)
+    torch.testing.assert_close(ours(logits, target), timms(logits, target))
+    timms, ours = loss_of('coco2014', complete), loss_of('voc2007', partial)
+    torch.testing.assert_close(ours(logits, target), timms(logits, target))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--loss', 'zlpr'], 'zlpr.*ignored.*aam'),
+        (['--mixup', '0.2', '-b', '2'], '--mixup.*voc2007'),
+        (['--loss-pos-weight', '2'], '--loss-pos-weight'),
+        (['--loss', 'csl', '--loss-kwargs', 'gamma=2'], 'gamma.*unexpected'),
+        (['--loss', 'csl', '--loss-kwargs', 'mode=some'], 'some.*selective'),
+    ],
+)
+def test_what_does_not_go_with_labels_to_ignore_is_refused(tmp_path, flags, message):
+    WRITTEN['voc2007'][0](tmp_path)
+    with pytest.raises(ValueError, match=message):
+        loss_of('voc2007', tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--num-classes', '9'], 'pass --num-classes 10'),
+        (['--sched', 'onecycle', '--warmup-epochs', '0'], 'cannot rise and fall'),
+        (['--cutout', '1.5'], '1.5'),
+        (['--train-crop-mode', 'squeeze'], 'squeeze.*squash'),
+        (['--class-priors', 'nowhere.csv', '--loss', 'csl', '--loss-kwargs', 'mode=selective'], 'nowhere.csv'),
+    ],
+)
+def test_mistakes_end_in_one_error(scenes, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_scenes(scenes, *flags)
+
+
+def test_several_labels_an_image_take_the_multi_label_task(scenes):
+    with pytest.raises(ValueError, match='csv.*--task multilabel'):
+        train_scenes(scenes, '--task', 'classification', '--loss', 'bce')
+
+
+def test_multi_label_results_of_one_label_an_image_are_refused(tmp_path):
+    write_image(tmp_path / 'data' / 'validation' / 'cat' / '1.png', 1)
+    model = timm.create_model('test_resnet.r160_in1k', num_classes=1)
+    torch.save(model.state_dict(), 'untrained.pth')
+    flags = ['--model', 'test_resnet.r160_in1k', '--num-classes', '1', '--device', 'cpu', '--class-report', 'x.csv']
+    with pytest.raises(ValueError, match='--class-report.*multilabel'):
+        validate([str(tmp_path / 'data'), *flags, '--checkpoint', 'untrained.pth'])
