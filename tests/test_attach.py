@@ -126,6 +126,16 @@ class TestContract:
         for names in list(groups.values())[:-1]:
             assert not [key for key in names if key.startswith(prefix)]
 
+    def test_pruned_to_a_backbone(self, name, small, size, tokens):
+        model, x = self.build(name, small), torch.randn(2, 3, size, size)
+        if not hasattr(model, 'forward_intermediates'):
+            assert not hasattr(timm.create_model(name, **small), 'forward_intermediates')
+            return
+        whole = model.forward_intermediates(x, indices=1, intermediates_only=True)[-1]
+        model.prune_intermediate_layers(1)
+        assert model.num_classes == 0
+        torch.testing.assert_close(model.forward_intermediates(x, indices=1, intermediates_only=True)[-1], whole)
+
     def test_folder_round_trip_in_this_process(self, name, small, size, tokens, tmp_path):
         model, x = self.build(name, small), torch.randn(2, 3, size, size)
         with torch.no_grad():

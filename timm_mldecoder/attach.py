@@ -112,8 +112,16 @@ class MLDecoderModel:
         """Classes of the head, which a head with word queries may change; 0 without a head."""
         return getattr(self.get_classifier(), 'num_classes', 0)
 
+    @num_classes.setter
+    def num_classes(self, num_classes: int) -> None:
+        if num_classes != self.num_classes:  # timm's own code sets it after it has taken a classifier away
+            raise AttributeError(f'the model has {self.num_classes} classes: change them with reset_classifier')
+
     def get_classifier(self) -> nn.Module:
-        return self.get_submodule(self.ml_decoder_slot)
+        try:
+            return self.get_submodule(self.ml_decoder_slot)
+        except AttributeError:  # timm's pruning has taken the place away with the head
+            return nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs) -> None:
         """A fresh ML-Decoder for ``num_classes``; 0 takes it off, and leaves the mean of the tokens.
