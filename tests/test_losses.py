@@ -95,7 +95,9 @@ def test_reductions(name):
         torch.testing.assert_close(create_loss(name, reduction=reduction)(logits, target), expected[reduction])
 
 
-def reference_csl(logits, target, mode, gamma_neg, gamma_pos, gamma_unann, clip, prior, threshold, topk) -> float:
+def reference_csl(
+    logits, target, mode, gamma_neg, gamma_pos, gamma_unann, weight_unann, clip, prior, threshold, topk
+) -> float:
     """CSL as the paper says it, over Python lists."""
     logits, target = logits.tolist(), target.tolist()
     unannotated = [(i, j) for i, row in enumerate(target) for j, y in enumerate(row) if y < 0]
@@ -108,11 +110,11 @@ def reference_csl(logits, target, mode, gamma_neg, gamma_pos, gamma_unann, clip,
             if target[i][j] >= 0:
                 total += asl_entry(x, target[i][j], gamma_neg, gamma_pos, clip)
             elif mode == 'negative' or (mode == 'selective' and (i, j) not in likely and j not in frequent):
-                total += asl_entry(x, 0.0, gamma_unann, gamma_pos, clip)
+                total += weight_unann * asl_entry(x, 0.0, gamma_unann, gamma_pos, clip)
     return total
 
 
-@pytest.mark.parametrize('clip', [0.0, 0.05])
+@pytest.mark.parametrize(('clip', 'weight'), [(0.0, 1.0), (0.05, 0.3)])
 @pytest.mark.parametrize(
     ('mode', 'with_prior', 'topk'),
     [
@@ -123,10 +125,10 @@ def reference_csl(logits, target, mode, gamma_neg, gamma_pos, gamma_unann, clip,
         ('selective', True, 2),
     ],
 )
-def test_selective_loss_follows_the_paper(mode, with_prior, topk, clip):
+def test_selective_loss_follows_the_paper(mode, with_prior, topk, clip, weight):
     logits, target = make_data('csl', ignored=0.6)
     prior = [0.01 * j for j in range(CLASSES)] if with_prior else None
-    gammas = dict(gamma_neg=1.0, gamma_pos=0.0, gamma_unann=2.0)
+    gammas = dict(gamma_neg=1.0, gamma_pos=0.0, gamma_unann=2.0, weight_unann=weight)
     expected = reference_csl(logits, target, mode, *gammas.values(), clip, prior, 0.05, topk)
     loss = create_loss('csl', mode=mode, class_prior=prior, likelihood_topk=topk, clip=clip, **gammas)
     assert loss(logits, target).item() == pytest.approx(expected, rel=1e-7)
@@ -199,6 +201,12 @@ def test_scaled_logits_are_the_same_loss():
 )
 def test_automatic_scale(num_classes, scale):
     assert automatic_scale(num_classes) == pytest.approx(scale)
+
+
+def test_a_loss_without_a_scale_takes_the_automatic_one():
+    cosines, target = make_data('aam')
+    expected = create_loss('aam', scale=automatic_scale(CLASSES))(cosines, target)
+    torch.testing.assert_close(create_loss('aam', scale=None)(cosines, target), expected)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         gamma_neg: Focusing exponent of annotated negatives.
         gamma_pos: Focusing exponent of positives.
         gamma_unann: Focusing exponent of un-annotated entries.
+        weight_unann: Weight of un-annotated entries.
         clip: See `AsymmetricLoss`.
         class_prior: Estimated frequency of each class, [C]; see `timm_mldecoder.data.priors`. Without it, 'selective'
             goes by likelihood alone.
@@ -147,6 +148,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         gamma_neg: float = 1.0,
         gamma_pos: float = 0.0,
         gamma_unann: float = 2.0,
+        weight_unann: float = 1.0,
         clip: float = 0.0,
         class_prior: Tensor | Sequence[float] | None = None,
         prior_threshold: float = 0.05,
@@ -159,14 +161,19 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             raise ValueError(f'Unknown mode {mode!r} for un-annotated labels, choose one of {self.MODES}.')
         if class_prior is not None and mode != 'selective':
             raise ValueError(f"A class prior has a meaning in mode 'selective' only, got mode {mode!r}.")
-        if gamma_unann < 0 or likelihood_topk < 0:
-            raise ValueError(f'Expected 0 or more, got {gamma_unann=}, {likelihood_topk=}.')
+        if min(gamma_unann, weight_unann, likelihood_topk) < 0:
+            raise ValueError(f'Expected 0 or more, got {gamma_unann=}, {weight_unann=}, {likelihood_topk=}.')
         self.mode = mode
         self.gamma_unann = gamma_unann
+        self.weight_unann = weight_unann
         self.likelihood_topk = likelihood_topk
         self.prior_threshold = prior_threshold
         prior = None if class_prior is None else torch.as_tensor(class_prior, dtype=torch.float32)
         self.register_buffer('class_prior', prior, persistent=False)
+
+    def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:
+        loss = super().elementwise(logits, target, unannotated)
+        return loss if self.weight_unann == 1 else torch.where(unannotated, self.weight_unann * loss, loss)
 
     def negative_gamma(self, unannotated: Tensor) -> Tensor:
         return torch.where(unannotated, self.gamma_unann, self.gamma_neg)
@@ -195,7 +202,7 @@ class AngularMarginLoss(MultiLabelLoss):
     else 1 and no shift. At inference the score is sigmoid(s c).
 
     Args:
-        scale: s; see `automatic_scale`.
+        scale: s; None for `automatic_scale` of the number of classes.
         margin: m.
         balance: k, the share of the positive term, in [0, 1].
         gamma_neg: Focusing exponent of negatives.
@@ -209,7 +216,7 @@ class AngularMarginLoss(MultiLabelLoss):
 
     def __init__(
         self,
-        scale: float = 30.0,
+        scale: float | None = 30.0,
         margin: float = 0.35,
         balance: float = 0.8,
         gamma_neg: float = 0.0,
@@ -219,7 +226,7 @@ class AngularMarginLoss(MultiLabelLoss):
         reduction: str = 'sum',
     ):
         super().__init__(smoothing, reduction)
-        if scale <= 0 or margin < 0 or not 0 <= balance <= 1 or min(gamma_neg, gamma_pos) < 0:
+        if (scale is not None and scale <= 0) or margin < 0 or not 0 <= balance <= 1 or min(gamma_neg, gamma_pos) < 0:
             raise ValueError(
                 f'Expected scale > 0, margin and gammas of 0 or more, and a balance in [0, 1], got '
                 f'{scale=}, {margin=}, {balance=}, {gamma_neg=}, {gamma_pos=}.'
@@ -232,7 +239,8 @@ class AngularMarginLoss(MultiLabelLoss):
         self.scaled_logits = scaled_logits
 
     def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:
-        scaled, margin = (logits if self.scaled_logits else self.scale * logits), self.scale * self.margin
+        scale = automatic_scale(logits.shape[1]) if self.scale is None else self.scale
+        scaled, margin = (logits if self.scaled_logits else scale * logits), scale * self.margin
         log_pos, log_neg, focus = F.logsigmoid(scaled - margin), F.logsigmoid(-scaled - margin), 1.0
         if self.gamma_neg or self.gamma_pos:
             p_neg = (log_neg.exp() + self.SHIFT).clamp(max=1)
@@ -241,7 +249,25 @@ class AngularMarginLoss(MultiLabelLoss):
             focus = _power(target * p_neg + (1 - target) * log_pos.exp(), gamma)
         positive = self.balance * target * log_pos
         negative = (1 - self.balance) * (1 - target) * log_neg
-        return -(positive + negative) * focus / self.scale
+        return -(positive + negative) * focus / scale
+
+
+class RandomQueryLoss(nn.Module):
+    """A multi-label loss for a head that adds random word queries in training (arXiv 2111.12933, section 2.3.3).
+
+    Their logits come after those of the classes, and their target is positive.
+
+    Args:
+        loss: Takes logits and targets of one shape.
+    """
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Loss of logits [B, C + random queries] for targets [B, C]."""
+        return self.loss(logits, F.pad(target, (0, logits.shape[1] - target.shape[1]), value=1.0))
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""The multi-label recipes parse without a warning and hold the published figures."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from timm_mldecoder.engine.build import create_loss
+from timm_mldecoder.engine.options import parse_train
+
+HPARAMS = Path(__file__).resolve().parents[1] / 'hparams'
+RECIPES = {str(path.relative_to(HPARAMS)): path for folder in ('coco', 'voc', 'openimages')
+           for path in sorted((HPARAMS / folder).glob('*.yaml'))}  # fmt: skip
+# recipe: published mAP, and what the publication says of it
+PUBLISHED = {
+    'coco/resnet101_448_mldecoder.yaml': ('87.1', dict(model='resnet101', img_size=448)),
+    'coco/tresnet_l_224_mldecoder.yaml': ('85.5', dict(model='tresnet_v2_l', img_size=224)),
+    'coco/tresnet_l_448_mldecoder.yaml': ('90.0', dict(model='tresnet_v2_l', img_size=448)),
+    'coco/tresnet_l_640_mldecoder.yaml': ('91.1', dict(model='tresnet_v2_l', img_size=640)),
+    'coco/tresnet_xl_640_mldecoder.yaml': ('91.4', dict(model='tresnet_xl', img_size=640)),
+    'coco/tresnet_l_448_heads_gap.yaml': ('87.0', dict(use_ml_decoder_head=0)),
+    'coco/tresnet_l_448_heads_mldecoder_k20.yaml': ('88.0', dict(use_ml_decoder_head=1, num_of_groups=20)),
+    'coco/tresnet_l_448_heads_mldecoder_k80.yaml': ('88.1', dict(use_ml_decoder_head=1, num_of_groups=-1)),
+    'voc/tresnet_l_448_mldecoder.yaml': ('96.6', dict(lr=5e-5, batch_size=128, num_classes=20, train_split='trainval')),
+    'openimages/tresnet_m_224_gap.yaml': ('86.0', dict(use_ml_decoder_head=0)),
+    'openimages/tresnet_m_224_mldecoder_k100.yaml': ('86.7', dict(num_of_groups=100)),
+    'openimages/tresnet_m_224_mldecoder_k200.yaml': ('86.8', dict(num_of_groups=200)),
+    'openimages/tresnet_m_224_mldecoder_k400.yaml': ('86.8', dict(num_of_groups=400)),
+    'openimages/tresnet_m_224_csl_ignore.yaml': ('85.38', dict(use_ml_decoder_head=0)),
+    'openimages/tresnet_m_224_csl_negative.yaml': ('85.85', dict(use_ml_decoder_head=0)),
+    'openimages/tresnet_m_224_csl_selective.yaml': ('86.72', dict(use_ml_decoder_head=0)),
+}
+ALL = dict(opt='adam', sched='onecycle', weight_decay=1e-4, model_ema=True, model_ema_decay=0.9997, better_of_ema=True,
+           train_crop_mode='squash', crop_mode='squash', crop_pct=1.0, mean=[0, 0, 0], std=[1, 1, 1], cutout=0.5,
+           cutout_prob=1.0, hflip=0.0, smoothing=0.0, decoder_embedding=768, task='multilabel')  # fmt: skip
+COCO = dict(dataset='coco2014', num_classes=80, lr=1e-4, epochs=40, batch_size=56, loss='asl')
+ASL = dict(gamma_neg=4, gamma_pos=0, clip=0.05, detach_focusing=True, reduction='sum')
+
+
+def test_every_recipe_has_its_published_figure_here():
+    assert set(RECIPES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_recipe_holds_the_published_figures(name, caplog):
+    score, figures = PUBLISHED[name]
+    with caplog.at_level(logging.WARNING):
+        options = parse_train(['DATA', '--config', str(RECIPES[name]), '--device', 'cpu'])
+    assert not [record for record in caplog.records if 'No effect' in record.message]
+    figures = {**ALL, **(COCO if name.startswith('coco') else {}), **figures}
+    assert {option: getattr(options, option) for option in figures} == figures
+    if options.loss == 'asl':
+        assert options.loss_kwargs == ASL
+    # the peak after a fifth, and torch's factors of 25 and 10,000
+    assert options.warmup_epochs == 0.2 * options.epochs
+    assert options.lr / options.warmup_lr == pytest.approx(25)
+    assert options.warmup_lr / options.min_lr == pytest.approx(1e4)
+
+    header = RECIPES[name].read_text().split('\ndataset:')[0]
+    assert all(line.startswith('#') for line in header.strip().splitlines())
+    assert f'Published  mAP {score} (arXiv' in header and 'not run' in header and f'hparams/{name}' in header
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_loss_of_a_recipe_can_be_built(name):
+    options = parse_train(['DATA', '--config', str(RECIPES[name]), '--device', 'cpu'])
+    loss = create_loss(options, dataset=None)
+    assert loss.reduction == 'sum'
