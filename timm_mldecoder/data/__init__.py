@@ -8,6 +8,7 @@ import timm.data
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
 from timm_mldecoder.data.coco import read_coco
 from timm_mldecoder.data.csv_list import read_csv
+from timm_mldecoder.data.nus_wide import read_nus_wide
 from timm_mldecoder.data.open_images import read_open_images
 from timm_mldecoder.data.voc import read_voc
 
@@ -18,6 +19,7 @@ FORMATS = {
     'voc2007': partial(read_voc, year=2007),
     'voc2012': partial(read_voc, year=2012),
     'openimages': read_open_images,
+    'nuswide': read_nus_wide,
     'csv': read_csv,
 }
 # Options of timm.data.create_dataset: how its streaming readers shuffle and batch, without a meaning for files on disk,

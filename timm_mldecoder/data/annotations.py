@@ -59,6 +59,11 @@ class Annotations:
         """File of image `index`, relative to the root of the data."""
         return os.fsdecode(self._paths[index])
 
+    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image index, class index and value of every annotation, each [A]."""
+        image = np.repeat(np.arange(len(self)), np.diff(self._start))
+        return image, self._label, self._value
+
     def target(self, index: int) -> torch.Tensor:
         """Dense float32 target of image `index`, [num_classes], of 1, 0 and -1 (ignored)."""
         listed = slice(self._start[index], self._start[index + 1])
@@ -83,7 +88,12 @@ class MultiLabelDataset(Dataset):
         transform: Applied to the PIL image.
         target_transform: Applied to the target.
         input_img_mode: PIL mode of the images.
+
+    Attributes:
+        num_seen: Of how many classes, the first, the model has seen images in training; None where it is of all.
     """
+
+    num_seen: int | None = None
 
     def __init__(
         self,

@@ -20,23 +20,28 @@ from timm.utils import NativeScaler
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.engine import multilabel
+from timm_mldecoder.engine import multilabel, zero_shot
 from timm_mldecoder.engine.one_cycle import create_one_cycle
+from timm_mldecoder.engine.options.zero_shot import scores_both
 from timm_mldecoder.engine.world import World
+from timm_mldecoder.losses import RandomQueryLoss
 
 _logger = logging.getLogger(__name__)
 
 _TASKS = {'classification': ClassificationTask, 'multilabel': multilabel.MultiLabelTask}
 
 
-def head_options(options: Namespace) -> dict[str, Any]:
-    """The argument of `timm.create_model` that asks for an ML-Decoder head; none where the options do not."""
+def head_options(options: Namespace, words: dict[str, Any]) -> dict[str, Any]:
+    """The argument of `timm.create_model` that asks for an ML-Decoder head, of word queries if there are any.
+
+    Empty where the options ask for no head.
+    """
     if not options.use_ml_decoder_head:
         return {}
     return {'ml_decoder': dict(
         num_of_groups=options.num_of_groups,
         decoder_embedding=options.decoder_embedding,
-        **options.ml_decoder_kwargs,
+        **{**words, **options.ml_decoder_kwargs},
     )}
 
 
@@ -60,7 +65,7 @@ def create_model(options: Namespace, world: World) -> nn.Module:
         bn_eps=options.bn_eps,
         checkpoint_path=options.initial_checkpoint or None,
         **overlay,
-        **head_options(options),
+        **head_options(options, zero_shot.training_head(options)),
         **options.model_kwargs,
     )
     options.num_classes = options.num_classes or model.num_classes
@@ -102,10 +107,14 @@ def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> No
 
 def create_task(options: Namespace, model: nn.Module, dataset: Dataset, world: World) -> TrainingTask:
     """The model with the loss that the options and the labels of the training data ask for, as one timm task."""
-    settings = dict(threshold=options.multilabel_threshold) if options.task == 'multilabel' else {}
+    settings = {}
+    if options.task == 'multilabel':
+        num_seen = len(dataset.class_names) if scores_both(options) else None
+        settings = dict(threshold=options.multilabel_threshold, num_seen=num_seen)
+    loss = create_loss(options, dataset)
     return _TASKS[options.task](
         model=model,
-        criterion=create_loss(options, dataset),
+        criterion=RandomQueryLoss(loss) if options.random_queries else loss,
         device=world.device,
         dtype=model_dtype(options),
         verbose=world.primary,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import MultiLabelDataset, create_dataset
-from timm_mldecoder.engine import streams
+from timm_mldecoder.engine import streams, zero_shot
 from timm_mldecoder.engine.dataset_checks import check_folder
 from timm_mldecoder.engine.multilabel import change_transform
 from timm_mldecoder.engine.restartable import Position, RestartableLoader
@@ -158,6 +158,7 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
             raise ValueError(f'--dataset {options.dataset} has any number of classes an image: pass --task multilabel')
     elif options.task == 'multilabel' and getattr(dataset, 'target_transform', None) is None:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+    zero_shot.select(options, dataset, training)
     return dataset
 
 

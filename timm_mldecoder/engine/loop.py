@@ -15,6 +15,7 @@ from timm_mldecoder.engine import report
 from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.run import Run
 from timm_mldecoder.engine.state import RunningLoss
+from timm_mldecoder.engine.zero_shot import asked_for
 
 _logger = logging.getLogger(__name__)
 
@@ -150,8 +151,9 @@ def _validate(run: Run, ema: bool) -> Metrics:
     tell = report.EvalReport('Test (EMA)' if ema else 'Test', evaluator, len(run.eval_loader), run.options.log_interval,
                              run.bar, run.world.primary)
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
-    return evaluate(model, run.eval_loader, evaluator, autocast=run.autocast, distributed=run.world.distributed,
-                    views=run.options.tta, on_batch=tell)
+    with asked_for(model, run.eval_classes):
+        return evaluate(model, run.eval_loader, evaluator, autocast=run.autocast, distributed=run.world.distributed,
+                        views=run.options.tta, on_batch=tell)
 
 
 def log_update(run: Run, update: int, loss: Tensor, watch: report.Stopwatch) -> None:

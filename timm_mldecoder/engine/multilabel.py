@@ -11,6 +11,7 @@ from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.losses import LOSSES, MultiLabelLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.zero_shot_metrics import ZeroShotEvaluator
 
 #: Losses that timm has too, and that it computes where it can.
 SHARED_LOSSES = ('bce', 'asl')
@@ -23,10 +24,23 @@ _TIMM_ONLY = ('bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'loss_pos_weight
 
 
 class MultiLabelTask(MultiLabelClassificationTask):
-    """timm's multi-label task, evaluated with labels to ignore and more metrics."""
+    """timm's multi-label task, evaluated with labels to ignore and more metrics.
+
+    Args:
+        num_seen: Classes seen in training, the first of those that are scored; None where all are.
+    """
+
+    def __init__(self, *args: Any, num_seen: int | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._num_seen = num_seen
 
     def create_evaluator(self, **options: Any) -> MultiLabelEvaluator:
-        return MultiLabelEvaluator(device=self.device, threshold=self.threshold, **options)
+        return create_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
+
+
+def create_evaluator(num_seen: int | None, **options: Any) -> MultiLabelEvaluator:
+    """The evaluator of multi-label data, of which `num_seen` classes were seen in training (None: all)."""
+    return MultiLabelEvaluator(**options) if num_seen is None else ZeroShotEvaluator(num_seen, **options)
 
 
 def create_own_loss(options: Namespace, dataset: Dataset) -> MultiLabelLoss | None:

@@ -14,6 +14,7 @@ from timm_mldecoder.engine.dataset_checks import class_to_index
 from timm_mldecoder.engine.loaders import EvalLoader, TrainLoader
 from timm_mldecoder.engine.state import RUN, TrainingState
 from timm_mldecoder.engine.world import World
+from timm_mldecoder.engine.zero_shot import Classes
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Run:
     Attributes:
         epochs: Epochs to train, where --stop-epoch does not end the run before.
         eval_model: The model as it is evaluated, free of the wrapper that exchanges gradients.
+        eval_classes: What a head of word queries is asked for in evaluation, None for the same as in training.
         eval_metric: The metric that ranks checkpoints.
         dist_bn: How running statistics are shared between processes, empty for not at all.
         folder: Where results go; None on all but the first rank.
@@ -35,6 +37,7 @@ class Run:
     train_loader: TrainLoader
     eval_loader: EvalLoader | None
     eval_model: nn.Module
+    eval_classes: Classes | None
     autocast: Callable[[], AbstractContextManager]
     epochs: int
     eval_metric: str

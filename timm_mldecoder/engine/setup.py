@@ -11,7 +11,7 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import random_seed
 
-from timm_mldecoder.engine import build, loaders
+from timm_mldecoder.engine import build, loaders, zero_shot
 from timm_mldecoder.engine.checkpoint import CheckpointFolder
 from timm_mldecoder.engine.dataset_checks import check_classes, check_same_classes
 from timm_mldecoder.engine.report import ProgressBar, write_summary
@@ -82,6 +82,7 @@ def set_up(options: Namespace, world: World) -> Run:
         train_loader=train_loader,
         eval_loader=eval_loader,
         eval_model=eval_model,
+        eval_classes=_eval_classes(options, eval_loader),
         autocast=build.create_autocast(options, world.device),
         epochs=min(epochs, options.stop_epoch or epochs),
         eval_metric=eval_metric,
@@ -109,7 +110,7 @@ def _create_loaders(
     train = loaders.create_split(options, options.train_split, config, training=True)
     check_classes(train, options.num_classes, classes_given)
     validation = loaders.create_split(options, options.val_split, config) if options.val_split else None
-    if validation is not None:
+    if validation is not None and not options.class_split:
         check_same_classes(train, validation)
     train_loader = loaders.create_train_loader(options, train, config, placement, world)
     if validation is None:
@@ -117,6 +118,13 @@ def _create_loaders(
     batch_size = options.validation_batch_size or options.batch_size
     return train_loader, loaders.create_eval_loader(
         options, validation, config, placement, world, batch_size, crop_mode=options.crop_mode)
+
+
+def _eval_classes(options: Namespace, loader: loaders.EvalLoader | None) -> zero_shot.Classes | None:
+    """The classes that evaluation asks for in place of those of training."""
+    if loader is None or not (options.class_split and options.word_embeddings):
+        return None
+    return zero_shot.read_classes(options, loader.loader.dataset)
 
 
 def _check_metric(name: str, task: Any) -> str:

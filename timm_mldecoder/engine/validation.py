@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from timm.utils import natural_key, random_seed
 from timm.utils.decay_batch import decay_batch_step
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from timm_mldecoder.engine import build, loaders
+from timm_mldecoder.engine import build, loaders, multilabel, zero_shot
 from timm_mldecoder.engine.checkpoint import SUFFIX, load_checkpoint
 from timm_mldecoder.engine.dataset_checks import check_classes
 from timm_mldecoder.engine.evaluate import evaluate
@@ -27,7 +27,6 @@ from timm_mldecoder.engine.multilabel_report import MultiLabelReport
 from timm_mldecoder.engine.report import EvalReport, ProgressBar
 from timm_mldecoder.engine.state import RUN
 from timm_mldecoder.engine.world import World
-from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.weights import convert_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -35,12 +34,9 @@ _logger = logging.getLogger(__name__)
 Result = dict[str, Any]
 #: Options that a checkpoint of train.py brings along, where the user does not set them.
 _INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', 'num_of_groups', 'decoder_embedding',
-              'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last')
+              'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last',
+              'word_embeddings', 'class_split')
 _INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
-_EVALUATORS = {
-    'classification': lambda options: ClassificationEvaluator,
-    'multilabel': lambda options: partial(MultiLabelEvaluator, threshold=options.multilabel_threshold),
-}
 _SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
 
 
@@ -111,11 +107,12 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     model = _create_model(options, weights, world)
     config = {**loaders.data_config(options, model, world, use_test_size=not options.use_train_size), **config}
     model, pooled = _test_pool(options, model, config)
+    dataset = loaders.create_split(options, options.split, config)
+    zero_shot.set_classes(options, model, dataset)
     model = _prepare(options, model, world)
 
     placement = loaders.Placement(
         world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
-    dataset = loaders.create_split(options, options.split, config)
     valid_labels = _read_valid_labels(options.valid_labels, world.device)
     if valid_labels is None:
         check_classes(dataset, options.num_classes, asked_for='num_classes' in explicit)
@@ -129,7 +126,7 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
         config['crop_pct'] = 1.0
 
     limit = evaluation_sample_limit(loader.loader)
-    evaluator = _EVALUATORS[options.task](options)(world.device, max_samples=limit)
+    evaluator = _create_evaluator(options, dataset, device=world.device, max_samples=limit)
     extra = create_measures(options, dataset, limit)
     report = MultiLabelReport(options, evaluator, dataset, limit, world)
     tell = EvalReport('Test', evaluator, len(loader), options.log_freq, ProgressBar(world.primary), world.primary)
@@ -180,13 +177,14 @@ def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict
 def _create_model(options: Namespace, content: dict[str, Any] | None, world: World) -> nn.Module:
     if options.fast_norm:
         set_fast_norm()
+    words = zero_shot.stored_head(options, _weights(content, options) if content else {})
     model = timm.create_model(
         options.model,
         pretrained=options.pretrained or content is None,
         num_classes=options.num_classes,
         in_chans=build.image_channels(options),
         global_pool=None if options.use_ml_decoder_head else options.gp,
-        **build.head_options(options),
+        **build.head_options(options, words),
         **options.model_kwargs,
     )
     options.num_classes = options.num_classes or model.num_classes
@@ -202,7 +200,7 @@ def _create_model(options: Namespace, content: dict[str, Any] | None, world: Wor
 def _load_weights(model: nn.Module, content: dict[str, Any], options: Namespace) -> None:
     if options.use_ema and 'state_dict_ema' not in content:
         raise ValueError(f'--use-ema: {options.checkpoint} holds no averaged weights; leave the flag out')
-    weights = content['state_dict_ema'] if options.use_ema else content.get('state_dict', content.get('model', content))
+    weights = _weights(content, options)
     if options.use_ml_decoder_head and RUN not in content:
         weights = convert_state_dict(weights, model)
     try:
@@ -210,6 +208,10 @@ def _load_weights(model: nn.Module, content: dict[str, Any], options: Namespace)
     except RuntimeError as error:  # torch names every key that does not fit
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'--checkpoint {options.checkpoint} holds another model: {reason}') from error
+
+
+def _weights(content: dict[str, Any], options: Namespace) -> dict[str, Any]:
+    return content['state_dict_ema'] if options.use_ema else content.get('state_dict', content.get('model', content))
 
 
 def _test_pool(options: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, bool]:
@@ -232,6 +234,13 @@ def _prepare(options: Namespace, model: nn.Module, world: World) -> nn.Module:
     if options.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(options.num_gpu)))
     return model
+
+
+def _create_evaluator(options: Namespace, dataset: Dataset, **settings: Any) -> ClassificationEvaluator:
+    if options.task == 'classification':
+        return ClassificationEvaluator(**settings)
+    num_seen = getattr(dataset, 'num_seen', None)
+    return multilabel.create_evaluator(num_seen, threshold=options.multilabel_threshold, **settings)
 
 
 def _read_valid_labels(path: str, device: torch.device) -> Tensor | None:

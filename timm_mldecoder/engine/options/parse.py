@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.engine.options import dataset, model, multilabel, optim, refused, run
+from timm_mldecoder.engine.options import dataset, model, multilabel, optim, refused, run, zero_shot
 from timm_mldecoder.engine.options.checks import check_train, check_validate
 from timm_mldecoder.engine.options.config import read_config
 from timm_mldecoder.engine.options.effects import without_effect
@@ -18,7 +18,8 @@ _logger = logging.getLogger(__name__)
 
 TRAIN_GROUPS = [
     dataset.DATASET, model.MODEL, model.HEAD, optim.LOSS, optim.OPTIMIZER, optim.SCHEDULE, dataset.AUGMENTATION,
-    dataset.SIZES, multilabel.MULTI_LABEL, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN, *refused.TRAIN_REFUSED,
+    dataset.SIZES, multilabel.MULTI_LABEL, zero_shot.ZERO_SHOT, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN,
+    *refused.TRAIN_REFUSED,
 ]
 
 
@@ -77,7 +78,7 @@ def _resolve_defaults(options: Namespace, explicit: dict[str, Any]) -> None:
     options.grad_accum_steps = max(1, options.grad_accum_steps)
     if options.task == 'multilabel':
         options.smoothing = explicit.get('smoothing', 0.0)
-        options.eval_metric = explicit.get('eval_metric', 'map')
+        options.eval_metric = explicit.get('eval_metric', 'zsl_map' if zero_shot.scores_both(options) else 'map')
     resolve_amp_dtype(options, explicit)
     if options.sched in ('wsd', 'rsqrt'):  # 90 epochs are meant for step; these two end with a share of the schedule
         options.decay_epochs = explicit.get('decay_epochs', 0.2)

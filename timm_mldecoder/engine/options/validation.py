@@ -4,6 +4,7 @@ from timm_mldecoder.engine.options.dataset import DATASET
 from timm_mldecoder.engine.options.model import HEAD
 from timm_mldecoder.engine.options.multilabel import MULTI_LABEL_RESULTS
 from timm_mldecoder.engine.options.tables import Group, flag, pairs, switch
+from timm_mldecoder.engine.options.zero_shot import ZERO_SHOT_CLASSES
 
 _SHARED = {'data', '--data-dir', '--dataset', '--dataset-download', '--class-map', '--input-img-mode', '--input-key',
            '--target-key', '--dataset-trust-remote-code', '--task', '--target-format', '--multilabel-threshold'}
@@ -58,6 +59,7 @@ VALIDATE_GROUPS: list[Group] = [
         flag('--seed', type=int, metavar='S', default=42, help='random seed'),
         flag('--log-freq', type=int, metavar='N', default=10, help='batches between log lines'),
     ]),
+    ZERO_SHOT_CLASSES,
     MULTI_LABEL_RESULTS,
     ('Results', [
         flag('--results-file', type=str, metavar='FILE', default='', help='file for the results'),
