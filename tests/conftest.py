@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True, scope='session')
-def _two_threads():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def _one_thread():
+    torch.set_num_threads(1)  # small models gain nothing from more, and lose a lot where cores are shared
 
 
 @pytest.fixture
