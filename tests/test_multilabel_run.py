@@ -44,9 +44,9 @@ CHECKPOINT = 'output/run/model_best.pth.tar'
 
 
 def load(path: str | Path) -> dict:
-    from timm_mldecoder.engine.checkpoint import load_checkpoint
+    from timm_mldecoder.weights import read_checkpoint
 
-    return load_checkpoint(path)
+    return read_checkpoint(path)
 
 
 @pytest.fixture(autouse=True)

@@ -150,8 +150,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Beside tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted.
 
     Raises:
-        ValueError: the file holds anything else, or is damaged. It is not read in another way.
+        ValueError: the file is not there, holds anything else, or is damaged. It is not read in another way.
     """
+    if not Path(path).is_file():
+        raise ValueError(f'{path}: no such file')
     if Path(path).suffix == '.safetensors':
         try:
             return safetensors.torch.load_file(path)

@@ -16,7 +16,6 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, TrainingTask
-from timm.utils import NativeScaler
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -25,6 +24,7 @@ from timm_mldecoder.engine.one_cycle import create_one_cycle
 from timm_mldecoder.engine.options.zero_shot import scores_both
 from timm_mldecoder.engine.world import World
 from timm_mldecoder.losses import RandomQueryLoss
+from timm_mldecoder.weights import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def create_model(options: Namespace, world: World) -> nn.Module:
     overlay = {}
     if options.pretrained_path:  # num_classes -1: adapt the head, whatever the file holds
         overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
-    model = timm.create_model(
-        options.model,
+    settings = dict(
         pretrained=options.pretrained,
         in_chans=image_channels(options),
         num_classes=options.num_classes,
@@ -68,6 +67,10 @@ def create_model(options: Namespace, world: World) -> nn.Module:
         **head_options(options, zero_shot.training_head(options)),
         **options.model_kwargs,
     )
+    try:
+        model = timm.create_model(options.model, **settings)
+    except (RuntimeError, OSError) as error:  # timm's, where a file does not load or does not fit
+        raise _refusal(options, error) from error
     options.num_classes = options.num_classes or model.num_classes
     _scale_head(model, options.head_init_scale, options.head_init_bias)
     if options.grad_checkpointing:
@@ -82,6 +85,19 @@ def create_model(options: Namespace, world: World) -> nn.Module:
     if options.sync_bn and world.distributed:
         model = convert_sync_batchnorm(model)
     return model
+
+
+def _refusal(options: Namespace, error: Exception) -> Exception:
+    """What to raise for an error in creating the model: the user's mistake, where it is that of a file of theirs."""
+    files = {'--initial-checkpoint': options.initial_checkpoint, '--pretrained-path': options.pretrained_path}
+    for flag, path in files.items():
+        if path:
+            try:
+                read_checkpoint(path)
+            except ValueError as reason:
+                return ValueError(f'{flag}: {reason}')
+    given = ', '.join(f'{flag} {path}' for flag, path in files.items() if path)
+    return ValueError(f'{given}: {error}') if given else error
 
 
 def image_channels(options: Namespace) -> int:
@@ -205,7 +221,7 @@ def create_autocast(options: Namespace, device: torch.device) -> Callable[[], Ab
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, options.amp_dtype))
 
 
-def create_scaler(options: Namespace, device: torch.device) -> NativeScaler | None:
-    """A loss scaler where gradients are float16 on CUDA; bfloat16 and the CPU need none."""
+def create_scaler(options: Namespace, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler, in effect where gradients are float16 on CUDA; bfloat16 and the CPU need none."""
     needed = options.amp and options.amp_dtype == 'float16' and device.type == 'cuda'
-    return NativeScaler(device=device.type) if needed else None
+    return torch.amp.GradScaler(device.type, enabled=needed)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, loaded without running what is in them, ranked by metric.
+"""Checkpoint files: written whole or not at all, and ranked by metric; `weights.read_checkpoint` reads them.
 
 timm's saver unlinks the old file before it moves the new one into place, and ranks a NaN first: it is not used here.
 The layout is timm's, and its `load_checkpoint` and resume read these files.
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from timm_mldecoder.weights import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -36,20 +34,10 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f'could not write {path}: {error.strerror or error}') from error
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU, weights only: nothing in the file can run.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or would have to run code to be loaded.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f'{path}: no such file')
-    return read_checkpoint(path)
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition('\n')[0]
+        raise OSError(f'could not write {path}: {reason}; the file is as it was') from error
 
 
 class CheckpointFolder:

@@ -1,5 +1,6 @@
 """From options to loaders that yield batches ready for the model: on the device, normalised, mixed."""
 
+import pickle
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.data import MultiLabelDataset, create_dataset
 from timm_mldecoder.engine import streams, zero_shot
+from timm_mldecoder.engine.bad_images import BadImage, guard_evaluation, strict
 from timm_mldecoder.engine.dataset_checks import check_folder
 from timm_mldecoder.engine.multilabel import change_transform
 from timm_mldecoder.engine.restartable import Position, RestartableLoader
@@ -45,13 +47,13 @@ class TrainLoader:
         loader: What timm's `create_loader` returned.
         placement: What to do to its batches.
         mixing: Mixup/CutMix, either the collate function of `loader` or applied here.
-        options: `seed`, `mixup_off_epoch` and `use_multi_epochs_loader` are read.
+        options: `seed`, `mixup_off_epoch`, `use_multi_epochs_loader` and `bad_image` are read.
         rank: Rank of this process.
     """
 
     def __init__(self, loader: Any, placement: Placement, mixing: Mixup | None, options: Namespace, rank: int) -> None:
         self._prefetcher = loader if isinstance(loader, PrefetchLoader) else None
-        self._batches = RestartableLoader(loader.loader if self._prefetcher else loader)
+        self._batches = RestartableLoader(loader.loader if self._prefetcher else loader, options.bad_image)
         if self._prefetcher:
             self._prefetcher.loader = self._batches
         self._placement = placement
@@ -91,6 +93,10 @@ class TrainLoader:
         """The position after `batch` batches of the epoch under way."""
         return self._batches.position(batch)
 
+    def pop_images(self, batch: int) -> tuple[list[int], list[BadImage]]:
+        """Which images a batch was made of, and those that could not be read; told once."""
+        return self._batches.pop_images(batch)
+
     def _start(self, epoch: int, resume: Position | None) -> None:
         for part in (self.dataset, self._batches.batch_sampler, self._batches.sampler):
             if hasattr(part, 'set_epoch'):
@@ -110,10 +116,15 @@ class EvalLoader:
     Args:
         loader: What timm's `create_loader` returned.
         placement: What to do to its batches.
+        bad_image: What to do about images that cannot be read, one of `bad_images.POLICIES`.
     """
 
-    def __init__(self, loader: Any, placement: Placement) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, placement: Placement, bad_image: str) -> None:
+        prefetcher = loader if isinstance(loader, PrefetchLoader) else None
+        self._batches = guard_evaluation(loader.loader if prefetcher else loader, bad_image)
+        if prefetcher:
+            prefetcher.loader = self._batches
+        self.loader = prefetcher or self._batches
         self._placement = placement
 
     def __len__(self) -> int:
@@ -122,6 +133,11 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, target in self.loader:
             yield self._placement(images, target)
+
+    @property
+    def bad_images(self) -> list[BadImage]:
+        """The images that the last pass left out."""
+        return getattr(self._batches, 'bad_images', [])
 
 
 def data_config(options: Namespace, model: nn.Module, world: World, **kwargs: Any) -> dict[str, Any]:
@@ -137,11 +153,7 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
     """
     channels = config['input_size'][0]
     check_folder(options.dataset, options.data_dir, split)
-    dataset = create_dataset(
-        options.dataset,
-        root=options.data_dir,
-        split=split,
-        is_training=training,
+    settings = dict(
         class_map=options.class_map,
         download=options.dataset_download,
         batch_size=options.batch_size,
@@ -153,6 +165,11 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
         num_samples=_num_samples(options, training),
         trust_remote_code=options.dataset_trust_remote_code,
     )
+    try:
+        dataset = strict(create_dataset(
+            options.dataset, root=options.data_dir, split=split, is_training=training, **settings))
+    except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
+        raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     if isinstance(dataset, MultiLabelDataset):
         if options.task != 'multilabel':
             raise ValueError(f'--dataset {options.dataset} has any number of classes an image: pass --task multilabel')
@@ -242,7 +259,7 @@ def create_eval_loader(
         **_common(options, config, placement, world),
         **kwargs,
     )
-    return EvalLoader(loader, placement)
+    return EvalLoader(loader, placement, vars(options).get('val_bad_image', options.bad_image))
 
 
 def _common(options: Namespace, config: dict[str, Any], placement: Placement, world: World) -> dict[str, Any]:

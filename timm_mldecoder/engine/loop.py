@@ -11,8 +11,11 @@ from timm.task import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 
-from timm_mldecoder.engine import report
+from timm_mldecoder.engine import bad_images, nonfinite, report
+from timm_mldecoder.engine.bad_images import BadImage
 from timm_mldecoder.engine.evaluate import evaluate
+from timm_mldecoder.engine.memory import naming_batch_size
+from timm_mldecoder.engine.nonfinite import Buffers, TrainedBatch, spoilt_gradient, spoilt_loss
 from timm_mldecoder.engine.run import Run
 from timm_mldecoder.engine.state import RunningLoss
 from timm_mldecoder.engine.zero_shot import asked_for
@@ -24,6 +27,17 @@ Metrics = OrderedDict[str, float]
 
 def fit(run: Run) -> None:
     """Train until the last epoch; validate and save after each."""
+    with run.signals, naming_batch_size(run.options):
+        _fit(run)
+
+    best = run.state.checkpoints
+    if run.world.primary:
+        if best.best_metric is not None:
+            _logger.info(f'*** Best metric: {best.best_metric} (epoch {best.best_epoch})')
+        report.print_result(run.state.rows, run.eval_metric, best.decreasing)
+
+
+def _fit(run: Run) -> None:
     options, state = run.options, run.state
     while state.epoch < run.epochs:
         epoch = state.epoch
@@ -35,25 +49,20 @@ def fit(run: Run) -> None:
             distribute_bn(state.task.get_eval_model(), run.world.size, run.dist_bn == 'reduce')
 
         # most epochs are neither scored nor saved where --val-interval says so
-        state.epoch, state.batch, state.position = epoch + 1, 0, None
-        last = state.epoch == run.epochs
-        if state.epoch % options.val_interval and not last:
+        if (epoch + 1) % options.val_interval and epoch + 1 < run.epochs:
+            run.state.start_epoch(epoch + 1)
             run.step_schedule(metric=None)
             continue
-        run.train_loader.epoch_ended(state.epoch)
+        state.position = run.train_loader.position(state.batch)
+        run.train_loader.epoch_ended(epoch + 1)
         eval_metrics = validate(run) if run.eval_loader is not None else None
 
         # the state moves on to the next epoch before it is saved
+        state.start_epoch(epoch + 1)
         metric = (eval_metrics if eval_metrics is not None else train_metrics)[run.eval_metric]
         run.step_schedule(metric)
         state.rows.append(report.summary_row(epoch, train_metrics, eval_metrics, lr))
         run.save_epoch(epoch, metric)
-
-    if run.world.primary:
-        best = state.checkpoints
-        if best.best_metric is not None:
-            _logger.info(f'*** Best metric: {best.best_metric} (epoch {best.best_epoch})')
-        report.print_result(state.rows, run.eval_metric, best.decreasing)
 
 
 def train_epoch(run: Run) -> Metrics:
@@ -66,6 +75,8 @@ def train_epoch(run: Run) -> Metrics:
 
     state.task.get_trainable_module().train()
     state.optimizer.zero_grad()
+    buffers = Buffers(state.task.get_trainable_module())
+    trained: list[TrainedBatch] = []
     watch = report.Stopwatch()
     for images, target in batches:
         watch.batch_arrived()
@@ -75,16 +86,18 @@ def train_epoch(run: Run) -> Metrics:
 
         # forward and backward; gradients are exchanged once an update
         with nullcontext() if completes_update else state.task.no_sync():
-            loss = forward_backward(run, images, target, accumulated, completes_update)
-        state.loss.add(loss, len(images))
+            loss = backward(run, images, target, accumulated)
+        indices, bad = run.train_loader.pop_images(batch)
+        state.loss.bad_images += bad
+        bad_images.tell(bad)
+        trained.append(TrainedBatch(loss, len(images), indices))
         watch.batch_done(len(images))
         if not completes_update:
             continue
 
         # update
-        state.optimizer.zero_grad()
-        updates = run.updates_done()
-        state.task.update_ema(step=updates)
+        stop = update_parameters(run, trained, buffers)
+        trained.clear()
         if options.synchronize_step and run.world.device.type != 'cpu':
             torch.accelerator.synchronize(run.world.device)
         watch.update_done()
@@ -99,37 +112,84 @@ def train_epoch(run: Run) -> Metrics:
 
         # move on, and keep what would be lost
         if state.schedule is not None:
-            state.schedule.step_update(num_updates=updates)
+            state.schedule.step_update(num_updates=run.updates_done())
+        if stop:
+            run.stop(stop)
         if options.recovery_interval and (update + 1) % options.recovery_interval == 0:
             run.save_recovery()
 
     if hasattr(state.optimizer, 'sync_lookahead'):
         state.optimizer.sync_lookahead()
-    return OrderedDict(loss=_mean_over_ranks(state.loss.mean()).item())
+    return _count_bad(run, state.loss.bad_images, OrderedDict(loss=_mean_over_ranks(state.loss.mean()).item()))
 
 
-def forward_backward(run: Run, images: Tensor, target: Tensor, accumulated: int, completes_update: bool) -> Tensor:
-    """Gradients of one batch and, where it completes an update, the optimizer's step.
+def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tensor:
+    """Gradients of one batch of the `accumulated` that an update is made of.
 
     Returns:
         The loss of the batch, a scalar, neither divided by `accumulated` nor scaled by the batch size.
     """
-    state, options = run.state, run.options
+    state = run.state
     with run.autocast():
         loss = state.task(images, target)['loss']
     scaled = loss * run.loss_scale(len(images)) / accumulated
 
-    second_order = getattr(state.optimizer, 'is_second_order', False)
-    if state.scaler is not None:
-        state.scaler(scaled, state.optimizer, clip_grad=options.clip_grad, clip_mode=options.clip_mode,
-                     parameters=run.clip_parameters(), create_graph=second_order, need_update=completes_update)
-        return loss.detach()
-    scaled.backward(create_graph=second_order)
-    if completes_update:
+    state.scaler.scale(scaled).backward(create_graph=getattr(state.optimizer, 'is_second_order', False))
+    return loss.detach()
+
+
+def update_parameters(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> int:
+    """The optimizer's step; left out on all processes where the loss or a gradient of one of them is not finite.
+
+    Args:
+        run: The run.
+        trained: The batches that the gradients are of.
+        buffers: The buffers of the model as they were after the update before.
+
+    Returns:
+        The signal that one of the processes was sent, 0 for none.
+    """
+    state, options = run.state, run.options
+    state.scaler.unscale_(state.optimizer)
+    model = state.task.get_trainable_module()
+    loss, gradient, stop = run.world.highest(spoilt_loss(trained), spoilt_gradient(model), run.signals.received)
+    if loss or gradient:
+        buffers.put_back()
+        skip_update(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
+    else:
         if options.clip_grad is not None:
             dispatch_clip_grad(run.clip_parameters(), value=options.clip_grad, mode=options.clip_mode)
-        state.optimizer.step()
-    return loss.detach()
+        state.scaler.step(state.optimizer)
+        state.task.update_ema(step=run.updates_done())
+        buffers.keep()
+        state.skipped = 0
+        for batch in trained:
+            state.loss.add(batch.loss, batch.images)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    return stop
+
+
+def skip_update(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> None:
+    """Tell of an update that is left out, and end the run where that is asked for or goes on for too long.
+
+    Args:
+        run: The run.
+        trained: The batches of the update.
+        scale_too_large: Whether it is but the loss scaler finding its scale, as at the start of a float16 run.
+    """
+    state, options = run.state, run.options
+    state.skipped += 1
+    update = (state.batch - 1) // options.grad_accum_steps
+    where = f'epoch {state.epoch}, update {update}'
+    if run.world.primary:
+        reason = 'the loss scale is too large and halved' if scale_too_large else 'loss or gradients are not finite'
+        _logger.warning(f'Skipped {where}: {reason} ({state.skipped} in a row)')
+    if not scale_too_large:
+        position = dict(epoch=state.epoch, update=update)
+        nonfinite.report(run.folder, position, trained, run.train_loader.dataset)
+    limit = 1 if options.nonfinite == nonfinite.ABORT and not scale_too_large else options.nonfinite_limit
+    nonfinite.check_limit(state.skipped, limit, where)
 
 
 def validate(run: Run) -> Metrics:
@@ -152,8 +212,24 @@ def _validate(run: Run, ema: bool) -> Metrics:
                              run.bar, run.world.primary)
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     with asked_for(model, run.eval_classes):
-        return evaluate(model, run.eval_loader, evaluator, autocast=run.autocast, distributed=run.world.distributed,
-                        views=run.options.tta, on_batch=tell)
+        metrics = evaluate(
+            model, run.signals.until_stopped(run.eval_loader), evaluator, autocast=run.autocast,
+            distributed=run.world.distributed, views=run.options.tta, on_batch=tell)
+    # stopped now, the run resumes with the validation, after all batches of the epoch
+    stop, = run.world.highest(run.signals.received)
+    if stop:
+        run.stop(stop)
+    return _count_bad(run, run.eval_loader.bad_images, metrics)
+
+
+def _count_bad(run: Run, bad: list[BadImage], metrics: Metrics) -> Metrics:
+    """Add the number of unreadable images, where there were any, and their names to the list of the run."""
+    bad = bad_images.gather(bad)
+    if bad:
+        metrics['bad_images'] = len(bad)
+        if run.folder is not None:
+            bad_images.record(bad, run.folder)
+    return metrics
 
 
 def log_update(run: Run, update: int, loss: Tensor, watch: report.Stopwatch) -> None:

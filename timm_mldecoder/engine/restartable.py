@@ -13,7 +13,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from timm_mldecoder.engine import streams
+from timm_mldecoder.engine import bad_images, streams
+from timm_mldecoder.engine.bad_images import BadImage, CollateGood, Guarded
+from timm_mldecoder.engine.signals import DeafWorkerInit
 from timm_mldecoder.engine.streams import Streams
 
 
@@ -43,20 +45,28 @@ class RestartableLoader:
 
     Args:
         loader: The loader to wire anew.
+        bad_image: What to do about images that cannot be read, one of `bad_images.POLICIES`.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, bad_image: str = bad_images.SKIP) -> None:
         self.dataset, self.sampler, self.batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
         self.num_workers = loader.num_workers
         self._streamed = isinstance(loader.dataset, IterableDataset)
         self._order = _Order(loader.batch_sampler, loader.num_workers)
-        self._worker_init = _WorkerInit(loader.worker_init_fn)
-        batches = dict(batch_size=loader.batch_size, drop_last=loader.drop_last) if self._streamed else dict(
-            batch_sampler=self._order)
+        self._worker_init = _WorkerInit(DeafWorkerInit(loader.worker_init_fn))
+        self._bad_image = bad_image
+        self._met: dict[int, list[BadImage]] = {}
+        if self._streamed:
+            dataset, collate = loader.dataset, loader.collate_fn
+            batches = dict(batch_size=loader.batch_size, drop_last=loader.drop_last)
+        else:
+            dataset = Guarded(loader.dataset, bad_images.STAND_INS if bad_image == bad_images.SKIP else 0)
+            collate = CollateGood(loader.collate_fn, fewer=False)
+            batches = dict(batch_sampler=self._order)
         self._loader = DataLoader(
-            loader.dataset,
+            dataset,
             num_workers=loader.num_workers,
-            collate_fn=_CollateAndTell(loader.collate_fn),
+            collate_fn=_CollateAndTell(collate),
             pin_memory=loader.pin_memory,
             worker_init_fn=self._worker_init,
             **batches,
@@ -84,6 +94,8 @@ class RestartableLoader:
         self._worker_init.streams = resume.workers if resume and not self._streamed else {}
         self._order.skip = resume.batch if resume else 0
         self._order.on_skipped = self._restore_streams
+        self._order.drawn.clear()
+        self._met.clear()
         self._iterator = iter(self._loader)
 
     def position(self, batch: int) -> Position:
@@ -91,6 +103,12 @@ class RestartableLoader:
         workers = {worker: self._sent[last] for last, worker in self._turns(batch) if self._sent.get(last)}
         before = self._fetched_with.get(batch)
         return Position(batch, self._start, streams.capture(), before, workers, self.num_workers)
+
+    def pop_images(self, batch: int) -> tuple[list[int], list[BadImage]]:
+        """Which images a batch was made of, by index, and those that others stand in for; told once."""
+        indices = self._order.drawn.pop(batch, [])
+        # batches of changing sizes are made of pairs
+        return [int(index[0] if isinstance(index, tuple) else index) for index in indices], self._met.pop(batch, [])
 
     def __iter__(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -108,8 +126,15 @@ class RestartableLoader:
             if item is None:
                 break
             samples, self._sent[batch] = item
-            yield samples
+            yield samples if self._streamed else self._readable(batch, *samples)
         self._catch_up()
+
+    def _readable(self, number: int, batch: Any, places: list[int], bad: list[BadImage]) -> Any:
+        if batch is None:
+            raise bad_images.cannot_go_on(bad, self._bad_image)
+        if bad:
+            self._met[number] = bad
+        return batch
 
     def _note_streams(self, batch: int, first: int) -> None:
         """Before a batch is fetched: keep the streams it is fetched with, for the last few batches only."""
@@ -143,6 +168,7 @@ class _Order:
         self._batches = batches
         self._num_workers = num_workers
         self.skip = 0
+        self.drawn: dict[int, list] = {}  # by batch, until they are asked for
         self.on_skipped: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -155,7 +181,9 @@ class _Order:
                 next(batches, None)
             self.on_skipped()
             yield from [[]] * (self.skip % self._num_workers if self._num_workers else 0)
-        yield from batches
+        for number, indices in enumerate(batches, self.skip):
+            self.drawn[number] = indices
+            yield indices
 
 
 class _CollateAndTell:

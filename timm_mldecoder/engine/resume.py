@@ -7,9 +7,10 @@ from typing import Any
 import torch.distributed as dist
 
 from timm_mldecoder.engine import report
-from timm_mldecoder.engine.checkpoint import LAST, SUFFIX, load_checkpoint
+from timm_mldecoder.engine.checkpoint import LAST, SUFFIX
 from timm_mldecoder.engine.run import Run
 from timm_mldecoder.engine.state import RUN
+from timm_mldecoder.weights import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -44,32 +45,50 @@ def _find(run: Run) -> tuple[Path | None, dict[str, Any]]:
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     if found[0] is not None and not content:
-        content = load_checkpoint(found[0])
+        content = read_checkpoint(found[0])
     return found[0], content
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint of a run that is furthest, among those that load; (None, {}) where there is none."""
-    best: tuple[Path | None, dict[str, Any]] = None, {}
-    furthest = (-1, 0)
-    for path in [folder / LAST, *folder.glob(f'recovery-*{SUFFIX}'), *folder.glob(f'checkpoint-*{SUFFIX}')]:
-        if not path.exists():
-            continue
-        try:
-            content = load_checkpoint(path)
-        except ValueError as error:
-            _logger.warning('Passed over: %s', error)
-            continue
-        run = content.get(RUN, {})
-        progress = run.get('epoch', content.get('epoch', -1) + 1), run.get('batch', 0)
-        if progress > furthest:
-            furthest, best = progress, (path, content)
-    return best
+    path, content = folder / LAST, _try(folder / LAST)
+    reached = _progress(content) if content else (-1, 0)
+    names = [*folder.glob(f'recovery-*-*{SUFFIX}'), *folder.glob(f'checkpoint-*{SUFFIX}')]
+    for other in sorted(names, key=_progress_by_name, reverse=True):
+        if _progress_by_name(other) <= reached:
+            break
+        found = _try(other)
+        if found:
+            return other, found
+    return (path, content) if content else (None, {})
+
+
+def _try(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, nothing where there is none or it does not load."""
+    if not path.exists():
+        return {}
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        _logger.warning('Passed over: %s', error)
+        return {}
+
+
+def _progress(content: dict[str, Any]) -> tuple[int, int]:
+    """Epochs done and batches of the next; timm's checkpoints know only epochs."""
+    run = content.get(RUN, {})
+    return run.get('epoch', content.get('epoch', -1) + 1), run.get('batch', 0)
+
+
+def _progress_by_name(path: Path) -> tuple[int, int]:
+    kind, *numbers = path.name.removesuffix(SUFFIX).split('-')
+    epoch, batch = [int(number) for number in numbers] if kind == 'recovery' else (int(numbers[0]) + 1, 0)
+    return epoch, batch
 
 
 def _load_or_suggest(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
-        return path, load_checkpoint(path)
+        return path, read_checkpoint(path)
     except ValueError as error:
         other, _ = newest(path.parent)
         remedy = f'; the newest one that loads is {other}' if other else ''

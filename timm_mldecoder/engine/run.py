@@ -1,20 +1,25 @@
 """A training run: what the loop works with, and what it asks of it."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import Any, NoReturn
 
 from torch import nn
 
 from timm_mldecoder.engine import report
 from timm_mldecoder.engine.dataset_checks import class_to_index
 from timm_mldecoder.engine.loaders import EvalLoader, TrainLoader
+from timm_mldecoder.engine.signals import Stopped, StopSignals
 from timm_mldecoder.engine.state import RUN, TrainingState
 from timm_mldecoder.engine.world import World
 from timm_mldecoder.engine.zero_shot import Classes
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Run:
     data_config: dict[str, Any]
     bar: report.ProgressBar
     trackers: list[Callable[[dict[str, float]], None]]
+    signals: StopSignals = field(default_factory=StopSignals)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -96,11 +102,21 @@ class Run:
 
     def save_recovery(self) -> None:
         """Save the present position within the epoch; a collective call."""
-        self.state.position = self.train_loader.position(self.state.batch)
+        if self.state.position is None:  # it is set while the epoch is validated
+            self.state.position = self.train_loader.position(self.state.batch)
         ranks = self.state.gather_ranks()
         if self.folder is not None:
             self.state.checkpoints.save_recovery(self.state.epoch, self.state.batch, lambda: self._content(ranks))
         self.state.position = None
+
+    def stop(self, number: int) -> NoReturn:
+        """Save the present position and end the run, for a signal that came to one of the processes."""
+        self.save_recovery()
+        if self.folder is not None:
+            newest = self.state.checkpoints.recoveries()[-1]
+            _logger.warning(f'{Signals(number).name}: stopped in epoch {self.state.epoch} after batch '
+                            f'{self.state.batch}; --resume {newest} goes on from there')
+        raise Stopped(number)
 
     def _content(self, ranks: list[dict[str, Any]], metric: float | None = None) -> dict[str, Any]:
         content = self.state.state_dict(self.options, ranks, metric)

@@ -11,14 +11,16 @@ from timm.models import clean_state_dict
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, unwrap_model
+from timm.utils import unwrap_model
 from torch import nn
 
+from timm_mldecoder.engine.bad_images import BadImage
 from timm_mldecoder.engine.checkpoint import CheckpointFolder
 from timm_mldecoder.engine.restartable import Position
 
 _logger = logging.getLogger(__name__)
 
+SCALER = 'amp_scaler'  # timm's key
 FORMAT = 2  # timm's: the epoch of a checkpoint is the one it ended
 RankState = dict[str, Any]
 RUN = 'timm_mldecoder'  # the key of what timm's layout has no place for
@@ -26,10 +28,15 @@ RUN = 'timm_mldecoder'  # the key of what timm's layout has no place for
 
 @dataclass
 class RunningLoss:
-    """The sum of the training loss over the samples of an epoch, kept on the device so that no step waits for it."""
+    """The sum of the training loss over the samples of an epoch, kept on the device so that no step waits for it.
+
+    Attributes:
+        bad_images: Images of the epoch that others had to stand in for.
+    """
 
     total: torch.Tensor
     samples: int = 0
+    bad_images: list[BadImage] = field(default_factory=list)
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         self.total += loss.detach().to(self.total.dtype) * samples
@@ -48,10 +55,11 @@ class TrainingState:
         task: Model, averaged model, loss.
         optimizer: Its moments, and the learning rate of each group.
         schedule: The learning-rate schedule; None for `--sched none`.
-        scaler: The loss scaler of float16; None where there is none.
+        scaler: The loss scaler of float16, not enabled where there is no need for one.
         checkpoints: The history of checkpoints and the best metric.
         epoch: The epoch under way, or the next to begin.
         batch: Batches of it trained on.
+        skipped: Updates left out in a row, up to now, because they were not finite.
         loss: Running loss of the epoch under way.
         rows: The metrics of every epoch so far, as `summary.csv` shows them.
         position: Where in the epoch each random stream stood; None at the start of an epoch.
@@ -60,13 +68,18 @@ class TrainingState:
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     schedule: Scheduler | None
-    scaler: NativeScaler | None
+    scaler: torch.amp.GradScaler
     checkpoints: CheckpointFolder
     loss: RunningLoss
     epoch: int = 0
     batch: int = 0
+    skipped: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
     position: Position | None = None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Stand at the start of an epoch."""
+        self.epoch, self.batch, self.position = epoch, 0, None
 
     def state_dict(self, options: Namespace, ranks: list[RankState], metric: float | None = None) -> dict[str, Any]:
         """What a checkpoint holds: timm's keys, and one of ours.
@@ -88,6 +101,7 @@ class TrainingState:
             RUN: dict(
                 epoch=self.epoch,
                 batch=self.batch,
+                skipped=self.skipped,
                 rows=self.rows,
                 schedule=_schedule_state(self.schedule),
                 ranks=ranks,
@@ -96,8 +110,8 @@ class TrainingState:
                 grad_accum_steps=options.grad_accum_steps,
             ),
         }
-        if self.scaler is not None:
-            content[self.scaler.state_dict_key] = self.scaler.state_dict()
+        if self.scaler.is_enabled():
+            content[SCALER] = self.scaler.state_dict()
         if metric is not None:
             content['metric'] = metric
         return content
@@ -105,9 +119,14 @@ class TrainingState:
     def rank_state(self) -> RankState:
         """What differs from rank to rank: random streams, running loss, and buffers such as running statistics."""
         position = asdict(self.position) if self.position else None
-        return dict(position=position, loss=self.loss.total.item(), samples=self.loss.samples, buffers={
-            ema: _saved_buffers(self.task.get_eval_model(ema=ema)) for ema in (False, True)
-            if dist.is_initialized() and (not ema or self.task.has_ema())})
+        return dict(
+            position=position,
+            loss=self.loss.total.item(),
+            samples=self.loss.samples,
+            bad_images=[tuple(image) for image in self.loss.bad_images],
+            buffers={ema: _saved_buffers(self.task.get_eval_model(ema=ema)) for ema in (False, True)
+                     if dist.is_initialized() and (not ema or self.task.has_ema())},
+        )
 
     def gather_ranks(self) -> list[RankState]:
         """`rank_state` of every rank; a collective call."""
@@ -129,7 +148,7 @@ class TrainingState:
         if not options.no_resume_opt:
             self._load_optimizer(content)
         self.epoch = run['epoch'] if run else _next_epoch(content)
-        self.batch = run.get('batch', 0)
+        self.batch, self.skipped = run.get('batch', 0), run.get('skipped', 0)
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
         changed = [f'{name} was {run[name]} and is {now}' for name, now in (
             ('world_size', world_size), ('batch_size', options.batch_size),
@@ -162,14 +181,15 @@ class TrainingState:
     def _load_optimizer(self, content: dict[str, Any]) -> None:
         if 'optimizer' in content:
             self.optimizer.load_state_dict(content['optimizer'])
-        if self.scaler is not None and self.scaler.state_dict_key in content:
-            self.scaler.load_state_dict(content[self.scaler.state_dict_key])
+        if self.scaler.is_enabled() and SCALER in content:
+            self.scaler.load_state_dict(content[SCALER])
 
     def _load_position(self, run: dict[str, Any], rank: int) -> None:
         own = run['ranks'][rank]
         self.position = Position(**own['position'])
         self.loss.total.fill_(own['loss'])
         self.loss.samples = own['samples']
+        self.loss.bad_images = [BadImage(*image) for image in own['bad_images']]
         for ema, buffers in own['buffers'].items():
             unwrap_model(self.task.get_eval_model(ema=ema)).load_state_dict(buffers, strict=False)
 

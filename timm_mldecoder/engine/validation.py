@@ -18,16 +18,17 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.engine import build, loaders, multilabel, zero_shot
-from timm_mldecoder.engine.checkpoint import SUFFIX, load_checkpoint
+from timm_mldecoder.engine import bad_images, build, loaders, multilabel, zero_shot
+from timm_mldecoder.engine.checkpoint import SUFFIX
 from timm_mldecoder.engine.dataset_checks import check_classes
 from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.measures import create_measures
+from timm_mldecoder.engine.memory import is_out_of_memory
 from timm_mldecoder.engine.multilabel_report import MultiLabelReport
 from timm_mldecoder.engine.report import EvalReport, ProgressBar
 from timm_mldecoder.engine.state import RUN
 from timm_mldecoder.engine.world import World
-from timm_mldecoder.weights import convert_state_dict
+from timm_mldecoder.weights import convert_state_dict, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ def score_with_retry(options: Namespace, explicit: dict[str, Any], world: World,
     while True:
         try:
             return score_model(options, explicit, world)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             smaller = decay_batch_step(options.batch_size)
             if not retry or not smaller:
                 remedy = 'pass --retry, or a smaller -b' if smaller else 'not even one image fits'
@@ -140,6 +143,9 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
                        distributed=world.distributed, classes=valid_labels, on_batch=on_batch)
     for measure in extra:
         metrics.update(measure.compute())
+    left_out = bad_images.gather(loader.bad_images)
+    if left_out:
+        metrics['bad_images'] = len(left_out)
     report.write(weights)
     if world.primary:
         _logger.info(' * ' + ' '.join(f'{_SHOWN.get(name, name)} {value:.3f}' for name, value in metrics.items()))
@@ -152,7 +158,7 @@ def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict
     Returns:
         What the file holds, and the data configuration it brings along.
     """
-    content = load_checkpoint(options.checkpoint)
+    content = read_checkpoint(options.checkpoint)
     if RUN not in content:
         return content, {}
     trained = vars(content['args'])

@@ -31,6 +31,13 @@ class World:
     def primary(self) -> bool:
         return self.rank == 0
 
+    def highest(self, *values: torch.Tensor | int) -> list[int]:
+        """The highest of each value on any process; a collective call, which waits for the device."""
+        numbers = torch.stack([torch.as_tensor(value, dtype=torch.int32, device=self.device) for value in values])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+        return numbers.tolist()
+
 
 @contextmanager
 def join_world(options: Namespace) -> Iterator[World]:
@@ -48,7 +55,12 @@ def join_world(options: Namespace) -> Iterator[World]:
 
     if is_distributed_env():
         _complete_slurm_environment(os.environ)
-    found = init_distributed_device_so(options.device)
+    try:
+        found = init_distributed_device_so(options.device)
+    except torch.distributed.DistNetworkError as error:
+        where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+        raise ValueError(f'the processes cannot meet at {where} ({error}); set MASTER_PORT, or --master-port of '
+                         f'torchrun, to a free port') from error
     world = World(torch.device(found['device']), found['global_rank'], found['local_rank'], found['world_size'])
     try:
         yield world

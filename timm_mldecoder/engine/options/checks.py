@@ -25,7 +25,7 @@ _AT_LEAST = {
     'batch_size': 1, 'validation_batch_size': 1, 'num_classes': 1, 'epochs': 1, 'workers': 0, 'log_interval': 1,
     'log_freq': 1, 'val_interval': 1, 'checkpoint_hist': 1, 'seed': 0, 'recovery_interval': 0, 'stop_epoch': 1,
     'start_epoch': 0, 'warmup_epochs': 0, 'cooldown_epochs': 0, 'img_size': 1, 'in_chans': 1, 'num_gpu': 1,
-    'aug_repeats': 0, 'mixup': 0, 'cutmix': 0, 'smoothing': 0, 'train_batches_per_epoch': 1,
+    'nonfinite_limit': 1, 'aug_repeats': 0, 'mixup': 0, 'cutmix': 0, 'smoothing': 0, 'train_batches_per_epoch': 1,
 }
 
 
@@ -47,6 +47,12 @@ def check_train(options: Namespace) -> None:
         raise ValueError(f'--cutmix-minmax takes two ratios, got {options.cutmix_minmax}')
     if options.wandb_resume_id and not options.resume:
         raise ValueError(f'--wandb-resume-id {options.wandb_resume_id} needs --resume')
+    if options.tta > 1 and options.val_bad_image == 'skip':
+        raise ValueError(f'--tta {options.tta} averages images by their order: it needs --val-bad-image abort')
+    for flag, path in (('--initial-checkpoint', options.initial_checkpoint),
+                       ('--pretrained-path', options.pretrained_path)):
+        if path and not os.path.exists(path):
+            raise ValueError(f'{flag} {path}: no such file')
     if options.resume == 'auto' and not options.experiment:
         raise ValueError('--resume auto needs --experiment, the run to go on with')
 
@@ -56,6 +62,8 @@ def check_validate(options: Namespace) -> None:
     _check_values(options)
     if options.checkpoint and not os.path.exists(options.checkpoint):
         raise ValueError(f'--checkpoint {options.checkpoint}: no such file or folder')
+    if options.real_labels and options.bad_image == 'skip':
+        raise ValueError('--real-labels matches images by their order: it needs --bad-image abort')
 
 
 def _check_values(options: Namespace) -> None:

@@ -96,9 +96,13 @@ _NEEDS: list[tuple[tuple[str, ...], _Condition, str]] = [
      '--use-ml-decoder-head 1'),
     (('random_queries', 'query_noise'), _given('word_embeddings'), '--word-embeddings'),
     (('score_classes',), _given('class_split'), '--class-split'),
+    (('nonfinite_limit',), lambda o, _: o.nonfinite == 'skip', '--nonfinite skip'),
+    (('bad_image', 'val_bad_image'), lambda o, _: not o.dataset.lower().startswith(_STREAMED),
+     'a data set that is not streamed'),
     (('gp',), lambda o, _: not o.use_ml_decoder_head, '--use-ml-decoder-head 0: an ML-Decoder head does not pool'),
     (('no_resume_opt',), _given('resume'), '--resume'),
-    (('eval_metric', 'val_num_samples', 'validation_batch_size', 'tta'), _given('val_split'), 'a validation split'),
+    (('eval_metric', 'val_num_samples', 'validation_batch_size', 'tta', 'val_bad_image'), _given('val_split'),
+     'a validation split'),
     (('wandb_project', 'wandb_tags', 'wandb_resume_id'), _given('log_wandb'), '--log-wandb'),
 ]
 

@@ -1,7 +1,7 @@
 """How a command-line flag is written down: one row a flag, one table a group."""
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
@@ -27,9 +27,16 @@ def pairs(*names: str, help: str) -> Flag:
     return names, dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=help)
 
 
+class OneLineParser(ArgumentParser):
+    """Tells a mistake in one line; the usage, which argparse puts before it, has some two hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
 def build_parser(description: str, groups: list[Group]) -> ArgumentParser:
     """An argument parser with every row of `groups`; a default that says something is shown in `--help`."""
-    parser = ArgumentParser(description=description)
+    parser = OneLineParser(description=description)
     for title, rows in groups:
         group = parser.add_argument_group(title)
         for names, settings in rows:

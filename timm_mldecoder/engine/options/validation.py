@@ -48,6 +48,8 @@ VALIDATE_GROUPS: list[Group] = [
     ('Run', [
         flag('-j', '--workers', type=int, metavar='N', default=4, help='loader processes'),
         flag('-b', '--batch-size', type=int, metavar='N', default=256, help='images a batch and process'),
+        flag('--bad-image', type=str, choices=['skip', 'abort'], default='abort',
+             help='what to do about an image that cannot be read: score the others, or end the run'),
         switch('--retry', help='halve the batch until it fits the memory'),
         switch('--no-prefetcher', help='normalise images in the loader, not on the device'),
         switch('--pin-mem', help='pin the memory of batches'),
