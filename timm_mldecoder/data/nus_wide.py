@@ -6,19 +6,16 @@
     ROOT/<path>                    the images
 
 The classes are the distinct labels of the whole of `data.csv`, sorted; the columns of the word vectors are in the same
-order. They become a file of label embeddings with names by
-
-    python -m timm_mldecoder.data.nus_wide ROOT OUT.safetensors
+order; `python -m timm_mldecoder.data.embed ROOT OUT.safetensors --nus-wide` makes a file of both.
 """
 
-import argparse
 import csv
 from pathlib import Path
 
 from torch import Tensor
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
-from timm_mldecoder.data.word_embeddings import load_tensors, write_word_embeddings
+from timm_mldecoder.data.word_embeddings import load_tensors
 
 SPLITS = {'train': 'train', 'validation': 'val'}
 
@@ -80,23 +77,3 @@ def _read_rows(root: Path) -> list[tuple[str, list[str], str]]:
             labels = [name.strip() for name in row[1][1:-1].split(',') if name.strip()]
             rows.append((row[0], labels, row[2]))
     return rows
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Write the word vectors of NUS-WIDE with the names of the classes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('root', type=Path, help='folder with data.csv and wordvec_array.pth')
-    parser.add_argument('out', type=Path, help='safetensors file to write')
-    options = parser.parse_args(arguments)
-    try:
-        vectors, class_names = read_word_vectors(options.root)
-        write_word_embeddings(
-            options.out, vectors, class_names, made_by='NUS-WIDE wordvec_array.pth', rule='as distributed'
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    print(f'wrote {len(class_names)} embeddings of width {vectors.shape[1]} to {options.out}')
-
-
-if __name__ == '__main__':
-    main()

@@ -6,7 +6,7 @@ from timm_mldecoder.engine.options.tables import Group, flag
 
 _CLASSES = [
     flag('--word-embeddings', type=str, metavar='FILE', default='',
-         help='label embeddings, which make the queries of the ML-Decoder head (timm_mldecoder.data.word_embeddings)'),
+         help='label embeddings, which make the queries of the ML-Decoder head (timm_mldecoder.data.embed makes them)'),
     flag('--class-split', type=str, metavar='FILE', default='',
          help='JSON of seen and unseen classes: train on the seen, score the unseen alone and with the seen'),
     flag('--score-classes', type=str, default='all', choices=['all', 'seen', 'unseen'],

@@ -1,0 +1,259 @@
+"""Data of zero-shot runs: splits of the classes, NUS-WIDE's files, label embeddings and the set that is drawn."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from timm_mldecoder.data import create_dataset, embed, nus_wide, shapes
+from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.word_embeddings import read_word_embeddings, write_word_embeddings
+
+NUS_ROWS = [
+    ('a/1.jpg', 'sky, clouds', 'train'),
+    ('a/2.jpg', 'zebra', 'train'),
+    ('b/3.jpg', 'clouds, zebra, traffic light', 'val'),
+    ('b/4.jpg', '', 'val'),
+    ('b/5.jpg', 'sky', 'train'),
+]
+NUS_CLASSES = ['clouds', 'sky', 'traffic light', 'zebra']
+
+
+@pytest.fixture
+def nus(tmp_path):
+    """A small data set in the files of the reference repository."""
+    lines = ['path,labels,split', *(f'{path},"[{labels}]",{split}' for path, labels, split in NUS_ROWS)]
+    (tmp_path / 'data.csv').write_text('\n'.join(lines) + '\n')
+    split = {'train class': ['clouds', 'zebra'], 'test class': ['traffic light']}
+    (tmp_path / 'benchmark_81_v0.json').write_text(json.dumps(split))
+    torch.save(torch.arange(12.0).view(3, 4), tmp_path / 'wordvec_array.pth')
+    for path, *_ in NUS_ROWS:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / path)
+    return tmp_path
+
+
+def test_nus_wide_is_read_as_distributed(nus):
+    train, validation = (create_dataset('nuswide', str(nus), split) for split in ('train', 'val'))
+    assert train.class_names == validation.class_names == NUS_CLASSES
+    assert train.filenames() == ['a/1.jpg', 'a/2.jpg', 'b/5.jpg']
+    assert [train[index][1].tolist() for index in range(3)] == [[1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
+    assert [validation[index][1].tolist() for index in range(2)] == [[1, 0, 1, 1], [0, 0, 0, 0]]
+
+
+def test_seen_and_unseen_classes_of_nus_wide(nus):
+    annotations = nus_wide.read_nus_wide(nus, 'train')
+    split = read_class_split(nus / 'benchmark_81_v0.json', annotations.class_names)
+    assert split.seen == ['clouds', 'zebra'] and split.unseen == ['traffic light']
+    assert split.all == ['clouds', 'zebra', 'traffic light']
+
+    seen = select_classes(annotations, split.seen, only_positive=True)
+    assert [seen.path(index) for index in range(len(seen))] == ['a/1.jpg', 'a/2.jpg'], 'none of sky alone'
+    assert [seen.target(index).tolist() for index in range(2)] == [[1, 0], [0, 1]]
+    every = select_classes(nus_wide.read_nus_wide(nus, 'validation'), split.all)
+    assert [every.target(index).tolist() for index in range(2)] == [[1, 1, 1], [0, 0, 0]]
+    with pytest.raises(ValueError, match='no class giraffe, okapi'):
+        select_classes(annotations, ['okapi', 'zebra', 'giraffe'])
+    with pytest.raises(ValueError, match='no image has one'):
+        select_classes(annotations, ['traffic light'], only_positive=True)
+
+
+def test_word_vectors_of_nus_wide_get_their_names(nus, tmp_path):
+    embed.main([str(nus), str(tmp_path / 'words.safetensors'), '--nus-wide'])
+    embeddings, names = read_word_embeddings(tmp_path / 'words.safetensors')
+    assert names == NUS_CLASSES
+    assert torch.equal(embeddings, torch.arange(12.0).view(3, 4).T)
+    torch.save(torch.zeros(3, 5), nus / 'wordvec_array.pth')
+    with pytest.raises(ValueError, match=r'expected a tensor \[width, 4\].*got \[3, 5\]'):
+        nus_wide.read_word_vectors(nus)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('path,labels\n', 'line 1: expected the columns'),
+    ('path,labels,split\na.jpg,[sky],train\nb.jpg,sky,train\n', 'line 3: expected a path'),
+    ('path,labels,split\na.jpg,[sky],test\n', 'line 2: expected a path'),
+])  # fmt: skip
+def test_malformed_nus_wide_is_named(tmp_path, text, message):
+    (tmp_path / 'data.csv').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        nus_wide.read_nus_wide(tmp_path, 'train')
+    with pytest.raises(ValueError, match='choose one of'):
+        nus_wide.read_nus_wide(tmp_path, 'test')
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{', 'is no split'),
+    ('[]', 'expected an object'),
+    ('{}', 'has neither'),
+    ('{"seen": "a"}', 'must be a list of names'),
+    ('{"seen": ["a", "x", "y"], "unseen": ["b"]}', 'unknown: x, y'),
+    ('{"seen": ["a", "b"], "unseen": ["b"]}', 'named twice: b'),
+    ('{"seen": ["a", "b", "c"]}', 'none unseen'),
+])  # fmt: skip
+def test_wrong_split_files_are_named(tmp_path, content, message):
+    (tmp_path / 'split.json').write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
+
+
+def test_the_part_left_out_of_a_split_is_all_the_others(tmp_path):
+    (tmp_path / 'split.json').write_text('{"test class": ["c", "a"]}')
+    split = read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
+    assert split.seen == ['b'] and split.unseen == ['a', 'c']
+
+
+def test_label_embedding_files_round_trip(tmp_path):
+    embeddings = torch.randn(2, 3)
+    write_word_embeddings(tmp_path / 'a.safetensors', embeddings, ['Ärmel', 'b c'], made_by='hand', rule='none')
+    torch.save({'embeddings': embeddings, 'class_names': ['Ärmel', 'b c']}, tmp_path / 'a.pth')
+    torch.save(embeddings, tmp_path / 'bare.pt')
+    for name in ('a.safetensors', 'a.pth'):
+        read, names = read_word_embeddings(tmp_path / name)
+        assert torch.equal(read, embeddings) and names == ['Ärmel', 'b c']
+        read, names = read_word_embeddings(tmp_path / name, ['b c'])
+        assert torch.equal(read, embeddings[1:]) and names == ['b c']
+    assert read_word_embeddings(tmp_path / 'bare.pt')[1] is None
+    assert read_word_embeddings(tmp_path / 'bare.pt', ['x', 'y'])[1] == ['x', 'y']
+
+
+def test_wrong_label_embedding_files_are_named(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    for name, content, message in [
+        ('code.pth', {'embeddings': Evil()}, 'cannot be read'),
+        ('list.pth', [1, 2], "not a tensor or a dict with 'embeddings'"),
+        ('flat.pth', torch.zeros(3), r'must be floats \[C, E\]'),
+        ('twice.pth', {'embeddings': torch.zeros(2, 3), 'class_names': ['a', 'a']}, r"repeated: \['a'\]"),
+        ('nan.pth', {'embeddings': torch.tensor([[0.0], [math.nan]]), 'class_names': ['a', 'b']}, r"finite: \['b'\]"),
+    ]:
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            read_word_embeddings(tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+    (tmp_path / 'odd.safetensors').write_bytes(b'odd')
+    with pytest.raises(ValueError, match='not a safetensors file'):
+        read_word_embeddings(tmp_path / 'odd.safetensors')
+    with pytest.raises(ValueError, match='no file'):
+        read_word_embeddings(tmp_path / 'none.safetensors')
+
+
+VECTORS = """6 2
+light 1 0
+traffic 0 1
+New_York 4 4
+zebra 2 2
+a 9 9
+dining-table 5 6
+"""
+
+
+def make(tmp_path, names, *flags):
+    (tmp_path / 'names.txt').write_text(names)
+    embed.main([str(tmp_path / 'names.txt'), str(tmp_path / 'out.safetensors'), *flags])
+    return read_word_embeddings(tmp_path / 'out.safetensors')
+
+
+def test_command_embeds_by_the_rule_for_text_vectors(tmp_path, caplog):
+    (tmp_path / 'vectors.txt').write_text(VECTORS)
+    names = 'Zebra\ntraffic light\nNew York\ndining table\nstreet/light\ntv\tlight\n'
+    embeddings, read = make(tmp_path, names, '--text-vectors', str(tmp_path / 'vectors.txt'))
+    assert read == ['Zebra', 'traffic light', 'New York', 'dining table', 'street/light', 'tv']
+    assert embeddings.tolist() == [[2, 2], [0.5, 0.5], [4, 4], [5, 6], [1, 0], [1, 0]]
+    assert 'street of street/light' in caplog.text
+    with safe_open(tmp_path / 'out.safetensors', framework='pt') as file:
+        metadata = file.metadata()
+    assert metadata['made_by'] == 'vectors.txt' and 'mean of the words' in metadata['rule']
+    assert json.loads(metadata['texts']) == {'tv': 'light'}
+
+
+def test_command_lists_what_it_cannot_embed(tmp_path, capsys):
+    (tmp_path / 'vectors.txt').write_text(VECTORS)
+    with pytest.raises(SystemExit):
+        make(tmp_path, 'okapi\nzebra\ngnu\n', '--text-vectors', str(tmp_path / 'vectors.txt'))
+    assert "no word of ['okapi', 'gnu']" in capsys.readouterr().err
+    (tmp_path / 'vectors.txt').write_text('zebra 1 two\n')
+    with pytest.raises(SystemExit):
+        make(tmp_path, 'zebra\n', '--text-vectors', str(tmp_path / 'vectors.txt'))
+    assert 'line 1: not a token and its numbers' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        make(tmp_path, 'zebra\n', '--clip', 'RN50')
+    assert 'give --clip-weights' in capsys.readouterr().err
+
+
+def test_command_takes_a_sentence_transformer_from_disk(tmp_path):
+    sentence_transformers = pytest.importorskip('sentence_transformers')
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'zebra', 'light']))
+    tokenizer = BertTokenizerFast(str(tmp_path / 'vocab.txt'))
+    config = BertConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    tokenizer.save_pretrained(tmp_path / 'bert')
+    BertModel(config).save_pretrained(tmp_path / 'bert')
+    part = Transformer(str(tmp_path / 'bert'))
+    model = sentence_transformers.SentenceTransformer(modules=[part, Pooling(8)], device='cpu')
+    model.save(str(tmp_path / 'model'))
+    embeddings, names = make(tmp_path, 'zebra\nlight\n', '--sentence-transformer', str(tmp_path / 'model'))
+    expected = torch.from_numpy(np.asarray(model.encode(['zebra', 'light'])))
+    torch.testing.assert_close(embeddings, expected)
+    assert names == ['zebra', 'light'] and not torch.equal(embeddings[0], embeddings[1])
+
+
+@pytest.mark.slow
+def test_command_takes_a_clip_text_tower_from_disk(tmp_path):
+    open_clip = pytest.importorskip('open_clip')
+    model = open_clip.create_model('RN50', pretrained=None).eval()
+    torch.save(model.state_dict(), tmp_path / 'clip.pt')
+    embeddings, _ = make(tmp_path, 'zebra\nlight\n', '--clip', 'RN50', '--clip-weights', str(tmp_path / 'clip.pt'))
+    tokens = open_clip.get_tokenizer('RN50')(['a photo of a zebra', 'a photo of a light'])
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(embeddings, expected)
+
+
+def test_drawn_shapes_are_deterministic_and_keep_unseen_classes_out_of_training(tmp_path):
+    for name in ('first', 'second'):
+        shapes.write_shapes(tmp_path / name, 20, 10, seed=3)
+    files = sorted(path.relative_to(tmp_path / 'first') for path in (tmp_path / 'first').rglob('*.*'))
+    files.remove(Path('words.safetensors'))  # safetensors keeps metadata in no order
+    assert len(files) == 20 + 10 + 4
+    for file in files:
+        assert (tmp_path / 'first' / file).read_bytes() == (tmp_path / 'second' / file).read_bytes(), file
+    train = create_dataset('csv', str(tmp_path / 'first'), 'train')
+    split = read_class_split(tmp_path / 'first' / 'split.json', train.class_names)
+    assert len(split.seen) == 115 and len(split.unseen) == 29
+    assert {word for name in split.unseen for word in name.split()} <= {w for name in split.seen for w in name.split()}
+    assert not select_targets(train, split.unseen).any() and select_targets(train, split.seen).any(dim=1).all()
+    embeddings, names = read_word_embeddings(tmp_path / 'first' / 'words.safetensors', train.class_names)
+    first, second = (names.index(name) for name in ('plain red disc', 'plain blue disc'))
+    width = shapes.ATTRIBUTE_WIDTH
+    shared = [torch.equal(embeddings[first, i : i + width], embeddings[second, i : i + width]) for i in (0, width, 32)]
+    assert shared == [True, False, True]
+
+
+def select_targets(dataset, names):
+    return torch.stack([dataset[index][1] for index in range(len(dataset))])[
+        :, [dataset.class_names.index(name) for name in names]
+    ]
+
+
+def test_the_command_runs_as_a_module(tmp_path):
+    (tmp_path / 'vectors.txt').write_text(VECTORS)
+    (tmp_path / 'names.txt').write_text('zebra\n')
+    arguments = ['names.txt', 'out.safetensors', '--text-vectors', 'vectors.txt']
+    process = subprocess.run(
+        [sys.executable, '-m', 'timm_mldecoder.data.embed', *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0 and process.stderr == '', process.stderr
+    assert process.stdout == 'wrote 1 embeddings of width 2 to out.safetensors\n'

@@ -1,0 +1,187 @@
+"""The command that makes a file of label embeddings from class names.
+
+    python -m timm_mldecoder.data.embed NAMES OUT.safetensors --text-vectors glove.6B.300d.txt
+    python -m timm_mldecoder.data.embed NAMES OUT.safetensors --sentence-transformer FOLDER
+    python -m timm_mldecoder.data.embed NAMES OUT.safetensors --clip MODEL --clip-weights FILE
+    python -m timm_mldecoder.data.embed ROOT OUT.safetensors --nus-wide
+
+NAMES is a text file with one class a line, optionally followed by a tab and the words to embed in place of the name
+(`tv`, tab, `television`). OUT holds the embeddings [C, E], and as metadata the names, what embedded them and by which
+rule. Nothing is downloaded. `--nus-wide` takes the word vectors that the data set in the folder ROOT brings along.
+
+The rule for text vectors (GloVe, fastText, word2vec in their text form; one token and its numbers a line): a text is
+looked up as it stands, then in lower case, each also with its blanks as `-` and as `_`. Otherwise it is the mean of the
+vectors of its words (split at blanks, `-`, `_`, `/` and `'`), each looked up as it stands, then in lower case; words
+without a vector are left out and reported. A text none of whose words has one is an error, which lists all of them.
+"""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from timm_mldecoder.data.nus_wide import read_word_vectors
+from timm_mldecoder.data.parsing import read_names
+from timm_mldecoder.data.word_embeddings import write_word_embeddings
+
+_logger = logging.getLogger(__name__)
+
+TEMPLATE = 'a photo of a {}'
+WORD_BREAKS = re.compile(r"[\s\-_/']+")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class and the text that stands for it."""
+
+    name: str
+    text: str
+
+
+def read_labels(path: Path) -> list[Label]:
+    """Classes of a text file, one a line, each with the text after its tab, or else itself.
+
+    Raises:
+        ValueError: a name is repeated, or there is none.
+    """
+    lines = [line.split('\t', 1) for line in read_names(path)]
+    labels = [Label(parts[0].strip(), parts[-1].strip()) for parts in lines]
+    names = [label.name for label in labels]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not all(label.name and label.text for label in labels):
+        raise ValueError(f'{path}: every line needs a name of its own, and a text after a tab; repeated: {repeated}')
+    return labels
+
+
+def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
+    """Vectors [C, E] of texts by a file of word vectors and the rule above.
+
+    Raises:
+        ValueError: the file is malformed, or has no word of some of the texts.
+    """
+    wanted = {form for text in texts for part in (text, *_words(text)) for form in _forms(part)}
+    vectors = _read_vectors(path, wanted)
+
+    def find(text: str) -> Tensor | None:
+        return next((vectors[form] for form in _forms(text) if form in vectors), None)
+
+    rows, unknown, left_out = [], [], []
+    for text in texts:
+        whole, parts = find(text), {word: find(word) for word in _words(text)}
+        known = [whole] if whole is not None else [vector for vector in parts.values() if vector is not None]
+        if whole is None and known:
+            left_out += [f'{word} of {text}' for word, vector in parts.items() if vector is None]
+        rows.append(torch.stack(known).mean(dim=0) if known else None)
+        if not known:
+            unknown.append(text)
+    if unknown:
+        raise ValueError(f'{path} has no word of {unknown}: give them other words, after a tab, in the file of names')
+    if left_out:
+        _logger.warning(f'Without a vector and left out: {", ".join(left_out)}.')
+    return torch.stack(rows)
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(blank.join(case.split()) for case in (text, text.lower()) for blank in ' -_'))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in WORD_BREAKS.split(text) if word]
+
+
+def _read_vectors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """The wanted ones of a text file of word vectors, which may be many gigabytes."""
+    if not path.is_file():
+        raise ValueError(f'there is no file of word vectors {path}')
+    vectors: dict[str, Tensor] = {}
+    with path.open(encoding='utf-8', errors='replace') as file:
+        for number, line in enumerate(file, start=1):
+            token, *numbers = line.rstrip().split(' ')
+            if token not in wanted or token in vectors or (number == 1 and len(numbers) == 1):  # fastText's header
+                continue
+            try:
+                vectors[token] = torch.tensor([float(value) for value in numbers])
+            except ValueError as error:
+                raise ValueError(f'{path}, line {number}: not a token and its numbers: {line[:80]!r}') from error
+    widths = sorted({len(vector) for vector in vectors.values()})
+    if len(widths) > 1:
+        raise ValueError(f'{path}: vectors of different widths {widths}')
+    return vectors
+
+
+def embed_with_sentence_transformer(texts: Sequence[str], path: Path) -> Tensor:
+    """Embeddings [C, E] of texts by a sentence-transformers model on disk."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError("this needs sentence-transformers: pip install 'timm-mldecoder[text]'") from error
+    if not path.is_dir():
+        raise ValueError(f'there is no folder of a sentence-transformers model {path}')
+    model = SentenceTransformer(str(path), device='cpu', local_files_only=True)
+    return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
+
+
+def embed_with_clip(texts: Sequence[str], model_name: str, weights: str | None, template: str = TEMPLATE) -> Tensor:
+    """Embeddings [C, E] of texts in a template by the text tower of a CLIP model, each of length 1."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError("this needs open_clip: pip install 'timm-mldecoder[text]'") from error
+    if not model_name.startswith('local-dir:') and not Path(weights or '').is_file():
+        raise ValueError(f'there is no file of weights {weights!r} for CLIP {model_name}: give --clip-weights')
+    model = open_clip.create_model(model_name, pretrained=weights).eval()
+    tokens = open_clip.get_tokenizer(model_name)([template.format(text) for text in texts])
+    with torch.no_grad():
+        return model.encode_text(tokens, normalize=True).float()
+
+
+def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str]]:
+    """What the options ask for: embeddings [C, E], class names, and what made them."""
+    if options.nus_wide:
+        embeddings, class_names = read_word_vectors(options.names)
+        return embeddings, class_names, dict(made_by='NUS-WIDE wordvec_array.pth', rule='as distributed')
+    labels = read_labels(options.names)
+    texts = [label.text for label in labels]
+    if options.text_vectors:
+        embeddings = embed_with_text_vectors(texts, options.text_vectors)
+        about = dict(made_by=options.text_vectors.name, rule='mean of the words where the whole has no vector')
+    elif options.sentence_transformer:
+        embeddings = embed_with_sentence_transformer(texts, options.sentence_transformer)
+        about = dict(made_by=f'sentence-transformers {options.sentence_transformer.name}', rule='the text alone')
+    else:
+        embeddings = embed_with_clip(texts, options.clip, options.clip_weights, options.template)
+        about = dict(made_by=f'open_clip {options.clip}', rule=options.template)
+    about['texts'] = json.dumps({label.name: label.text for label in labels if label.text != label.name})
+    return embeddings, [label.name for label in labels], about
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make a file of label embeddings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', type=Path, help='file of class names, one a line; for --nus-wide its folder')
+    parser.add_argument('out', type=Path, help='safetensors file to write')
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument('--text-vectors', type=Path, metavar='FILE', help='word vectors in text form')
+    way.add_argument('--sentence-transformer', type=Path, metavar='FOLDER', help='sentence-transformers model on disk')
+    way.add_argument('--clip', metavar='MODEL', help='a model of open_clip, by name or as local-dir:FOLDER')
+    way.add_argument('--nus-wide', action='store_true', help='the word vectors that come with NUS-WIDE')
+    parser.add_argument('--clip-weights', metavar='FILE', help='weights of --clip (local-dir: brings them)')
+    parser.add_argument('--template', default=TEMPLATE, help='sentence around a name, for --clip [%(default)s]')
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    try:
+        embeddings, class_names, about = embed(options)
+        write_word_embeddings(options.out, embeddings, class_names, **about)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    print(f'wrote {len(class_names)} embeddings of width {embeddings.shape[1]} to {options.out}')
+
+
+if __name__ == '__main__':
+    main()
