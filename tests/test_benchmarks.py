@@ -1,0 +1,104 @@
+"""Every benchmark runs, at the smallest size, as a user runs it; the peers compute what the head computes."""
+
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.all import DEVICES, PAGE, write_table
+from benchmarks.measure import markdown, paired_times, peak_memory, ratio
+from benchmarks.peers import FullDecoder, ReferenceHead
+from timm_mldecoder import MLDecoder
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = {
+    'head': '--rounds 1 --cases 7 3 --tokens 4 --batch-sizes 1',
+    'model': '--rounds 1 --models resnet18 --compiled --batch-size 2 --img-size 64',
+    'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
+    'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
+    'startup': '--rounds 1',
+}
+
+
+@pytest.mark.parametrize('name', DEVICES)
+def test_prints_one_table(name):
+    if name == 'startup' and 'timm_mldecoder' not in metadata.entry_points(group='torch.backends').names:
+        pytest.skip('the entry point is not installed')
+    benchmark = import_module(f'benchmarks.{name}')
+    lines = benchmark.main(SMALLEST[name].split()).splitlines()
+    assert [cell.strip() for cell in lines[0].strip('|').split('|')] == list(benchmark.HEADER)
+    assert len(lines) >= 3
+    assert all(line.count('|') == len(benchmark.HEADER) + 1 for line in lines)
+
+
+def test_every_table_is_made_and_written_by_one_command(tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- million cpu -->\n<!-- end -->\n')
+    command = [sys.executable, '-m', 'benchmarks.all', '--only', 'million', '--page', str(page), '--']
+    subprocess.run([*command, *SMALLEST['million'].split()], cwd=ROOT, check=True)
+    assert '`python -m benchmarks.million --device cpu' in page.read_text()
+    assert '| 50, 7, 2 |' in page.read_text()
+
+
+def test_reference_computes_what_the_head_computes():
+    torch.manual_seed(0)
+    head = MLDecoder(10, 3, initial_num_features=12).double().eval()
+    peer = ReferenceHead(10, 3, 12).double().eval()
+    peer.embed.load_state_dict(head.embed.state_dict())
+    peer.queries.weight.copy_(head.queries.weight)
+    peer.layer.load_state_dict(head.layers[0].state_dict())
+    with torch.no_grad():
+        peer.weight.copy_(head.weight)
+        peer.bias.copy_(head.bias)
+    features = torch.randn(2, 12, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(head(features), peer(features), rtol=0, atol=1e-10)
+
+
+def test_full_decoder_gives_a_logit_a_class():
+    assert FullDecoder(5, 12)(torch.randn(2, 12, 3, 3)).shape == (2, 5)
+
+
+def test_peak_memory_counts_what_lives_at_the_same_time():
+    def step():
+        first = torch.empty(2**20)  # 4 MiB of float32
+        second = torch.empty(2**19)
+        del first, second
+        torch.empty(2**18)
+
+    for _ in range(2):
+        assert peak_memory(step) == pytest.approx(6, abs=0.01)
+
+
+def test_steps_alternate_and_ratios_are_of_the_same_round():
+    calls = []
+    times = paired_times({name: lambda name=name: calls.append(name) for name in 'ab'}, rounds=2)
+    assert calls == list('ababab')  # the first pair is a warm-up
+    assert {name: len(seconds) for name, seconds in times.items()} == {'a': 2, 'b': 2}
+    assert ratio([1.0, 20.0, 9.0], [2.0, 10.0, 3.0]) == 2.0
+
+
+def test_markdown_cells():
+    table = markdown(('a', 'b', 'c', 'd'), [('x', 1234, 0.125, None)])
+    assert table.splitlines()[-1] == '| x | 1,234 | 0.12 | – |'
+
+
+def test_tables_are_written_to_their_own_place(tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text('a\n<!-- head cpu -->\nold\n<!-- end -->\nb\n<!-- head cuda -->\nkept\n<!-- end -->\n')
+    write_table(page, 'head cpu', r'new \1')
+    assert page.read_text() == (
+        'a\n<!-- head cpu -->\nnew \\1\n<!-- end -->\nb\n<!-- head cuda -->\nkept\n<!-- end -->\n'
+    )
+    with pytest.raises(ValueError, match='0 places for "model cpu"'):
+        write_table(page, 'model cpu', '')
+
+
+def test_the_page_has_a_place_for_every_table(tmp_path):
+    copy = tmp_path / 'page.md'
+    copy.write_text(PAGE.read_text())
+    for name, devices in DEVICES.items():
+        for device in devices:
+            write_table(copy, f'{name} {device}', 'table')
