@@ -38,7 +38,7 @@ DIGITS = [
     '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1', '--smoothing', '0',
 ]  # fmt: skip
 SCENES = [
-    '--dataset', 'csv', '--task', 'multilabel', '--target-format', 'multihot', '--loss', 'asl', '--eval-metric', 'mAP',
+    '--dataset', 'csv', '--task', 'multilabel', '--target-format', 'multihot', '--loss', 'asl', '--eval-metric', 'map',
     '--epochs', '8', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05', '--warmup-epochs', '1',
     '--hflip', '0', '--color-jitter', '0', '--scale', '1', '1', '--ratio', '1', '1',
 ]  # fmt: skip
@@ -68,7 +68,7 @@ def train(data: Path, folder: Path, head: dict | None, flags: list[str], seed: i
     seconds = time.perf_counter() - start
     with (folder / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))
-    metric = 'eval_mAP' if 'eval_mAP' in rows[0] else 'eval_top1'
+    metric = 'eval_map' if 'eval_map' in rows[0] else 'eval_top1'
     return max(rows, key=lambda row: float(row[metric])), seconds
 
 
@@ -132,7 +132,7 @@ def scenes(folder: Path, seeds: int) -> None:
     print('| head | mAP, mean | lowest | highest |\n|---|---|---|---|')
     for name, head in HEADS.items():
         scores = [
-            float(train(data, folder / f'{name}-scenes-{seed}', head, SCENES, seed)[0]['eval_mAP'])
+            float(train(data, folder / f'{name}-scenes-{seed}', head, SCENES, seed)[0]['eval_map'])
             for seed in range(seeds)
         ]
         print(f'| {name} | {statistics.mean(scores):.1f} | {min(scores):.1f} | {max(scores):.1f} |', flush=True)
