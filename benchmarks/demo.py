@@ -35,12 +35,12 @@ COMMON = [
 ]  # fmt: skip
 DIGITS = [
     '--epochs', '8', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05', '--warmup-epochs', '1',
-    '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1', '--smoothing', '0',
+    '--sched-on-updates', '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1', '--smoothing', '0',
 ]  # fmt: skip
 SCENES = [
     '--dataset', 'csv', '--task', 'multilabel', '--target-format', 'multihot', '--loss', 'asl', '--eval-metric', 'map',
     '--epochs', '8', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05', '--warmup-epochs', '1',
-    '--hflip', '0', '--color-jitter', '0', '--scale', '1', '1', '--ratio', '1', '1',
+    '--sched-on-updates', '--hflip', '0', '--color-jitter', '0', '--scale', '1', '1', '--ratio', '1', '1',
 ]  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def validate(data: Path, *flags: str) -> float:
 def digits(folder: Path) -> None:
     """Single-label: both heads on 1,797 real digits."""
     data = write_digits(folder / 'digits')
-    print(f'Digits, {MODEL} at {SIZE} x {SIZE}, 1,437 training and 360 validation images\n')
+    train_images, validation_images = (len(list((data / split).rglob('*.png'))) for split in ('train', 'validation'))
+    print(f'Digits, {MODEL} at {SIZE} x {SIZE}: {train_images} training and {validation_images} validation images\n')
     print('| head | parameters | top-1 | validate.py | training |\n|---|---|---|---|---|')
     for name, head in HEADS.items():
         best, seconds = train(data, folder / name, head, DIGITS)
