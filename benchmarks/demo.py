@@ -37,12 +37,13 @@ COMMON = [
 ]  # fmt: skip
 DIGITS = [
     '--model-kwargs', 'output_stride=8', '--epochs', '8', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05',
-    '--warmup-epochs', '1', '--sched-on-updates', '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1', '--smoothing', '0',
+    '--warmup-epochs', '1', '--sched-on-updates', '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1',
+    '--smoothing', '0',
 ]  # fmt: skip
 SCENES = [
     '--model-kwargs', 'output_stride=16', '--dataset', 'csv', '--task', 'multilabel', '--target-format', 'multihot',
-    '--epochs', '8', '--loss', 'bce', '--eval-metric', 'map', '--opt', 'adamw', '--lr', '2e-3', '--weight-decay', '0.01',
-    '--sched', 'onecycle', '--warmup-epochs', '2', '--warmup-lr', '8e-5', '--min-lr', '8e-9',
+    '--epochs', '8', '--loss', 'bce', '--eval-metric', 'map', '--opt', 'adamw', '--lr', '2e-3',
+    '--weight-decay', '0.01', '--sched', 'onecycle', '--warmup-epochs', '2', '--warmup-lr', '8e-5', '--min-lr', '8e-9',
     '--train-crop-mode', 'squash', '--hflip', '0', '--color-jitter', '0',
 ]  # fmt: skip
 
