@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_mldecoder.head.dropout import Dropout, ReLUDropout
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries [B or 1, K, D] to memory [B, N, D]; output [B, K, D].
@@ -52,13 +54,6 @@ class CrossAttention(nn.Module):
         return scores.softmax(dim=-1).mean(dim=1)
 
 
-class Dropout(nn.Dropout):
-    """Dropout that keeps a mask of one byte an element for the backward pass; torch's keeps a float on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, train=True)[0] if self.training and self.p > 0 else x
-
-
 class DecoderLayer(nn.Module):
     """Post-norm decoder layer without self-attention (arXiv 2111.12933, figure 3): queries to [B, K, D].
 
@@ -77,6 +72,7 @@ class DecoderLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, dim, **factory)
         self.norm3 = nn.LayerNorm(dim, **factory)
         self.dropout = Dropout(dropout)
+        self.activation = ReLUDropout(dropout)
 
     def reset_parameters(self) -> None:
         for module in (self.norm1, self.multihead_attn, self.norm2, self.linear1, self.linear2, self.norm3):
@@ -89,13 +85,5 @@ class DecoderLayer(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.ask(queries)
         x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, mask)))
-        hidden = self._activate(self.linear1(x))
+        hidden = self.activation(self.linear1(x))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
-
-    def _activate(self, hidden: Tensor) -> Tensor:
-        """ReLU, then dropout, in place: the widest tensor of the head is kept once, and one mask stands for both."""
-        if not self.training or self.dropout.p == 0:
-            return F.relu_(hidden)
-        with torch.no_grad():
-            blocked = F.dropout(hidden, self.dropout.p) <= 0
-        return hidden.masked_fill_(blocked, 0).mul_(1 / (1 - self.dropout.p))
