@@ -231,7 +231,7 @@ def test_drawn_shapes_are_deterministic_and_keep_unseen_classes_out_of_training(
         assert (tmp_path / 'first' / file).read_bytes() == (tmp_path / 'second' / file).read_bytes(), file
     train = create_dataset('csv', str(tmp_path / 'first'), 'train')
     split = read_class_split(tmp_path / 'first' / 'split.json', train.class_names)
-    assert len(split.seen) == 115 and len(split.unseen) == 29
+    assert len(split.seen) == 60 and len(split.unseen) == 15
     assert {word for name in split.unseen for word in name.split()} <= {w for name in split.seen for w in name.split()}
     assert not select_targets(train, split.unseen).any() and select_targets(train, split.seen).any(dim=1).all()
     embeddings, names = read_word_embeddings(tmp_path / 'first' / 'words.safetensors', train.class_names)

@@ -32,7 +32,6 @@ SHAPES = {
     'disc': lambda x, y, r: r < 0.9,
     'ring': lambda x, y, r: (r < 0.95) & (r > 0.5),
     'square': lambda x, y, r: np.maximum(abs(x), abs(y)) < 0.8,
-    'diamond': lambda x, y, r: abs(x) + abs(y) < 1.0,
     'triangle': lambda x, y, r: (y < 0.8) & (y > 1.9 * abs(x) - 0.9),
     'cross': lambda x, y, r: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.95),
 }
@@ -41,14 +40,12 @@ COLOURS = {
     'green': (40, 180, 60),
     'blue': (50, 80, 230),
     'yellow': (235, 215, 50),
-    'purple': (160, 60, 200),
     'white': (245, 245, 245),
 }
 # Lit or dark, by pixel within the object.
 TEXTURES = {
     'plain': lambda row, column: np.ones_like(row, dtype=bool),
     'striped': lambda row, column: row // 3 % 2 == 0,
-    'barred': lambda row, column: column // 3 % 2 == 0,
     'chequered': lambda row, column: (row // 3 + column // 3) % 2 == 0,
 }
 ATTRIBUTES = (tuple(TEXTURES), tuple(COLOURS), tuple(SHAPES))

@@ -106,8 +106,8 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
         The metrics of the split in percent, unrounded, and how it was evaluated, under the names that timm prints.
     """
     random_seed(options.seed, 0)
-    weights, config = _take_checkpoint(options, explicit) if options.checkpoint else (None, {})
-    model = _create_model(options, weights, world)
+    weights, config = take_checkpoint(options, explicit) if options.checkpoint else (None, {})
+    model = create_model(options, weights, world)
     config = {**loaders.data_config(options, model, world, use_test_size=not options.use_train_size), **config}
     model, pooled = _test_pool(options, model, config)
     dataset = loaders.create_split(options, options.split, config)
@@ -152,7 +152,7 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     return _describe(options, metrics, model, config)
 
 
-def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the checkpoint; take over how train.py built and evaluated the model, but for what the user set.
 
     Returns:
@@ -180,7 +180,7 @@ def _take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict
     return content, config
 
 
-def _create_model(options: Namespace, content: dict[str, Any] | None, world: World) -> nn.Module:
+def create_model(options: Namespace, content: dict[str, Any] | None, world: World) -> nn.Module:
     if options.fast_norm:
         set_fast_norm()
     words = zero_shot.stored_head(options, _weights(content, options) if content else {})
