@@ -78,7 +78,8 @@ def test_a_saved_folder_is_scored_on_classes_of_its_own_or_other_ones(data, caps
     head = dict(decoder_embedding=32, num_heads=4, word_embeddings='data/words.safetensors')
     model = timm.create_model('test_byobnet', ml_decoder=head)
     save_for_hf(model, 'saved')
-    command = 'data --dataset csv --task multilabel --img-size 48 --device cpu -j 0 --model local-dir:saved --pretrained'
+    data_flags = 'data --dataset csv --task multilabel --img-size 48 --device cpu -j 0'
+    command = f'{data_flags} --model local-dir:saved --pretrained'
     capsys.readouterr()
     validate(command.split())
     own = json.loads(capsys.readouterr().out.partition('--result')[2])
