@@ -42,6 +42,9 @@ def _find(run: Run) -> tuple[Path | None, dict[str, Any]]:
     content: dict[str, Any] = {}
     if run.folder is not None:
         found[0], content = newest(run.folder)
+        if found[0] is None and _numbered(run.folder):
+            raise ValueError(f'--resume auto: no checkpoint in {run.folder} loads, and a fresh start would overwrite '
+                             f'them; move them away, or choose another --experiment')
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     if found[0] is not None and not content:
@@ -53,14 +56,19 @@ def newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint of a run that is furthest, among those that load; (None, {}) where there is none."""
     path, content = folder / LAST, _try(folder / LAST)
     reached = _progress(content) if content else (-1, 0)
-    names = [*folder.glob(f'recovery-*-*{SUFFIX}'), *folder.glob(f'checkpoint-*{SUFFIX}')]
-    for other in sorted(names, key=_progress_by_name, reverse=True):
+    for other in _numbered(folder):
         if _progress_by_name(other) <= reached:
             break
         found = _try(other)
         if found:
             return other, found
     return (path, content) if content else (None, {})
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints whose names tell how far they are, the furthest first."""
+    paths = [*folder.glob(f'recovery-*-*{SUFFIX}'), *folder.glob(f'checkpoint-*{SUFFIX}')]
+    return sorted(paths, key=_progress_by_name, reverse=True)
 
 
 def _try(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
@@ -65,14 +66,23 @@ class DeafWorkerInit:
     """Start a loader process that leaves signals to its parent.
 
     Ctrl-C and most schedulers signal the whole process group; without its loader processes the parent could not finish
-    the step. They end with it, however it ends.
+    the step. They end when it says so, or is no more.
     """
 
     def __init__(self, init: Callable[[int], None] | None) -> None:
         self._init = init
 
     def __call__(self, worker: int) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, 'sigwaitinfo'):  # all but macOS
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_obey_parent, daemon=True).start()
         if self._init is not None:
             self._init(worker)
+
+
+def _obey_parent() -> None:
+    """End this process at the SIGTERM of its parent, which waits for that; let those of others pass."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -32,7 +32,7 @@ _AT_LEAST = {
 def check_train(options: Namespace) -> None:
     """Raise a ValueError for options that train.py could not run with."""
     _check_values(options)
-    if options.opt.lower() not in list_optimizers():
+    if options.opt.lower().removeprefix('lookahead_') not in list_optimizers():
         raise ValueError(f'--opt {options.opt}: no such optimizer; timm has {", ".join(list_optimizers())}')
     if not _is_model(options.model):
         raise ValueError(_no_such_model(options.model))
@@ -47,6 +47,8 @@ def check_train(options: Namespace) -> None:
         raise ValueError(f'--cutmix-minmax takes two ratios, got {options.cutmix_minmax}')
     if options.wandb_resume_id and not options.resume:
         raise ValueError(f'--wandb-resume-id {options.wandb_resume_id} needs --resume')
+    if options.sched == 'plateau' and options.sched_on_updates:
+        raise ValueError('--sched plateau follows the metric of an epoch; leave --sched-on-updates out')
     if options.tta > 1 and options.val_bad_image == 'skip':
         raise ValueError(f'--tta {options.tta} averages images by their order: it needs --val-bad-image abort')
     for flag, path in (('--initial-checkpoint', options.initial_checkpoint),

@@ -1,0 +1,109 @@
+"""Small training runs, in this process or in others, and what is left of them."""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from image_folders import write_images
+
+from timm_mldecoder.engine.loop import fit
+from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.run import Run
+from timm_mldecoder.engine.setup import set_up
+from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.weights import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES = 6  # an epoch of MODEL on `write_data`
+MODEL = shlex.split('--model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --log-interval 1')
+#: A run in which everything that a resumed run must know changes: moments, averages, schedule, several random streams.
+MOVING = shlex.split("""
+    --epochs 3 --opt adamw --lr 1e-2 --warmup-epochs 0 --model-ema --model-ema-decay 0.8
+    --mixup 0.2 --cutmix 1 --reprob 0.3 --aa rand-m5 --drop 0.1
+""")
+
+
+def write_data(folder: Path) -> Path:
+    """24 training and 15 validation images of three classes."""
+    return write_images(folder, train=8, validation=5)
+
+
+def build(data: Path, output: Path, *flags: str) -> Run:
+    """A run that has not begun, in a process of its own world."""
+    options = parse_train([str(data), *MODEL, '--output', str(output), '--experiment', 'run', *flags])
+    with join_world(options) as world:
+        return set_up(options, world)
+
+
+def train(data: Path, output: Path, *flags: str) -> Path:
+    """Train in this process, and return the folder of the run."""
+    fit(build(data, output, *flags))
+    return output / 'run'
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """The environment of a process of our own: it finds the package where these tests do."""
+    return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(ROOT)}
+
+
+def command(script: str, *flags: str | Path, processes: int = 1, restarts: int = 0) -> list[str]:
+    """The command of a script in one process or, by torchrun, in several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
+                     f'--max-restarts={restarts}', '--monitor-interval=0.1']
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subprocess.Popen:
+    """Start a script; what it says goes to `log`."""
+    with log.open('w') as file:
+        return subprocess.Popen(command(script, *flags, **launch), stdout=file, stderr=subprocess.STDOUT,
+                                env=environment(), cwd=log.parent, start_new_session=True)
+
+
+def call(script: str, *flags: str | Path, **launch: int) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
+    return subprocess.run(command(script, *flags, **launch), capture_output=True, text=True, env=environment(),
+                          timeout=400)
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return read_checkpoint(folder / 'last.pth.tar')
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with (folder / 'summary.csv').open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
+    """The same to the last bit, whatever it is made of."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f'{where}.{key}')
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f'{where}[{index}]')
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Two runs have come to the same: all of their last and their best checkpoints but the flags, and `summary.csv`."""
+    assert (folder / 'summary.csv').read_text() == (other / 'summary.csv').read_text()
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
+        contents = [read_checkpoint(path / name) for path in (folder, other)]
+        for content in contents:
+            del content['args']
+        assert_same(*contents, where=name)
