@@ -54,7 +54,8 @@ def _fit(run: Run) -> None:
             run.step_schedule(metric=None)
             continue
         state.position = run.train_loader.position(state.batch)
-        run.train_loader.epoch_ended(epoch + 1)
+        if epoch + 1 < run.epochs:
+            run.train_loader.epoch_ended(epoch + 1)
         eval_metrics = validate(run) if run.eval_loader is not None else None
 
         # the state moves on to the next epoch before it is saved
