@@ -1,0 +1,200 @@
+"""train.py and validate.py end to end: what a run leaves behind, and what can be done with it."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from image_folders import write_images
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train  # the scripts at the top of the repository
+import validate
+
+SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '12', '-j', '0',
+         '--epochs', '3', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0']
+HEAD = ['--use-ml-decoder-head', '1', '--decoder-embedding', '64']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return str(write_images(tmp_path_factory.mktemp('images'), train=24, validation=7))
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+    """The folder of a run with an ML-Decoder head and averaged weights."""
+    folder = tmp_path_factory.mktemp('output')
+    train.main([images, *SMALL, *HEAD, '--lr', '4e-3', '--no-aug', '--model-ema', '--model-ema-decay', '0.2',
+                '--checkpoint-hist', '2', '--save-epochs', '2', '--output', str(folder), '--experiment', 'run'])
+    return folder / 'run'
+
+
+def summary(folder):
+    return list(csv.DictReader((folder / 'summary.csv').open()))
+
+
+def result(capsys):
+    return json.loads(capsys.readouterr().out.split('--result\n')[1])
+
+
+def test_a_run_leaves_the_files_that_timm_users_know(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'milestone-2.pth.tar'} <= names
+    numbered = [name for name in names if name.startswith('checkpoint-')]
+    assert len(numbered) == 2
+    assert [row['epoch'] for row in summary(finished)] == ['0', '1', '2']
+    assert float(summary(finished)[-1]['train_loss']) < float(summary(finished)[0]['train_loss'])
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(finished):
+    scores = [float(row['eval_top1']) for row in summary(finished)]
+    best = torch.load(finished / 'model_best.pth.tar', weights_only=False)
+    assert (best['metric'], best['epoch']) == (max(scores), scores.index(max(scores)))
+
+
+def test_timm_loads_the_checkpoints(finished):
+    model = timm.create_model('test_resnet', num_classes=3, ml_decoder=dict(decoder_embedding=64))
+    timm.models.load_checkpoint(model, str(finished / 'last.pth.tar'), use_ema=False)
+    saved = torch.load(finished / 'last.pth.tar', weights_only=False)['state_dict']
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    optimizer = torch.optim.AdamW(timm.optim.param_groups_weight_decay(model))
+    assert timm.models.resume_checkpoint(model, str(finished / 'last.pth.tar'), optimizer) == 3
+
+
+def test_validation_scores_a_checkpoint_as_training_did(finished, images, capsys):
+    """No flag but the head's: size, crop, classes and precision come with the checkpoint."""
+    best = torch.load(finished / 'model_best.pth.tar', weights_only=False)
+    validate.main([images, '--model', 'test_resnet', '--use-ml-decoder-head=1', '--use-ema', '-j', '0',
+                   '--checkpoint', str(finished / 'model_best.pth.tar')])
+    scored = result(capsys)
+    assert scored['top1'] == best['metric']
+    assert scored['img_size'] == 32
+
+
+@pytest.mark.parametrize(('batch', 'precision'), [('5', []), ('64', ['--model-dtype', 'float32'])])
+def test_the_score_does_not_depend_on_the_batch(finished, images, capsys, batch, precision):
+    last = str(finished / 'last.pth.tar')
+    validate.main([images, '--checkpoint', last, '--use-ema', '-j', '0', '-b', batch, *precision])
+    row = summary(finished)[-1]
+    scored = result(capsys)
+    assert scored['top1'] == float(row['eval_top1'])
+    assert scored['model'] == 'test_resnet', 'the checkpoint knows its model'
+
+
+def test_a_folder_of_checkpoints_is_scored_into_a_table(finished, images, tmp_path, capsys):
+    table = tmp_path / 'results.csv'
+    validate.main([images, '--checkpoint', str(finished), '-j', '0', '--metrics-avg', 'macro',
+                   '--results-file', str(table)])
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == len(list(finished.glob('*.pth.tar'))) == len(result(capsys))
+    assert rows == sorted(rows, key=lambda row: -float(row['top1']))
+    assert all(float(row['recall']) == pytest.approx(float(row['top1'])) for row in rows), 'classes of equal size'
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--checkpoint', 'none.pth.tar'], 'none.pth.tar: no such file'),
+    (['--checkpoint', '{last}', '--model', 'test_vit'], 'holds another model'),
+    (['--checkpoint', '{last}', '--num-classes', '4'], 'holds another model'),
+    (['--checkpoint', '{last}', '--split', 'test'], "has no folder 'test'"),
+    (['--checkpoint', '{last}', '--test-pool'], '--test-pool'),
+    (['--checkpoint', '{last}', '--valid-labels', 'none.txt'], '--valid-labels none.txt'),
+    (['--model', 'resnet51'], 'resnet51: no such model'),
+])
+def test_what_validation_cannot_do_is_named(finished, images, flags, message):
+    flags = [flag.replace('{last}', str(finished / 'last.pth.tar')) for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        validate.main([images, '-j', '0', *flags])
+
+
+def test_valid_labels_select_outputs(finished, images, tmp_path, capsys):
+    labels = tmp_path / 'labels.txt'
+    flags = [images, '--checkpoint', str(finished / 'last.pth.tar'), '-j', '0']
+    validate.main(flags)
+    for order in ('0 1 2', '1 2 0'):  # every class, in its place and then in another
+        labels.write_text(order)
+        validate.main([*flags, '--valid-labels', str(labels)])
+    plain, same, other = (json.loads(text)['top1'] for text in capsys.readouterr().out.split('--result\n')[1:])
+    assert plain == same > other
+
+
+def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
+    flags = [flag for flag in SMALL if flag not in ('--lr', '2e-3')]
+    train.main([images, *flags, '--epochs', '1', '--opt', 'lamb', '--mixup', '0.2', '--output', str(tmp_path),
+                '--experiment', 'first'])
+    written = tmp_path / 'first' / 'args.yaml'
+    assert yaml.safe_load(written.read_text())['lr'] == pytest.approx(0.1 * (12 / 256) ** 0.5)
+    train.main(['--config', str(written), '--experiment', 'second'])
+    assert summary(tmp_path / 'first') == summary(tmp_path / 'second')
+    results = capsys.readouterr().out.split('--result\n')
+    assert json.loads(results[1]) == json.loads(results[2])
+
+
+def test_val_interval_skips_scores_and_checkpoints(images, tmp_path):
+    train.main([images, *SMALL, '--val-interval', '2', '--output', str(tmp_path), '--experiment', 'run'])
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['1', '2']
+
+
+def test_without_a_validation_split_the_loss_ranks(images, tmp_path):
+    train.main([images, *SMALL, '--epochs', '2', '--val-split', '', '--output', str(tmp_path), '--experiment', 'run'])
+    rows = summary(tmp_path / 'run')
+    assert list(rows[0]) == ['epoch', 'train_loss', 'lr']
+    best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=False)
+    assert best['metric'] == min(float(row['train_loss']) for row in rows)
+
+
+@pytest.mark.parametrize('flags', [
+    ['--sched', 'plateau', '--patience-epochs', '0'],
+    ['--sched', 'none'],
+    ['--sched-on-updates', '--warmup-epochs', '1'],
+    ['--model-ema', '--drop-path', '0.2', '--mixup', '0.2', '-j', '2'],
+])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(images, tmp_path, flags):
+    run = [images, *SMALL, *HEAD, *flags, '--output', str(tmp_path)]
+    train.main([*run, '--experiment', 'whole'])
+    train.main([*run, '--experiment', 'parts', '--resume', 'auto', '--stop-epoch', '1'])
+    train.main([*run, '--experiment', 'parts', '--resume', 'auto'])
+    assert summary(tmp_path / 'parts') == summary(tmp_path / 'whole')
+    whole, parts = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('whole', 'parts'))
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(value, parts[key][name]) for name, value in whole.get(key, {}).items())
+    train.main([*run, '--experiment', 'parts', '--resume', 'auto'])  # complete: nothing left to do
+    assert summary(tmp_path / 'parts') == summary(tmp_path / 'whole')
+
+
+def test_image_sizes_change_within_an_epoch(images, tmp_path):
+    train.main([images, *SMALL, '--epochs', '1', '--train-img-sizes', '24', '32', '48', '--train-batch-sizes', '16',
+                '12', '8', '--variable-batch-loss-scale', 'sqrt', '--output', str(tmp_path), '--experiment', 'run'])
+    assert len(summary(tmp_path / 'run')) == 1
+
+
+def test_multi_epochs_loader_changes_the_time_not_the_numbers(images, tmp_path):
+    run = [images, *SMALL, '-j', '2', '--output', str(tmp_path)]
+    train.main([*run, '--experiment', 'plain'])
+    train.main([*run, '--experiment', 'early', '--use-multi-epochs-loader'])
+    assert summary(tmp_path / 'plain') == summary(tmp_path / 'early')
+
+
+def test_mixup_ends_at_its_off_epoch(images, tmp_path):
+    """With the model held still, mixed and plain batches differ in their loss alone."""
+    run = [images, *SMALL, '--epochs', '2', '--lr', '1e-12', '--smoothing', '0', '--no-aug',
+           '--bn-momentum', '0', '--model', 'test_efficientnet', '-j', '2', '--output', str(tmp_path)]
+    train.main([*run, '--experiment', 'plain'])
+    train.main([*run, '--experiment', 'mixed', '--mixup', '8', '--mixup-off-epoch', '1'])
+    plain, mixed = ([float(row['train_loss']) for row in summary(tmp_path / name)] for name in ('plain', 'mixed'))
+    assert mixed[0] != pytest.approx(plain[0], rel=1e-3)
+    assert mixed[1] == pytest.approx(plain[1], rel=1e-3)
+
+
+def test_compiled_and_plain_training_agree(images, tmp_path):
+    run = [images, *SMALL, '--epochs', '1', '--output', str(tmp_path)]
+    train.main([*run, '--experiment', 'plain'])
+    train.main([*run, '--experiment', 'compiled', '--torchcompile', 'eager', '--model-ema'])
+    plain, compiled = (summary(tmp_path / name)[0]['train_loss'] for name in ('plain', 'compiled'))
+    assert float(compiled) == pytest.approx(float(plain), rel=1e-3)
+    saved = torch.load(tmp_path / 'compiled' / 'last.pth.tar', weights_only=False)
+    assert not any('_orig_mod' in name for name in (*saved['state_dict'], *saved['state_dict_ema']))
