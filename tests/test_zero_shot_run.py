@@ -115,6 +115,7 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
     ('--dataset csv --class-split none.json', 'none.json is no split'),
     ('--dataset csv --word-embeddings none.safetensors', 'no file of label embeddings'),
     ('--dataset csv --word-embeddings few.safetensors', r"no embedding of \['plain red disc'"),
+    ('--use-ml-decoder-head 0', 'only word queries can be asked for unseen'),
     ('--dataset csv --num-classes 7', '60 classes, num_classes is 7'),
 ])  # fmt: skip
 def test_mistakes_are_named(data, flags, message):

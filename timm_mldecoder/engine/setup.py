@@ -122,7 +122,7 @@ def _create_loaders(
 
 def _eval_classes(options: Namespace, loader: loaders.EvalLoader | None) -> zero_shot.Classes | None:
     """The classes that evaluation asks for in place of those of training."""
-    if loader is None or not (options.class_split and options.word_embeddings):
+    if loader is None or not (options.class_split and zero_shot.has_words(options)):
         return None
     return zero_shot.read_classes(options, loader.loader.dataset)
 

@@ -27,6 +27,11 @@ class Classes(NamedTuple):
     names: list[str] | None
 
 
+def has_words(options: Namespace) -> bool:
+    """Whether the options ask for a head of word queries."""
+    return bool(options.use_ml_decoder_head and options.word_embeddings)
+
+
 def select(options: Namespace, dataset: Dataset, training: bool) -> None:
     """Leave a data set with the classes that `--class-split` and `--score-classes` give it.
 
@@ -44,8 +49,15 @@ def select(options: Namespace, dataset: Dataset, training: bool) -> None:
 
 
 def training_head(options: Namespace) -> dict[str, Any]:
-    """The options of the head for the classes to train on; none without `--word-embeddings`."""
-    if not options.word_embeddings:
+    """The options of the head for the classes to train on; none without `--word-embeddings`.
+
+    Raises:
+        ValueError: If unseen classes are to be scored by a head that cannot be asked for them.
+    """
+    if not has_words(options):
+        if options.class_split and options.score_classes != 'seen':
+            raise ValueError('--class-split: only word queries can be asked for unseen classes; pass --word-embeddings '
+                             'with --use-ml-decoder-head 1, or --score-classes seen')
         return {}
     dataset = create_dataset(options.dataset, options.data_dir, options.train_split, class_map=options.class_map)
     select(options, dataset, training=True)
