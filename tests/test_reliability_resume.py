@@ -188,7 +188,9 @@ def test_another_batch_size_is_told_between_epochs_and_refused_within(data, tmp_
         build(data, tmp_path, *MOVING, '--resume', 'auto')
 
 
-def test_another_model_is_refused(data, tmp_path):
+def test_another_model_or_optimizer_is_refused(data, tmp_path):
     folder = train(data, tmp_path, '--epochs', '1')
+    with pytest.raises(ValueError, match='another optimizer than --opt.*betas'):
+        build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--opt', 'adamw')
     with pytest.raises(ValueError, match='holds another model.*fc.embed.weight'):
         build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--use-ml-decoder-head', '1')

@@ -4,7 +4,6 @@ Weights only: nothing in a file is ever run, and a tensor that does not fit is a
 """
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,9 +161,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes make the unpickler stumble over anything
         blocked = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'it holds {blocked[1]}, which could run code' if blocked else f'it is damaged ({error})'
+        # torch goes on to advise a load that may run code
+        told = f'{type(error).__name__}: {error}'.splitlines()[0].partition('. ')[0][:200]
+        reason = f'it holds {blocked[1]}, which could run code' if blocked else f'it is damaged ({told})'
         raise ValueError(f'{path} is refused: {reason}. Only files of weights are read.') from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the weights of a model by name')

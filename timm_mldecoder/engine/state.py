@@ -180,6 +180,10 @@ class TrainingState:
 
     def _load_optimizer(self, content: dict[str, Any]) -> None:
         if 'optimizer' in content:
+            missing = sorted(self.optimizer.defaults.keys() - content['optimizer']['param_groups'][0].keys())
+            if missing:
+                raise ValueError(f'the checkpoint was saved with another optimizer than --opt, one without '
+                                 f'{", ".join(missing)}; use the same, or --no-resume-opt')
             self.optimizer.load_state_dict(content['optimizer'])
         if self.scaler.is_enabled() and SCALER in content:
             self.scaler.load_state_dict(content[SCALER])
