@@ -26,11 +26,11 @@ class _ReLUDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         output = F.relu_(F.dropout(x, p))  # in this order the same, and dropout's own copy is the one to overwrite
-        ctx.save_for_backward(output > 0)
+        ctx.save_for_backward(output <= 0)
         ctx.scale = 1 / (1 - p)
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (passed,) = ctx.saved_tensors
-        return (grad * passed).mul_(ctx.scale), None
+        (blocked,) = ctx.saved_tensors
+        return (grad * ctx.scale).masked_fill_(blocked, 0), None  # a product with the mask would make it floats first
