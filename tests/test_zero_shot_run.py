@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.models import save_for_hf
 
+from benchmarks import zero_shot as benchmark
 from timm_mldecoder.data import shapes
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.options import parse_train
@@ -115,6 +116,7 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
     ('--dataset csv --class-split none.json', 'none.json is no split'),
     ('--dataset csv --word-embeddings none.safetensors', 'no file of label embeddings'),
     ('--dataset csv --word-embeddings few.safetensors', r"no embedding of \['plain red disc'"),
+    ('--num-of-groups 12 --ml-decoder-kwargs classifier=learned', '75 classes do not fit the 60'),
     ('--use-ml-decoder-head 0', 'only word queries can be asked for unseen'),
     ('--dataset csv --num-classes 7', '60 classes, num_classes is 7'),
 ])  # fmt: skip
@@ -122,6 +124,16 @@ def test_mistakes_are_named(data, flags, message):
     write_word_embeddings('few.safetensors', torch.randn(1, 4), ['plain red square'])
     with pytest.raises(ValueError, match=message):
         train([*TRAIN, *flags.split()])
+
+
+@pytest.mark.parametrize('flags', ['', '--ablations'])
+def test_the_benchmark_prints_a_row_a_way(flags, capsys):
+    benchmark.main(f'--seeds 2 --scenes 32 --epochs 1 --validation-scenes 20 {flags}'.split())
+    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    ways = benchmark.ABLATIONS if flags else benchmark.WAYS
+    assert [row[0].strip() for row in rows[2:]] == [*ways, 'chance']
+    assert {len(row) for row in rows} == {3 if flags else 5}
+    assert all(0 <= float(cell.split('±')[0]) <= 100 for row in rows[2:-1] for cell in row[1:])
 
 
 def test_zero_shot_metrics_are_those_of_the_columns():

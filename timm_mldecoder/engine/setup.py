@@ -10,6 +10,7 @@ import torch
 import yaml
 from timm.models import safe_model_name
 from timm.utils import random_seed
+from torch import nn
 
 from timm_mldecoder.engine import build, loaders, zero_shot
 from timm_mldecoder.engine.checkpoint import CheckpointFolder
@@ -82,7 +83,7 @@ def set_up(options: Namespace, world: World) -> Run:
         train_loader=train_loader,
         eval_loader=eval_loader,
         eval_model=eval_model,
-        eval_classes=_eval_classes(options, eval_loader),
+        eval_classes=_eval_classes(options, eval_model, eval_loader),
         autocast=build.create_autocast(options, world.device),
         epochs=min(epochs, options.stop_epoch or epochs),
         eval_metric=eval_metric,
@@ -120,11 +121,15 @@ def _create_loaders(
         options, validation, config, placement, world, batch_size, crop_mode=options.crop_mode)
 
 
-def _eval_classes(options: Namespace, loader: loaders.EvalLoader | None) -> zero_shot.Classes | None:
+def _eval_classes(
+        options: Namespace, model: nn.Module, loader: loaders.EvalLoader | None,
+) -> zero_shot.Classes | None:
     """The classes that evaluation asks for in place of those of training."""
     if loader is None or not (options.class_split and zero_shot.has_words(options)):
         return None
-    return zero_shot.read_classes(options, loader.loader.dataset)
+    classes = zero_shot.read_classes(options, loader.loader.dataset)
+    with zero_shot.asked_for(model, classes):
+        return classes  # a head that cannot be asked for them says so now, not after an epoch
 
 
 def _check_metric(name: str, task: Any) -> str:

@@ -17,7 +17,7 @@ from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.dataset_checks import class_to_index
 from timm_mldecoder.engine.options.zero_shot import scores_both
-from timm_mldecoder.head.vocabulary import Vocabulary
+from timm_mldecoder.head import MLDecoder
 
 
 class Classes(NamedTuple):
@@ -115,16 +115,20 @@ def set_classes(options: Namespace, model: nn.Module, dataset: Dataset) -> None:
 
 @contextmanager
 def asked_for(model: nn.Module, classes: Classes | None) -> Iterator[None]:
-    """Ask a model for other classes for a while; None leaves it as it is."""
+    """Ask a model for other classes for a while; None leaves it as it is.
+
+    Raises:
+        ValueError: If its head has learned parts that do not know so many classes.
+    """
     if classes is None:
         yield
         return
-    vocabulary = next(module for module in model.modules() if isinstance(module, Vocabulary))
+    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
     # put back as they are: DistributedDataParallel holds on to the very tensors that it found
-    own = dict(vocabulary.named_buffers())
-    vocabulary.set(*classes)
+    own = dict(head.vocabulary.named_buffers())
+    head.set_word_embeddings(*classes)
     try:
         yield
     finally:
         for name, tensor in own.items():
-            setattr(vocabulary, name, tensor)
+            setattr(head.vocabulary, name, tensor)
