@@ -1,7 +1,7 @@
 """How each timm family gives its un-pooled features to the head: the one table in which families differ.
 
-Most of timm needs no entry: ``reset_classifier(0, "")`` switches the pooling off, and what ``forward_head`` then gives as
-pre-logits is what a pooling head would have pooled, with the norms and convolutions that stand before it.
+Most of timm needs no entry: ``reset_classifier(0, '')`` switches the pooling off, and what ``forward_head`` then gives
+as pre-logits is what a pooling head would have pooled, with the norms and convolutions that stand before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
