@@ -48,7 +48,7 @@ def train(data: Path, output: Path, *flags: str) -> Path:
 
 def environment(threads: int = 1) -> dict[str, str]:
     """The environment of a process of our own: it finds the package where these tests do."""
-    return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(ROOT)}
+    return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
 
 def command(script: str, *flags: str | Path, processes: int = 1, restarts: int = 0) -> list[str]:
@@ -57,7 +57,7 @@ def command(script: str, *flags: str | Path, processes: int = 1, restarts: int =
     if processes > 1:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
                      f'--max-restarts={restarts}', '--monitor-interval=0.1']
-    return [*launcher, str(ROOT / script), *map(str, flags)]
+    return [*launcher, str(ROOT / script), *map(str, flags)]  # an absolute path stays what it is
 
 
 def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subprocess.Popen:

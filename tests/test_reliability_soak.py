@@ -1,0 +1,67 @@
+"""A small run killed over and over, at random moments, comes to the same as one that was left alone."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from runs import MODEL, MOVING, assert_same_run, last, start, train, write_data
+
+from timm_mldecoder.engine.resume import newest
+from timm_mldecoder.engine.state import RUN
+from timm_mldecoder.weights import read_checkpoint
+
+KILLS = 50
+LIFE = 2.0  # seconds after the first log line of a step, at most
+PATIENCE = 300
+
+
+def progress(content):
+    return content[RUN]['epoch'], content[RUN]['batch']
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path):
+    data = write_data(tmp_path / 'data')
+    flags = [*MOVING, '--epochs', '250', '--checkpoint-hist', '3', '-j', '1']
+    undisturbed = train(data, tmp_path / 'undisturbed', *flags)
+
+    folder, log = tmp_path / 'killed' / 'run', tmp_path / 'log'
+    killed = [data, *MODEL, *flags, '--output', folder.parent, '--experiment', 'run', '--resume', 'auto',
+              '--recovery-interval', '1']
+    random.seed(0)
+    kills = lost = failed = 0
+    reached = (0, 0)
+    while kills < KILLS:
+        process = start('train.py', *killed, log=log)
+        end = time.monotonic() + PATIENCE
+        while 'Train: ' not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, LIFE))
+        assert process.poll() is None, 'the run is too short for so many kills'
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+
+        for path in folder.glob('*.pth.tar'):
+            try:
+                read_checkpoint(path)
+            except ValueError:
+                failed += 1
+        _, content = newest(folder)
+        lost += not content or progress(content) < reached
+        if content:
+            reached = progress(content)
+            lost += sum(not (folder / name).exists() for name, _ in content['saver']['checkpoint_files'])
+
+    assert start('train.py', *killed, log=log).wait(PATIENCE) == 0, log.read_text()
+    equal = True
+    try:
+        assert_same_run(folder, undisturbed)
+    except AssertionError:
+        equal = False
+    print(f'\nkills {kills}, checkpoints lost {lost}, loads failed {failed}, reached {progress(last(folder))}, '
+          f'final weights equal to the undisturbed run: {"yes" if equal else "no"}')
+    assert (lost, failed, equal) == (0, 0, True)
