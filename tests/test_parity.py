@@ -5,8 +5,6 @@ epochs draw anew (see `engine.streams`), so losses are compared for the first on
 """
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +16,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, random_seed
 
+import train
 from timm_mldecoder.engine.options import parse_train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train  # the script at the top of the repository
 
 SMALL = '--num-classes 3 --device cpu --model test_resnet'
 A2 = ('--opt lamb --lr 5e-3 --weight-decay 0.02 --sched cosine --warmup-epochs 0 --drop-path 0.05 '

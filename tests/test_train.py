@@ -2,8 +2,6 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,8 +9,7 @@ import torch
 import yaml
 from image_folders import write_images
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train  # the scripts at the top of the repository
+import train
 import validate
 
 SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '12', '-j', '0',

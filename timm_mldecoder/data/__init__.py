@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm.data
 
+from timm_mldecoder.data import torch_sets
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
 from timm_mldecoder.data.coco import read_coco
 from timm_mldecoder.data.csv_list import read_csv
@@ -36,7 +37,7 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
     """`timm.data.create_dataset` with this package's multi-label formats added.
 
     Args:
-        name: One of `FORMATS` for a `MultiLabelDataset`, anything else is passed to timm unchanged.
+        name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; anything else is passed to timm.
         root: Folder of the data.
         split: `train`, `validation`, or what else the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
@@ -46,6 +47,10 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         ValueError: If the folder does not exist, the split is unknown, an annotation file is malformed, or an option
             has no meaning for the format.
     """
+    if name in torch_sets.FILES and not kwargs.get('download'):
+        torch_sets.check_files(name, root, split)
+    if name == 'torch/stanford_cars':
+        return torch_sets.create_stanford_cars(root, split)
     if name not in FORMATS:
         return timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
 

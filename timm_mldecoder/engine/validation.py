@@ -186,7 +186,7 @@ def create_model(options: Namespace, content: dict[str, Any] | None, world: Worl
     words = zero_shot.stored_head(options, _weights(content, options) if content else {})
     model = timm.create_model(
         options.model,
-        pretrained=options.pretrained or content is None,
+        pretrained=content is None,  # a checkpoint replaces whatever those hold
         num_classes=options.num_classes,
         in_chans=build.image_channels(options),
         global_pool=None if options.use_ml_decoder_head else options.gp,
