@@ -17,6 +17,8 @@ from benchmarks.measure import machine
 PAGE = Path(__file__).parents[1] / 'docs' / 'performance.md'
 DEVICES = {
     'head': ('cpu', 'cuda'),
+    'operations': ('cpu', 'cuda'),
+    'kept': ('cpu', 'cuda'),
     'model': ('cpu', 'cuda'),
     'scaling': ('cpu', 'cuda'),
     'million': ('cpu', 'cuda'),

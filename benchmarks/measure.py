@@ -15,6 +15,8 @@ from statistics import median
 import torch
 from torch import nn
 
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler announces itself on standard error
+
 MIB = 2**20
 Step = Callable[[], object]
 
@@ -67,7 +69,6 @@ def peak_memory(step: Step, device: str = 'cpu') -> float:
         step()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces itself on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +120,8 @@ def _cell(value: object) -> str:
     if value is None:
         return '–'
     if isinstance(value, float):
-        return f'{value:.2f}' if value < 10 else f'{value:,.0f}'
+        decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+        return f'{value:,.{decimals}f}'
     return f'{value:,}' if isinstance(value, int) else str(value)
 
 

@@ -16,6 +16,8 @@ from timm_mldecoder import MLDecoder
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
     'head': '--rounds 1 --cases 7 3 --tokens 4 --batch-sizes 1',
+    'operations': '--rounds 1 --batch-size 1',
+    'kept': '',
     'model': '--rounds 1 --models resnet18 --compiled --batch-size 2 --img-size 64',
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
     'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
