@@ -1,0 +1,178 @@
+"""Losses that are not finite, images that cannot be read, memory that runs out."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from runs import BATCHES, MODEL, ROOT, build, fit, last, summary, train, write_data
+
+from timm_mldecoder.engine.failure import RunFailed
+from validate import main as validate
+
+BROKEN = {
+    'train/class_0/001.png': b'',
+    'train/class_1/002.png': b'not an image',
+    'train/class_2/007.png': 'cut off',
+}
+BROKEN_IN_VALIDATION = {'validation/class_0/002.png': b'', 'validation/class_2/000.png': 'cut off'}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """Break some images of a copy of the data."""
+    folder = shutil.copytree(data, tmp_path / 'broken')
+
+    def break_images(images):
+        for name, content in images.items():
+            path = folder / name
+            path.write_bytes(path.read_bytes()[:200] if content == 'cut off' else content)
+        return folder
+
+    return break_images
+
+
+def score(capsys, *flags):
+    capsys.readouterr()
+    validate([*map(str, flags), '--device', 'cpu', '-j', '0', '-b', '4'])
+    return json.loads(capsys.readouterr().out.split('--result\n')[1])
+
+
+def test_updates_in_a_row_that_are_not_finite_end_the_run(data, tmp_path):
+    run = build(data, tmp_path, '--epochs', '1', '--std', '0', '0', '0', '--nonfinite-limit', '3')
+    weights = {name: tensor.clone() for name, tensor in run.eval_model.state_dict().items()}
+    with pytest.raises(RunFailed, match='epoch 0, update 2: .*3 updates in a row'):
+        fit(run)
+    for name, tensor in run.eval_model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_nonfinite_abort_ends_the_run_at_once(data, tmp_path):
+    with pytest.raises(RunFailed, match='epoch 0, update 0'):
+        train(data, tmp_path, '--epochs', '1', '--std', '0', '0', '0', '--nonfinite', 'abort')
+    report = json.loads((tmp_path / 'run' / 'nonfinite.json').read_text())
+    batch, = report['ranks'][0]['batches']
+    assert batch['loss'] == 'nan' and len(batch['indices']) == len(batch['files']) == 4
+
+
+def spoil(run, steps):
+    """Make the loss of some batches NaN, counted from 0 over the run."""
+    count = iter(range(100))
+
+    def multiply(module, inputs, result):
+        if next(count) in steps:
+            result['loss'] = result['loss'] * float('nan')
+
+    run.state.task.register_forward_hook(multiply)
+
+
+def test_a_skipped_update_leaves_the_averages_and_the_mean_loss_out_of_it(data, tmp_path):
+    run = build(data, tmp_path, '--epochs', '1', '--model-ema', '--lr', '1e-9', '--grad-accum-steps', '2')
+    spoil(run, {3})
+    fit(run)
+    assert 0 < float(summary(tmp_path / 'run')[0]['train_loss']) < 10
+    assert all(tensor.isfinite().all() for tensor in last(tmp_path / 'run')['state_dict_ema'].values())
+    assert run.state.loss.samples == (BATCHES - 2) * 4, 'both batches of the update are left out'
+
+
+def test_a_loss_scaler_that_finds_its_scale_is_no_failure(data, tmp_path, caplog):
+    run = build(data, tmp_path, '--epochs', '2', '--nonfinite', 'abort')
+    run.state.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 127)  # float32 ends at 2 ** 128
+    run.state.task.register_forward_hook(lambda module, inputs, result: {'loss': result['loss'] * 16})
+    fit(run)
+    skipped = caplog.text.count('the loss scale is too large and halved')
+    assert 2 <= skipped < 2 * BATCHES
+    assert run.state.scaler.get_scale() == 2.0 ** (127 - skipped)
+    assert not (tmp_path / 'run' / 'nonfinite.json').exists()
+    assert last(tmp_path / 'run')['amp_scaler']['scale'] == run.state.scaler.get_scale()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_training_goes_on_without_unreadable_images_and_names_them(broken, tmp_path, caplog, workers):
+    root = broken(BROKEN)
+    folder = train(root, tmp_path, '--epochs', '2', '-j', str(workers))
+    assert [row['train_bad_images'] for row in summary(folder)] == ['3', '3']
+    with (folder / 'bad_images.csv').open() as file:
+        named = [row['path'] for row in csv.DictReader(file)]
+    assert sorted(named) == sorted(str(root / name) for name in BROKEN)
+    for name in BROKEN:
+        assert caplog.text.count(f'Bad image left out: {root / name}') == 2
+
+
+def test_training_stops_at_an_unreadable_image_where_asked(broken, tmp_path):
+    root = broken({'train/class_1/002.png': b'not an image'})
+    with pytest.raises(RunFailed, match=f'{root}/train/class_1/002.png cannot be read .*--bad-image skip'):
+        train(root, tmp_path, '--epochs', '1', '--bad-image', 'abort', '-j', '2')
+
+
+def test_nothing_but_unreadable_images_ends_the_run(broken, data, tmp_path):
+    images = (data / 'train').glob('*/*')
+    root = broken({path.relative_to(data): b'' for path in images})
+    with pytest.raises(RunFailed, match='cannot be read .*nor can the 10 before it'):
+        train(root, tmp_path, '--epochs', '1')
+
+
+def test_validation_stops_at_an_unreadable_image_or_scores_the_others(broken, data, tmp_path, capsys):
+    checkpoint = train(data, tmp_path, '--epochs', '1') / 'last.pth.tar'
+    root = broken(BROKEN_IN_VALIDATION)
+    with pytest.raises(RunFailed, match=f'{root}/validation/class_0/002.png cannot be read'):
+        score(capsys, root, '--checkpoint', checkpoint)
+    skipped = score(capsys, root, '--checkpoint', checkpoint, '--bad-image', 'skip')
+    assert skipped.pop('bad_images') == 2
+
+    for name in BROKEN_IN_VALIDATION:
+        (root / name).unlink()
+    assert score(capsys, root, '--checkpoint', checkpoint) == skipped
+
+
+def test_validation_while_training_stops_too(broken, tmp_path):
+    root = broken(BROKEN_IN_VALIDATION)
+    with pytest.raises(RunFailed, match='class_0/002.png cannot be read'):
+        train(root, tmp_path, '--epochs', '1')
+    folder = train(root, tmp_path, '--epochs', '1', '--val-bad-image', 'skip')
+    assert summary(folder)[0]['eval_bad_images'] == '2'
+
+
+LIMITED = """
+import resource, sys
+from timm_mldecoder.engine import cli
+from {script} import main
+used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {megabytes} * 2 ** 20,) * 2)
+sys.exit(cli.run(lambda: main({flags})))
+"""
+
+
+def limited(python, script, flags, megabytes):
+    """Run a script that may take so much more memory than it takes to import it."""
+    code = LIMITED.format(script=script, flags=[str(flag) for flag in flags], megabytes=megabytes)
+    return python(code, check=False, PYTHONPATH=str(ROOT))
+
+
+def test_validation_takes_smaller_batches_where_memory_runs_out(data, tmp_path, capsys, python):
+    checkpoint = train(data, tmp_path, '--epochs', '1') / 'last.pth.tar'
+    flags = [data, '--checkpoint', checkpoint, '--img-size', '512', '--device', 'cpu', '-j', '0', '-b', '15']
+    plain = limited(python, 'validate', flags, megabytes=200)
+    assert plain.returncode == 2
+    assert 'error: --batch-size 15 does not fit the memory: pass --retry' in plain.stderr.splitlines()[-1]
+
+    process = limited(python, 'validate', [*flags, '--retry'], megabytes=200)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r'A batch of 15 does not fit the memory, trying 12', process.stderr)
+    result = json.loads(process.stdout.split('--result\n')[1])
+    assert result == score(capsys, *flags[:-2])
+
+
+def test_training_names_the_batch_size_where_memory_runs_out(data, tmp_path, python):
+    flags = [data, *MODEL, '--img-size', '512', '-b', '24', '--output', tmp_path, '--epochs', '1']
+    process = limited(python, 'train', flags, megabytes=400)
+    assert process.returncode == 1
+    assert 'error: out of memory with --batch-size 24' in process.stderr.splitlines()[-1]
+    assert '--grad-accum-steps' in process.stderr.splitlines()[-1]

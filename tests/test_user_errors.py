@@ -1,0 +1,143 @@
+"""A user's mistake ends with exit code 2 and one line that names it."""
+
+import logging
+import re
+import shutil
+import socket
+
+import pytest
+import torch
+from runs import MODEL, ROOT, call, train, write_data
+
+from timm_mldecoder.engine import cli
+from train import main as train_main
+from validate import main as validate_main
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def checkpoint(data, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp('trained'), '--epochs', '1') / 'last.pth.tar'
+
+
+@pytest.fixture
+def told(tmp_path, capsys, monkeypatch):
+    """What a script says of a mistake, in the one line after its log."""
+    monkeypatch.chdir(tmp_path)
+    # both would outlast the test, which reads stderr itself
+    monkeypatch.setattr(cli, 'setup_default_logging', lambda *_: None)
+    monkeypatch.setattr(logging, 'captureWarnings', lambda *_: None)
+
+    def run(main, *flags):
+        capsys.readouterr()
+        try:
+            code = cli.run(lambda: main([str(flag) for flag in flags]))
+        except SystemExit as end:  # argparse ends the process itself
+            code = end.code
+        said = capsys.readouterr().err
+        assert code == 2, said
+        assert 'Traceback' not in said
+        line = said.splitlines()[-1]
+        assert re.search(r': error: ', line)
+        return line
+
+    return run
+
+
+def without(data, tmp_path, *names):
+    """The data, but for some images."""
+    copy = shutil.copytree(data, tmp_path / 'copy')
+    for pattern in names:
+        for path in copy.glob(pattern):
+            path.unlink()
+    return copy
+
+
+def test_data_that_is_not_there(data, tmp_path, told):
+    assert 'nowhere: no such folder' in told(train_main, 'nowhere', *MODEL)
+    assert "has no folder 'testing'" in told(train_main, data, *MODEL, '--val-split', 'testing')
+    (tmp_path / 'empty').mkdir()
+    assert 'empty' in told(train_main, tmp_path / 'empty', *MODEL)
+
+
+def test_a_class_without_images(data, tmp_path, told):
+    assert 'class_1' in told(train_main, without(data, tmp_path, 'validation/class_1/*'), *MODEL)
+
+
+def test_another_number_of_classes(data, tmp_path, told, checkpoint):
+    assert 'has 3 classes, the model 5; pass --num-classes 3' in told(train_main, data, *MODEL, '--num-classes', '5')
+    fewer = without(data, tmp_path, '*/class_2/*')
+    line = told(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
+    assert 'another model' in line and 'fc.weight' in line
+    line = told(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
+    assert 'another model' in line and str(checkpoint) in line
+
+
+def test_files_that_do_not_serve(data, tmp_path, told, checkpoint):
+    (tmp_path / 'bad.yaml').write_text('a: [')
+    assert 'bad.yaml is not readable YAML' in told(train_main, data, *MODEL, '--config', 'bad.yaml')
+    (tmp_path / 'typo.yaml').write_text('wieght_decay: 1')
+    assert "did you mean 'weight_decay'" in told(train_main, data, *MODEL, '--config', 'typo.yaml')
+    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--config'):
+        assert 'nothing.pth' in told(train_main, data, *MODEL, flag, 'nothing.pth')
+    torch.save({'state_dict': {'other.weight': torch.ones(3)}}, tmp_path / 'other.pth')
+    assert '--initial-checkpoint other.pth: ' in told(train_main, data, *MODEL, '--initial-checkpoint', 'other.pth')
+    assert 'nothing.txt' in told(train_main, data, *MODEL, '--class-map', 'nothing.txt')
+
+
+def test_an_output_that_cannot_be_written(data, tmp_path, told):
+    (tmp_path / 'file').touch()
+    assert '--output: cannot write to file/run' in told(
+        train_main, data, *MODEL, '--output', 'file', '--experiment', 'run')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is there')
+def test_cuda_where_there_is_none(data, told):
+    line = told(train_main, data, *MODEL, '--device', 'cuda')
+    assert '--device cuda: there is no such device' in line and '--device cpu' in line
+
+
+def test_a_batch_larger_than_the_data(data, told):
+    assert 'only 24 images' in told(train_main, data, *MODEL, '-b', '25')
+
+
+@pytest.mark.parametrize(('flags', 'named'), [
+    (['--epochs', 'ten'], "--epochs: invalid int value: 'ten'"),
+    (['--task', 'detection'], "--task: invalid choice: 'detection'"),
+    (['--no-such-flag'], '--no-such-flag'),
+    (['--nonfinite-limit', '0'], '--nonfinite-limit 0 is below 1'),
+    (['--tta', '2', '--val-bad-image', 'skip'], '--val-bad-image abort'),
+    (['--sched', 'plateau', '--sched-on-updates'], '--sched plateau'),
+])
+def test_flags(data, told, flags, named):
+    assert named in told(train_main, data, *MODEL, *flags)
+
+
+def test_one_line_of_a_real_process_and_a_port_that_is_taken(data, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                                MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        process = call('train.py', data, *MODEL, '--output', tmp_path)
+    assert process.returncode == 2
+    assert 'Traceback' not in process.stderr
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith('train.py: error: ') and port in line and 'free port' in line
+
+
+def test_every_test_that_the_table_of_promises_names_is_there():
+    """docs/reliability.md claims nothing that no test shows."""
+    table = (ROOT / 'docs' / 'reliability.md').read_text()
+    named = re.findall(r'`(test_\w+)\.py`', table), re.findall(r'`(test_\w+)`', table)
+    assert all(named)
+    code = {module: (ROOT / 'tests' / f'{module}.py').read_text() for module in named[0]}
+    for test in named[1]:
+        assert any(f'def {test}(' in text for text in code.values()), test
+    assert [int(row) for row in re.findall(r'^\| (\d+) \|', table, re.MULTILINE)] == list(range(1, 19))
