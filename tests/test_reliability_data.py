@@ -4,11 +4,14 @@ import csv
 import json
 import re
 import shutil
+import struct
 
 import pytest
 import torch
 from runs import BATCHES, MODEL, ROOT, build, fit, last, summary, train, write_data
 
+from timm_mldecoder.data import create_dataset
+from timm_mldecoder.engine.bad_images import Guarded, strict
 from timm_mldecoder.engine.failure import RunFailed
 from validate import main as validate
 
@@ -110,6 +113,25 @@ def test_training_stops_at_an_unreadable_image_where_asked(broken, tmp_path):
     root = broken({'train/class_1/002.png': b'not an image'})
     with pytest.raises(RunFailed, match=f'{root}/train/class_1/002.png cannot be read .*--bad-image skip'):
         train(root, tmp_path, '--epochs', '1', '--bad-image', 'abort', '-j', '2')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'csv'])
+def test_an_image_that_would_not_fit_the_memory_is_unreadable(data, tmp_path, kind):
+    """Its header claims so many pixels that PIL refuses, with an error of its own."""
+    folder = tmp_path / 'train' / 'zebra'
+    folder.mkdir(parents=True)
+    image = next((data / 'train').glob('*/*'))
+    shutil.copy(image, folder / '1.png')
+    bomb = bytearray(b'BM' + bytes(52))
+    struct.pack_into('<IIiiHH', bomb, 10, 54, 40, 1 << 20, 1 << 20, 1, 24)
+    (folder / '0.png').write_bytes(bomb)
+    (tmp_path / 'train.csv').write_text('path,labels\ntrain/zebra/0.png,zebra\ntrain/zebra/1.png,zebra\n')
+
+    guarded = Guarded(strict(create_dataset('' if kind == 'folder' else kind, str(tmp_path), 'train')), stand_ins=1)
+    (image, target), (bad,) = guarded[0]
+    assert image.size == (48, 48)
+    assert bad.path == str(folder / '0.png') and 'decompression bomb' in bad.reason
+    assert guarded[1][1] == []
 
 
 def test_nothing_but_unreadable_images_ends_the_run(broken, data, tmp_path):

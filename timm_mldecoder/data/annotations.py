@@ -130,7 +130,7 @@ class MultiLabelDataset(Dataset):
         try:
             with Image.open(path) as file:
                 return file.convert(self.input_img_mode)
-        except OSError as error:
+        except Exception as error:  # damaged files make decoders raise whatever they stumble over
             raise OSError(f'Cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
