@@ -38,6 +38,7 @@ _INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', '
               'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last',
               'word_embeddings', 'class_split')
 _INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
+_RANKING = ('top1', 'map', 'zsl_map')
 _SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
 
 
@@ -52,7 +53,7 @@ def score(options: Namespace, explicit: dict[str, Any], world: World) -> None:
     for model, checkpoint in candidates:
         own = Namespace(**{**vars(options), 'model': model, 'checkpoint': checkpoint})
         results.append(score_with_retry(own, explicit, world, retry=options.retry or len(candidates) > 1))
-    results.sort(key=lambda result: -result.get('top1', result.get('map', 0.0)))
+    results.sort(key=lambda result: -next((result[name] for name in _RANKING if name in result), 0.0))
     if not world.primary:
         return
     if options.results_file or len(candidates) > 1:
