@@ -10,6 +10,7 @@ import torch
 from runs import MODEL, ROOT, call, train, write_data
 
 from timm_mldecoder.engine import cli
+from timm_mldecoder.engine.options import parse_train
 from train import main as train_main
 from validate import main as validate_main
 
@@ -115,6 +116,13 @@ def test_a_batch_larger_than_the_data(data, told):
 ])
 def test_flags(data, told, flags, named):
     assert named in told(train_main, data, *MODEL, *flags)
+
+
+def test_every_shipped_recipe_parses():
+    recipes = sorted((ROOT / 'hparams').rglob('*.yaml'))
+    assert recipes
+    for recipe in recipes:
+        parse_train(['DIR', '--config', str(recipe)])
 
 
 def test_one_line_of_a_real_process_and_a_port_that_is_taken(data, tmp_path, monkeypatch):
