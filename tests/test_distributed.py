@@ -1,0 +1,186 @@
+"""Several processes: the same training as one, exact metrics, and every launcher's environment."""
+
+import csv
+import json
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+from image_folders import write_images
+from runs import ROOT, call, command, environment, last, summary
+
+from timm_mldecoder.engine.world import first_node
+
+# no batch norm, no augmentation, no dropout: what is left is the same for any number of processes
+PLAIN = shlex.split(
+    '--num-classes 3 --device cpu --model test_vit --img-size 160 -j 0 --epochs 2 --warmup-epochs 0 --opt sgd '
+    '--lr 0.02 --no-aug --smoothing 0 --use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 '
+    '--ml-decoder-kwargs dropout=0.0')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Two classes more in validation than two processes can share evenly."""
+    return write_images(tmp_path_factory.mktemp('images'), train=8, validation=5)
+
+
+# train.py in one process, with the global batches that two processes draw: their halves, joined
+AS_TWO = '''
+import sys, torch
+sys.path.insert(0, {root!r})
+import train
+from timm.data import loader
+from torch.utils.data.distributed import DistributedSampler
+
+class Joined(torch.utils.data.Sampler):
+    """The global batches of two ranks, one rank's half after the other's."""
+    def __init__(self, dataset, half):
+        self.ranks = [DistributedSampler(dataset, 2, rank) for rank in range(2)]
+        self.half = half
+    def set_epoch(self, epoch):
+        for rank in self.ranks: rank.set_epoch(epoch)
+    def __len__(self):
+        return len(self.ranks[0]) // self.half
+    def __iter__(self):
+        orders = [list(rank) for rank in self.ranks]
+        for start in range(0, len(self) * self.half, self.half):
+            yield [index for order in orders for index in order[start:start + self.half]]
+
+create = loader.create_loader
+def joined(dataset, *args, is_training=False, batch_size=1, **kwargs):
+    made = create(dataset, *args, is_training=is_training, batch_size=batch_size, **kwargs)
+    if is_training:
+        inner = made.loader
+        made.loader = torch.utils.data.DataLoader(
+            inner.dataset, batch_sampler=Joined(dataset, batch_size // 2), collate_fn=inner.collate_fn,
+            worker_init_fn=inner.worker_init_fn)
+    return made
+import timm_mldecoder.engine.loaders as loaders
+loaders.create_loader = joined
+train.main(sys.argv[1:])
+'''
+
+
+def test_two_processes_train_as_one_on_the_same_global_batches(data, tmp_path):
+    flags = [data, *PLAIN, '--model-ema', '--model-ema-decay', '0.5', '--grad-accum-steps', '2', '--output', tmp_path]
+    two = call('train.py', *flags, '-b', '3', '--experiment', 'two', processes=2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    one = subprocess.run([sys.executable, '-c', AS_TWO.format(root=str(ROOT)), *map(str, flags), '-b', '6',
+                          '--experiment', 'one'], env=environment(), capture_output=True, text=True, timeout=400)
+    assert one.returncode == 0, one.stderr[-3000:]
+
+    for ours, theirs in zip(summary(tmp_path / 'two'), summary(tmp_path / 'one'), strict=True):
+        assert {name: float(value) for name, value in ours.items()} == pytest.approx(
+            {name: float(value) for name, value in theirs.items()}, abs=1e-5)
+    weights, expected = last(tmp_path / 'two'), last(tmp_path / 'one')
+    for key in ('state_dict', 'state_dict_ema'):
+        for name, value in expected[key].items():
+            assert (weights[key][name] - value).abs().max() < 1e-5, name
+
+
+def test_metrics_are_exact_where_images_do_not_divide_evenly(data, tmp_path):
+    """Fifteen images: two processes pad one, four pad one too; one process pads none."""
+    trained = call('train.py', data, *PLAIN, '-b', '6', '--epochs', '1', '--output', tmp_path, '--experiment', 'run')
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    scores = []
+    for processes in (2, 4):
+        process = call('validate.py', data, '--checkpoint', checkpoint, '-j', '0', '-b', '2', '--device', 'cpu',
+                       '--metrics-avg', 'macro', processes=processes)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stdout.count('--result') == 1, 'told once'
+        scores.append(json.loads(process.stdout.split('--result\n')[1]))
+    row, = csv.DictReader((tmp_path / 'run' / 'summary.csv').open())
+    assert scores[0] == scores[1]
+    assert scores[0]['top1'] == float(row['eval_top1'])
+
+
+def test_batch_norm_statistics_and_repeated_augmentation_across_processes(data, tmp_path):
+    flags = [data, '--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '4',
+             '-j', '1', '--epochs', '1', '--output', tmp_path]
+    for name, extra in (('reduced', ['--aug-repeats', '3']), ('not_shared', ['--dist-bn', '', '--no-ddp-bb'])):
+        process = call('train.py', *flags, *extra, '--experiment', name, processes=2)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert len(summary(tmp_path / name)) == 1
+        assert 'No effect' not in process.stderr
+
+        # what each rank was left with; the checkpoint keeps both
+        buffers = [rank['buffers'][False] for rank in last(tmp_path / name)['timm_mldecoder']['ranks']]
+        means = [buffer for buffer in buffers[0] if 'running_mean' in buffer]
+        same = all((buffers[0][mean] == buffers[1][mean]).all() for mean in means)
+        assert same == (name == 'reduced')
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return str(server.getsockname()[1])
+
+
+LAUNCHERS = {
+    # torch.distributed.launch and its like: the variables of torchrun, and a flag
+    'launch': (lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'),
+               lambda rank: ['--local-rank', str(rank)]),
+    # srun on one node: no address is given, it is the first node of the step
+    'slurm': (lambda rank: dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NTASKS='2', SLURM_JOB_ID='77',
+                                SLURM_STEP_NODELIST='localhost'),
+              lambda rank: []),
+}
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_other_launchers_environments(data, tmp_path, launcher):
+    variables, flags = LAUNCHERS[launcher]
+    inherited = {name: value for name, value in environment().items() if not name.startswith('SLURM')}
+    port = free_port()
+    processes = [subprocess.Popen(
+        command('train.py', data, '--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32',
+                '-b', '4', '-j', '0', '--epochs', '1', '--output', tmp_path, '--experiment', 'run', *flags(rank)),
+        env={**inherited, 'MASTER_PORT': port, **variables(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=tmp_path) for rank in range(2)]
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    assert 'Training with 2 processes' in outputs[0][1]
+    assert [out.count('--result') for out, _ in outputs] == [1, 0]
+    assert last(tmp_path / 'run')['timm_mldecoder']['world_size'] == 2
+
+
+@pytest.mark.parametrize(('nodes', 'first'), [
+    ('gpu1', 'gpu1'), ('gpu1,gpu2', 'gpu1'), ('gpu[03-05,9]', 'gpu03'), ('a[1,3]-ib,b2', 'a1-ib'),
+    ('node-7-[12-13].cluster', 'node-7-12.cluster'),
+])
+def test_the_first_node_of_a_slurm_list(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_gradients_are_exchanged_once_an_update(data, tmp_path):
+    """Counted by a hook on the exchange itself."""
+    program = tmp_path / 'count.py'
+    program.write_text(f'''
+import sys, os, json
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+from torch.nn.parallel import DistributedDataParallel as DDP
+count = [0]
+prepare = DDP.__init__
+def counting(self, *args, **kwargs):
+    prepare(self, *args, **kwargs)
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    def hook(state, bucket):
+        count[0] += bucket.is_last()
+        return allreduce_hook(state, bucket)
+    self.register_comm_hook(None, hook)
+DDP.__init__ = counting
+train.main(sys.argv[1:])
+if os.environ['RANK'] == '0':
+    print('exchanges', count[0])
+''')
+    process = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(program), str(data),
+         *shlex.split('--num-classes 3 --device cpu --model test_resnet --img-size 32 -b 2 -j 0 --epochs 1'),
+         '--grad-accum-steps', '2', '--output', str(tmp_path), '--experiment', 'run'],
+        env=environment(), capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'exchanges 3' in process.stdout, 'six batches of two on each process, two of them an update'
