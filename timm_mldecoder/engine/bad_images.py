@@ -187,12 +187,12 @@ def tell(bad: list[BadImage]) -> None:
 
 
 def gather(bad: list[BadImage]) -> list[BadImage]:
-    """Those of all processes; a collective call."""
-    if not dist.is_initialized():
-        return bad
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, bad)
-    return [BadImage(*image) for part in parts for image in part]
+    """Those of all processes, each file once; a collective call."""
+    parts: list[Any] = [bad]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, bad)
+    return list(dict.fromkeys(image for part in parts for image in part))
 
 
 def record(bad: list[BadImage], folder: Path) -> None:
