@@ -8,9 +8,11 @@ import timm
 import torch
 import yaml
 from image_folders import write_images
+from PIL import Image
 
 import train
 import validate
+from timm_mldecoder.engine import plot
 
 SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '12', '-j', '0',
          '--epochs', '3', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0']
@@ -195,3 +197,13 @@ def test_compiled_and_plain_training_agree(images, tmp_path):
     assert float(compiled) == pytest.approx(float(plain), rel=1e-3)
     saved = torch.load(tmp_path / 'compiled' / 'last.pth.tar', weights_only=False)
     assert not any('_orig_mod' in name for name in (*saved['state_dict'], *saved['state_dict_ema']))
+
+
+def test_the_curves_of_runs_are_drawn(finished, tmp_path):
+    picture = tmp_path / 'curves.png'
+    plot.main([str(finished), str(finished / 'summary.csv'), '--output', str(picture)])
+    width, height = Image.open(picture).size
+    assert width > 3 * height, 'loss, top1, top5 and lr side by side'
+    with pytest.raises(ValueError, match='nothing/summary.csv: no epochs'):
+        (tmp_path / 'nothing').mkdir()
+        plot.main([str(tmp_path / 'nothing')])
