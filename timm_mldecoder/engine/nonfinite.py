@@ -60,8 +60,14 @@ def spoilt_loss(batches: list[TrainedBatch]) -> Tensor:
 def spoilt_gradient(model: nn.Module) -> Tensor | bool:
     """Whether a gradient is not finite, in the same form."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # the largest magnitude: unlike a sum of squares it does not overflow where every entry is finite
-    return bool(gradients) and ~torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
+    if not gradients:
+        return False
+    # the extremes: unlike a sum of squares they do not overflow where every entry is finite
+    if gradients[0].is_cpu:  # where the norm is a tenth as fast, and takes a tenth of the time of a step
+        extremes = [extreme for gradient in gradients for extreme in gradient.aminmax()]
+    else:
+        extremes = torch._foreach_norm(gradients, math.inf)
+    return ~torch.stack(extremes).isfinite().all()
 
 
 def check_limit(in_a_row: int, limit: int, where: str) -> None:
