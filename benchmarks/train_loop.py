@@ -1,0 +1,114 @@
+"""train.py's loop beside a plain one: the same model, loss, optimizer and loader, an epoch each in turn.
+
+    python -m benchmarks.train_loop [--device cuda]
+
+On CUDA both run in bfloat16, channels-last and compiled.
+"""
+
+import contextlib
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+from benchmarks.measure import Step, markdown, paired_times, parser, ratio
+from timm_mldecoder.engine.loop import train_epoch
+from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.run import Run
+from timm_mldecoder.engine.setup import set_up
+from timm_mldecoder.engine.world import join_world
+
+HEADER = ('loop', 'img/s', 'of the plain loop')
+CLASSES = 10
+
+
+def main(argv: list[str] | None = None) -> str:
+    flags = parser(__doc__, rounds=3)
+    flags.add_argument('--model', default='resnet18')
+    flags.add_argument('--img-size', type=int, default=64)
+    flags.add_argument('--batch-size', type=int, default=32)
+    flags.add_argument('--images', type=int, default=1280, help='images an epoch')
+    flags.add_argument('--workers', type=int, default=1)
+    args = flags.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_images(Path(folder, 'data'), args)
+        options = parse_train(_command(folder, args))
+        with join_world(options) as world:
+            times = paired_times(
+                {'plain': _plain_epoch(options), 'train.py': _engine_epoch(set_up(options, world))},
+                args.rounds, args.device)
+    share = ratio(times['plain'], times['train.py'])
+    speed = {name: args.images * len(seconds) / sum(seconds) for name, seconds in times.items()}
+    return markdown(HEADER, [['plain', speed['plain'], 1.0], ['`train.py`', speed['train.py'], share]])
+
+
+def _command(folder: str, args: Namespace) -> list[str]:
+    fast = ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--torchcompile'] if args.device == 'cuda' else []
+    return [
+        f'{folder}/data', '--output', folder, '--val-split', '', '--model', args.model, '--num-classes', str(CLASSES),
+        '--img-size', str(args.img_size), '-b', str(args.batch_size), '-j', str(args.workers), '--device', args.device,
+        '--opt', 'sgd', '--lr', '0.01', '--sched', 'none', '--use-ml-decoder-head', '1', *fast,
+    ]  # fmt: skip
+
+
+def _engine_epoch(run: Run) -> Step:
+    """An epoch of train.py, without validation and checkpoint."""
+
+    def epoch() -> None:
+        train_epoch(run)
+        run.state.start_epoch(run.state.epoch + 1)
+
+    return epoch
+
+
+def _plain_epoch(options: Namespace) -> Step:
+    """The loop that one would write by hand."""
+    device = torch.device(options.device)
+    head = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
+    model = timm.create_model(options.model, num_classes=CLASSES, ml_decoder=head).to(device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    config = resolve_data_config(vars(options), model=model)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options))
+    trained = torch.compile(model) if options.torchcompile else model
+    loss_fn = timm.loss.LabelSmoothingCrossEntropy(options.smoothing)
+    loader = create_loader(
+        create_dataset('', options.data_dir, split='train', is_training=True), is_training=True, device=device,
+        input_size=config['input_size'], batch_size=options.batch_size, mean=config['mean'], std=config['std'],
+        interpolation=options.train_interpolation, scale=options.scale, ratio=options.ratio,
+        num_workers=options.workers)  # fmt: skip
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, target in loader:
+            yield images.contiguous(memory_format=torch.channels_last) if options.channels_last else images, target
+
+    def epoch() -> None:
+        trained.train()
+        for images, target in batches():
+            with torch.autocast('cuda', torch.bfloat16) if options.amp else contextlib.nullcontext():
+                loss = loss_fn(trained(images), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
+def _write_images(root: Path, args: Namespace) -> None:
+    random = np.random.RandomState(0)
+    for index in range(args.images):
+        folder = root / 'train' / f'{index % CLASSES}'
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.randint(0, 256, (args.img_size, args.img_size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f'{index}.jpg')
+
+
+if __name__ == '__main__':
+    print(main())
