@@ -30,11 +30,11 @@ CLASSES = 10
 
 
 def main(argv: list[str] | None = None) -> str:
-    flags = parser(__doc__, rounds=3)
+    flags = parser(__doc__, rounds=7)
     flags.add_argument('--model', default='resnet18')
     flags.add_argument('--img-size', type=int, default=64)
     flags.add_argument('--batch-size', type=int, default=32)
-    flags.add_argument('--images', type=int, default=1280, help='images an epoch')
+    flags.add_argument('--images', type=int, default=640, help='images an epoch')
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

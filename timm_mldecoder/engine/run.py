@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from timm_mldecoder.engine import report
+from timm_mldecoder.engine.batches import EvalLoader, TrainLoader
 from timm_mldecoder.engine.dataset_checks import class_to_index
-from timm_mldecoder.engine.loaders import EvalLoader, TrainLoader
 from timm_mldecoder.engine.signals import Stopped, StopSignals
 from timm_mldecoder.engine.state import RUN, TrainingState
 from timm_mldecoder.engine.world import World

@@ -13,6 +13,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from timm_mldecoder.engine import build, loaders, zero_shot
+from timm_mldecoder.engine.batches import EvalLoader, Placement, TrainLoader
 from timm_mldecoder.engine.checkpoint import CheckpointFolder
 from timm_mldecoder.engine.dataset_checks import check_classes, check_same_classes
 from timm_mldecoder.engine.report import ProgressBar, write_summary
@@ -41,7 +42,7 @@ def set_up(options: Namespace, world: World) -> Run:
     model = build.create_model(options, world)
     config = loaders.data_config(options, model, world)
     build.resolve_learning_rate(options, world)
-    placement = loaders.Placement(
+    placement = Placement(
         world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
     train_loader, eval_loader = _create_loaders(options, config, placement, world, as_given['num_classes'] is not None)
 
@@ -106,8 +107,8 @@ def set_up(options: Namespace, world: World) -> Run:
 
 
 def _create_loaders(
-        options: Namespace, config: dict[str, Any], placement: loaders.Placement, world: World, classes_given: bool,
-) -> tuple[loaders.TrainLoader, loaders.EvalLoader | None]:
+        options: Namespace, config: dict[str, Any], placement: Placement, world: World, classes_given: bool,
+) -> tuple[TrainLoader, EvalLoader | None]:
     train = loaders.create_split(options, options.train_split, config, training=True)
     check_classes(train, options.num_classes, classes_given)
     validation = loaders.create_split(options, options.val_split, config) if options.val_split else None
@@ -122,7 +123,7 @@ def _create_loaders(
 
 
 def _eval_classes(
-        options: Namespace, model: nn.Module, loader: loaders.EvalLoader | None,
+        options: Namespace, model: nn.Module, loader: EvalLoader | None,
 ) -> zero_shot.Classes | None:
     """The classes that evaluation asks for in place of those of training."""
     if loader is None or not (options.class_split and zero_shot.has_words(options)):

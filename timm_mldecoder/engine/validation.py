@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.engine import bad_images, build, loaders, multilabel, zero_shot
+from timm_mldecoder.engine.batches import Placement
 from timm_mldecoder.engine.checkpoint import SUFFIX
 from timm_mldecoder.engine.dataset_checks import check_classes
 from timm_mldecoder.engine.evaluate import evaluate
@@ -115,7 +116,7 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     zero_shot.set_classes(options, model, dataset)
     model = _prepare(options, model, world)
 
-    placement = loaders.Placement(
+    placement = Placement(
         world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
     valid_labels = _read_valid_labels(options.valid_labels, world.device)
     if valid_labels is None:
