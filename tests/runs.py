@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm_mldecoder.engine.loop import fit
 from timm_mldecoder.engine.options import parse_train
 from timm_mldecoder.engine.run import Run
 from timm_mldecoder.engine.setup import set_up
+from timm_mldecoder.engine.signals import SIGNALS, Stopped
 from timm_mldecoder.engine.world import join_world
 from timm_mldecoder.weights import read_checkpoint
 
@@ -44,6 +46,19 @@ def train(data: Path, output: Path, *flags: str) -> Path:
     """Train in this process, and return the folder of the run."""
     fit(build(data, output, *flags))
     return output / 'run'
+
+
+def fit_until_stopped(run: Run) -> int:
+    """Train until a signal stops the run, and return the exit code it asks for."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        fit(run)
+    except Stopped as stopped:  # and forgotten here: its traceback would keep loader processes waiting
+        return stopped.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    raise AssertionError('the run was not stopped')
 
 
 def environment(threads: int = 1) -> dict[str, str]:

@@ -6,14 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from runs import BATCHES, MOVING, assert_same_run, build, last, summary, train, write_data
+from runs import BATCHES, MOVING, assert_same_run, build, fit_until_stopped, last, summary, train, write_data
 from torch.utils.data import DataLoader, Dataset
 
 from timm_mldecoder.engine import streams
 from timm_mldecoder.engine.checkpoint import CheckpointFolder
-from timm_mldecoder.engine.loop import fit
 from timm_mldecoder.engine.restartable import RestartableLoader
-from timm_mldecoder.engine.signals import Stopped
 from timm_mldecoder.engine.state import RUN
 
 
@@ -64,9 +62,7 @@ def test_stopped_by_a_signal_within_an_epoch(data, undisturbed, tmp_path, worker
     flags = [*MOVING, '-j', str(workers)]
     run = build(data, tmp_path, *flags)
     stop_at(run, update)
-    with pytest.raises(Stopped) as stopped:
-        fit(run)
-    assert stopped.value.code == 143
+    assert fit_until_stopped(run) == 143
     batch = (update - 1) % BATCHES + 1
     assert (tmp_path / 'run' / f'recovery-1-{batch}.pth.tar').exists(), 'the step was finished first'
     assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), undisturbed(workers))
@@ -77,9 +73,7 @@ def test_stopped_by_a_signal_in_the_validation(data, undisturbed, tmp_path):
     run = build(data, tmp_path, *MOVING, '-j', '2')
     run.eval_model.register_forward_pre_hook(
         lambda model, _: None if model.training else os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Stopped) as stopped:
-        fit(run)
-    assert stopped.value.code == 130
+    assert fit_until_stopped(run) == 130
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
     resumed = train(data, tmp_path, *MOVING, '-j', '2', '--resume', 'auto')
     assert_same_run(resumed, undisturbed(2))
@@ -88,8 +82,7 @@ def test_stopped_by_a_signal_in_the_validation(data, undisturbed, tmp_path):
 def test_recovery_checkpoints_are_kept_while_they_are_of_use(data, tmp_path):
     run = build(data, tmp_path, *MOVING, '--recovery-interval', '2')
     stop_at(run, BATCHES + 5)
-    with pytest.raises(Stopped):
-        fit(run)
+    assert fit_until_stopped(run) == 143
     names = sorted(path.name for path in (tmp_path / 'run').glob('recovery-*'))
     assert names == ['recovery-1-4.pth.tar', 'recovery-1-5.pth.tar']
 
@@ -182,8 +175,7 @@ def test_another_batch_size_is_told_between_epochs_and_refused_within(data, tmp_
 
     run = build(data, tmp_path, *MOVING, '-b', '6', '--resume', 'auto')
     stop_at(run, 2)
-    with pytest.raises(Stopped):
-        fit(run)
+    assert fit_until_stopped(run) == 143
     with pytest.raises(ValueError, match='batch_size was 6 and is 4.*use the same'):
         build(data, tmp_path, *MOVING, '--resume', 'auto')
 

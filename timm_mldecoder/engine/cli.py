@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from timm.utils import setup_default_logging
 
+from timm_mldecoder.engine import signals
 from timm_mldecoder.engine.failure import RunFailed
 
 USER_ERROR = 2  # what argparse exits with too
@@ -25,6 +26,9 @@ def run(main: Callable[[], None]) -> int:
     logging.captureWarnings(True)
     try:
         main()
+    except signals.Stopped:
+        signals.ignore()
+        raise
     except ValueError as error:
         return _tell(error, USER_ERROR, rank)
     except (RunFailed, OSError) as error:

@@ -41,6 +41,8 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        if isinstance(error, Stopped):  # a launcher passes the signal on to whoever is not gone yet
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -60,6 +62,12 @@ class StopSignals:
         elif time.monotonic() - self._since > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def ignore() -> None:
+    """Let nothing change the exit code of a process on its way out."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class DeafWorkerInit:
