@@ -7,11 +7,16 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from torch.distributed import PrefixStore, Store, register_rendezvous_handler, rendezvous
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 _SLURM_PORTS = range(20_000, 30_000)
+_OWN_KEYS = 'env-of-an-attempt'
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def join_world(options: Namespace) -> Iterator[World]:
     if is_distributed_env():
         _complete_slurm_environment(os.environ)
     try:
-        found = init_distributed_device_so(options.device)
+        found = init_distributed_device_so(options.device, dist_url=f'{_OWN_KEYS}://')
     except torch.distributed.DistNetworkError as error:
         where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
         raise ValueError(f'the processes cannot meet at {where} ({error}); set MASTER_PORT, or --master-port of '
@@ -67,6 +72,19 @@ def join_world(options: Namespace) -> Iterator[World]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _meet(url: str, timeout: timedelta = default_pg_timeout, **options: Any) -> Iterator[tuple[Store, int, int]]:
+    """What `env://` does, under keys of its own for each time that torchrun starts the processes.
+
+    torchrun's store outlives them: restarted ones may find the addresses of those that are gone, and wait for them.
+    """
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    for store, rank, size in rendezvous('env://', timeout=timeout, **options):
+        yield PrefixStore(f'attempt {attempt}', store), rank, size
+
+
+register_rendezvous_handler(_OWN_KEYS, _meet)
 
 
 def _check_device(name: str) -> None:
