@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, TrainingTask
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.engine import multilabel, zero_shot
@@ -69,6 +69,8 @@ def create_model(options: Namespace, world: World) -> nn.Module:
     )
     try:
         model = timm.create_model(options.model, **settings)
+    except TypeError as error:  # an argument that the model does not have
+        raise ValueError(f'--model {options.model}: {error}') from error
     except (RuntimeError, OSError) as error:  # timm's, where a file does not load or does not fit
         raise _refusal(options, error) from error
     options.num_classes = options.num_classes or model.num_classes
@@ -146,15 +148,14 @@ def create_loss(options: Namespace, dataset: Dataset) -> nn.Module:
             return own
     soft_targets = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
     stats = load_class_stats(options.class_stats)
-    weights = partial(resolve_class_weights, class_stats=stats, power=options.loss_weight_power)
     loss = options.loss or ('bce' if options.bce_loss else None)
     settings = dict(
         loss_type=loss,
         multi_label=options.task == 'multilabel',
         smoothing=options.smoothing,
         soft_targets=soft_targets,
-        class_weight=weights(options.loss_class_weight, kind='class_weight'),
-        pos_weight=weights(options.loss_pos_weight, kind='pos_weight'),
+        class_weight=_loss_weights(options, 'class_weight', stats),
+        pos_weight=_loss_weights(options, 'pos_weight', stats),
     )
     if loss == 'bce' or loss is None and options.task == 'multilabel':
         settings.update(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
@@ -167,6 +168,14 @@ def create_loss(options: Namespace, dataset: Dataset) -> nn.Module:
         return create_classification_loss(**{**settings, **options.loss_kwargs})
     except TypeError as error:  # a name in --loss-kwargs that the loss does not have
         raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def _loss_weights(options: Namespace, kind: str, stats: tuple[Tensor, int] | None) -> Tensor | float | None:
+    value = getattr(options, f'loss_{kind}')
+    try:
+        return resolve_class_weights(value, kind=kind, class_stats=stats, power=options.loss_weight_power)
+    except ValueError as error:
+        raise ValueError(f'--loss-{kind.replace("_", "-")} {value}: {error}') from error
 
 
 def resolve_learning_rate(options: Namespace, world: World) -> None:
@@ -187,7 +196,7 @@ def create_optimizer(options: Namespace, model: nn.Module, world: World) -> torc
     """timm's optimizer of that name over the parameters of the model."""
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
-    except (TypeError, ImportError) as error:  # an argument the optimizer does not have; a package that is missing
+    except (TypeError, ImportError, AssertionError) as error:  # an argument it does not have; what it needs missing
         raise ValueError(f'--opt {options.opt}: {error}') from error
     if world.primary:
         shown = {**optimizer.defaults, 'weight_decay': options.weight_decay}

@@ -46,6 +46,8 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
     try:
         dataset = strict(create_dataset(
             options.dataset, root=options.data_dir, split=split, is_training=training, **settings))
+    except ImportError as error:
+        raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     if isinstance(dataset, MultiLabelDataset):
@@ -84,8 +86,7 @@ def create_train_loader(
     """
     mixing = create_mixing(options)
     interpolation = options.train_interpolation or config['interpolation']
-    loader = create_loader(
-        dataset,
+    settings = dict(
         input_size=config['input_size'],
         is_training=True,
         batch_size=options.batch_size,
@@ -112,6 +113,10 @@ def create_train_loader(
         **_changing_sizes(options),
         **_common(options, config, placement, world),
     )
+    try:
+        loader = create_loader(dataset, **settings)
+    except (AssertionError, KeyError) as error:  # timm asserts the names of policies and operations in --aa
+        raise ValueError(f'--aa {options.aa}: {error}') from error
     change_transform(options, dataset, interpolation)
     if len(loader) == 0:
         raise ValueError(f'--batch-size {options.batch_size} on {world.size} process(es): the training split has only '

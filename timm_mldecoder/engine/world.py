@@ -52,7 +52,10 @@ def join_world(options: Namespace) -> Iterator[World]:
         ValueError: If the device is not there.
     """
     for module in getattr(options, 'device_modules', None) or ():
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f'--device-modules {module}: {error}') from error
     _check_device(options.device)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True

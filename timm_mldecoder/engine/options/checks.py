@@ -6,12 +6,16 @@ from argparse import Namespace
 import timm
 from timm.optim import list_optimizers
 
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _DTYPES = ('float32', 'float16', 'bfloat16')
 _CHOICES = {  # options whose choices timm does not put into its parser
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'onecycle',
               'none'),
     'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr', 'squash'),
     'crop_mode': (None, 'squash', 'border', 'center'),
+    'remode': ('const', 'rand', 'pixel'),
+    'interpolation': ('', *_INTERPOLATIONS),
+    'train_interpolation': ('', 'random', *_INTERPOLATIONS),
     'clip_mode': ('norm', 'value', 'agc'),
     'mixup_mode': ('batch', 'pair', 'elem'),
     'dist_bn': ('broadcast', 'reduce', ''),
@@ -43,8 +47,10 @@ def check_train(options: Namespace) -> None:
         odd = [size for size in sizes if size % 2]
         if odd:
             raise ValueError(f'batch size {odd[0]}: mixup and CutMix pair images, the batch size must be even')
-    if options.cutmix_minmax is not None and len(options.cutmix_minmax) != 2:
-        raise ValueError(f'--cutmix-minmax takes two ratios, got {options.cutmix_minmax}')
+    for name in ('cutmix_minmax', 'scale', 'ratio'):
+        values = getattr(options, name)
+        if values is not None and len(values) != 2:
+            raise ValueError(f'--{name.replace("_", "-")} takes the smallest and the largest, got {values}')
     if options.wandb_resume_id and not options.resume:
         raise ValueError(f'--wandb-resume-id {options.wandb_resume_id} needs --resume')
     if options.sched == 'plateau' and options.sched_on_updates:
@@ -52,7 +58,7 @@ def check_train(options: Namespace) -> None:
     if options.tta > 1 and options.val_bad_image == 'skip':
         raise ValueError(f'--tta {options.tta} averages images by their order: it needs --val-bad-image abort')
     for flag, path in (('--initial-checkpoint', options.initial_checkpoint),
-                       ('--pretrained-path', options.pretrained_path)):
+                       ('--pretrained-path', options.pretrained_path), ('--class-stats', options.class_stats)):
         if path and not os.path.exists(path):
             raise ValueError(f'{flag} {path}: no such file')
     if options.resume == 'auto' and not options.experiment:
@@ -77,6 +83,10 @@ def _check_values(options: Namespace) -> None:
     for name, least in _AT_LEAST.items():
         if values.get(name) is not None and values[name] < least:
             raise ValueError(f'--{name.replace("_", "-")} {values[name]} is below {least}')
+    channels = options.input_size[0] if options.input_size else options.in_chans or 3
+    for name in ('mean', 'std'):
+        if values[name] is not None and len(values[name]) not in (1, channels):
+            raise ValueError(f'--{name} takes one value, or one for each of {channels} channels; got {values[name]}')
     if options.amp and options.model_dtype not in (None, 'float32'):
         raise ValueError(f'--amp needs float32 weights, --model-dtype is {options.model_dtype}; give one of them')
     if options.use_ml_decoder_head and 'ml_decoder' in options.model_kwargs:
