@@ -40,6 +40,7 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
         input_img_mode=options.input_img_mode or ('RGB' if channels == 3 else 'L'),
         input_key=options.input_key,
         target_key=options.target_key,
+        target_format=_target_format(options),
         num_samples=_num_samples(options, training),
         trust_remote_code=options.dataset_trust_remote_code,
     )
@@ -171,6 +172,12 @@ def _changing_sizes(options: Namespace) -> dict[str, Any]:
         batch_schedule_random_mix=options.train_size_random_mix,
         num_batches=options.train_batches_per_epoch,
     )
+
+
+def _target_format(options: Namespace) -> str | None:
+    """What timm's readers of records make of a multi-label target; those of files know no such option."""
+    records = options.dataset.partition('/')[0].lower() in ('hfds', 'hfids', 'tfds', 'wds')
+    return options.target_format if records and options.task == 'multilabel' else None
 
 
 def _num_samples(options: Namespace, training: bool) -> int | None:
