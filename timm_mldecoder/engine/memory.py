@@ -8,8 +8,8 @@ import torch
 
 from timm_mldecoder.engine.failure import RunFailed
 
-# what torch says on a CPU, where it raises a plain RuntimeError
-_ON_CPU = ("can't allocate memory", 'not enough memory')
+# what torch says on a CPU, where it raises a plain RuntimeError; the last is oneDNN's, for its own scratch memory
+_ON_CPU = ("can't allocate memory", 'not enough memory', 'could not create a primitive')
 
 
 def is_out_of_memory(error: BaseException) -> bool:
