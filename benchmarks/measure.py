@@ -25,7 +25,7 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     flags = argparse.ArgumentParser(description=description.partition('\n')[0])
     flags.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda runs in bfloat16, channels-last')
-    flags.add_argument('--rounds', type=int, default=rounds, help='paired, alternating runs; the median is reported')
+    flags.add_argument('--rounds', type=int, default=rounds, help='paired, alternating runs, at the least')
     return flags
 
 
@@ -39,15 +39,20 @@ def machine(device: str) -> str:
 
 
 def paired_times(
-    steps: Mapping[Hashable, Step], rounds: int, device: str = 'cpu', warmup: int = 1
+    steps: Mapping[Hashable, Step], rounds: int, device: str = 'cpu', warmup: int = 1, seconds: float = 1.0
 ) -> dict[Hashable, list[float]]:
-    """Seconds of each step in each round; the steps of a round follow each other, so a slow spell hits them all."""
+    """Seconds of each step in each round; the steps of a round follow each other, so a slow spell hits them all.
+
+    At least `rounds` rounds, and more until they took `seconds` together: short steps need more of them.
+    """
     for step in list(steps.values()) * warmup:
         _seconds(step, device)
     times = {name: [] for name in steps}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    while rounds > 0 or time.perf_counter() - start < seconds:
         for name, step in steps.items():
             times[name].append(_seconds(step, device))
+        rounds -= 1
     return times
 
 
