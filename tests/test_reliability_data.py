@@ -181,11 +181,11 @@ def limited(python, script, flags, megabytes):
 def test_validation_takes_smaller_batches_where_memory_runs_out(data, tmp_path, capsys, python):
     checkpoint = train(data, tmp_path, '--epochs', '1') / 'last.pth.tar'
     flags = [data, '--checkpoint', checkpoint, '--img-size', '512', '--device', 'cpu', '-j', '0', '-b', '15']
-    plain = limited(python, 'validate', flags, megabytes=200)
+    plain = limited(python, 'validate', flags, megabytes=260)
     assert plain.returncode == 2
     assert 'error: --batch-size 15 does not fit the memory: pass --retry' in plain.stderr.splitlines()[-1]
 
-    process = limited(python, 'validate', [*flags, '--retry'], megabytes=200)
+    process = limited(python, 'validate', [*flags, '--retry'], megabytes=260)
     assert process.returncode == 0, process.stderr
     assert re.search(r'A batch of 15 does not fit the memory, trying 12', process.stderr)
     result = json.loads(process.stdout.split('--result\n')[1])
