@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from benchmarks.measure import Step, markdown, paired_times, parser, ratio
+from benchmarks.measure import Step, markdown, paired_times, parser
 from timm_mldecoder.engine.loop import train_epoch
 from timm_mldecoder.engine.options import parse_train
 from timm_mldecoder.engine.run import Run
@@ -30,11 +30,11 @@ CLASSES = 10
 
 
 def main(argv: list[str] | None = None) -> str:
-    flags = parser(__doc__, rounds=7)
+    flags = parser(__doc__, rounds=3)
     flags.add_argument('--model', default='resnet18')
     flags.add_argument('--img-size', type=int, default=64)
     flags.add_argument('--batch-size', type=int, default=32)
-    flags.add_argument('--images', type=int, default=640, help='images an epoch')
+    flags.add_argument('--images', type=int, default=1920, help='images an epoch')
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> str:
             times = paired_times(
                 {'plain': _plain_epoch(options), 'train.py': _engine_epoch(set_up(options, world))},
                 args.rounds, args.device)
-    share = ratio(times['plain'], times['train.py'])
-    speed = {name: args.images * len(seconds) / sum(seconds) for name, seconds in times.items()}
-    return markdown(HEADER, [['plain', speed['plain'], 1.0], ['`train.py`', speed['train.py'], share]])
+    # the best epoch of each: an epoch takes seconds, and whatever else the machine does makes it longer, never shorter
+    plain, ours = (args.images / min(times[name]) for name in ('plain', 'train.py'))
+    return markdown(HEADER, [['plain', plain, '1.000'], ['`train.py`', ours, f'{ours / plain:.3f}']])
 
 
 def _command(folder: str, args: Namespace) -> list[str]:

@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,18 @@ sys.path.insert(0, str(ROOT))  # train.py and validate.py
 @pytest.fixture(autouse=True, scope='session')
 def _one_thread():
     torch.set_num_threads(1)  # small models gain nothing from more, and lose a lot where cores are shared
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A script sets up logging for its process; called within a test, that must not outlast the test's stderr."""
+    level = logging.root.level
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's own are of derived classes
+            logging.root.removeHandler(handler)
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ epochs draw anew (see `engine.streams`), so losses are compared for the first on
 """
 
 import csv
+import shlex
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from image_folders import write_images
 from timm import create_model
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, random_seed
 
@@ -133,7 +134,7 @@ def plain_loop(options):
         group = last_group if last_group and index >= len(loader) - last_group else steps
         loss = criterion(model(images), target)
         total, count = total + loss.item() * len(images), count + len(images)
-        (loss / group).backward()
+        (loss / group).backward(create_graph=getattr(optimizer, 'is_second_order', False))
         if (index + 1) % steps and index != len(loader) - 1:
             continue
         if options.clip_grad is not None:
@@ -191,6 +192,19 @@ def test_a_plain_loop_of_timms_parts_gives_the_same(few_images, tmp_path, flags)
     for column, value in expected.items():
         assert float(row[column]) == pytest.approx(value, rel=1e-4), column
     assert float(row['lr']) == pytest.approx(rates[0], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [
+    name for name in list_optimizers() if not name.startswith(('fused', 'bnb', 'kron'))])  # those need other packages
+def test_every_optimizer_updates_as_in_a_plain_loop_and_resumes(few_images, tmp_path, name):
+    flags = shlex.split(f'--data-dir {few_images} {SMALL} --img-size 32 -b 36 --epochs 2 -j 0 --opt {name} --lr 1e-3')
+    whole = run_train(flags, tmp_path / 'whole')
+    run_train([*flags, '--stop-epoch', '1'], tmp_path / 'parts')
+    assert run_train([*flags, '--resume', 'auto'], tmp_path / 'parts') == whole
+    expected, _ = plain_loop(parse_train(flags))
+    for column, value in expected.items():
+        assert float(whole[0][column]) == pytest.approx(value, rel=1e-4), column
 
 
 def test_every_epochs_learning_rate_is_a_plain_loops(few_images, tmp_path):

@@ -1,6 +1,5 @@
 """A user's mistake ends with exit code 2 and one line that names it."""
 
-import logging
 import re
 import shutil
 import socket
@@ -29,9 +28,6 @@ def checkpoint(data, tmp_path_factory):
 def told(tmp_path, capsys, monkeypatch):
     """What a script says of a mistake, in the one line after its log."""
     monkeypatch.chdir(tmp_path)
-    # both would outlast the test, which reads stderr itself
-    monkeypatch.setattr(cli, 'setup_default_logging', lambda *_: None)
-    monkeypatch.setattr(logging, 'captureWarnings', lambda *_: None)
 
     def run(main, *flags):
         capsys.readouterr()

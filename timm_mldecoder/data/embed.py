@@ -117,24 +117,24 @@ def _read_vectors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 def embed_with_sentence_transformer(texts: Sequence[str], path: Path) -> Tensor:
     """Embeddings [C, E] of texts by a sentence-transformers model on disk."""
+    if not path.is_dir():
+        raise ValueError(f'there is no folder of a sentence-transformers model {path}')
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError("this needs sentence-transformers: pip install 'timm-mldecoder[text]'") from error
-    if not path.is_dir():
-        raise ValueError(f'there is no folder of a sentence-transformers model {path}')
     model = SentenceTransformer(str(path), device='cpu', local_files_only=True)
     return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
 
 
 def embed_with_clip(texts: Sequence[str], model_name: str, weights: str | None, template: str = TEMPLATE) -> Tensor:
     """Embeddings [C, E] of texts in a template by the text tower of a CLIP model, each of length 1."""
+    if not model_name.startswith('local-dir:') and not Path(weights or '').is_file():
+        raise ValueError(f'there is no file of weights {weights!r} for CLIP {model_name}: give --clip-weights')
     try:
         import open_clip
     except ImportError as error:
         raise ImportError("this needs open_clip: pip install 'timm-mldecoder[text]'") from error
-    if not model_name.startswith('local-dir:') and not Path(weights or '').is_file():
-        raise ValueError(f'there is no file of weights {weights!r} for CLIP {model_name}: give --clip-weights')
     model = open_clip.create_model(model_name, pretrained=weights).eval()
     tokens = open_clip.get_tokenizer(model_name)([template.format(text) for text in texts])
     with torch.no_grad():

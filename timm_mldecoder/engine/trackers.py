@@ -55,7 +55,7 @@ def _import(package: str, flag: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise ValueError(f'{flag} needs the package {package}: pip install {package}') from error
+        raise ValueError(f"{flag} needs the package {package}: pip install 'timm-mldecoder[trackers]'") from error
 
 
 _TRACKERS = {'log_wandb': _wandb, 'log_trackio': _trackio, 'log_tensorboard': _tensorboard}
