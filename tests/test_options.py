@@ -128,7 +128,7 @@ def test_every_option_survives_yaml(config):
     ('--bce-loss --loss ce', '--bce-loss contradicts --loss ce'),
     ('--amp --model-dtype bfloat16', '--amp needs float32'),
     ('--resume auto', '--resume auto needs --experiment'),
-    ('--cutmix-minmax 0.5', 'two ratios'),
+    ('--cutmix-minmax 0.5', 'takes the smallest and the largest'),
     ('--use-ml-decoder-head 1 --model-kwargs ml_decoder=True', 'contradicts'),
 ])
 def test_what_no_run_could_use_is_named(flags, message):
