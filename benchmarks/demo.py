@@ -36,7 +36,7 @@ COMMON = [
     '--mean', '0.5', '--std', '0.5', '--device', 'cpu', '-j', '0', '-b', '64',
 ]  # fmt: skip
 DIGITS = [
-    '--model-kwargs', 'output_stride=8', '--epochs', '8', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05',
+    '--model-kwargs', 'output_stride=8', '--epochs', '12', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05',
     '--warmup-epochs', '1', '--sched-on-updates', '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1',
     '--smoothing', '0',
 ]  # fmt: skip
