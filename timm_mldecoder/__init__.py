@@ -6,7 +6,9 @@ from timm_mldecoder.version import __version__
 # Public name -> module. Resolved on first use: torch imports this package while it is itself being imported (see
 # plugin.py), and must not pay for, or fail on, anything that the plug-in does not need.
 _PUBLIC = {
+    'CosineClassifier': 'timm_mldecoder.head.cosine',
     'MLDecoder': 'timm_mldecoder.head',
+    'add_cosine_classifier': 'timm_mldecoder.head.cosine',
     'add_ml_decoder_head': 'timm_mldecoder.attach',
     'convert_state_dict': 'timm_mldecoder.weights',
 }

@@ -12,6 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
 from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -23,6 +24,7 @@ from timm_mldecoder.engine import multilabel, zero_shot
 from timm_mldecoder.engine.one_cycle import create_one_cycle
 from timm_mldecoder.engine.options.zero_shot import scores_both
 from timm_mldecoder.engine.world import World
+from timm_mldecoder.head.cosine import add_cosine_classifier
 from timm_mldecoder.losses import RandomQueryLoss
 from timm_mldecoder.weights import read_checkpoint
 
@@ -62,19 +64,23 @@ def create_model(options: Namespace, world: World) -> nn.Module:
         global_pool=None if options.use_ml_decoder_head else options.gp,
         bn_momentum=options.bn_momentum,
         bn_eps=options.bn_eps,
-        checkpoint_path=options.initial_checkpoint or None,
         **overlay,
         **head_options(options, zero_shot.training_head(options)),
         **options.model_kwargs,
     )
     try:
         model = timm.create_model(options.model, **settings)
+        if options.cosine_classifier:
+            add_cosine_classifier(model, options.cosine_classifier)
+        if options.initial_checkpoint:
+            load_checkpoint(model, options.initial_checkpoint)
     except TypeError as error:  # an argument that the model does not have
         raise ValueError(f'--model {options.model}: {error}') from error
     except (RuntimeError, OSError) as error:  # timm's, where a file does not load or does not fit
         raise _refusal(options, error) from error
     options.num_classes = options.num_classes or model.num_classes
-    _scale_head(model, options.head_init_scale, options.head_init_bias)
+    if not options.cosine_classifier:
+        _scale_head(model, options.head_init_scale, options.head_init_bias)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     if world.primary:
@@ -198,11 +204,25 @@ def create_optimizer(options: Namespace, model: nn.Module, world: World) -> torc
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
     except (TypeError, ImportError, AssertionError) as error:  # an argument it does not have; what it needs missing
         raise ValueError(f'--opt {options.opt}: {error}') from error
+    if options.bias_lr_scale != 1:
+        _scale_bias_rates(optimizer, model, options.bias_lr_scale)
     if world.primary:
         shown = {**optimizer.defaults, 'weight_decay': options.weight_decay}
         settings = ', '.join(f'{name}: {value}' for name, value in shown.items())
         _logger.info(f'Created {type(optimizer).__name__} ({options.opt}) optimizer: {settings}')
     return optimizer
+
+
+def _scale_bias_rates(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """Give biases groups of their own, with the learning-rate scale that timm's schedules heed."""
+    biases = {id(parameter) for name, parameter in model.named_parameters() if name.endswith('bias')}
+    groups = []
+    for group in optimizer.param_groups:
+        own = [parameter for parameter in group['params'] if id(parameter) in biases]
+        others = [parameter for parameter in group['params'] if id(parameter) not in biases]
+        groups += [{**group, 'params': others}] if others else []
+        groups += [{**group, 'params': own, 'lr_scale': scale * group.get('lr_scale', 1.0)}] if own else []
+    optimizer.param_groups[:] = groups
 
 
 def create_schedule(

@@ -17,6 +17,7 @@ from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.memory import naming_batch_size
 from timm_mldecoder.engine.nonfinite import Buffers, TrainedBatch, spoilt_gradient, spoilt_loss
 from timm_mldecoder.engine.run import Run
+from timm_mldecoder.engine.sam import ascended
 from timm_mldecoder.engine.state import RunningLoss
 from timm_mldecoder.engine.zero_shot import asked_for
 
@@ -88,6 +89,9 @@ def train_epoch(run: Run) -> Metrics:
         # forward and backward; gradients are exchanged once an update
         with nullcontext() if completes_update else state.task.no_sync():
             loss = backward(run, images, target, accumulated)
+        if options.sam:
+            with ascended(state.task.get_trainable_module(), options.sam):
+                backward(run, images, target, accumulated)
         indices, bad = run.train_loader.pop_images(batch)
         state.loss.bad_images += bad
         bad_images.tell(bad)

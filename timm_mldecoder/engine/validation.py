@@ -29,6 +29,7 @@ from timm_mldecoder.engine.multilabel_report import MultiLabelReport
 from timm_mldecoder.engine.report import EvalReport, ProgressBar
 from timm_mldecoder.engine.state import RUN
 from timm_mldecoder.engine.world import World
+from timm_mldecoder.head.cosine import add_cosine_classifier
 from timm_mldecoder.weights import convert_state_dict, read_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ Result = dict[str, Any]
 #: Options that a checkpoint of train.py brings along, where the user does not set them.
 _INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', 'num_of_groups', 'decoder_embedding',
               'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last',
-              'word_embeddings', 'class_split')
+              'cosine_classifier', 'word_embeddings', 'class_split')
 _INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
 _RANKING = ('top1', 'map', 'zsl_map')
 _SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
@@ -165,7 +166,8 @@ def take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict[
         return content, {}
     trained = vars(content['args'])
     names = _INHERITED if 'model_dtype' in explicit or 'amp' in explicit else _INHERITED + _INHERITED_PRECISION
-    taken = {name: trained[name] for name in names if name not in explicit and trained[name] != getattr(options, name)}
+    taken = {name: trained[name] for name in names
+             if name not in explicit and name in trained and trained[name] != getattr(options, name)}
     vars(options).update(taken)
     last = content[RUN]['rows'][-1] if content[RUN]['rows'] else {}
     if last.get('eval_ema'):
@@ -195,6 +197,8 @@ def create_model(options: Namespace, content: dict[str, Any] | None, world: Worl
         **build.head_options(options, words),
         **options.model_kwargs,
     )
+    if options.cosine_classifier:
+        add_cosine_classifier(model, options.cosine_classifier)
     options.num_classes = options.num_classes or model.num_classes
     if content is not None:
         _load_weights(model, content, options)
@@ -225,8 +229,8 @@ def _weights(content: dict[str, Any], options: Namespace) -> dict[str, Any]:
 def _test_pool(options: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, bool]:
     if not options.test_pool:
         return model, False
-    if options.use_ml_decoder_head:
-        raise ValueError('--test-pool pools before the classifier; an ML-Decoder head has no pooling')
+    if options.use_ml_decoder_head or options.cosine_classifier:
+        raise ValueError('--test-pool takes a linear classifier, not an ML-Decoder head or a cosine classifier')
     return apply_test_time_pool(model, config)
 
 

@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 
 import timm
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _DTYPES = ('float32', 'float16', 'bfloat16')
@@ -30,13 +30,15 @@ _AT_LEAST = {
     'log_freq': 1, 'val_interval': 1, 'checkpoint_hist': 1, 'seed': 0, 'recovery_interval': 0, 'stop_epoch': 1,
     'start_epoch': 0, 'warmup_epochs': 0, 'cooldown_epochs': 0, 'img_size': 1, 'in_chans': 1, 'num_gpu': 1,
     'nonfinite_limit': 1, 'aug_repeats': 0, 'mixup': 0, 'cutmix': 0, 'smoothing': 0, 'train_batches_per_epoch': 1,
+    'sam': 0, 'bias_lr_scale': 0,
 }
 
 
 def check_train(options: Namespace) -> None:
     """Raise a ValueError for options that train.py could not run with."""
     _check_values(options)
-    if options.opt.lower().removeprefix('lookahead_') not in list_optimizers():
+    optimizer = options.opt.lower().removeprefix('lookahead_')
+    if optimizer not in list_optimizers():
         raise ValueError(f'--opt {options.opt}: no such optimizer; timm has {", ".join(list_optimizers())}')
     if not _is_model(options.model):
         raise ValueError(_no_such_model(options.model))
@@ -61,6 +63,12 @@ def check_train(options: Namespace) -> None:
                        ('--pretrained-path', options.pretrained_path), ('--class-stats', options.class_stats)):
         if path and not os.path.exists(path):
             raise ValueError(f'{flag} {path}: no such file')
+    if options.sam and options.grad_accum_steps > 1:
+        raise ValueError(f'--sam takes the gradients of one batch twice; leave --grad-accum-steps '
+                         f'{options.grad_accum_steps} out')
+    if options.sam and get_optimizer_info(optimizer).second_order:
+        raise ValueError(f'--sam does not go with --opt {options.opt}, which wants gradients of gradients')
+    _check_scale(options)
     if options.resume == 'auto' and not options.experiment:
         raise ValueError('--resume auto needs --experiment, the run to go on with')
 
@@ -91,8 +99,22 @@ def _check_values(options: Namespace) -> None:
         raise ValueError(f'--amp needs float32 weights, --model-dtype is {options.model_dtype}; give one of them')
     if options.use_ml_decoder_head and 'ml_decoder' in options.model_kwargs:
         raise ValueError('--model-kwargs ml_decoder=... contradicts --use-ml-decoder-head 1; give one of them')
+    if options.cosine_classifier is not None and options.cosine_classifier <= 0:
+        raise ValueError(f'--cosine-classifier {options.cosine_classifier}: the scale must be above 0')
+    if options.cosine_classifier and options.use_ml_decoder_head:
+        raise ValueError('--cosine-classifier is for models without an ML-Decoder head; with --use-ml-decoder-head 1 '
+                         f'pass --ml-decoder-kwargs classifier=cosine cosine_scale={options.cosine_classifier:g}')
     if not options.data_dir and options.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
         raise ValueError('no data: give the folder of the data, as in "DIR" or --data-dir DIR')
+
+
+def _check_scale(options: Namespace) -> None:
+    """A head that scales its cosines and a loss that does so too would scale them twice."""
+    scale = options.cosine_classifier or options.ml_decoder_kwargs.get('cosine_scale', 1)
+    told = options.loss_kwargs
+    if options.loss == 'aam' and scale != 1 and not (told.get('scaled_logits') and told.get('scale', 30) == scale):
+        raise ValueError(f'the logits are {scale:g} times the cosine: --loss aam must be told, by --loss-kwargs '
+                         f'scale={scale:g} scaled_logits=True')
 
 
 def _is_model(name: str) -> bool:

@@ -34,12 +34,14 @@ MODEL: Group = ('Model', [
     flag('--torchcompile', type=str, nargs='?', const='inductor', metavar='BACKEND', help='compile the model'),
 ])
 
-HEAD: Group = ('ML-Decoder head', [
+HEAD: Group = ('Head', [
     flag('--use-ml-decoder-head', type=int, default=0, choices=[0, 1],
          help='1: an ML-Decoder head; 0: the head of the model'),
     flag('--num-of-groups', type=int, metavar='K', default=-1, help='queries of the head; -1: min(100, classes)'),
     flag('--decoder-embedding', type=int, metavar='D', default=768, help='width of the head'),
     pairs('--ml-decoder-kwargs', help='further options of MLDecoder, as in num_layers=2 learnable_queries=True'),
+    flag('--cosine-classifier', type=float, metavar='SCALE',
+         help='without an ML-Decoder head: a cosine classifier on the pooled features, its logits times SCALE'),
 ])
 
 DEVICE: Group = ('Device and distribution', [

@@ -35,6 +35,10 @@ OPTIMIZER: Group = ('Optimizer', [
     flag('--layer-decay', type=float, metavar='D', help='learning-rate decay from layer to layer'),
     flag('--layer-decay-min-scale', type=float, metavar='S', default=0, help='smallest scale of layer decay'),
     flag('--layer-decay-no-opt-scale', type=float, metavar='S', help='scale under which layers are not trained'),
+    flag('--bias-lr-scale', type=float, metavar='FACTOR', default=1.0,
+         help='learning rate of biases, as a multiple of that of the other parameters'),
+    flag('--sam', type=float, metavar='RHO', default=0.0,
+         help='sharpness-aware minimisation with a step of this length; two passes an update, off at 0'),
     pairs('--opt-kwargs', help='further arguments of the optimizer'),
 ])
 
