@@ -108,6 +108,7 @@ class TrainingState:
                 world_size=len(ranks),
                 batch_size=options.batch_size,
                 grad_accum_steps=options.grad_accum_steps,
+                optimizer_stream=_optimizer_stream(self.optimizer),
             ),
         }
         if self.scaler.is_enabled():
@@ -146,7 +147,7 @@ class TrainingState:
         run = content.get(RUN, {})
         self._load_models(content)
         if not options.no_resume_opt:
-            self._load_optimizer(content)
+            self._load_optimizer(content, run.get('optimizer_stream'))
         self.epoch = run['epoch'] if run else _next_epoch(content)
         self.batch, self.skipped = run.get('batch', 0), run.get('skipped', 0)
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
@@ -178,13 +179,15 @@ class TrainingState:
         except RuntimeError as error:  # torch names every key that does not fit
             raise ValueError(f'the checkpoint holds another model: {" ".join(str(error).split())[:300]}') from error
 
-    def _load_optimizer(self, content: dict[str, Any]) -> None:
+    def _load_optimizer(self, content: dict[str, Any], stream: torch.Tensor | None) -> None:
         if 'optimizer' in content:
             missing = sorted(self.optimizer.defaults.keys() - content['optimizer']['param_groups'][0].keys())
             if missing:
                 raise ValueError(f'the checkpoint was saved with another optimizer than --opt, one without '
                                  f'{", ".join(missing)}; use the same, or --no-resume-opt')
             self.optimizer.load_state_dict(content['optimizer'])
+        if stream is not None:
+            self.optimizer.generator = torch.Generator(self.loss.total.device).set_state(stream)
         if self.scaler.is_enabled() and SCALER in content:
             self.scaler.load_state_dict(content[SCALER])
 
@@ -202,6 +205,12 @@ def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that a state dict holds, on the CPU."""
     buffers = dict(unwrap_model(model).named_buffers())
     return {name: buffers[name].cpu() for name in unwrap_model(model).state_dict() if name in buffers}
+
+
+def _optimizer_stream(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """Where an optimizer's own generator stands: Adahessian has one, and leaves it out of its state dict."""
+    generator = getattr(optimizer, 'generator', None)
+    return generator.get_state() if isinstance(generator, torch.Generator) else None
 
 
 def _next_epoch(content: dict[str, Any]) -> int:
