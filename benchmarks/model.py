@@ -1,6 +1,6 @@
 """Whole models: img/s and memory with global average pooling and with ML-Decoder, eager and compiled.
 
-    python -m benchmarks.model [--device cuda] [--compiled resnet50 ...]
+    python -m benchmarks.model [--device cuda] [--models resnet50 ...] [--compiled resnet50 ...]
 
 1000 classes, ML-Decoder with its defaults (K = 100), 224 x 224 images. A training step is forward and backward.
 """
@@ -25,12 +25,12 @@ HEADER = (
 def main(argv: list[str] | None = None) -> str:
     flags = parser(__doc__, rounds=5)
     flags.add_argument('--models', nargs='+', default=MODELS, help='any timm models')
-    flags.add_argument('--compiled', nargs='*', help='models to compile too; default: resnet50, on CUDA all of them')
+    flags.add_argument('--compiled', nargs='*', help='models to compile too; default: all of them')
     flags.add_argument('--batch-size', type=int, help='default: 8, on CUDA 128')
     flags.add_argument('--img-size', type=int, default=224)
     args = flags.parse_args(argv)
     batch_size = args.batch_size or (128 if args.device == 'cuda' else 8)
-    compiled = args.compiled if args.compiled is not None else args.models if args.device == 'cuda' else ['resnet50']
+    compiled = args.models if args.compiled is None else args.compiled
     x = torch.randn(batch_size, 3, args.img_size, args.img_size, device=args.device)
     if args.device == 'cuda':
         x = x.contiguous(memory_format=torch.channels_last)
