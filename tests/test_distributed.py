@@ -2,10 +2,15 @@
 
 import csv
 import json
+import os
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from image_folders import write_images
@@ -184,3 +189,41 @@ if os.environ['RANK'] == '0':
         env=environment(), capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'exchanges 3' in process.stdout, 'six batches of two on each process, two of them an update'
+
+
+@pytest.mark.slow
+def test_two_nodes_start_again_after_one_lost_a_process(data, tmp_path):
+    """Two torchruns that meet on this machine, each for one of two nodes."""
+    flags = [data, *PLAIN, '--epochs', '6', '-b', '2', '--log-interval', '1', '--recovery-interval', '1',
+             '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--max-restarts=3',
+                '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{free_port()}', '--monitor-interval=0.1']
+    logs = [tmp_path / f'node{node}.log' for node in range(2)]
+    nodes = []
+    for log in logs:
+        with log.open('w') as file:
+            nodes.append(subprocess.Popen(
+                [*launcher, str(ROOT / 'train.py'), *map(str, flags)], stdout=file, stderr=subprocess.STDOUT,
+                env={**environment(), 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}))
+    try:
+        wait_for(r'Train: 1 \[', *logs, processes=nodes)
+        worker, = children(nodes[1].pid)
+        os.kill(worker, signal.SIGKILL)
+        assert [node.wait(200) for node in nodes] == [0, 0], logs[0].read_text()[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    said = ''.join(log.read_text() for log in logs)
+    assert 'Resumed from' in said
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == [str(epoch) for epoch in range(6)]
+
+
+def wait_for(pattern, *logs, processes):
+    end = time.monotonic() + 120
+    while not any(re.search(pattern, log.read_text()) for log in logs):
+        assert all(process.poll() is None for process in processes) and time.monotonic() < end, logs[0].read_text()
+        time.sleep(0.05)
+
+
+def children(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]

@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> int:
     It is 2 where the user made a mistake and 1 where the run could not go on or the disk failed, told in one line each;
     a run that a signal stopped exits by itself, see `signals`.
     """
-    rank = os.environ.get('RANK', '0')
+    rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '0')
     setup_default_logging(logging.INFO if rank == '0' else logging.WARNING)
     logging.captureWarnings(True)
     try:

@@ -7,6 +7,7 @@ timm builds the loader; its torch `DataLoader` is wired anew here so that
   - loader processes live for one epoch: its streams start alike in an old process and in a new one.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from timm_mldecoder.engine import bad_images, streams
 from timm_mldecoder.engine.bad_images import BadImage, CollateGood, Guarded
 from timm_mldecoder.engine.signals import DeafWorkerInit
 from timm_mldecoder.engine.streams import Streams
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +87,9 @@ class RestartableLoader:
         The streams of this process must be those of the start of the epoch.
         """
         if resume and resume.num_workers != self.num_workers:
-            resume.workers = {}  # the order of samples holds, their augmentation is drawn anew
+            _logger.warning(f'-j was {resume.num_workers} and is {self.num_workers}: the rest of the epoch keeps its '
+                            f'order, its augmentation is drawn anew')
+            resume.workers = {}
         self._resume = resume
         self._start = streams.capture()
         self._fetched_with: dict[int, Streams] = {}

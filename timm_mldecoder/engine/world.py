@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def join_world(options: Namespace) -> Iterator[World]:
         raise ValueError(f'the processes cannot meet at {where} ({error}); set MASTER_PORT, or --master-port of '
                          f'torchrun, to a free port') from error
     world = World(torch.device(found['device']), found['global_rank'], found['local_rank'], found['world_size'])
+    if world.distributed:
+        os.register_at_fork(before=_let_threads_settle)
     try:
         yield world
     finally:
@@ -80,14 +83,25 @@ def join_world(options: Namespace) -> Iterator[World]:
 def _meet(url: str, timeout: timedelta = default_pg_timeout, **options: Any) -> Iterator[tuple[Store, int, int]]:
     """What `env://` does, under keys of its own for each time that torchrun starts the processes.
 
-    torchrun's store outlives them: restarted ones may find the addresses of those that are gone, and wait for them.
+    torchrun's store outlives them: restarted ones may find the addresses of those that are gone, and wait for them. The
+    count of restarts tells them apart on one node; on several the nodes do not agree about it.
     """
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    one_node = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else 'any'
     for store, rank, size in rendezvous('env://', timeout=timeout, **options):
         yield PrefixStore(f'attempt {attempt}', store), rank, size
 
 
 register_rendezvous_handler(_OWN_KEYS, _meet)
+
+
+def _let_threads_settle() -> None:
+    """Wait a moment before a loader process is forked, for the threads that exchanged tensors just now to come to rest.
+
+    One that registers itself with Python at that very moment, which it does without the global lock, holds a lock that
+    nobody would ever release in the new process, and the run would wait for that process for good.
+    """
+    time.sleep(0.01)
 
 
 def _check_device(name: str) -> None:
