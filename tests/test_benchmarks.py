@@ -22,10 +22,11 @@ SMALLEST = {
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
     'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
+    'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
 }
 
 
-@pytest.mark.parametrize('name', DEVICES)
+@pytest.mark.parametrize('name', SMALLEST)
 def test_prints_one_table(name):
     if name == 'startup' and 'timm_mldecoder' not in metadata.entry_points(group='torch.backends').names:
         pytest.skip('the entry point is not installed')
@@ -34,6 +35,10 @@ def test_prints_one_table(name):
     assert [cell.strip() for cell in lines[0].strip('|').split('|')] == list(benchmark.HEADER)
     assert len(lines) >= 3
     assert all(line.count('|') == len(benchmark.HEADER) + 1 for line in lines)
+
+
+def test_every_table_of_the_page_is_tried_here():
+    assert set(DEVICES) <= set(SMALLEST)
 
 
 def test_every_table_is_made_and_written_by_one_command(tmp_path):
