@@ -157,3 +157,27 @@ def test_an_error_of_ours_leaves_torch_usable(python):
 def test_a_wrong_option_is_named(option, said, python):
     process = python(f'import timm\ntimm.create_model("test_resnet", {option})', check=False)
     assert process.returncode and said in process.stderr.splitlines()[-1]
+
+
+def test_weights_from_files_in_a_new_process(python):
+    """`checkpoint_path=` gives the trained model; `pretrained=True` its backbone and a fresh head, for any classes."""
+    python(
+        'import torch, timm\n'
+        'torch.manual_seed(0); torch.save(timm.create_model("test_resnet").state_dict(), "backbone.pth")\n'
+        'torch.manual_seed(1); model = timm.create_model("test_resnet", num_classes=5, ml_decoder=True).eval()\n'
+        'torch.save(model.state_dict(), "trained.pth")\n'
+        'torch.save(model(torch.ones(1, 3, 64, 64)), "logits.pth")'
+    )
+    python(
+        'import torch, timm\n'
+        'model = timm.create_model("test_resnet", num_classes=5, ml_decoder=True, checkpoint_path="trained.pth")\n'
+        'assert torch.equal(model.eval()(torch.ones(1, 3, 64, 64)), torch.load("logits.pth"))\n'
+        'backbone = torch.load("backbone.pth")\n'
+        'for classes in (1000, 7):\n'
+        '    model = timm.create_model("test_resnet", pretrained=True, num_classes=classes, ml_decoder=True,\n'
+        '                              pretrained_cfg_overlay=dict(file="backbone.pth"))\n'
+        '    own = model.state_dict()\n'
+        '    same = [name for name in own if name in backbone and torch.equal(own[name], backbone[name])]\n'
+        '    assert set(same) == {name for name in backbone if not name.startswith("fc.")}, classes\n'
+        '    assert model(torch.ones(1, 3, 64, 64)).shape == (1, classes)'
+    )
