@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from timm_mldecoder.engine import cli
 from timm_mldecoder.engine.options import parse_validate
-from timm_mldecoder.engine.validation import score
+from timm_mldecoder.engine.sweep import score
 from timm_mldecoder.engine.world import join_world
 
 

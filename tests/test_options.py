@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_mldecoder.engine.options import parse_train, parse_validate, train_parser, validate_parser
+from timm_mldecoder.engine.options import (
+    parse_train,
+    parse_validate,
+    tell_without_effect,
+    train_parser,
+    validate_parser,
+)
 from timm_mldecoder.engine.options.refused import TRAIN_REFUSED, VALIDATE_REFUSED
 
 # the flags of timm 1.0.29's scripts
@@ -61,9 +67,11 @@ def test_nothing_else_is_refused():
     refused = {names[0] for _, rows in TRAIN_REFUSED for names, _ in rows}
     assert all(flag.startswith(('--naflex', '--kd', '--distill', '--task-loss', '--aug-splits', '--jsd', '--split-bn',
                                 '--torchscript', '--fuser')) for flag in refused)
-    assert {names[0] for _, rows in VALIDATE_REFUSED for names, _ in rows} <= refused
+    assert {names[0] for _, rows in VALIDATE_REFUSED for names, _ in rows} <= refused | {'--tf-preprocessing'}
     with pytest.raises(ValueError, match='validate.py'):
         parse_validate(['DIR', '--torchscript'])
+    with pytest.raises(ValueError, match="--tf-preprocessing.*timm's own validate.py"):
+        parse_validate(['DIR', '--tf-preprocessing'])
 
 
 @pytest.fixture
@@ -106,6 +114,15 @@ def test_config_mistakes_are_named(config, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize('flags', [['OTHER'], ['--data-dir', 'OTHER']])
+def test_a_folder_of_the_command_line_wins_over_both_names_of_one_in_the_file(config, flags):
+    file = config('data: OLD\ndata_dir: OLD\nepochs: 7')[1:]
+    options = parse_train([*flags, *file])
+    assert options.data_dir == 'OTHER'
+    assert 'OLD' not in vars(options).values()
+    assert parse_train(file).data_dir == 'OLD'
+
+
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(ValueError, match='none.yaml: No such file'):
         parse_train(['DIR', '--config', str(tmp_path / 'none.yaml')])
@@ -130,6 +147,12 @@ def test_every_option_survives_yaml(config):
     ('--resume auto', '--resume auto needs --experiment'),
     ('--cutmix-minmax 0.5', 'takes the smallest and the largest'),
     ('--use-ml-decoder-head 1 --model-kwargs ml_decoder=True', 'contradicts'),
+    (f'--pretrained-path {__file__}', '--pretrained-path .* add --pretrained'),
+    ('--smoothing 2', '--smoothing 2.0 is not below 1'),
+    ('--opt adamw --opt-betas 0.9', r'--opt-betas \[0.9\]: --opt adamw takes 2'),
+    ('--torchcompile nosuch', '--torchcompile nosuch: no such backend'),
+    ('--torchcompile --torchcompile-mode nosuch', "'nosuch' is not one of 'default'"),
+    ('--target-key tags', '--target-key tags: only data sets of records'),
 ])
 def test_what_no_run_could_use_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
@@ -158,6 +181,14 @@ def test_data_is_needed():
     ('--drop-connect 0.1', '--drop-path'),
     ('--train-batch-sizes 8', 'needs --train-img-sizes'),
     ('--layer-decay-min-scale 0.1', 'needs --layer-decay'),
+    ('--use-ml-decoder-head 1 --drop 0.5', '--ml-decoder-kwargs dropout='),
+    ('--opt-eps 1e-3', 'an optimizer with an epsilon'),
+    ('--opt-betas 0.5 0.6', 'an optimizer with betas'),
+    ('--device cpu --synchronize-step', 'a device other than the CPU'),
+    ('--sched onecycle --sched-on-updates', 'not none or onecycle'),
+    ('--sched none --lr-noise 0.3', '--lr-noise [0.3] needs a schedule'),
+    ('--sched none --warmup-epochs 3', '--warmup-epochs 3 needs a schedule'),
+    ('--worker-seeding part -j 0', 'needs loader processes'),
 ])
 def test_a_flag_without_effect_is_said_once(caplog, flags, message):
     parse_train(['DIR', *flags.split()])
@@ -173,6 +204,48 @@ def test_a_flag_without_effect_is_said_once(caplog, flags, message):
 def test_flags_with_an_effect_are_taken_without_a_word(caplog, flags):
     parse_train(['DIR', *flags.split()])
     assert not [record for record in caplog.records if record.getMessage().startswith('No effect')]
+
+
+def test_a_value_of_the_file_that_is_the_default_is_taken_without_a_word(caplog, config):
+    parse_train(config('opt_eps: null\nsched: none\nwarmup_epochs: 5'))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    ('--use-ema', '--use-ema True needs --checkpoint'),
+    ('--amp-dtype bfloat16', 'needs --amp'),
+    ('--num-of-groups 5', 'needs --use-ml-decoder-head 1'),
+    ('--use-ml-decoder-head 1 --gp max', 'does not pool'),
+    ('--pretrained --checkpoint FILE', 'needs no --checkpoint'),
+    ('--results-format json', 'needs --results-file'),
+    ('--torchcompile-mode default', 'needs --torchcompile'),
+    ('--target-format multihot', 'needs --task multilabel'),
+    ('--num-samples 5', 'a streamed data set'),
+    ('--amp --amp-dtype bfloat16', ''),
+    ('--results-format json --results-file FILE', ''),
+    ('--checkpoint FILE --use-ema', ''),
+])
+def test_validation_says_so_too(caplog, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path('FILE').touch()
+    options, explicit = parse_validate(['DIR', '--device', 'cpu', *flags.split()])
+    tell_without_effect(options, explicit)
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith('No effect')]
+    assert len(said) == bool(message) and message in ''.join(said)
+
+
+def test_what_a_checkpoint_brings_along_is_nothing_the_user_gave(caplog):
+    options, explicit = parse_validate(['DIR', '--device', 'cpu', '--num-of-groups', '5'])
+    options.use_ml_decoder_head, options.gp = 1, 'max'
+    tell_without_effect(options, explicit)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('flag', ['--results-file', '--class-report', '--write-class-priors'])
+def test_a_file_that_cannot_be_written_is_named_before_the_evaluation(tmp_path, flag):
+    for path in (tmp_path / 'missing' / 'x.csv', tmp_path):
+        with pytest.raises(ValueError, match=f'{flag} {path}'):
+            parse_validate(['DIR', flag, str(path)])
 
 
 def test_repeated_augmentation_has_an_effect_in_two_processes(caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -12,7 +13,9 @@ from PIL import Image
 
 import train
 import validate
-from timm_mldecoder.engine import plot
+from timm_mldecoder.engine import plot, sweep
+from timm_mldecoder.engine.failure import RunFailed
+from timm_mldecoder.engine.validation import score_model
 
 SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '12', '-j', '0',
          '--epochs', '3', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0']
@@ -92,7 +95,44 @@ def test_a_folder_of_checkpoints_is_scored_into_a_table(finished, images, tmp_pa
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == len(list(finished.glob('*.pth.tar'))) == len(result(capsys))
     assert rows == sorted(rows, key=lambda row: -float(row['top1']))
-    assert all(float(row['recall']) == pytest.approx(float(row['top1'])) for row in rows), 'classes of equal size'
+    assert all(float(row['macro_recall']) == pytest.approx(float(row['top1'])) for row in rows), 'classes of equal size'
+
+
+@pytest.fixture
+def three(finished, tmp_path):
+    """A folder of checkpoints, the second of which is damaged."""
+    folder = tmp_path / 'three'
+    folder.mkdir()
+    for name in 'ac':
+        shutil.copy(finished / 'last.pth.tar', folder / f'{name}.pth.tar')
+    (folder / 'b.pth.tar').write_bytes(b'damaged')
+    return folder
+
+
+def test_one_checkpoint_of_several_that_fails_is_left_out_and_named(three, images, tmp_path, capsys, caplog):
+    table = tmp_path / 'results.csv'
+    with pytest.raises(RunFailed, match=r'1 of 3 could not be scored: .*b\.pth\.tar'):
+        validate.main([images, '--checkpoint', str(three), '-j', '0', '--results-file', str(table)])
+    rows = list(csv.DictReader(table.open()))
+    assert [row['checkpoint'] for row in rows] == [str(three / name) for name in ('a.pth.tar', 'c.pth.tar')]
+    assert len(result(capsys)) == 2
+    assert [record for record in caplog.records if 'b.pth.tar is left out: ' in record.getMessage()]
+
+
+def test_what_was_scored_before_an_interruption_is_kept(three, images, tmp_path, capsys, monkeypatch):
+    scored, table = [], tmp_path / 'results.csv'
+
+    def interrupted(options, *rest):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(options.checkpoint)
+        return score_model(options, *rest)
+
+    monkeypatch.setattr(sweep, 'score_model', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        validate.main([images, '--checkpoint', str(three), '-j', '0', '--results-file', str(table)])
+    assert [row['checkpoint'] for row in csv.DictReader(table.open())] == scored
+    assert len(result(capsys)) == 1
 
 
 @pytest.mark.parametrize(('flags', 'message'), [

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 import torch
-from runs import MODEL, ROOT, call, train, write_data
+from runs import MODEL, ROOT, build, call, train, write_data
 
 from timm_mldecoder.engine import cli
 from timm_mldecoder.engine.options import parse_train
@@ -72,6 +72,54 @@ def test_another_number_of_classes(data, tmp_path, told, checkpoint):
     assert 'another model' in line and 'fc.weight' in line
     line = told(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
     assert 'another model' in line and str(checkpoint) in line
+
+
+def test_a_class_that_has_no_image_anywhere_is_named(data, tmp_path, told, caplog):
+    fewer = without(data, tmp_path, '*/class_1/*')
+    assert 'or put images into class_1' in told(train_main, fewer, *MODEL)
+    build(fewer, tmp_path, '--num-classes', '2')
+    assert [record for record in caplog.records if 'for want of images: class_1' in record.getMessage()]
+
+
+def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, told, checkpoint):
+    flags = ['--checkpoint', checkpoint, '--device', 'cpu', '-j', '0']
+    fewer = without(data, tmp_path, 'validation/class_1/*')
+    line = told(validate_main, fewer, *flags)
+    assert "class 1 of the data is 'class_2', of the checkpoint 'class_1'" in line and '--class-map' in line
+    fewest = without(data, tmp_path / 'last', 'validation/class_2/*')
+    assert "class 2 of the data is missing, of the checkpoint 'class_2'" in told(validate_main, fewest, *flags)
+    names = tmp_path / 'names.txt'
+    names.write_text('class_0\nclass_1\nclass_2')
+    validate_main([str(flag) for flag in (fewer, *flags, '--class-map', names)])
+
+
+@pytest.mark.parametrize(('flags', 'named'), [
+    (['--gp', 'foo'], '--model test_resnet: Invalid pool type: foo'),
+    (['--model', 'dla34', '--grad-checkpointing'], '--model dla34: gradient checkpointing not supported'),
+    (['--model', 'resnetblur18', '--pretrained'], '--model resnetblur18: No pretrained weights exist'),
+    (['--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'], 'img_size=64'),
+    (['--in-chans', '4'], 'takes 4 channels, images are read as L, with 1'),
+    (['--input-img-mode', 'XYZ'], '--input-img-mode XYZ'),
+])
+def test_what_a_model_does_not_take(data, told, flags, named):
+    assert named in told(train_main, data, *MODEL, *flags)
+
+
+def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, told, checkpoint):
+    flags = [data, '--device', 'cpu', '-j', '0']
+    assert 'No pretrained weights exist' in told(validate_main, *flags, '--model', 'resnetblur18')
+    assert 'Invalid pool type: foo' in told(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
+    labels = tmp_path / 'labels.txt'
+    for text, named in (('0 7', '7 is none of the 3 classes'), ('', 'names no class'), ('-1', '-1 is none')):
+        labels.write_text(text)
+        assert named in told(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
+
+
+def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(data, tmp_path):
+    """The size that counts is the checkpoint's, not that of the model's pretrained weights."""
+    folder = train(data, tmp_path, '--model', 'swin_tiny_patch4_window7_224', '--img-size', '32', '--epochs', '1',
+                   '--model-kwargs', 'img_size=32', 'window_size=2', 'embed_dim=8', 'depths=(1,1)', 'num_heads=(1,1)')
+    validate_main([str(data), '--device', 'cpu', '-j', '0', '--checkpoint', str(folder / 'last.pth.tar')])
 
 
 def test_files_that_do_not_serve(data, tmp_path, told, checkpoint):

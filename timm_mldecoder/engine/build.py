@@ -2,8 +2,8 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,21 +68,17 @@ def create_model(options: Namespace, world: World) -> nn.Module:
         **head_options(options, zero_shot.training_head(options)),
         **options.model_kwargs,
     )
-    try:
+    with refusing(options):
         model = timm.create_model(options.model, **settings)
         if options.cosine_classifier:
             add_cosine_classifier(model, options.cosine_classifier)
         if options.initial_checkpoint:
             load_checkpoint(model, options.initial_checkpoint)
-    except TypeError as error:  # an argument that the model does not have
-        raise ValueError(f'--model {options.model}: {error}') from error
-    except (RuntimeError, OSError) as error:  # timm's, where a file does not load or does not fit
-        raise _refusal(options, error) from error
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
     options.num_classes = options.num_classes or model.num_classes
     if not options.cosine_classifier:
         _scale_head(model, options.head_init_scale, options.head_init_bias)
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
     if world.primary:
         count = sum(parameter.numel() for parameter in model.parameters())
         _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count}')
@@ -95,17 +91,33 @@ def create_model(options: Namespace, world: World) -> nn.Module:
     return model
 
 
+@contextmanager
+def refusing(options: Namespace) -> Iterator[None]:
+    """Turn what timm raises while it creates a model, for options the model does not take, into the user's mistake.
+
+    Raises:
+        ValueError: In place of errors about arguments, about weights that are not there, or that do not fit.
+    """
+    try:
+        yield
+    except (TypeError, AssertionError) as error:  # an argument that the model does not have, or a value of it
+        raise ValueError(f'--model {options.model}: {error or type(error).__name__}') from error
+    except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
+        raise _refusal(options, error) from error
+
+
 def _refusal(options: Namespace, error: Exception) -> Exception:
-    """What to raise for an error in creating the model: the user's mistake, where it is that of a file of theirs."""
-    files = {'--initial-checkpoint': options.initial_checkpoint, '--pretrained-path': options.pretrained_path}
+    """What to raise for weights that do not serve: an error that names the file of the user's, if it is one."""
+    names = ('initial_checkpoint', 'pretrained_path')
+    files = {f'--{name.replace("_", "-")}': path for name in names if (path := vars(options).get(name))}
     for flag, path in files.items():
-        if path:
-            try:
-                read_checkpoint(path)
-            except ValueError as reason:
-                return ValueError(f'{flag}: {reason}')
-    given = ', '.join(f'{flag} {path}' for flag, path in files.items() if path)
-    return ValueError(f'{given}: {error}') if given else error
+        try:
+            read_checkpoint(path)
+        except ValueError as reason:
+            return ValueError(f'{flag}: {reason}')
+    if files:
+        return ValueError(f'{", ".join(f"{flag} {path}" for flag, path in files.items())}: {error}')
+    return ValueError(f'--model {options.model}: {error}') if isinstance(error, RuntimeError) else error
 
 
 def image_channels(options: Namespace) -> int:

@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from timm_mldecoder.data import FORMATS, MultiLabelDataset
 
@@ -31,6 +33,28 @@ def check_folder(dataset: str, root: str | None, split: str) -> None:
         raise ValueError(f'{root} has no folder {split!r}; it has {", ".join(sorted(splits))}')
 
 
+def check_image_mode(dataset: str, mode: str, channels: int) -> None:
+    """Raise a ValueError where images come with other channels than the model takes; torchvision's have their own."""
+    if dataset.lower().startswith('torch/'):
+        return
+    try:
+        found = Image.getmodebands(mode)
+    except KeyError as error:
+        raise ValueError(f'--input-img-mode {mode}: Pillow has no such mode') from error
+    if found != channels:
+        raise ValueError(f'the model takes {channels} channels, images are read as {mode}, with {found}; pass another '
+                         '--in-chans or --input-img-mode (L has 1 channel, LA 2, RGB 3, RGBA and CMYK 4)')
+
+
+def check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
+    """Raise a ValueError where images [C, H, W] have not the one size that a model is built for."""
+    patches = getattr(model, 'patch_embed', None)
+    size = getattr(patches, 'img_size', None)
+    if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
+        raise ValueError(f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x '
+                         f'{input_size[2]}; build it for those by --model-kwargs img_size={input_size[1]}')
+
+
 def check_classes(dataset: Any, num_classes: int, asked_for: bool) -> None:
     """Hold the classes of a folder data set against those of the model.
 
@@ -43,9 +67,16 @@ def check_classes(dataset: Any, num_classes: int, asked_for: bool) -> None:
         ValueError: If the numbers differ.
     """
     classes = class_to_index(dataset)
-    if not classes or len(classes) == num_classes:
+    if not classes:
+        return
+    empty = ', '.join(_folders_without_images(dataset))
+    if len(classes) == num_classes:
+        if empty:
+            _logger.warning(f'No class, for want of images: {empty}')
         return
     message = f'the data has {len(classes)} classes, the model {num_classes}; pass --num-classes {len(classes)}'
+    if empty:
+        message += f', or put images into {empty}'
     if asked_for or len(classes) > num_classes or isinstance(dataset, MultiLabelDataset):
         raise ValueError(message)
     _logger.warning(message)
@@ -59,6 +90,28 @@ def check_same_classes(train: Any, validation: Any) -> None:
     odd = sorted(set(ours) ^ set(theirs)) or sorted(name for name in ours if ours[name] != theirs[name])
     raise ValueError(f'the training and validation splits differ in their classes: {", ".join(odd[:5])}; the labels '
                      f'would not mean the same (every class needs an image in both, or use --class-map)')
+
+
+def check_class_names(dataset: Any, trained: list[str] | None) -> None:
+    """Raise a ValueError where a data set numbers its classes otherwise than the one that a model was trained on."""
+    present = list(class_to_index(dataset) or ())
+    if not trained or not present or present == trained:
+        return
+    index = next((index for index, pair in enumerate(zip(present, trained, strict=False)) if pair[0] != pair[1]),
+                 min(len(present), len(trained)))
+    ours, theirs = (repr(names[index]) if index < len(names) else 'missing' for names in (present, trained))
+    raise ValueError(f'class {index} of the data is {ours}, of the checkpoint {theirs}: labels would not mean the '
+                     'same; pass a file of the names in the order of the checkpoint as --class-map')
+
+
+def _folders_without_images(dataset: Any) -> list[str]:
+    """The folders beside those of the classes that hold no image, and no folders either."""
+    reader = getattr(dataset, 'reader', None)
+    if not isinstance(reader, ReaderImageFolder):
+        return []
+    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not path.name.startswith('.'))
+    return sorted(path.name for path in folders
+                  if path.name not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir()))
 
 
 def class_to_index(dataset: Any) -> dict[str, int] | None:

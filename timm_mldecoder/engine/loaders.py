@@ -13,14 +13,29 @@ from timm_mldecoder.data import MultiLabelDataset, create_dataset
 from timm_mldecoder.engine import zero_shot
 from timm_mldecoder.engine.bad_images import strict
 from timm_mldecoder.engine.batches import EvalLoader, Placement, TrainLoader
-from timm_mldecoder.engine.dataset_checks import check_folder
+from timm_mldecoder.engine.dataset_checks import check_folder, check_image_mode, check_image_size
 from timm_mldecoder.engine.multilabel import change_transform
 from timm_mldecoder.engine.world import World
 
 
-def data_config(options: Namespace, model: nn.Module, world: World, **kwargs: Any) -> dict[str, Any]:
-    """Input size, normalisation, interpolation and crop, from the options and what the model was trained with."""
-    return resolve_data_config(vars(options), model=model, verbose=world.primary, **kwargs)
+def data_config(
+        options: Namespace, model: nn.Module, world: World, stored: dict[str, Any] | None = None, **kwargs: Any,
+) -> dict[str, Any]:
+    """Input size, normalisation, interpolation and crop, from the options and what the model was trained with.
+
+    Args:
+        options: The options.
+        model: The model, which knows what its pretrained weights were trained with.
+        world: This process and the others.
+        stored: What a checkpoint says about it, which goes before.
+        **kwargs: For timm's `resolve_data_config`.
+
+    Raises:
+        ValueError: If the model takes images of another size only.
+    """
+    config = {**resolve_data_config(vars(options), model=model, verbose=world.primary, **kwargs), **(stored or {})}
+    check_image_size(model, config['input_size'])
+    return config
 
 
 def create_split(options: Namespace, split: str, config: dict[str, Any], *, training: bool = False) -> Dataset:
@@ -30,14 +45,16 @@ def create_split(options: Namespace, split: str, config: dict[str, Any], *, trai
         ValueError: If the data is not there.
     """
     channels = config['input_size'][0]
+    mode = options.input_img_mode or ('RGB' if channels == 3 else 'L')
     check_folder(options.dataset, options.data_dir, split)
+    check_image_mode(options.dataset, mode, channels)
     settings = dict(
         class_map=options.class_map,
         download=options.dataset_download,
         batch_size=options.batch_size,
         seed=options.seed,
         repeats=getattr(options, 'epoch_repeats', 0) if training else 0,
-        input_img_mode=options.input_img_mode or ('RGB' if channels == 3 else 'L'),
+        input_img_mode=mode,
         input_key=options.input_key,
         target_key=options.target_key,
         target_format=_target_format(options),

@@ -61,7 +61,7 @@ class PrecisionRecall:
         self._pairs.append(torch.stack([output.argmax(dim=1), target]).cpu())
 
     def compute(self) -> dict[str, float]:
-        """Percentages over the images of all processes."""
+        """Percentages over the images of all processes, under the names that timm gives them."""
         pairs = torch.cat(self._pairs, dim=1)[:, :self._max_samples]
         if dist.is_initialized():
             parts: list[Any] = [None] * dist.get_world_size()
@@ -69,4 +69,5 @@ class PrecisionRecall:
             pairs = torch.cat(parts, dim=1)
         predicted, target = pairs.numpy()
         precision, recall, f1, _ = self._score(target, predicted, average=self._average, zero_division=0)
-        return {'precision': 100 * precision, 'recall': 100 * recall, 'f1_score': 100 * f1}
+        scores = {'precision': precision, 'recall': recall, 'f1_score': f1}
+        return {f'{self._average}_{name}': 100 * value for name, value in scores.items()}

@@ -1,7 +1,5 @@
-"""Scoring models: what validate.py does with its options."""
+"""Scoring one model on one split."""
 
-import csv
-import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -12,20 +10,18 @@ import torch
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import clean_state_dict
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from timm.utils import natural_key, random_seed
-from timm.utils.decay_batch import decay_batch_step
+from timm.utils import random_seed
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.engine import bad_images, build, loaders, multilabel, zero_shot
 from timm_mldecoder.engine.batches import Placement
-from timm_mldecoder.engine.checkpoint import SUFFIX
-from timm_mldecoder.engine.dataset_checks import check_classes
+from timm_mldecoder.engine.dataset_checks import check_class_names, check_classes
 from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.measures import create_measures
-from timm_mldecoder.engine.memory import is_out_of_memory
 from timm_mldecoder.engine.multilabel_report import MultiLabelReport
+from timm_mldecoder.engine.options import tell_without_effect
 from timm_mldecoder.engine.report import EvalReport, ProgressBar
 from timm_mldecoder.engine.state import RUN
 from timm_mldecoder.engine.world import World
@@ -40,66 +36,7 @@ _INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', '
               'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last',
               'cosine_classifier', 'word_embeddings', 'class_split')
 _INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
-_RANKING = ('top1', 'map', 'zsl_map')
 _SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
-
-
-def score(options: Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Score every model or checkpoint that the options name, print the results and write them to a file.
-
-    Raises:
-        ValueError: For whatever the user got wrong.
-    """
-    candidates = list_candidates(options)
-    results = []
-    for model, checkpoint in candidates:
-        own = Namespace(**{**vars(options), 'model': model, 'checkpoint': checkpoint})
-        results.append(score_with_retry(own, explicit, world, retry=options.retry or len(candidates) > 1))
-    results.sort(key=lambda result: -next((result[name] for name in _RANKING if name in result), 0.0))
-    if not world.primary:
-        return
-    if options.results_file or len(candidates) > 1:
-        write_results(Path(options.results_file or './results-all.csv'), results, options.results_format)
-    print(f'--result\n{json.dumps(results if len(candidates) > 1 else results[0], indent=4)}')
-
-
-def list_candidates(options: Namespace) -> list[tuple[str, str]]:
-    """Pairs of model and checkpoint: one, a folder of checkpoints, a pattern of model names, or a file of them."""
-    folder = Path(options.checkpoint) if options.checkpoint else None
-    if folder and folder.is_dir():
-        files = sorted((str(path) for end in (SUFFIX, '.pth', '.safetensors') for path in folder.glob(f'*{end}')),
-                       key=natural_key)
-        if not files:
-            raise ValueError(f'--checkpoint {folder}: the folder has no checkpoint')
-        return [(options.model, file) for file in files]
-    if ':' in options.model or timm.is_model(options.model):
-        return [(options.model, options.checkpoint)]
-    if options.model == 'all':
-        return [(name, '') for name in timm.list_models(pretrained=True, exclude_filters=['*_in21k', '*_in22k'])]
-    names = timm.list_models(options.model, pretrained=True)
-    if not names and Path(options.model).is_file():
-        names = Path(options.model).read_text().split()
-    if not names:
-        raise ValueError(f'--model {options.model}: no such model, no pattern of models, no file of names')
-    return [(name, options.checkpoint) for name in names]
-
-
-def score_with_retry(options: Namespace, explicit: dict[str, Any], world: World, retry: bool) -> Result:
-    """Score one model, with smaller and smaller batches where memory runs out and `retry` says so."""
-    while True:
-        try:
-            return score_model(options, explicit, world)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            smaller = decay_batch_step(options.batch_size)
-            if not retry or not smaller:
-                remedy = 'pass --retry, or a smaller -b' if smaller else 'not even one image fits'
-                raise ValueError(f'--batch-size {options.batch_size} does not fit the memory: {remedy}') from error
-        _logger.warning(f'A batch of {options.batch_size} does not fit the memory, trying {smaller}.')
-        options = Namespace(**{**vars(options), 'batch_size': smaller})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> Result:
@@ -110,26 +47,29 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     """
     random_seed(options.seed, 0)
     weights, config = take_checkpoint(options, explicit) if options.checkpoint else (None, {})
+    tell_without_effect(options, explicit)
     model = create_model(options, weights, world)
-    config = {**loaders.data_config(options, model, world, use_test_size=not options.use_train_size), **config}
+    config = loaders.data_config(options, model, world, stored=config, use_test_size=not options.use_train_size)
     model, pooled = _test_pool(options, model, config)
+    if pooled:
+        config['crop_pct'] = 1.0
     dataset = loaders.create_split(options, options.split, config)
     zero_shot.set_classes(options, model, dataset)
+    explicit_indices = options.class_map or options.valid_labels or zero_shot.has_words(options)
+    if weights is not None and RUN in weights and not explicit_indices:
+        check_class_names(dataset, weights.get('class_names'))
     model = _prepare(options, model, world)
 
     placement = Placement(
         world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
-    valid_labels = _read_valid_labels(options.valid_labels, world.device)
+    valid_labels = _read_valid_labels(options.valid_labels, options.num_classes, world.device)
     if valid_labels is None:
         check_classes(dataset, options.num_classes, asked_for='num_classes' in explicit)
     loader = loaders.create_eval_loader(
         options, dataset, config, placement, world, options.batch_size,
         crop_mode=config['crop_mode'],
         crop_border_pixels=options.crop_border_pixels,
-        tf_preprocessing=options.tf_preprocessing,
     )
-    if pooled:
-        config['crop_pct'] = 1.0
 
     limit = evaluation_sample_limit(loader.loader)
     evaluator = _create_evaluator(options, dataset, device=world.device, max_samples=limit)
@@ -188,17 +128,18 @@ def create_model(options: Namespace, content: dict[str, Any] | None, world: Worl
     if options.fast_norm:
         set_fast_norm()
     words = zero_shot.stored_head(options, _weights(content, options) if content else {})
-    model = timm.create_model(
-        options.model,
-        pretrained=content is None,  # a checkpoint replaces whatever those hold
-        num_classes=options.num_classes,
-        in_chans=build.image_channels(options),
-        global_pool=None if options.use_ml_decoder_head else options.gp,
-        **build.head_options(options, words),
-        **options.model_kwargs,
-    )
-    if options.cosine_classifier:
-        add_cosine_classifier(model, options.cosine_classifier)
+    with build.refusing(options):
+        model = timm.create_model(
+            options.model,
+            pretrained=content is None,  # a checkpoint replaces whatever those hold
+            num_classes=options.num_classes,
+            in_chans=build.image_channels(options),
+            global_pool=None if options.use_ml_decoder_head else options.gp,
+            **build.head_options(options, words),
+            **options.model_kwargs,
+        )
+        if options.cosine_classifier:
+            add_cosine_classifier(model, options.cosine_classifier)
     options.num_classes = options.num_classes or model.num_classes
     if content is not None:
         _load_weights(model, content, options)
@@ -255,13 +196,17 @@ def _create_evaluator(options: Namespace, dataset: Dataset, **settings: Any) -> 
     return multilabel.create_evaluator(num_seen, threshold=options.multilabel_threshold, **settings)
 
 
-def _read_valid_labels(path: str, device: torch.device) -> Tensor | None:
+def _read_valid_labels(path: str, num_classes: int, device: torch.device) -> Tensor | None:
     if not path:
         return None
     try:
         labels = [int(line) for line in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
         raise ValueError(f'--valid-labels {path}: {error}; one class index a line is expected') from error
+    odd = [label for label in labels if not 0 <= label < num_classes]
+    if odd or not labels:
+        what = f'{odd[0]} is none of the {num_classes} classes of the model' if odd else 'the file names no class'
+        raise ValueError(f'--valid-labels {path}: {what}')
     return torch.tensor(labels, device=device)
 
 
@@ -286,14 +231,3 @@ def _describe(options: Namespace, metrics: dict[str, float], model: nn.Module, c
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def write_results(path: Path, results: list[Result], kind: str) -> None:
-    """Write results as CSV, one row a model, or as JSON."""
-    with open(path, 'w', newline='') as file:
-        if kind == 'json':
-            json.dump(results, file, indent=4)
-            return
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for result in results for name in result)))
-        writer.writeheader()
-        writer.writerows(results)

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 
 import timm
+import torch
 from timm.optim import get_optimizer_info, list_optimizers
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -24,6 +25,7 @@ _CHOICES = {  # options whose choices timm does not put into its parser
     'model_dtype': (None, *_DTYPES),
     'amp_dtype': _DTYPES[1:],
     'results_format': ('csv', 'json'),
+    'torchcompile_mode': (None, 'default', 'lite', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'),
 }
 _AT_LEAST = {
     'batch_size': 1, 'validation_batch_size': 1, 'num_classes': 1, 'epochs': 1, 'workers': 0, 'log_interval': 1,
@@ -32,6 +34,8 @@ _AT_LEAST = {
     'nonfinite_limit': 1, 'aug_repeats': 0, 'mixup': 0, 'cutmix': 0, 'smoothing': 0, 'train_batches_per_epoch': 1,
     'sam': 0, 'bias_lr_scale': 0,
 }
+_BELOW = {'smoothing': 1}
+_RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
 
 
 def check_train(options: Namespace) -> None:
@@ -40,6 +44,9 @@ def check_train(options: Namespace) -> None:
     optimizer = options.opt.lower().removeprefix('lookahead_')
     if optimizer not in list_optimizers():
         raise ValueError(f'--opt {options.opt}: no such optimizer; timm has {", ".join(list_optimizers())}')
+    info = get_optimizer_info(optimizer)
+    if options.opt_betas and info.has_betas and len(options.opt_betas) != info.num_betas:
+        raise ValueError(f'--opt-betas {options.opt_betas}: --opt {options.opt} takes {info.num_betas} of them')
     if not _is_model(options.model):
         raise ValueError(_no_such_model(options.model))
     if options.bce_loss and options.loss not in (None, 'bce'):
@@ -63,10 +70,13 @@ def check_train(options: Namespace) -> None:
                        ('--pretrained-path', options.pretrained_path), ('--class-stats', options.class_stats)):
         if path and not os.path.exists(path):
             raise ValueError(f'{flag} {path}: no such file')
+    if options.pretrained_path and not options.pretrained:
+        raise ValueError(f'--pretrained-path {options.pretrained_path} takes the place of the pretrained weights: '
+                         'add --pretrained')
     if options.sam and options.grad_accum_steps > 1:
         raise ValueError(f'--sam takes the gradients of one batch twice; leave --grad-accum-steps '
                          f'{options.grad_accum_steps} out')
-    if options.sam and get_optimizer_info(optimizer).second_order:
+    if options.sam and info.second_order:
         raise ValueError(f'--sam does not go with --opt {options.opt}, which wants gradients of gradients')
     _check_scale(options)
     if options.resume == 'auto' and not options.experiment:
@@ -80,6 +90,15 @@ def check_validate(options: Namespace) -> None:
         raise ValueError(f'--checkpoint {options.checkpoint}: no such file or folder')
     if options.real_labels and options.bad_image == 'skip':
         raise ValueError('--real-labels matches images by their order: it needs --bad-image abort')
+    for name in ('results_file', 'class_report', 'write_class_priors'):
+        _check_writable(f'--{name.replace("_", "-")}', getattr(options, name))
+
+
+def _check_writable(flag: str, path: str) -> None:
+    """A file that is written at the end: it would be too late to find out then."""
+    folder = os.path.dirname(path) or '.'
+    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
+        raise ValueError(f'{flag} {path}: no file can be written there')
 
 
 def _check_values(options: Namespace) -> None:
@@ -91,6 +110,15 @@ def _check_values(options: Namespace) -> None:
     for name, least in _AT_LEAST.items():
         if values.get(name) is not None and values[name] < least:
             raise ValueError(f'--{name.replace("_", "-")} {values[name]} is below {least}')
+    for name, limit in _BELOW.items():
+        if values.get(name) is not None and values[name] >= limit:
+            raise ValueError(f'--{name.replace("_", "-")} {values[name]} is not below {limit}')
+    if options.target_key and options.dataset.partition('/')[0].lower() not in _RECORDS:
+        raise ValueError(f'--target-key {options.target_key}: only data sets of records have keys '
+                         f'(--dataset {"/..., ".join(_RECORDS)}/...)')
+    if options.torchcompile and options.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(f'--torchcompile {options.torchcompile}: no such backend; torch has '
+                         f'{", ".join(torch.compiler.list_backends())}')
     channels = options.input_size[0] if options.input_size else options.in_chans or 3
     for name in ('mean', 'std'):
         if values[name] is not None and len(values[name]) not in (1, channels):

@@ -2,6 +2,7 @@
 
 import logging
 from argparse import ArgumentParser, Namespace
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from timm.utils.distributed import world_info_from_env
 from timm_mldecoder.engine.options import dataset, model, multilabel, optim, refused, run, zero_shot
 from timm_mldecoder.engine.options.checks import check_train, check_validate
 from timm_mldecoder.engine.options.config import read_config
-from timm_mldecoder.engine.options.effects import without_effect
+from timm_mldecoder.engine.options.effects import TRAIN_NEEDS, VALIDATE_NEEDS, Needs, without_effect
 from timm_mldecoder.engine.options.tables import build_parser, parse_explicit
 from timm_mldecoder.engine.options.validation import VALIDATE_GROUPS
 
@@ -21,6 +22,7 @@ TRAIN_GROUPS = [
     dataset.SIZES, multilabel.MULTI_LABEL, zero_shot.ZERO_SHOT, model.BATCH_NORM, model.EMA, model.DEVICE, run.RUN,
     *refused.TRAIN_REFUSED,
 ]
+_FOLDER = {'data', 'data_dir'}  # two names of one thing: a file must not keep the other one
 
 
 def train_parser() -> ArgumentParser:
@@ -44,14 +46,14 @@ def parse_train(argv: list[str] | None = None) -> Namespace:
     options, explicit = parse_explicit(parser, argv)
     if options.config:
         from_file = read_config(options.config, parser)
+        if explicit.keys() & _FOLDER:
+            from_file = {name: value for name, value in from_file.items() if name not in _FOLDER}
         explicit = {**from_file, **explicit}
         vars(options).update(explicit)
     refused.refuse(options, 'train.py')
     _resolve_defaults(options, explicit)
     check_train(options)
-    _, rank, world_size = world_info_from_env()
-    for reason in without_effect(options, parser, world_size) if rank == 0 else ():
-        _logger.warning('No effect: %s', reason)
+    _tell_without_effect(TRAIN_NEEDS, options, explicit, parser)
     return options
 
 
@@ -70,6 +72,17 @@ def parse_validate(argv: list[str] | None = None) -> tuple[Namespace, dict[str, 
     resolve_amp_dtype(options, explicit)
     check_validate(options)
     return options, explicit
+
+
+def tell_without_effect(options: Namespace, explicit: Container[str]) -> None:
+    """Warn of the flags of validate.py in `explicit` that change nothing, given all that is known of the model."""
+    _tell_without_effect(VALIDATE_NEEDS, options, explicit, validate_parser())
+
+
+def _tell_without_effect(needs: Needs, options: Namespace, given: Container[str], parser: ArgumentParser) -> None:
+    _, rank, world_size = world_info_from_env()
+    for reason in without_effect(needs, options, given, parser, world_size) if rank == 0 else ():
+        _logger.warning('No effect: %s', reason)
 
 
 def _resolve_defaults(options: Namespace, explicit: dict[str, Any]) -> None:

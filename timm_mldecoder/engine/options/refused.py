@@ -34,9 +34,11 @@ TORCHSCRIPT: Group = ('TorchScript and its fusers (refused)', [
     flag('--fuser', type=str, default='', help='not here'),
 ])
 
-#: The groups of train.py, and the two of them that validate.py shares.
+TF_PREPROCESSING: Group = ("TensorFlow's preprocessing (refused)", [switch('--tf-preprocessing', help='not here')])
+
+#: The groups of train.py, and those of validate.py.
 TRAIN_REFUSED = [NAFLEX, DISTILLATION, SPLITS, SPLIT_BN, TORCHSCRIPT]
-VALIDATE_REFUSED = [('NaFlex loaders (refused)', [NAFLEX[1][0], NAFLEX[1][2]]), TORCHSCRIPT]
+VALIDATE_REFUSED = [('NaFlex loaders (refused)', [NAFLEX[1][0], NAFLEX[1][2]]), TORCHSCRIPT, TF_PREPROCESSING]
 
 _REASON = "is not offered here; use timm's own {script} with --model-kwargs ml_decoder=True, which takes the same head"
 

@@ -42,7 +42,6 @@ VALIDATE_GROUPS: list[Group] = [
         flag('--mean', type=float, nargs='+', metavar='MEAN', help='mean of the pixels'),
         flag('--std', type=float, nargs='+', metavar='STD', help='standard deviation of the pixels'),
         flag('--interpolation', type=str, metavar='NAME', default='', help='interpolation'),
-        switch('--tf-preprocessing', help="TensorFlow's preprocessing (needs TensorFlow)"),
         switch('--test-pool', help='pool over larger images at test time'),
     ]),
     ('Run', [
