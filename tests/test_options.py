@@ -147,6 +147,7 @@ def test_every_option_survives_yaml(config):
     ('--resume auto', '--resume auto needs --experiment'),
     ('--cutmix-minmax 0.5', 'takes the smallest and the largest'),
     ('--use-ml-decoder-head 1 --model-kwargs ml_decoder=True', 'contradicts'),
+    ('--data-dir OTHER', 'DIR contradicts --data-dir OTHER'),
     (f'--pretrained-path {__file__}', '--pretrained-path .* add --pretrained'),
     ('--smoothing 2', '--smoothing 2.0 is not below 1'),
     ('--opt adamw --opt-betas 0.9', r'--opt-betas \[0.9\]: --opt adamw takes 2'),

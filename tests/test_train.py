@@ -10,10 +10,11 @@ import torch
 import yaml
 from image_folders import write_images
 from PIL import Image
+from timm.data import create_loader
 
 import train
 import validate
-from timm_mldecoder.engine import plot, sweep
+from timm_mldecoder.engine import loaders, plot, sweep
 from timm_mldecoder.engine.failure import RunFailed
 from timm_mldecoder.engine.validation import score_model
 
@@ -159,6 +160,24 @@ def test_valid_labels_select_outputs(finished, images, tmp_path, capsys):
         validate.main([*flags, '--valid-labels', str(labels)])
     plain, same, other = (json.loads(text)['top1'] for text in capsys.readouterr().out.split('--result\n')[1:])
     assert plain == same > other
+
+
+def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkeypatch):
+    weights, seen = tmp_path / 'weights.pth', []
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
+    monkeypatch.setattr(loaders, 'create_loader', lambda *args, **kwargs: (
+        seen.append(kwargs['crop_pct']), create_loader(*args, **kwargs))[1])
+    validate.main([images, '--model', 'test_resnet', '--num-classes', '3', '--checkpoint', str(weights), '-j', '0',
+                   '--img-size', '320', '--test-pool'])
+    assert seen == [result(capsys)['crop_pct']] == [1.0]
+
+
+def test_the_colours_of_images_come_with_the_checkpoint(images, tmp_path, capsys):
+    train.main([images, *SMALL, '--epochs', '1', '--in-chans', '4', '--input-img-mode', 'CMYK', '--mean', '0.5',
+                '--std', '0.5', '--output', str(tmp_path), '--experiment', 'run'])
+    capsys.readouterr()
+    validate.main([images, '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
+    assert result(capsys)['top1'] == float(summary(tmp_path / 'run')[-1]['eval_top1'])
 
 
 def test_args_yaml_repeats_the_run(images, tmp_path, capsys):

@@ -69,6 +69,8 @@ def test_another_number_of_classes(data, tmp_path, told, checkpoint):
     assert 'has 3 classes, the model 5; pass --num-classes 3' in told(train_main, data, *MODEL, '--num-classes', '5')
     fewer = without(data, tmp_path, '*/class_2/*')
     line = told(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
+    assert "class 2 of the data is missing, of the checkpoint 'class_2'" in line
+    line = told(train_main, data, *MODEL, '--use-ml-decoder-head', '1', '--resume', checkpoint)
     assert 'another model' in line and 'fc.weight' in line
     line = told(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
     assert 'another model' in line and str(checkpoint) in line
@@ -110,7 +112,8 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, told, chec
     assert 'No pretrained weights exist' in told(validate_main, *flags, '--model', 'resnetblur18')
     assert 'Invalid pool type: foo' in told(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
     labels = tmp_path / 'labels.txt'
-    for text, named in (('0 7', '7 is none of the 3 classes'), ('', 'names no class'), ('-1', '-1 is none')):
+    for text, named in (('0 7', '7 is none of the 3 classes'), ('-1', '-1 is none of'), ('', 'has 0 classes'),
+                        ('2 0', 'has 2 classes, the data 3')):
         labels.write_text(text)
         assert named in told(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.engine import bad_images, build, loaders, multilabel, zero_shot
 from timm_mldecoder.engine.batches import Placement
-from timm_mldecoder.engine.dataset_checks import check_class_names, check_classes
+from timm_mldecoder.engine.dataset_checks import check_class_names, check_classes, class_to_index
 from timm_mldecoder.engine.evaluate import evaluate
 from timm_mldecoder.engine.measures import create_measures
 from timm_mldecoder.engine.multilabel_report import MultiLabelReport
@@ -34,7 +34,7 @@ Result = dict[str, Any]
 #: Options that a checkpoint of train.py brings along, where the user does not set them.
 _INHERITED = ('model', 'num_classes', 'in_chans', 'gp', 'use_ml_decoder_head', 'num_of_groups', 'decoder_embedding',
               'ml_decoder_kwargs', 'model_kwargs', 'task', 'target_format', 'multilabel_threshold', 'channels_last',
-              'cosine_classifier', 'word_embeddings', 'class_split')
+              'cosine_classifier', 'word_embeddings', 'class_split', 'input_img_mode')
 _INHERITED_PRECISION = ('amp', 'amp_dtype', 'model_dtype')
 _SHOWN = {'top1': 'Acc@1', 'top5': 'Acc@5'}
 
@@ -50,19 +50,19 @@ def score_model(options: Namespace, explicit: dict[str, Any], world: World) -> R
     tell_without_effect(options, explicit)
     model = create_model(options, weights, world)
     config = loaders.data_config(options, model, world, stored=config, use_test_size=not options.use_train_size)
-    model, pooled = _test_pool(options, model, config)
-    if pooled:
-        config['crop_pct'] = 1.0
     dataset = loaders.create_split(options, options.split, config)
     zero_shot.set_classes(options, model, dataset)
     explicit_indices = options.class_map or options.valid_labels or zero_shot.has_words(options)
     if weights is not None and RUN in weights and not explicit_indices:
         check_class_names(dataset, weights.get('class_names'))
+    model, pooled = _test_pool(options, model, config)
+    if pooled:
+        config['crop_pct'] = 1.0
     model = _prepare(options, model, world)
 
     placement = Placement(
         world.device, build.model_dtype(options), options.channels_last, prefetched=not options.no_prefetcher)
-    valid_labels = _read_valid_labels(options.valid_labels, options.num_classes, world.device)
+    valid_labels = _read_valid_labels(options, dataset, world.device)
     if valid_labels is None:
         check_classes(dataset, options.num_classes, asked_for='num_classes' in explicit)
     loader = loaders.create_eval_loader(
@@ -196,17 +196,20 @@ def _create_evaluator(options: Namespace, dataset: Dataset, **settings: Any) -> 
     return multilabel.create_evaluator(num_seen, threshold=options.multilabel_threshold, **settings)
 
 
-def _read_valid_labels(path: str, num_classes: int, device: torch.device) -> Tensor | None:
+def _read_valid_labels(options: Namespace, dataset: Dataset, device: torch.device) -> Tensor | None:
+    path = options.valid_labels
     if not path:
         return None
     try:
         labels = [int(line) for line in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
         raise ValueError(f'--valid-labels {path}: {error}; one class index a line is expected') from error
-    odd = [label for label in labels if not 0 <= label < num_classes]
-    if odd or not labels:
-        what = f'{odd[0]} is none of the {num_classes} classes of the model' if odd else 'the file names no class'
-        raise ValueError(f'--valid-labels {path}: {what}')
+    odd = [label for label in labels if not 0 <= label < options.num_classes]
+    if odd:
+        raise ValueError(f'--valid-labels {path}: {odd[0]} is none of the {options.num_classes} classes of the model')
+    present = class_to_index(dataset) or ()
+    if not labels or len(labels) < len(present):
+        raise ValueError(f'--valid-labels {path} has {len(labels)} classes, the data {len(present) or "more"}')
     return torch.tensor(labels, device=device)
 
 

@@ -132,6 +132,8 @@ def _check_values(options: Namespace) -> None:
     if options.cosine_classifier and options.use_ml_decoder_head:
         raise ValueError('--cosine-classifier is for models without an ML-Decoder head; with --use-ml-decoder-head 1 '
                          f'pass --ml-decoder-kwargs classifier=cosine cosine_scale={options.cosine_classifier:g}')
+    if options.data and options.data != options.data_dir:
+        raise ValueError(f'{options.data} contradicts --data-dir {options.data_dir}; give one of them')
     if not options.data_dir and options.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
         raise ValueError('no data: give the folder of the data, as in "DIR" or --data-dir DIR')
 
