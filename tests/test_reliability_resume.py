@@ -1,6 +1,7 @@
 """A run that is stopped and resumed comes to the same, bit for bit, as one that was not."""
 
 import os
+import shutil
 import signal
 from collections import Counter
 
@@ -186,3 +187,112 @@ def test_another_model_or_optimizer_is_refused(data, tmp_path):
         build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--opt', 'adamw')
     with pytest.raises(ValueError, match='holds another model.*fc.embed.weight'):
         build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--use-ml-decoder-head', '1')
+
+
+def checkpoints(folder):
+    return {path.name.removesuffix('.pth.tar') for path in folder.glob('*.pth.tar')}
+
+
+def test_a_fresh_start_is_refused_the_folder_of_another_run(data, tmp_path, monkeypatch):
+    folder = train(data, tmp_path, '--epochs', '2')
+    fresh = ['--epochs', '2', '--stop-epoch', '1']
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for restarts in ('0', '1'):  # torchrun starts it again after it was refused
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', restarts)
+        with pytest.raises(ValueError, match=f'{folder} holds .*--resume auto.*--experiment, or remove'):
+            build(data, tmp_path, *fresh)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+    flags = ['--epochs', '2', '--recovery-interval', '2']
+    run = build(data, tmp_path, *flags)
+    stop_at(run, BATCHES + 3)
+    assert fit_until_stopped(run) == 143
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    again = build(data, tmp_path, *flags)
+    assert (again.state.epoch, again.state.batch) == (1, 3)
+
+
+def test_what_a_run_goes_back_from_is_set_aside(data, tmp_path, caplog):
+    flags = ['--epochs', '4', '--eval-metric', 'loss', '--lr', '0.02']
+    run = build(data, tmp_path, *flags, '--save-epochs', '1', '3')
+    stop_at(run, 3 * BATCHES + 2)
+    assert fit_until_stopped(run) == 143
+    folder = tmp_path / 'run'
+    assert last(folder)['saver']['best_epoch'] > 0
+    train(data, tmp_path, *flags, '--resume', str(folder / 'checkpoint-0.pth.tar'), '--stop-epoch', '2')
+
+    assert checkpoints(folder) == {'last', 'model_best', 'checkpoint-0', 'checkpoint-1', 'milestone-1'}
+    ahead = {'last', 'model_best', 'checkpoint-1', 'checkpoint-2', 'milestone-3', 'recovery-3-2'}
+    assert checkpoints(folder / 'set-aside-1') == ahead
+    assert len(summary(folder / 'set-aside-1')) == 3 and len(summary(folder)) == 2
+    assert f'Moved to {folder}/set-aside-1' in caplog.text
+    assert build(data, tmp_path, *flags, '--resume', 'auto').state.epoch == 2
+
+    # the best so far is again the one of its time; another run's checkpoint finds none of this one's
+    build(data, tmp_path, *flags, '--resume', str(folder / 'checkpoint-0.pth.tar'))
+    assert checkpoints(folder) == {'model_best', 'checkpoint-0', 'milestone-1'}
+    assert torch.load(folder / 'model_best.pth.tar', weights_only=False)['epoch'] == 0
+    elsewhere = folder.rename(tmp_path / 'elsewhere')
+    train(data, tmp_path, *flags, '--stop-epoch', '1')
+    build(data, tmp_path, *flags, '--resume', str(elsewhere / 'checkpoint-0.pth.tar'))
+    assert checkpoints(folder) == {'model_best'}
+    assert checkpoints(folder / 'set-aside-1') == {'last', 'model_best', 'checkpoint-0'}
+
+
+def test_the_position_just_saved_is_never_removed(tmp_path):
+    for number in range(3):
+        (tmp_path / f'recovery-7-{number}.pth.tar').touch()
+    saved = CheckpointFolder(tmp_path).save_recovery(0, 2, dict)
+    assert saved.exists()
+    assert checkpoints(tmp_path) == {'recovery-0-2', 'recovery-7-2'}
+
+
+def test_start_epoch_leaves_each_epoch_in_the_summary_once(data, tmp_path):
+    folder = train(data, tmp_path, '--epochs', '3')
+    flags = ['--epochs', '3', '--resume', str(folder / 'last.pth.tar'), '--start-epoch', '1']
+    train(data, tmp_path, *flags)
+    assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2']
+
+    run = build(data, tmp_path, '--epochs', '4', '--resume', 'auto')
+    stop_at(run, 2)
+    assert fit_until_stopped(run) == 143
+    recovery, = folder.glob('recovery-*')
+    resumed = build(data, tmp_path, '--epochs', '4', '-b', '6', '--resume', str(recovery), '--start-epoch', '3')
+    assert (resumed.state.epoch, resumed.state.batch) == (3, 0), 'another batch size is no matter then'
+
+
+@pytest.mark.parametrize('flags', [(), ('--sched', 'plateau')])
+def test_another_metric_starts_the_ranking_anew(data, tmp_path, caplog, flags):
+    folder = train(data, tmp_path, '--epochs', '2', *flags)
+    train(data, tmp_path, '--epochs', '3', *flags, '--resume', 'auto', '--eval-metric', 'loss')
+    assert 'ranked by top1, those to come by loss: the ranking starts anew' in caplog.text
+    saver = last(folder)['saver']
+    loss = float(summary(folder)[-1]['eval_loss'])
+    assert (saver['best_epoch'], saver['best_metric']) == (2, loss)
+    assert saver['checkpoint_files'] == [('checkpoint-2.pth.tar', loss)]
+    assert {'checkpoint-0', 'checkpoint-1'} < checkpoints(folder)
+
+
+def test_files_of_other_names_are_no_checkpoints(data, tmp_path):
+    folder = train(data, tmp_path, '--epochs', '1')
+    for name in ('checkpoint-old', 'checkpoint-1-2', 'recovery-x-1', 'recovery-9', 'mine'):
+        (folder / f'{name}.pth.tar').touch()
+    assert build(data, tmp_path, '--resume', 'auto').state.epoch == 1
+
+
+def test_other_classes_are_refused(data, tmp_path):
+    folder = train(data, tmp_path, '--epochs', '1')
+    renamed = shutil.copytree(data, tmp_path / 'renamed')
+    for split in ('train', 'validation'):
+        (renamed / split / 'class_1').rename(renamed / split / 'dogs')
+    for source in ('auto', str(folder / 'last.pth.tar')):
+        with pytest.raises(ValueError, match="class 1 of the data is 'class_2', of the checkpoint 'class_1'"):
+            build(renamed, tmp_path, '--resume', source)
+
+
+def test_milestones_are_saved_between_validations(data, tmp_path):
+    folder = train(data, tmp_path, '--epochs', '4', '--val-interval', '2', '--save-epochs', '1', '3')
+    assert {'milestone-1', 'milestone-3'} < checkpoints(folder)
+    assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2', '3']

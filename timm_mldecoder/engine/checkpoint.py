@@ -18,6 +18,28 @@ _logger = logging.getLogger(__name__)
 
 SUFFIX = '.pth.tar'
 LAST, BEST = 'last' + SUFFIX, 'model_best' + SUFFIX
+Progress = tuple[int, int]  # epochs done, and batches of the next
+_NUMBERS = {'checkpoint': 1, 'milestone': 1, 'recovery': 2}  # in the names of each kind
+
+
+def progress_by_name(path: Path) -> Progress | None:
+    """How far a checkpoint is, None where its name does not tell."""
+    kind, *numbers = path.name.removesuffix(SUFFIX).split('-')
+    if len(numbers) != _NUMBERS.get(kind) or not all(number.isdecimal() for number in numbers):
+        return None
+    epoch, batch = int(numbers[0]), int(numbers[-1])
+    return {'checkpoint': (epoch + 1, 0), 'milestone': (epoch, 0), 'recovery': (epoch, batch)}[kind]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints whose names tell how far they are, the furthest first."""
+    paths = [path for path in folder.glob(f'*{SUFFIX}') if progress_by_name(path) is not None]
+    return sorted(paths, key=progress_by_name, reverse=True)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All checkpoints of a run."""
+    return [*numbered(folder), *(path for path in (folder / LAST, folder / BEST) if path.exists())]
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
@@ -47,10 +69,12 @@ class CheckpointFolder:
         folder: Where they are kept.
         decreasing: Whether a lower metric is better.
         max_history: How many numbered checkpoints to keep.
+        metric: Name of the metric that ranks them.
     """
 
-    def __init__(self, folder: Path, decreasing: bool = False, max_history: int = 10) -> None:
+    def __init__(self, folder: Path, decreasing: bool = False, max_history: int = 10, metric: str = '') -> None:
         self.folder = folder
+        self.metric = metric
         self.decreasing = decreasing
         self.max_history = max_history
         self.ranked: list[tuple[str, float]] = []  # (file name, metric), best first
@@ -89,31 +113,37 @@ class CheckpointFolder:
             recovery.unlink(missing_ok=True)
         _logger.info('Current checkpoints:\n' + ''.join(f' {entry}\n' for entry in self.ranked))
 
-    def save_recovery(self, epoch: int, batch: int, content: Callable[[], dict[str, Any]]) -> None:
-        """Save a position within an epoch; the two newest such files are kept."""
+    def save_recovery(self, epoch: int, batch: int, content: Callable[[], dict[str, Any]]) -> Path:
+        """Save a position within an epoch, and return its path; the furthest of the other such files is kept, too."""
         path = self.folder / f'recovery-{epoch}-{batch}{SUFFIX}'
         write_atomically(path, lambda file: torch.save(content(), file))
-        for old in self.recoveries()[:-2]:
+        for old in [other for other in self.recoveries() if other != path][1:]:
             old.unlink(missing_ok=True)
+        return path
 
     def save_milestone(self, epochs: int) -> None:
         """Keep the last checkpoint for good, under the number of epochs done."""
         _duplicate(self.folder / LAST, self.folder / f'milestone-{epochs}{SUFFIX}')
 
     def recoveries(self) -> list[Path]:
-        """The checkpoints within an epoch, oldest first."""
-        def progress(path: Path) -> list[int]:
-            return [int(number) for number in path.name.removesuffix(SUFFIX).split('-')[1:]]
-
-        return sorted(self.folder.glob(f'recovery-*-*{SUFFIX}'), key=progress)
+        """The checkpoints within an epoch, the furthest first."""
+        return [path for path in numbered(self.folder) if path.name.startswith('recovery')]
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in the form of timm's saver."""
         return dict(checkpoint_files=list(self.ranked), best_epoch=self.best_epoch, best_metric=self.best_metric,
-                    pending=(None, None))
+                    pending=(None, None), metric=self.metric)
+
+    def ranks_like(self, state: dict[str, Any]) -> bool:
+        """Whether a history was ranked by the same metric, as far as it tells: timm's does not."""
+        return state.get('metric', self.metric) == self.metric
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Take over the history of the run that saved into `folder`, and its best checkpoint where that is another."""
+        """Take over the history of the run that saved into `folder`, and its best checkpoint where none is here."""
+        if not self.ranks_like(state):
+            _logger.warning('The checkpoints so far are ranked by %s, those to come by %s: the ranking starts anew, '
+                            'and the numbered checkpoints so far are kept', state['metric'], self.metric)
+            return
         entries = list(state.get('checkpoint_files', []))
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks
         if epoch is not None and metric is not None:
@@ -123,8 +153,9 @@ class CheckpointFolder:
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
         if epoch is not None and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
-        if (folder / BEST).exists() and not (self.folder / BEST).exists():
-            shutil.copy2(folder / BEST, self.folder / BEST)
+        for best in (folder / f'checkpoint-{self.best_epoch}{SUFFIX}', folder / BEST):
+            if best.exists() and not (self.folder / BEST).exists():
+                _duplicate(best, self.folder / BEST)
 
     def _rank(self, name: str, metric: float) -> tuple[list[tuple[str, float]], list[str]]:
         """The entries to keep once `name` has joined them, and the names of those to drop."""

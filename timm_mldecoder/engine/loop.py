@@ -39,7 +39,7 @@ def fit(run: Run) -> None:
 
 
 def _fit(run: Run) -> None:
-    options, state = run.options, run.state
+    state = run.state
     while state.epoch < run.epochs:
         epoch = state.epoch
         train_metrics = train_epoch(run)
@@ -49,8 +49,7 @@ def _fit(run: Run) -> None:
         if run.world.distributed and run.dist_bn:
             distribute_bn(state.task.get_eval_model(), run.world.size, run.dist_bn == 'reduce')
 
-        # most epochs are neither scored nor saved where --val-interval says so
-        if (epoch + 1) % options.val_interval and epoch + 1 < run.epochs:
+        if not run.is_kept(epoch):
             run.state.start_epoch(epoch + 1)
             run.step_schedule(metric=None)
             continue

@@ -57,6 +57,14 @@ class Run:
     def updates_per_epoch(self) -> int:
         return -(-len(self.train_loader) // self.options.grad_accum_steps)
 
+    def is_kept(self, epoch: int) -> bool:
+        """Whether an epoch is scored and saved: not most of them where --val-interval says so."""
+        return not (epoch + 1) % self.options.val_interval or epoch + 1 >= self.epochs or self.is_milestone(epoch)
+
+    def is_milestone(self, epoch: int) -> bool:
+        """Whether the checkpoint of an epoch is kept for good."""
+        return epoch + 1 in (self.options.save_epochs or ())
+
     def updates_done(self) -> int:
         """Updates since the start of training."""
         return self.state.epoch * self.updates_per_epoch + -(-self.state.batch // self.options.grad_accum_steps)
@@ -94,28 +102,30 @@ class Run:
         if self.folder is None:
             return
         self.state.checkpoints.save_epoch(epoch, metric, lambda: self._content(ranks, metric))
-        if self.options.save_epochs and epoch + 1 in self.options.save_epochs:
+        if self.is_milestone(epoch):
             self.state.checkpoints.save_milestone(epoch + 1)
         report.write_summary(self.folder / 'summary.csv', self.state.rows)
         for track in self.trackers:
             track(self.state.rows[-1])
 
-    def save_recovery(self) -> None:
-        """Save the present position within the epoch; a collective call."""
+    def save_recovery(self) -> Path | None:
+        """Save the present position within the epoch, and return the file on the first rank; a collective call."""
         if self.state.position is None:  # it is set while the epoch is validated
             self.state.position = self.train_loader.position(self.state.batch)
         ranks = self.state.gather_ranks()
+        saved = None
         if self.folder is not None:
-            self.state.checkpoints.save_recovery(self.state.epoch, self.state.batch, lambda: self._content(ranks))
+            saved = self.state.checkpoints.save_recovery(
+                self.state.epoch, self.state.batch, lambda: self._content(ranks))
         self.state.position = None
+        return saved
 
     def stop(self, number: int) -> NoReturn:
         """Save the present position and end the run, for a signal that came to one of the processes."""
-        self.save_recovery()
-        if self.folder is not None:
-            newest = self.state.checkpoints.recoveries()[-1]
+        saved = self.save_recovery()
+        if saved is not None:
             _logger.warning(f'{Signals(number).name}: stopped in epoch {self.state.epoch} after batch '
-                            f'{self.state.batch}; --resume {newest} goes on from there')
+                            f'{self.state.batch}; --resume {saved} goes on from there')
         raise Stopped(number)
 
     def _content(self, ranks: list[dict[str, Any]], metric: float | None = None) -> dict[str, Any]:

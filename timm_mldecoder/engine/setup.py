@@ -1,6 +1,7 @@
 """Putting a training run together from its options."""
 
 import logging
+import os
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from timm_mldecoder.engine import build, loaders, zero_shot
 from timm_mldecoder.engine.batches import EvalLoader, Placement, TrainLoader
-from timm_mldecoder.engine.checkpoint import CheckpointFolder
+from timm_mldecoder.engine.checkpoint import CheckpointFolder, checkpoints_in
 from timm_mldecoder.engine.dataset_checks import check_classes, check_same_classes
 from timm_mldecoder.engine.report import ProgressBar, write_summary
 from timm_mldecoder.engine.resume import resume
@@ -24,6 +25,8 @@ from timm_mldecoder.engine.trackers import create_trackers
 from timm_mldecoder.engine.world import World
 
 _logger = logging.getLogger(__name__)
+
+OPTIONS_FILE = 'args.yaml'
 
 
 def set_up(options: Namespace, world: World) -> Run:
@@ -68,12 +71,18 @@ def set_up(options: Namespace, world: World) -> Run:
 
     # where it stands, and where it goes
     folder = _create_folder(options, config) if world.primary else None
+    written = _options_text({**as_given, 'lr': options.lr})
+    goes_on, = world.highest(folder is not None and _started_again(folder, written))
+    source = 'auto' if goes_on else options.resume
+    if folder and not source and checkpoints_in(folder):
+        raise ValueError(f'{folder} holds the checkpoints of a run; go on with it by --resume auto, choose another '
+                         f'--experiment, or remove the folder')
     state = TrainingState(
         task=task,
         optimizer=optimizer,
         schedule=schedule,
         scaler=build.create_scaler(options, world.device),
-        checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist),
+        checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist, eval_metric),
         loss=RunningLoss(torch.zeros((), dtype=_sum_dtype(world.device), device=world.device)),
         epoch=options.start_epoch or 0,
     )
@@ -94,13 +103,12 @@ def set_up(options: Namespace, world: World) -> Run:
         bar=ProgressBar(enabled=world.primary),
         trackers=create_trackers(options, folder) if folder else [],
     )
-    if options.resume:
-        resume(run)
-    elif schedule is not None and state.epoch:
+    resumed = bool(source) and resume(run, source)
+    if not resumed and schedule is not None and state.epoch:
         run.step_schedule(metric=None)
         schedule.step_update(run.updates_done())
     if folder:
-        _write_options({**as_given, 'lr': options.lr}, folder / 'args.yaml')
+        (folder / OPTIONS_FILE).write_text(written)
         if state.rows:
             write_summary(folder / 'summary.csv', state.rows)
     return run
@@ -153,10 +161,19 @@ def _create_folder(options: Namespace, config: dict[str, Any]) -> Path:
     return folder
 
 
-def _write_options(options: dict[str, Any], path: Path) -> None:
-    """Write options so that `--config` reads them again."""
-    options.pop('config')
-    path.write_text(yaml.safe_dump(options, default_flow_style=False))
+def _started_again(folder: Path, written: str) -> bool:
+    """Whether torchrun started this very run again after it had saved: it goes on then, whatever `--resume` says.
+
+    A run that was refused the folder is started again, too, but has not written its options there.
+    """
+    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    path = folder / OPTIONS_FILE
+    return again and path.exists() and path.read_text() == written and bool(checkpoints_in(folder))
+
+
+def _options_text(options: dict[str, Any]) -> str:
+    """Options as `--config` reads them again."""
+    return yaml.safe_dump({name: value for name, value in options.items() if name != 'config'})
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -150,6 +150,8 @@ class TrainingState:
             self._load_optimizer(content, run.get('optimizer_stream'))
         self.epoch = run['epoch'] if run else _next_epoch(content)
         self.batch, self.skipped = run.get('batch', 0), run.get('skipped', 0)
+        if options.start_epoch is not None:
+            self.epoch, self.batch = options.start_epoch, 0
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
         changed = [f'{name} was {run[name]} and is {now}' for name, now in (
             ('world_size', world_size), ('batch_size', options.batch_size),
@@ -159,11 +161,10 @@ class TrainingState:
                              f'or a checkpoint of the end of an epoch')
         if changed and rank == 0:
             _logger.warning('Resumed with a change: %s', '; '.join(changed))
-        if options.start_epoch is not None:
-            self.epoch, self.batch = options.start_epoch, 0
         if self.batch:
             self._load_position(run, rank)
-        if _is_plateau(self.schedule) and run.get('schedule'):
+        same_metric = self.checkpoints.ranks_like(content.get('saver', {}))
+        if _is_plateau(self.schedule) and run.get('schedule') and same_metric:
             self.schedule.lr_scheduler.load_state_dict(run['schedule']['plateau'])
             self.schedule.restore_lr = run['schedule']['restore_lr']
         elif self.schedule is not None:
