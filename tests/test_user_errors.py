@@ -71,7 +71,7 @@ def test_another_number_of_classes(data, tmp_path, told, checkpoint):
     line = told(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
     assert "class 2 of the data is missing, of the checkpoint 'class_2'" in line
     line = told(train_main, data, *MODEL, '--use-ml-decoder-head', '1', '--resume', checkpoint)
-    assert 'another model' in line and 'fc.weight' in line
+    assert 'another model' in line and 'fc.layers.0' in line
     line = told(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
     assert 'another model' in line and str(checkpoint) in line
 
@@ -137,6 +137,13 @@ def test_files_that_do_not_serve(data, tmp_path, told, checkpoint):
     assert 'nothing.txt' in told(train_main, data, *MODEL, '--class-map', 'nothing.txt')
 
 
+def test_class_statistics_and_reassessed_labels_that_are_none(data, tmp_path, told):
+    (tmp_path / 'stats.json').write_text('nothing')
+    assert '--class-stats stats.json: ' in told(
+        train_main, data, *MODEL, '--loss', 'bce', '--loss-pos-weight', 'inverse', '--class-stats', 'stats.json')
+    assert '--real-labels none.json: no such file' in told(validate_main, data, '--real-labels', 'none.json')
+
+
 def test_an_output_that_cannot_be_written(data, tmp_path, told):
     (tmp_path / 'file').touch()
     assert '--output: cannot write to file/run' in told(
@@ -195,4 +202,5 @@ def test_every_test_that_the_table_of_promises_names_is_there():
     code = {module: (ROOT / 'tests' / f'{module}.py').read_text() for module in named[0]}
     for test in named[1]:
         assert any(f'def {test}(' in text for text in code.values()), test
-    assert [int(row) for row in re.findall(r'^\| (\d+) \|', table, re.MULTILINE)] == list(range(1, 19))
+    rows = [int(row) for row in re.findall(r'^\| (\d+) \|', table, re.MULTILINE)]
+    assert len(rows) >= 18 and rows == list(range(1, len(rows) + 1))

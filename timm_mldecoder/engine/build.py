@@ -131,9 +131,10 @@ def model_dtype(options: Namespace) -> torch.dtype | None:
     return getattr(torch, options.model_dtype) if options.model_dtype else None
 
 
+@torch.no_grad()
 def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    classifier = model.get_classifier()
-    with torch.no_grad():
+    found = model.get_classifier()
+    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
         if scale is not None:
             classifier.weight.mul_(scale)
             classifier.bias.mul_(scale)
@@ -165,7 +166,10 @@ def create_loss(options: Namespace, dataset: Dataset) -> nn.Module:
         if own is not None:
             return own
     soft_targets = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
-    stats = load_class_stats(options.class_stats)
+    try:
+        stats = load_class_stats(options.class_stats)
+    except (ValueError, TypeError) as error:  # no JSON, or no numbers
+        raise ValueError(f'--class-stats {options.class_stats}: {error}') from error
     loss = options.loss or ('bce' if options.bce_loss else None)
     settings = dict(
         loss_type=loss,

@@ -90,6 +90,8 @@ def check_validate(options: Namespace) -> None:
         raise ValueError(f'--checkpoint {options.checkpoint}: no such file or folder')
     if options.real_labels and options.bad_image == 'skip':
         raise ValueError('--real-labels matches images by their order: it needs --bad-image abort')
+    if options.real_labels and not os.path.isfile(options.real_labels):
+        raise ValueError(f'--real-labels {options.real_labels}: no such file')
     for name in ('results_file', 'class_report', 'write_class_priors'):
         _check_writable(f'--{name.replace("_", "-")}', getattr(options, name))
 
