@@ -167,7 +167,8 @@ def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes
     assert ((read_priors('priors.csv', NAMES) > 0) & (read_priors('priors.csv', NAMES) < 1)).all()
 
     # and the priors go into the loss of another run
-    train_scenes(scenes, '--loss', 'csl', '--loss-kwargs', 'mode=selective', '--class-priors', 'priors.csv')
+    train_scenes(scenes, '--loss', 'csl', '--loss-kwargs', 'mode=selective', '--class-priors', 'priors.csv',
+                 '--experiment', 'another')
 
 
 def number(output: str, name: str) -> float:
