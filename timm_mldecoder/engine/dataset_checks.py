@@ -52,7 +52,7 @@ def check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
     size = getattr(patches, 'img_size', None)
     if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
         raise ValueError(f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x '
-                         f'{input_size[2]}; build it for those by --model-kwargs img_size={input_size[1]}')
+                         f'{input_size[2]}; pass --img-size {size[0]}, or --model-kwargs img_size={input_size[1]}')
 
 
 def check_classes(dataset: Any, num_classes: int, asked_for: bool) -> None:
