@@ -71,6 +71,8 @@ def run(script: str, *flags: str) -> str:
 
 def train(data: Path, folder: Path, head: dict | None, flags: list[str], seed: int = 42) -> tuple[dict, float]:
     """Train one head; the row of the best epoch in summary.csv, and seconds."""
+    for old in folder.glob('*.pth.tar'):
+        old.unlink()  # of an earlier demo: train.py does not start over another run
     start = time.perf_counter()
     run('train.py', str(data), *COMMON, *flags, *head_flags(head), '--seed', str(seed),
         '--output', str(folder.parent), '--experiment', folder.name)

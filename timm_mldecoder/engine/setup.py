@@ -72,11 +72,12 @@ def set_up(options: Namespace, world: World) -> Run:
     # where it stands, and where it goes
     folder = _create_folder(options, config) if world.primary else None
     written = _options_text({**as_given, 'lr': options.lr})
-    goes_on, = world.highest(folder is not None and _started_again(folder, written))
+    occupied = folder is not None and bool(checkpoints_in(folder))
+    occupied, goes_on = world.highest(occupied, occupied and _started_again(folder, written))
     source = 'auto' if goes_on else options.resume
-    if folder and not source and checkpoints_in(folder):
-        raise ValueError(f'{folder} holds the checkpoints of a run; go on with it by --resume auto, choose another '
-                         f'--experiment, or remove the folder')
+    if occupied and not source:
+        raise ValueError(f'{folder or options.experiment} holds the checkpoints of a run; go on with it by '
+                         f'--resume auto, choose another --experiment, or remove the folder')
     state = TrainingState(
         task=task,
         optimizer=optimizer,
@@ -162,13 +163,13 @@ def _create_folder(options: Namespace, config: dict[str, Any]) -> Path:
 
 
 def _started_again(folder: Path, written: str) -> bool:
-    """Whether torchrun started this very run again after it had saved: it goes on then, whatever `--resume` says.
+    """Whether torchrun started this very run again: with something saved it goes on then, whatever `--resume` says.
 
     A run that was refused the folder is started again, too, but has not written its options there.
     """
     again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
     path = folder / OPTIONS_FILE
-    return again and path.exists() and path.read_text() == written and bool(checkpoints_in(folder))
+    return again and path.exists() and path.read_text() == written
 
 
 def _options_text(options: dict[str, Any]) -> str:
