@@ -258,8 +258,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     ) -> Tensor | None:
         """Columns of all ranks' images [N, c], on the rank `owner` only."""
         width = columns.stop - columns.start
-        local = [part[:, columns] for part in parts] or [torch.empty(0, width, dtype=dtype)]
-        local = torch.cat(local).to(self.device)
+        local = torch.cat([part[:, columns] for part in parts] or [torch.empty(0, width, dtype=dtype)]).to(self.device)
         if not distributed:
             return local
         padded = F.pad(local, (0, 0, 0, max(rows) - len(local)))  # collectives want one shape
