@@ -196,6 +196,8 @@ def test_timms_losses_serve_where_they_can_and_ours_where_they_cannot(tmp_path):
     ours = loss_of('voc2007', partial, '--loss', 'asl', '--loss-kwargs', 'asl_gamma_neg=3')
     assert isinstance(ours, AsymmetricLoss)
     torch.testing.assert_close(ours(logits, target), timms(logits, target))
+    ours = loss_of('coco2014', complete, '--loss', 'asl', '--loss-kwargs', 'gamma_neg=3')  # by our names, ours
+    torch.testing.assert_close(ours(logits, target), timms(logits, target))
     timms, ours = loss_of('coco2014', complete), loss_of('voc2007', partial)
     torch.testing.assert_close(ours(logits, target), timms(logits, target))
 

@@ -266,3 +266,14 @@ def test_the_curves_of_runs_are_drawn(finished, tmp_path):
     with pytest.raises(ValueError, match='nothing/summary.csv: no epochs'):
         (tmp_path / 'nothing').mkdir()
         plot.main([str(tmp_path / 'nothing')])
+
+
+def test_flags_that_need_more_than_bare_weights(images, tmp_path):
+    weights = tmp_path / 'bare.pth'
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
+    flags = [images, '--model', 'test_resnet', '--num-classes', '3', '-j', '0', '--checkpoint', str(weights)]
+    with pytest.raises(ValueError, match='holds no averaged weights'):
+        validate.main([*flags, '--use-ema'])
+    with pytest.raises(ValueError, match='--write-thresholds writes into a checkpoint of train.py'):
+        validate.main([*flags, '--task', 'multilabel', '--write-thresholds'])
+    assert 'thresholds' not in torch.load(weights)

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predict as the command line says."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.use_ema and not options.checkpoint:
+        parser.error('--use-ema takes the averaged weights of a --checkpoint')
     setup_default_logging()
     try:
         files = find_images(options.images)
@@ -91,7 +93,8 @@ def load(options: argparse.Namespace) -> Predictor:
     """
     thresholds, content, config = None, {}, {}
     if options.checkpoint:
-        asked, explicit = parse_validate(['.', '--checkpoint', str(options.checkpoint), '--device', options.device])
+        asked, explicit = parse_validate(['.', '--checkpoint', str(options.checkpoint), '--device', options.device,
+                                          *(['--use-ema'] if options.use_ema else [])])
         content, config = take_checkpoint(asked, explicit)
         model = create_model(asked, content, World(torch.device(options.device)))
         multilabel, thresholds = asked.task == 'multilabel', content.get('thresholds')
@@ -214,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument('--model', help='a pretrained timm model, as in local-dir:FOLDER')
     model.add_argument('--checkpoint', type=Path, help='a checkpoint of train.py')
+    parser.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
     parser.add_argument('--classes', help='classes to ask a model with word queries for, separated by commas')
     parser.add_argument('--word-embeddings', type=Path, help='label embeddings of the classes')
     parser.add_argument('--out', type=Path, help='.csv or .json; CSV on the screen if left out')

@@ -28,7 +28,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     Raises:
         ValueError: If a column is missing from the header, or a row has no path.
     """
-    with path.open(newline='', encoding='utf-8') as file:
+    with path.open(newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file)
         missing = {'path', 'labels'} - set(reader.fieldnames or ())
         if missing:

@@ -51,7 +51,7 @@ def create_own_loss(options: Namespace, dataset: Dataset) -> MultiLabelLoss | No
     """
     name = options.loss or 'bce'
     ignores = has_ignored(dataset)
-    timm_can = name in SHARED_LOSSES and not ignores and 'detach_focusing' not in options.loss_kwargs
+    timm_can = name in SHARED_LOSSES and not ignores and not options.loss_kwargs.keys() & _TIMM_DEFAULTS[name].keys()
     if timm_can or (name not in LOSSES and not ignores):
         return None
     if name not in LOSSES:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
 
 from timm_mldecoder.engine.nonfinite import Buffers
 
@@ -29,7 +28,8 @@ def ascended(model: nn.Module, rho: float) -> Iterator[None]:
     buffers = Buffers(model)
     with torch.no_grad():
         step = [weight.grad for weight in weights]
-        torch._foreach_mul_(step, rho / (get_total_norm(step) + 1e-12))  # no step at all from where they are 0
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(step)))
+        torch._foreach_mul_(step, rho / (length + 1e-12))  # no step at all from where they are 0
         torch._foreach_add_(weights, step)
     model.zero_grad()
     try:

@@ -103,6 +103,8 @@ def take_checkpoint(options: Namespace, explicit: dict[str, Any]) -> tuple[dict[
     """
     content = read_checkpoint(options.checkpoint)
     if RUN not in content:
+        if options.write_thresholds:
+            raise ValueError(f'--write-thresholds writes into a checkpoint of train.py; {options.checkpoint} is none')
         return content, {}
     trained = vars(content['args'])
     names = _INHERITED if 'model_dtype' in explicit or 'amp' in explicit else _INHERITED + _INHERITED_PRECISION
@@ -151,8 +153,6 @@ def create_model(options: Namespace, content: dict[str, Any] | None, world: Worl
 
 
 def _load_weights(model: nn.Module, content: dict[str, Any], options: Namespace) -> None:
-    if options.use_ema and 'state_dict_ema' not in content:
-        raise ValueError(f'--use-ema: {options.checkpoint} holds no averaged weights; leave the flag out')
     weights = _weights(content, options)
     if options.use_ml_decoder_head and RUN not in content:
         weights = convert_state_dict(weights, model)
@@ -164,6 +164,8 @@ def _load_weights(model: nn.Module, content: dict[str, Any], options: Namespace)
 
 
 def _weights(content: dict[str, Any], options: Namespace) -> dict[str, Any]:
+    if options.use_ema and 'state_dict_ema' not in content:
+        raise ValueError(f'--use-ema: {options.checkpoint} holds no averaged weights; leave the flag out')
     return content['state_dict_ema'] if options.use_ema else content.get('state_dict', content.get('model', content))
 
 
