@@ -104,6 +104,11 @@ def test_a_checkpoint_is_used_as_it_was_trained_and_draws_what_labels_look_at():
     trained = Path('labels.csv').read_text()
     predict([*base, '--use-ema'])
     assert Path('labels.csv').read_text() != trained, 'the averaged weights have other scores'
+    content = torch.load('out/run/last.pth.tar', weights_only=False)
+    torch.save({**content, 'thresholds': torch.full((5,), 0.5)}, 'other.pth.tar')  # tuned on other classes
+    with pytest.raises(SystemExit):
+        predict(['images', '--checkpoint', 'other.pth.tar'])
+    predict(['images', '--checkpoint', 'other.pth.tar', '--threshold', '0.5'])
     for name in ('a.png', 'b.png', 'deeper/c.png'):
         assert Image.open(Path('pictures', name)).width > 300
 

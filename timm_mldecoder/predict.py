@@ -110,6 +110,9 @@ def load(options: argparse.Namespace) -> Predictor:
     elif vocabulary is not None:
         names = vocabulary.class_names
     names = names or range(model.num_classes)
+    if options.threshold is None and thresholds is not None and len(thresholds) != len(names):
+        raise ValueError(f'{options.checkpoint} holds thresholds of {len(thresholds)} classes, and {len(names)} are '
+                         f'asked for: pass --threshold')
     if multilabel and (options.threshold is not None or thresholds is None):
         thresholds = torch.tensor(0.5 if options.threshold is None else options.threshold)
     return Predictor(
