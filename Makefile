@@ -9,13 +9,14 @@ demo: .venv/ready  ## train both heads on embedded data, print the table, leave 
 
 test: .venv/ready  ## linter and the fast suite
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
 
 models: .venv/ready  ## write docs/models.md anew
-	OMP_NUM_THREADS=1 $(RUN) docs/models.py --write
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.survey --write
 
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

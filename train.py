@@ -10,11 +10,11 @@ The flags are those of timm's own script, with the same defaults; `--help` lists
 import sys
 from collections.abc import Sequence
 
-from timm_mldecoder.engine import cli
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.train.setup import set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:

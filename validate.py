@@ -11,10 +11,10 @@ script, with the same defaults; `--help` lists them.
 import sys
 from collections.abc import Sequence
 
-from timm_mldecoder.engine import cli
-from timm_mldecoder.engine.options import parse_validate
-from timm_mldecoder.engine.sweep import score
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.eval.validate import score
+from timm_mldecoder.engine.flags import parse_validate
+from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.distributed import join_world
 
 
 def main(argv: Sequence[str] | None = None) -> None:

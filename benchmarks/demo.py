@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-from timm_mldecoder.attention import attention_maps
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import write_digit_scenes, write_digits
+from timm_mldecoder.models.attention_maps import attention_maps
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, CLASSES, SIZE = 'test_resnet', 10, 64
@@ -74,8 +74,19 @@ def train(data: Path, folder: Path, head: dict | None, flags: list[str], seed: i
     for old in folder.glob('*.pth.tar'):
         old.unlink()  # of an earlier demo: train.py does not start over another run
     start = time.perf_counter()
-    run('train.py', str(data), *COMMON, *flags, *head_flags(head), '--seed', str(seed),
-        '--output', str(folder.parent), '--experiment', folder.name)
+    run(
+        'train.py',
+        str(data),
+        *COMMON,
+        *flags,
+        *head_flags(head),
+        '--seed',
+        str(seed),
+        '--output',
+        str(folder.parent),
+        '--experiment',
+        folder.name,
+    )
     seconds = time.perf_counter() - start
     with (folder / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))
@@ -132,7 +143,7 @@ def draw(model: torch.nn.Module, data: Path, path: Path, count: int = 8) -> None
         axes[1, column].imshow(attention[0], cmap='jet', alpha=0.5)
     for axis in axes.flat:
         axis.axis('off')
-    figure.suptitle('true → predicted; below, the attention of the predicted class\'s query')
+    figure.suptitle("true → predicted; below, the attention of the predicted class's query")
     figure.savefig(path, dpi=120, bbox_inches='tight')
     print(f'What the head looks at: {path}')
 
@@ -149,8 +160,14 @@ def scenes(folder: Path, seeds: int) -> None:
     with ThreadPoolExecutor(max_workers=2) as pool:  # a run has one thread
         runs = {
             name: [
-                pool.submit(train, data, folder / f'{name}-scenes-{seed}', head,
-                            [*SCENES, *start, '--lr', SCENES_LR[name]], seed)
+                pool.submit(
+                    train,
+                    data,
+                    folder / f'{name}-scenes-{seed}',
+                    head,
+                    [*SCENES, *start, '--lr', SCENES_LR[name]],
+                    seed,
+                )
                 for seed in range(seeds)
             ]
             for name, head in HEADS.items()

@@ -53,8 +53,11 @@ def _row(module: str, pairs: list[tuple[float, float]]) -> list:
 def _seconds(program: str, plugin: bool) -> float:
     """What a program prints, in a new process with the plug-in or without."""
     environment = os.environ | {'TIMM_MLDECODER_AUTOLOAD': str(int(plugin))}
-    return float(subprocess.run(
-        [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 if __name__ == '__main__':

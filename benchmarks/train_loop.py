@@ -19,11 +19,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from benchmarks.measure import Step, markdown, paired_times, parser
-from timm_mldecoder.engine.loop import train_epoch
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.run import Run
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.loop import train_epoch
+from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.engine.train.setup import set_up
 
 HEADER = ('loop', 'img/s', 'of the plain loop')
 CLASSES = 10
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> str:
         with join_world(options) as world:
             times = paired_times(
                 {'plain': _plain_epoch(options), 'train.py': _engine_epoch(set_up(options, world))},
-                args.rounds, args.device)
+                args.rounds,
+                args.device,
+            )
     # the best epoch of each: an epoch takes seconds, and whatever else the machine does makes it longer, never shorter
     plain, ours = (args.images / min(times[name]) for name in ('plain', 'train.py'))
     return markdown(HEADER, [['plain', plain, '1.000'], ['`train.py`', ours, f'{ours / plain:.3f}']])

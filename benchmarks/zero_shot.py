@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import timm_mldecoder  # noqa: F401 - create_model takes ml_decoder
 from timm_mldecoder.data import shapes
 from timm_mldecoder.losses import RandomQueryLoss
-from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.metrics.multilabel import MultiLabelEvaluator
 
 HEAD = dict(decoder_embedding=64, num_heads=4, dim_feedforward=128, dropout=0.0)
 BATCH = 32

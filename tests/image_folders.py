@@ -16,6 +16,6 @@ def write_images(root: Path, train: int = 60, validation: int = 15, classes: int
             for index in range(count):
                 image = random.randint(0, 120, (size, size, 3))
                 y, x = random.randint(4, size - 20, 2)
-                image[y:y + 14, x:x + 14, label % 3] += 120
+                image[y : y + 14, x : x + 14, label % 3] += 120
                 Image.fromarray(image.astype(np.uint8)).save(folder / f'{index:03d}.png')
     return root

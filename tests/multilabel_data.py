@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_mldecoder.data.voc import CLASSES as VOC_CLASSES
+from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 
 # image number -> what every format below says of it; the colour tells the images apart
 LABELS = {11: {'dog'}, 12: {'cat', 'dog'}, 13: set()}

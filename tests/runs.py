@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from image_folders import write_images
 
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.run import Run
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.signals import SIGNALS, Stopped
-from timm_mldecoder.engine.world import join_world
-from timm_mldecoder.weights import read_checkpoint
+from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.runtime.signals import SIGNALS, Stopped
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.engine.train.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 6  # an epoch of MODEL on `write_data`
@@ -70,22 +70,35 @@ def command(script: str, *flags: str | Path, processes: int = 1, restarts: int =
     """The command of a script in one process or, by torchrun, in several."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-                     f'--max-restarts={restarts}', '--monitor-interval=0.1']
+        launcher += [
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc-per-node={processes}',
+            f'--max-restarts={restarts}',
+            '--monitor-interval=0.1',
+        ]
     return [*launcher, str(ROOT / script), *map(str, flags)]  # an absolute path stays what it is
 
 
 def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subprocess.Popen:
     """Start a script; what it says goes to `log`."""
     with log.open('w') as file:
-        return subprocess.Popen(command(script, *flags, **launch), stdout=file, stderr=subprocess.STDOUT,
-                                env=environment(), cwd=log.parent, start_new_session=True)
+        return subprocess.Popen(
+            command(script, *flags, **launch),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            cwd=log.parent,
+            start_new_session=True,
+        )
 
 
 def call(script: str, *flags: str | Path, **launch: int) -> subprocess.CompletedProcess:
     """Run a script to its end."""
-    return subprocess.run(command(script, *flags, **launch), capture_output=True, text=True, env=environment(),
-                          timeout=400)
+    return subprocess.run(
+        command(script, *flags, **launch), capture_output=True, text=True, env=environment(), timeout=400
+    )
 
 
 def last(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _NUMBERS = {
 _MACHINE = os.uname().machine
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 22, 38, 2
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _ERRNO = 0x7fff0000, 0x00050000
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 
 class _Program(ctypes.Structure):

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3, freeze, unfreeze
 from torch import nn
 
 from timm_mldecoder import MLDecoder, add_ml_decoder_head
-from timm_mldecoder.attach import ml_decoder_class
+from timm_mldecoder.models.attach import ml_decoder_class
 
 HEAD = dict(num_of_groups=4, decoder_embedding=32, num_heads=4, dim_feedforward=32)
 SWIN = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), img_size=64, window_size=2)

@@ -126,7 +126,7 @@ MISTAKES = [
     ('coco2014', COCO_FILE, '"category_id": 18', '"category_id": 99', None, 'json, annotation 0.*category 99'),
     ('coco2014', COCO_FILE, '"image_id": 11', '"image_id": 99', None, 'annotation 0: unknown image 99'),
     ('coco2014', COCO_FILE, '}]}', '}', None, 'train2014.json is not a complete'),
-    ('coco2014', COCO_FILE, '"categories"', '"cats"', None, "train2014.json.*KeyError..categories"),
+    ('coco2014', COCO_FILE, '"categories"', '"cats"', None, 'train2014.json.*KeyError..categories'),
     ('coco2014', None, '', '', 'test', "'test'.*train.*validation"),
     ('coco2017', 'annotations/instances_train2014.json', '', '', None, 'instances_train2017.json is missing'),
     ('voc2007', f'{VOC_LISTS}/cat_train.txt', '000012  1', '000012  2', None, "cat_train.txt, line 2.*'000012  2'"),

@@ -16,13 +16,14 @@ import pytest
 from image_folders import write_images
 from runs import ROOT, call, command, environment, last, summary
 
-from timm_mldecoder.engine.world import first_node
+from timm_mldecoder.engine.runtime.distributed import first_node
 
 # no batch norm, no augmentation, no dropout: what is left is the same for any number of processes
 PLAIN = shlex.split(
     '--num-classes 3 --device cpu --model test_vit --img-size 160 -j 0 --epochs 2 --warmup-epochs 0 --opt sgd '
     '--lr 0.02 --no-aug --smoothing 0 --use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 '
-    '--ml-decoder-kwargs dropout=0.0')
+    '--ml-decoder-kwargs dropout=0.0'
+)
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +63,7 @@ def joined(dataset, *args, is_training=False, batch_size=1, **kwargs):
             inner.dataset, batch_sampler=Joined(dataset, batch_size // 2), collate_fn=inner.collate_fn,
             worker_init_fn=inner.worker_init_fn)
     return made
-import timm_mldecoder.engine.loaders as loaders
+import timm_mldecoder.engine.input.loaders as loaders
 loaders.create_loader = joined
 train.main(sys.argv[1:])
 '''
@@ -72,13 +73,19 @@ def test_two_processes_train_as_one_on_the_same_global_batches(data, tmp_path):
     flags = [data, *PLAIN, '--model-ema', '--model-ema-decay', '0.5', '--grad-accum-steps', '2', '--output', tmp_path]
     two = call('train.py', *flags, '-b', '3', '--experiment', 'two', processes=2)
     assert two.returncode == 0, two.stderr[-3000:]
-    one = subprocess.run([sys.executable, '-c', AS_TWO.format(root=str(ROOT)), *map(str, flags), '-b', '6',
-                          '--experiment', 'one'], env=environment(), capture_output=True, text=True, timeout=400)
+    one = subprocess.run(
+        [sys.executable, '-c', AS_TWO.format(root=str(ROOT)), *map(str, flags), '-b', '6', '--experiment', 'one'],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert one.returncode == 0, one.stderr[-3000:]
 
     for ours, theirs in zip(summary(tmp_path / 'two'), summary(tmp_path / 'one'), strict=True):
         assert {name: float(value) for name, value in ours.items()} == pytest.approx(
-            {name: float(value) for name, value in theirs.items()}, abs=1e-5)
+            {name: float(value) for name, value in theirs.items()}, abs=1e-5
+        )
     weights, expected = last(tmp_path / 'two'), last(tmp_path / 'one')
     for key in ('state_dict', 'state_dict_ema'):
         for name, value in expected[key].items():
@@ -92,19 +99,49 @@ def test_metrics_are_exact_where_images_do_not_divide_evenly(data, tmp_path):
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
     scores = []
     for processes in (2, 4):
-        process = call('validate.py', data, '--checkpoint', checkpoint, '-j', '0', '-b', '2', '--device', 'cpu',
-                       '--metrics-avg', 'macro', processes=processes)
+        process = call(
+            'validate.py',
+            data,
+            '--checkpoint',
+            checkpoint,
+            '-j',
+            '0',
+            '-b',
+            '2',
+            '--device',
+            'cpu',
+            '--metrics-avg',
+            'macro',
+            processes=processes,
+        )
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.count('--result') == 1, 'told once'
         scores.append(json.loads(process.stdout.split('--result\n')[1]))
-    row, = csv.DictReader((tmp_path / 'run' / 'summary.csv').open())
+    (row,) = csv.DictReader((tmp_path / 'run' / 'summary.csv').open())
     assert scores[0] == scores[1]
     assert scores[0]['top1'] == float(row['eval_top1'])
 
 
 def test_batch_norm_statistics_and_repeated_augmentation_across_processes(data, tmp_path):
-    flags = [data, '--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '4',
-             '-j', '1', '--epochs', '1', '--output', tmp_path]
+    flags = [
+        data,
+        '--num-classes',
+        '3',
+        '--device',
+        'cpu',
+        '--model',
+        'test_resnet',
+        '--img-size',
+        '32',
+        '-b',
+        '4',
+        '-j',
+        '1',
+        '--epochs',
+        '1',
+        '--output',
+        tmp_path,
+    ]
     for name, extra in (('reduced', ['--aug-repeats', '3']), ('not_shared', ['--dist-bn', '', '--no-ddp-bb'])):
         process = call('train.py', *flags, *extra, '--experiment', name, processes=2)
         assert process.returncode == 0, process.stderr[-3000:]
@@ -126,12 +163,21 @@ def free_port():
 
 LAUNCHERS = {
     # torch.distributed.launch and its like: the variables of torchrun, and a flag
-    'launch': (lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'),
-               lambda rank: ['--local-rank', str(rank)]),
+    'launch': (
+        lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'),
+        lambda rank: ['--local-rank', str(rank)],
+    ),
     # srun on one node: no address is given, it is the first node of the step
-    'slurm': (lambda rank: dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NTASKS='2', SLURM_JOB_ID='77',
-                                SLURM_STEP_NODELIST='localhost'),
-              lambda rank: []),
+    'slurm': (
+        lambda rank: dict(
+            SLURM_PROCID=str(rank),
+            SLURM_LOCALID=str(rank),
+            SLURM_NTASKS='2',
+            SLURM_JOB_ID='77',
+            SLURM_STEP_NODELIST='localhost',
+        ),
+        lambda rank: [],
+    ),
 }
 
 
@@ -140,11 +186,39 @@ def test_other_launchers_environments(data, tmp_path, launcher):
     variables, flags = LAUNCHERS[launcher]
     inherited = {name: value for name, value in environment().items() if not name.startswith('SLURM')}
     port = free_port()
-    processes = [subprocess.Popen(
-        command('train.py', data, '--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32',
-                '-b', '4', '-j', '0', '--epochs', '1', '--output', tmp_path, '--experiment', 'run', *flags(rank)),
-        env={**inherited, 'MASTER_PORT': port, **variables(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, cwd=tmp_path) for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command(
+                'train.py',
+                data,
+                '--num-classes',
+                '3',
+                '--device',
+                'cpu',
+                '--model',
+                'test_resnet',
+                '--img-size',
+                '32',
+                '-b',
+                '4',
+                '-j',
+                '0',
+                '--epochs',
+                '1',
+                '--output',
+                tmp_path,
+                '--experiment',
+                'run',
+                *flags(rank),
+            ),
+            env={**inherited, 'MASTER_PORT': port, **variables(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
     assert 'Training with 2 processes' in outputs[0][1]
@@ -152,10 +226,16 @@ def test_other_launchers_environments(data, tmp_path, launcher):
     assert last(tmp_path / 'run')['timm_mldecoder']['world_size'] == 2
 
 
-@pytest.mark.parametrize(('nodes', 'first'), [
-    ('gpu1', 'gpu1'), ('gpu1,gpu2', 'gpu1'), ('gpu[03-05,9]', 'gpu03'), ('a[1,3]-ib,b2', 'a1-ib'),
-    ('node-7-[12-13].cluster', 'node-7-12.cluster'),
-])
+@pytest.mark.parametrize(
+    ('nodes', 'first'),
+    [
+        ('gpu1', 'gpu1'),
+        ('gpu1,gpu2', 'gpu1'),
+        ('gpu[03-05,9]', 'gpu03'),
+        ('a[1,3]-ib,b2', 'a1-ib'),
+        ('node-7-[12-13].cluster', 'node-7-12.cluster'),
+    ],
+)
 def test_the_first_node_of_a_slurm_list(nodes, first):
     assert first_node(nodes) == first
 
@@ -163,7 +243,7 @@ def test_the_first_node_of_a_slurm_list(nodes, first):
 def test_gradients_are_exchanged_once_an_update(data, tmp_path):
     """Counted by a hook on the exchange itself."""
     program = tmp_path / 'count.py'
-    program.write_text(f'''
+    program.write_text(f"""
 import sys, os, json
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
@@ -181,12 +261,29 @@ DDP.__init__ = counting
 train.main(sys.argv[1:])
 if os.environ['RANK'] == '0':
     print('exchanges', count[0])
-''')
+""")
     process = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(program), str(data),
-         *shlex.split('--num-classes 3 --device cpu --model test_resnet --img-size 32 -b 2 -j 0 --epochs 1'),
-         '--grad-accum-steps', '2', '--output', str(tmp_path), '--experiment', 'run'],
-        env=environment(), capture_output=True, text=True, timeout=400)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc-per-node=2',
+            str(program),
+            str(data),
+            *shlex.split('--num-classes 3 --device cpu --model test_resnet --img-size 32 -b 2 -j 0 --epochs 1'),
+            '--grad-accum-steps',
+            '2',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'exchanges 3' in process.stdout, 'six batches of two on each process, two of them an update'
 
@@ -194,20 +291,50 @@ if os.environ['RANK'] == '0':
 @pytest.mark.slow
 def test_two_nodes_start_again_after_one_lost_a_process(data, tmp_path):
     """Two torchruns that meet on this machine, each for one of two nodes."""
-    flags = [data, *PLAIN, '--epochs', '6', '-b', '2', '--log-interval', '1', '--recovery-interval', '1',
-             '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--max-restarts=3',
-                '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{free_port()}', '--monitor-interval=0.1']
+    flags = [
+        data,
+        *PLAIN,
+        '--epochs',
+        '6',
+        '-b',
+        '2',
+        '--log-interval',
+        '1',
+        '--recovery-interval',
+        '1',
+        '--output',
+        tmp_path,
+        '--experiment',
+        'run',
+        '--resume',
+        'auto',
+    ]
+    launcher = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nnodes=2',
+        '--nproc-per-node=1',
+        '--max-restarts=3',
+        '--rdzv-backend=c10d',
+        f'--rdzv-endpoint=127.0.0.1:{free_port()}',
+        '--monitor-interval=0.1',
+    ]
     logs = [tmp_path / f'node{node}.log' for node in range(2)]
     nodes = []
     for log in logs:
         with log.open('w') as file:
-            nodes.append(subprocess.Popen(
-                [*launcher, str(ROOT / 'train.py'), *map(str, flags)], stdout=file, stderr=subprocess.STDOUT,
-                env={**environment(), 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}))
+            nodes.append(
+                subprocess.Popen(
+                    [*launcher, str(ROOT / 'train.py'), *map(str, flags)],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env={**environment(), 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'},
+                )
+            )
     try:
         wait_for(r'Train: 1 \[', *logs, processes=nodes)
-        worker, = children(nodes[1].pid)
+        (worker,) = children(nodes[1].pid)
         os.kill(worker, signal.SIGKILL)
         assert [node.wait(200) for node in nodes] == [0, 0], logs[0].read_text()[-3000:]
     finally:

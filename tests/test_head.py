@@ -55,9 +55,11 @@ def reference(head: MLDecoder, features: torch.Tensor) -> torch.Tensor:
             queries = out
         weight, bias = p['group_fc.weight'], p['group_fc.bias']
         group = math.ceil(head.num_classes / len(queries))
-        images.append(torch.stack([
-            queries[c // group] @ weight[c // group, :, c % group] + bias[c] for c in range(head.num_classes)
-        ]))
+        images.append(
+            torch.stack(
+                [queries[c // group] @ weight[c // group, :, c % group] + bias[c] for c in range(head.num_classes)]
+            )
+        )
     return torch.stack(images)
 
 

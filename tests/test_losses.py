@@ -196,9 +196,7 @@ def test_scaled_logits_are_the_same_loss():
     torch.testing.assert_close(create_loss('aam', scaled_logits=True, **options)(17.0 * cosines, target), expected)
 
 
-@pytest.mark.parametrize(
-    ('num_classes', 'scale'), [(1, 7), (20, 7), (80, math.sqrt(5) * math.log(79)), (10**6, 30)]
-)
+@pytest.mark.parametrize(('num_classes', 'scale'), [(1, 7), (20, 7), (80, math.sqrt(5) * math.log(79)), (10**6, 30)])
 def test_automatic_scale(num_classes, scale):
     assert automatic_scale(num_classes) == pytest.approx(scale)
 

@@ -16,9 +16,9 @@ from torch.nn.functional import cosine_similarity
 
 from timm_mldecoder import CosineClassifier, add_cosine_classifier
 from timm_mldecoder.data.digits import write_digit_scenes
-from timm_mldecoder.engine import build
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.world import World
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.train import build
 from timm_mldecoder.predict import main as predict
 from train import main as train
 from validate import main as validate
@@ -65,9 +65,10 @@ def test_logits_are_the_scaled_cosine():
             CosineClassifier(6, 3, scale=bad)
 
 
-@pytest.mark.parametrize(('name', 'place'), [
-    ('test_resnet', 'fc'), ('test_vit', 'head'), ('test_efficientnet', 'classifier'), ('test_convnext', 'head.fc'),
-])
+@pytest.mark.parametrize(
+    ('name', 'place'),
+    [('test_resnet', 'fc'), ('test_vit', 'head'), ('test_efficientnet', 'classifier'), ('test_convnext', 'head.fc')],
+)
 def test_it_takes_the_place_of_a_models_classifier(name, place):
     model = timm.create_model(name, num_classes=4).eval()
     before = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(place)}
@@ -87,9 +88,9 @@ def test_it_takes_the_place_of_a_models_classifier(name, place):
     assert 0 < classifier.weight.grad.abs().max() < 1e3
 
 
-@pytest.mark.parametrize(('name', 'found'), [
-    ('deit_tiny_distilled_patch16_224', 'Linear and Linear'), ('resnetv2_50', 'Conv2d'),
-])
+@pytest.mark.parametrize(
+    ('name', 'found'), [('deit_tiny_distilled_patch16_224', 'Linear and Linear'), ('resnetv2_50', 'Conv2d')]
+)
 def test_a_model_without_one_linear_classifier_is_refused(name, found):
     model = timm.create_model(name, num_classes=3)
     with pytest.raises(ValueError, match=f'classifies by {found}'):
@@ -162,24 +163,30 @@ def test_biases_have_their_own_rate_and_nothing_short_decays():
             assert settings[id(parameter)]['weight_decay'] == (5e-4 if decays else 0), name
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--cosine-classifier 12 --use-ml-decoder-head 1', '--ml-decoder-kwargs classifier=cosine cosine_scale=12'),
-    ('--cosine-classifier 0', '--cosine-classifier 0.0: the scale must be above 0'),
-    ('--cosine-classifier 12 --loss aam', 'scale=12 scaled_logits=True'),
-    ('--cosine-classifier 12 --loss aam --loss-kwargs scale=12', 'scaled_logits=True'),
-    ('--cosine-classifier 12 --loss aam --loss-kwargs scale=7 scaled_logits=True', 'scale=12'),
-    ('--use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine cosine_scale=9.5 --loss aam', 'scale=9.5'),
-    ('--bias-lr-scale -2', '--bias-lr-scale -2.0 is below 0'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--cosine-classifier 12 --use-ml-decoder-head 1', '--ml-decoder-kwargs classifier=cosine cosine_scale=12'),
+        ('--cosine-classifier 0', '--cosine-classifier 0.0: the scale must be above 0'),
+        ('--cosine-classifier 12 --loss aam', 'scale=12 scaled_logits=True'),
+        ('--cosine-classifier 12 --loss aam --loss-kwargs scale=12', 'scaled_logits=True'),
+        ('--cosine-classifier 12 --loss aam --loss-kwargs scale=7 scaled_logits=True', 'scale=12'),
+        ('--use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine cosine_scale=9.5 --loss aam', 'scale=9.5'),
+        ('--bias-lr-scale -2', '--bias-lr-scale -2.0 is below 0'),
+    ],
+)
 def test_mistakes_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', '--task', 'multilabel', *flags.split()])
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--bias-lr-scale 2 --sched none', 'needs a schedule'),
-    ('--cosine-classifier 1 --head-init-scale 2', '--cosine-classifier has not'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--bias-lr-scale 2 --sched none', 'needs a schedule'),
+        ('--cosine-classifier 1 --head-init-scale 2', '--cosine-classifier has not'),
+    ],
+)
 def test_a_flag_without_effect_is_said(caplog, flags, message):
     parse_train(['DIR', *flags.split()])
     assert [message in record.getMessage() for record in caplog.records] == [True]

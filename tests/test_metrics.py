@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import distributed as dist
 
-from timm_mldecoder import metrics as metrics_module
 from timm_mldecoder.metrics import MeanProbability, MultiLabelEvaluator, average_precision, best_thresholds
+from timm_mldecoder.metrics import multilabel as metrics_module
 
 NUM_IMAGES, NUM_CLASSES = 57, 7
 

@@ -1,7 +1,6 @@
 """Every timm model takes the head: one model of each timm module here, every name in the slow sweep."""
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 
-SURVEY = Path(__file__).resolve().parents[1] / 'docs' / 'models.py'
-attach = runpy.run_path(str(SURVEY), run_name='survey')['attach']
+from benchmarks.survey import attach
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # the smallest classifier of each module of timm 1.0.31
 SMALLEST = """
@@ -44,7 +44,7 @@ def test_the_smallest_of_its_module(name):
 
 @pytest.mark.slow
 def test_every_name():
-    process = subprocess.run([sys.executable, SURVEY], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, '-m', 'benchmarks.survey'], cwd=ROOT, capture_output=True, text=True)
     print(process.stdout)
     assert process.returncode == 0, process.stdout
     attached, refused, failed = map(int, re.search(r'attached (\d+), .* (\d+), failed (\d+)', process.stdout).groups())

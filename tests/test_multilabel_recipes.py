@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from timm_mldecoder.data.digits import write_digit_scenes
-from timm_mldecoder.engine.build import create_loss
-from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.train.build import create_loss
 from train import main as train
 
 HPARAMS = Path(__file__).resolve().parents[1] / 'hparams'
@@ -20,8 +20,10 @@ PUBLISHED = {
     'coco/tresnet_l_224_mldecoder.yaml': ('85.5', dict(model='tresnet_v2_l', img_size=224)),
     'coco/tresnet_l_448_mldecoder.yaml': ('90.0', dict(model='tresnet_v2_l', img_size=448)),
     'coco/tresnet_l_640_mldecoder.yaml': ('91.1', dict(model='tresnet_v2_l', img_size=640)),
-    'coco/tresnet_xl_640_mldecoder.yaml': ('91.4', dict(
-        model='tresnet_v2_l', model_kwargs=dict(layers=[3, 8, 34, 5]), img_size=640)),
+    'coco/tresnet_xl_640_mldecoder.yaml': (
+        '91.4',
+        dict(model='tresnet_v2_l', model_kwargs=dict(layers=[3, 8, 34, 5]), img_size=640),
+    ),
     'coco/tresnet_l_448_heads_gap.yaml': ('87.0', dict(use_ml_decoder_head=0)),
     'coco/tresnet_l_448_heads_mldecoder_k20.yaml': ('88.0', dict(use_ml_decoder_head=1, num_of_groups=20)),
     'coco/tresnet_l_448_heads_mldecoder_k80.yaml': ('88.1', dict(use_ml_decoder_head=1, num_of_groups=-1)),

@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
-from timm_mldecoder.engine.build import create_loss
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.build import create_loss
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.train.setup import set_up
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, BinaryCrossEntropyLoss, ClassAwareSelectiveLoss
 from train import main as train
 from validate import main as validate
@@ -44,7 +44,7 @@ CHECKPOINT = 'output/run/model_best.pth.tar'
 
 
 def load(path: str | Path) -> dict:
-    from timm_mldecoder.weights import read_checkpoint
+    from timm_mldecoder.checkpoints.published import read_checkpoint
 
     return read_checkpoint(path)
 
@@ -167,8 +167,17 @@ def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes
     assert ((read_priors('priors.csv', NAMES) > 0) & (read_priors('priors.csv', NAMES) < 1)).all()
 
     # and the priors go into the loss of another run
-    train_scenes(scenes, '--loss', 'csl', '--loss-kwargs', 'mode=selective', '--class-priors', 'priors.csv',
-                 '--experiment', 'another')
+    train_scenes(
+        scenes,
+        '--loss',
+        'csl',
+        '--loss-kwargs',
+        'mode=selective',
+        '--class-priors',
+        'priors.csv',
+        '--experiment',
+        'another',
+    )
 
 
 def number(output: str, name: str) -> float:

@@ -7,22 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_mldecoder.engine.options import (
-    parse_train,
-    parse_validate,
-    tell_without_effect,
-    train_parser,
-    validate_parser,
-)
-from timm_mldecoder.engine.options.refused import TRAIN_REFUSED, VALIDATE_REFUSED
+from timm_mldecoder.engine.flags import parse_train, parse_validate, tell_without_effect, train_parser, validate_parser
+from timm_mldecoder.engine.flags.unsupported import TRAIN_REFUSED, VALIDATE_REFUSED
 
 # the flags of timm 1.0.29's scripts
 TIMM_FLAGS = list(csv.DictReader(Path(__file__).with_name('timm_flags.csv').open()))
 # what 1.0.31 added to them
 ADDED = {
     'train': '--task --target-format --multilabel-threshold --loss --loss-pos-weight --loss-class-weight --poly-gamma '
-             '--loss-weight-power --class-stats --poly-epsilon --resume --stop-epoch --save-epochs --lr-decay-fn '
-             '--lr-stable-timescale --config',
+    '--loss-weight-power --class-stats --poly-epsilon --resume --stop-epoch --save-epochs --lr-decay-fn '
+    '--lr-stable-timescale --config',
     'validate': '--task --target-format --multilabel-threshold',
 }
 PARSERS = {'train': train_parser, 'validate': validate_parser}
@@ -47,17 +41,20 @@ def test_what_timm_added_is_there(script):
     assert set(ADDED[script].split()) <= ours
 
 
-@pytest.mark.parametrize(('flags', 'group'), [
-    ('--naflex-loader', 'NaFlex loaders'),
-    ('--naflex-max-seq-len 128', 'NaFlex loaders'),
-    ('--kd-model-name resnet18', 'Knowledge distillation'),
-    ('--aug-splits 3', 'Augmentation splits'),
-    ('--jsd-loss', 'Augmentation splits'),
-    ('--loss jsd', 'Augmentation splits'),
-    ('--split-bn', 'Split batch norm'),
-    ('--torchscript', 'TorchScript'),
-    ('--fuser te', 'TorchScript'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'group'),
+    [
+        ('--naflex-loader', 'NaFlex loaders'),
+        ('--naflex-max-seq-len 128', 'NaFlex loaders'),
+        ('--kd-model-name resnet18', 'Knowledge distillation'),
+        ('--aug-splits 3', 'Augmentation splits'),
+        ('--jsd-loss', 'Augmentation splits'),
+        ('--loss jsd', 'Augmentation splits'),
+        ('--split-bn', 'Split batch norm'),
+        ('--torchscript', 'TorchScript'),
+        ('--fuser te', 'TorchScript'),
+    ],
+)
 def test_a_refused_flag_points_to_timm_with_the_head(flags, group):
     with pytest.raises(ValueError, match=f"{flags.split()[0]}.*{group}.*timm's own train.py .*ml_decoder=True"):
         parse_train(['DIR', *flags.split()])
@@ -65,8 +62,22 @@ def test_a_refused_flag_points_to_timm_with_the_head(flags, group):
 
 def test_nothing_else_is_refused():
     refused = {names[0] for _, rows in TRAIN_REFUSED for names, _ in rows}
-    assert all(flag.startswith(('--naflex', '--kd', '--distill', '--task-loss', '--aug-splits', '--jsd', '--split-bn',
-                                '--torchscript', '--fuser')) for flag in refused)
+    assert all(
+        flag.startswith(
+            (
+                '--naflex',
+                '--kd',
+                '--distill',
+                '--task-loss',
+                '--aug-splits',
+                '--jsd',
+                '--split-bn',
+                '--torchscript',
+                '--fuser',
+            )
+        )
+        for flag in refused
+    )
     assert {names[0] for _, rows in VALIDATE_REFUSED for names, _ in rows} <= refused | {'--tf-preprocessing'}
     with pytest.raises(ValueError, match='validate.py'):
         parse_validate(['DIR', '--torchscript'])
@@ -92,22 +103,25 @@ def test_config_values_are_read_as_flags_are(config):
     assert options.epochs == 9, 'the command line wins'
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    ('wieght_decay: 0.1', "'wieght_decay' is no option; did you mean 'weight_decay'"),
-    ('amp: "no"', "amp: expects true or false, got 'no'"),
-    ('epochs: ten', "epochs: expects int, got 'ten'"),
-    ('epochs: true', 'epochs: expects int, got True'),
-    ('epochs: 1.5', 'epochs: expects int, got 1.5'),
-    ('lr: fast', "lr: expects float, got 'fast'"),
-    ('model: 5', 'model: expects str, got 5'),
-    ('opt_betas: 0.9', 'opt_betas: expects a list'),
-    ('input_size: [3, 224]', 'input_size: expects 3 values, got 2'),
-    ('task: segmentation', "'segmentation' is not one of classification, multilabel"),
-    ('opt_kwargs: [1]', 'opt_kwargs: expects a mapping'),
-    ('epochs: null', 'epochs: expects int'),
-    ('- a\n- b', 'holds list, not a mapping'),
-    ('a: [', 'not readable YAML'),
-])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('wieght_decay: 0.1', "'wieght_decay' is no option; did you mean 'weight_decay'"),
+        ('amp: "no"', "amp: expects true or false, got 'no'"),
+        ('epochs: ten', "epochs: expects int, got 'ten'"),
+        ('epochs: true', 'epochs: expects int, got True'),
+        ('epochs: 1.5', 'epochs: expects int, got 1.5'),
+        ('lr: fast', "lr: expects float, got 'fast'"),
+        ('model: 5', 'model: expects str, got 5'),
+        ('opt_betas: 0.9', 'opt_betas: expects a list'),
+        ('input_size: [3, 224]', 'input_size: expects 3 values, got 2'),
+        ('task: segmentation', "'segmentation' is not one of classification, multilabel"),
+        ('opt_kwargs: [1]', 'opt_kwargs: expects a mapping'),
+        ('epochs: null', 'epochs: expects int'),
+        ('- a\n- b', 'holds list, not a mapping'),
+        ('a: [', 'not readable YAML'),
+    ],
+)
 def test_config_mistakes_are_named(config, text, message):
     with pytest.raises(ValueError, match='--config .*options.yaml') as error:
         parse_train(config(text))
@@ -135,26 +149,29 @@ def test_every_option_survives_yaml(config):
     assert {name: again[name] for name in saved} == saved
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--opt nosuch', '--opt nosuch: no such optimizer'),
-    ('--model resnet51', 'did you mean resnet'),
-    ('--sched cosinus', "'cosinus' is not one of 'cosine'"),
-    ('--clip-mode soft', "'soft' is not one of 'norm'"),
-    ('--epochs 0', '--epochs 0 is below 1'),
-    ('-b 13 --mixup 0.2', 'batch size 13.*must be even'),
-    ('--bce-loss --loss ce', '--bce-loss contradicts --loss ce'),
-    ('--amp --model-dtype bfloat16', '--amp needs float32'),
-    ('--resume auto', '--resume auto needs --experiment'),
-    ('--cutmix-minmax 0.5', 'takes the smallest and the largest'),
-    ('--use-ml-decoder-head 1 --model-kwargs ml_decoder=True', 'contradicts'),
-    ('--data-dir OTHER', 'DIR contradicts --data-dir OTHER'),
-    (f'--pretrained-path {__file__}', '--pretrained-path .* add --pretrained'),
-    ('--smoothing 2', '--smoothing 2.0 is not below 1'),
-    ('--opt adamw --opt-betas 0.9', r'--opt-betas \[0.9\]: --opt adamw takes 2'),
-    ('--torchcompile nosuch', '--torchcompile nosuch: no such backend'),
-    ('--torchcompile --torchcompile-mode nosuch', "'nosuch' is not one of 'default'"),
-    ('--target-key tags', '--target-key tags: only data sets of records'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--opt nosuch', '--opt nosuch: no such optimizer'),
+        ('--model resnet51', 'did you mean resnet'),
+        ('--sched cosinus', "'cosinus' is not one of 'cosine'"),
+        ('--clip-mode soft', "'soft' is not one of 'norm'"),
+        ('--epochs 0', '--epochs 0 is below 1'),
+        ('-b 13 --mixup 0.2', 'batch size 13.*must be even'),
+        ('--bce-loss --loss ce', '--bce-loss contradicts --loss ce'),
+        ('--amp --model-dtype bfloat16', '--amp needs float32'),
+        ('--resume auto', '--resume auto needs --experiment'),
+        ('--cutmix-minmax 0.5', 'takes the smallest and the largest'),
+        ('--use-ml-decoder-head 1 --model-kwargs ml_decoder=True', 'contradicts'),
+        ('--data-dir OTHER', 'DIR contradicts --data-dir OTHER'),
+        (f'--pretrained-path {__file__}', '--pretrained-path .* add --pretrained'),
+        ('--smoothing 2', '--smoothing 2.0 is not below 1'),
+        ('--opt adamw --opt-betas 0.9', r'--opt-betas \[0.9\]: --opt adamw takes 2'),
+        ('--torchcompile nosuch', '--torchcompile nosuch: no such backend'),
+        ('--torchcompile --torchcompile-mode nosuch', "'nosuch' is not one of 'default'"),
+        ('--target-key tags', '--target-key tags: only data sets of records'),
+    ],
+)
 def test_what_no_run_could_use_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', *flags.split()])
@@ -165,43 +182,54 @@ def test_data_is_needed():
         parse_train([])
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--aug-repeats 3', '--aug-repeats 3.0 needs more than one process'),
-    ('--sync-bn', 'needs more than one process'),
-    ('--bce-target-thresh 0.2', '--bce-target-thresh 0.2 needs --bce-loss'),
-    ('--remode const', 'needs --reprob'),
-    ('--mixup-prob 0.5', 'needs --mixup or --cutmix'),
-    ('--mixup 0.1 --mixup-switch-prob 0.1', 'needs both --mixup and --cutmix'),
-    ('--no-aug --hflip 0', 'which --no-aug turns off'),
-    ('--model-ema-decay 0.9', 'needs --model-ema'),
-    ('--num-of-groups 5', 'needs --use-ml-decoder-head 1'),
-    ('--use-ml-decoder-head 1 --gp max', 'does not pool'),
-    ('--lr 0.1 --lr-base 0.2', 'no --lr, which replaces it'),
-    ('--opt adamw --momentum 0.8', 'an optimizer with momentum'),
-    ('--decay-milestones 3 5', 'needs --sched multistep'),
-    ('--drop-connect 0.1', '--drop-path'),
-    ('--train-batch-sizes 8', 'needs --train-img-sizes'),
-    ('--layer-decay-min-scale 0.1', 'needs --layer-decay'),
-    ('--use-ml-decoder-head 1 --drop 0.5', '--ml-decoder-kwargs dropout='),
-    ('--opt-eps 1e-3', 'an optimizer with an epsilon'),
-    ('--opt-betas 0.5 0.6', 'an optimizer with betas'),
-    ('--device cpu --synchronize-step', 'a device other than the CPU'),
-    ('--sched onecycle --sched-on-updates', 'not none or onecycle'),
-    ('--sched none --lr-noise 0.3', '--lr-noise [0.3] needs a schedule'),
-    ('--sched none --warmup-epochs 3', '--warmup-epochs 3 needs a schedule'),
-    ('--worker-seeding part -j 0', 'needs loader processes'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--aug-repeats 3', '--aug-repeats 3.0 needs more than one process'),
+        ('--sync-bn', 'needs more than one process'),
+        ('--bce-target-thresh 0.2', '--bce-target-thresh 0.2 needs --bce-loss'),
+        ('--remode const', 'needs --reprob'),
+        ('--mixup-prob 0.5', 'needs --mixup or --cutmix'),
+        ('--mixup 0.1 --mixup-switch-prob 0.1', 'needs both --mixup and --cutmix'),
+        ('--no-aug --hflip 0', 'which --no-aug turns off'),
+        ('--model-ema-decay 0.9', 'needs --model-ema'),
+        ('--num-of-groups 5', 'needs --use-ml-decoder-head 1'),
+        ('--use-ml-decoder-head 1 --gp max', 'does not pool'),
+        ('--lr 0.1 --lr-base 0.2', 'no --lr, which replaces it'),
+        ('--opt adamw --momentum 0.8', 'an optimizer with momentum'),
+        ('--decay-milestones 3 5', 'needs --sched multistep'),
+        ('--drop-connect 0.1', '--drop-path'),
+        ('--train-batch-sizes 8', 'needs --train-img-sizes'),
+        ('--layer-decay-min-scale 0.1', 'needs --layer-decay'),
+        ('--use-ml-decoder-head 1 --drop 0.5', '--ml-decoder-kwargs dropout='),
+        ('--opt-eps 1e-3', 'an optimizer with an epsilon'),
+        ('--opt-betas 0.5 0.6', 'an optimizer with betas'),
+        ('--device cpu --synchronize-step', 'a device other than the CPU'),
+        ('--sched onecycle --sched-on-updates', 'not none or onecycle'),
+        ('--sched none --lr-noise 0.3', '--lr-noise [0.3] needs a schedule'),
+        ('--sched none --warmup-epochs 3', '--warmup-epochs 3 needs a schedule'),
+        ('--worker-seeding part -j 0', 'needs loader processes'),
+    ],
+)
 def test_a_flag_without_effect_is_said_once(caplog, flags, message):
     parse_train(['DIR', *flags.split()])
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith('No effect')]
     assert len(said) == 1 and message in said[0]
 
 
-@pytest.mark.parametrize('flags', [
-    '', '--bce-loss --bce-target-thresh 0.2 --smoothing 0', '--mixup 0.1 --cutmix 1 --mixup-switch-prob 0.2',
-    '--loss bce --bce-sum', '--task multilabel --multilabel-threshold 0.3', '--model-ema --model-ema-decay 0.9',
-    '--opt lamb --sched step --decay-epochs 3 --decay-rate 0.5', '--use-ml-decoder-head 1 --num-of-groups 5',
-])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '',
+        '--bce-loss --bce-target-thresh 0.2 --smoothing 0',
+        '--mixup 0.1 --cutmix 1 --mixup-switch-prob 0.2',
+        '--loss bce --bce-sum',
+        '--task multilabel --multilabel-threshold 0.3',
+        '--model-ema --model-ema-decay 0.9',
+        '--opt lamb --sched step --decay-epochs 3 --decay-rate 0.5',
+        '--use-ml-decoder-head 1 --num-of-groups 5',
+    ],
+)
 def test_flags_with_an_effect_are_taken_without_a_word(caplog, flags):
     parse_train(['DIR', *flags.split()])
     assert not [record for record in caplog.records if record.getMessage().startswith('No effect')]
@@ -212,20 +240,23 @@ def test_a_value_of_the_file_that_is_the_default_is_taken_without_a_word(caplog,
     assert not caplog.records
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--use-ema', '--use-ema True needs --checkpoint'),
-    ('--amp-dtype bfloat16', 'needs --amp'),
-    ('--num-of-groups 5', 'needs --use-ml-decoder-head 1'),
-    ('--use-ml-decoder-head 1 --gp max', 'does not pool'),
-    ('--pretrained --checkpoint FILE', 'needs no --checkpoint'),
-    ('--results-format json', 'needs --results-file'),
-    ('--torchcompile-mode default', 'needs --torchcompile'),
-    ('--target-format multihot', 'needs --task multilabel'),
-    ('--num-samples 5', 'a streamed data set'),
-    ('--amp --amp-dtype bfloat16', ''),
-    ('--results-format json --results-file FILE', ''),
-    ('--checkpoint FILE --use-ema', ''),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--use-ema', '--use-ema True needs --checkpoint'),
+        ('--amp-dtype bfloat16', 'needs --amp'),
+        ('--num-of-groups 5', 'needs --use-ml-decoder-head 1'),
+        ('--use-ml-decoder-head 1 --gp max', 'does not pool'),
+        ('--pretrained --checkpoint FILE', 'needs no --checkpoint'),
+        ('--results-format json', 'needs --results-file'),
+        ('--torchcompile-mode default', 'needs --torchcompile'),
+        ('--target-format multihot', 'needs --task multilabel'),
+        ('--num-samples 5', 'a streamed data set'),
+        ('--amp --amp-dtype bfloat16', ''),
+        ('--results-format json --results-file FILE', ''),
+        ('--checkpoint FILE --use-ema', ''),
+    ],
+)
 def test_validation_says_so_too(caplog, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     Path('FILE').touch()

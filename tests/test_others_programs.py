@@ -48,7 +48,8 @@ def test_model_kwargs_of_timms_scripts(python):
         ('--model-kwargs', "ml_decoder={'num_of_groups': 3}"): ['MLDecoder', 3],
         ('--model-kwargs', 'ml_decoder=False'): ['Linear', CLASSES],
         ('--model-kwargs', 'ml_decoder=yes'): [
-            'ValueError', "ml_decoder must be True, False or a dict of options, got 'yes'"
+            'ValueError',
+            "ml_decoder must be True, False or a dict of options, got 'yes'",
         ],
     }
     printed = python(SCRIPT.format(lines=[list(line) for line in cases])).stdout.splitlines()

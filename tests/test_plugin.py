@@ -148,7 +148,7 @@ def test_an_error_of_ours_leaves_torch_usable(python):
 @pytest.mark.parametrize(
     'option, said',
     [
-        ('ml_decoder=dict(groups=5)', "unknown ML-Decoder option groups; valid options: num_of_groups"),
+        ('ml_decoder=dict(groups=5)', 'unknown ML-Decoder option groups; valid options: num_of_groups'),
         ('ml_decoder=5', 'ml_decoder must be True, False or a dict'),
         ('ml_decoder=True, features_only=True', 'features_only=True'),
         ('ml_decoder=True, num_classes=0', 'num_classes=0'),

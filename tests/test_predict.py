@@ -94,10 +94,12 @@ def test_a_checkpoint_is_used_as_it_was_trained_and_draws_what_labels_look_at():
     for split in ('train', 'validation'):
         lines = ['path,labels', *(f'{name},{";".join(NAMES[i % 2 : 3])}' for i, name in enumerate(['a.jpg', 'b.png']))]
         Path('images', f'{split}.csv').write_text('\n'.join(lines) + '\n')
-    train(shlex.split("""images --dataset csv --task multilabel --model test_resnet --num-classes 3 --img-size 64
+    train(
+        shlex.split("""images --dataset csv --task multilabel --model test_resnet --num-classes 3 --img-size 64
         --device cpu -j 0 -b 2 --epochs 4 --warmup-epochs 0 --lr 0.1 --no-aug --use-ml-decoder-head 1
         --decoder-embedding 32 --ml-decoder-kwargs num_heads=4 --model-ema --model-ema-decay 0.5
-        --output out --experiment run"""))
+        --output out --experiment run""")
+    )
     base = ['images', '--checkpoint', 'out/run/last.pth.tar', '--top-k', '1', '--out', 'labels.csv']
     predict([*base, '--pictures', 'pictures'])
     assert {row[1] for row in read('labels.csv')} <= set(NAMES)

@@ -17,29 +17,55 @@ from runs import ROOT, command, environment
 
 import train
 import validate
-from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.flags import parse_train
 
 HPARAMS = ROOT / 'hparams'
-RECIPES = {str(path.relative_to(HPARAMS)): path
-           for folder in ('imagenet', 'cifar100', 'stanford_cars') for path in sorted((HPARAMS / folder).iterdir())}
+RECIPES = {
+    str(path.relative_to(HPARAMS)): path
+    for folder in ('imagenet', 'cifar100', 'stanford_cars')
+    for path in sorted((HPARAMS / folder).iterdir())
+}
 # arXiv 2110.00476, table 2; the authors' command of arXiv 2111.12933 has an LR of its own
 M7 = 'rand-m7-mstd0.5-inc1'
 IMAGENET = {
     'a1': dict(epochs=600, lr=5e-3, weight_decay=0.01, smoothing=0.1, drop_path=0.05, aug_repeats=3, mixup=0.2, aa=M7),
     'a2': dict(epochs=300, lr=5e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.05, aug_repeats=3, mixup=0.1, aa=M7),
-    'a3': dict(epochs=100, lr=8e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.0, aug_repeats=0, mixup=0.1,
-               aa='rand-m6-mstd0.5-inc1', img_size=160),
-    'a2_authors': dict(epochs=300, lr=4e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.05, aug_repeats=3, mixup=0.1,
-                       aa=M7),
+    'a3': dict(
+        epochs=100,
+        lr=8e-3,
+        weight_decay=0.02,
+        smoothing=0.0,
+        drop_path=0.0,
+        aug_repeats=0,
+        mixup=0.1,
+        aa='rand-m6-mstd0.5-inc1',
+        img_size=160,
+    ),
+    'a2_authors': dict(
+        epochs=300, lr=4e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.05, aug_repeats=3, mixup=0.1, aa=M7
+    ),
 }
-ALL_IMAGENET = dict(opt='lamb', sched='cosine', warmup_epochs=5, batch_size=256, cutmix=1.0, bce_loss=True, reprob=0.0,
-                    clip_grad=None, model_ema=False, model='resnet50', num_classes=1000, crop_pct=0.95)
+ALL_IMAGENET = dict(
+    opt='lamb',
+    sched='cosine',
+    warmup_epochs=5,
+    batch_size=256,
+    cutmix=1.0,
+    bce_loss=True,
+    reprob=0.0,
+    clip_grad=None,
+    model_ema=False,
+    model='resnet50',
+    num_classes=1000,
+    crop_pct=0.95,
+)
 # "unchanged except for the launcher"
 AUTHORS_A2 = shlex.split(
     '--amp -b=256 --epochs=300 --drop-path=0.05 --opt=lamb --weight-decay=0.02 --sched=cosine --lr=4e-3 '
     '--warmup-epochs=5 --model=resnet50 --aa=rand-m7-mstd0.5-inc1 --reprob=0.0 --remode=pixel --mixup=0.1 --cutmix=1.0 '
     '--aug-repeats 3 --bce-target-thresh 0.2 --smoothing=0 --bce-loss --train-interpolation=bicubic '
-    '--use-ml-decoder-head=1')
+    '--use-ml-decoder-head=1'
+)
 # what makes a recipe small: not what it trains, but how much of it
 SMALL = shlex.split('--device cpu -j 0 -b 4 --epochs 1 --warmup-epochs 0 --img-size 64')
 
@@ -66,7 +92,8 @@ def test_the_authors_recipe_is_their_command():
 def test_the_gap_recipe_differs_in_one_line(name):
     ours, gap = (path.read_text().splitlines() for path in (RECIPES[name], RECIPES[name.replace('mldecoder', 'gap')]))
     assert [(a, b) for a, b in zip(ours, gap, strict=True) if a != b] == [
-        ('use_ml_decoder_head: 1', 'use_ml_decoder_head: 0')]
+        ('use_ml_decoder_head: 1', 'use_ml_decoder_head: 0')
+    ]
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -98,8 +125,11 @@ def write_cifar(folder):
     random = np.random.RandomState(0)
     for name, count in (('train', 8), ('test', 6)):
         pixels = random.randint(0, 256, (count, 3072)).astype(np.uint8)
-        content = {'data': pixels, 'fine_labels': [index % 100 for index in range(count)],
-                   'filenames': [f'{index}.png' for index in range(count)]}
+        content = {
+            'data': pixels,
+            'fine_labels': [index % 100 for index in range(count)],
+            'filenames': [f'{index}.png' for index in range(count)],
+        }
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / 'meta').write_bytes(pickle.dumps({'fine_label_names': [f'class_{index}' for index in range(100)]}))
 
@@ -134,8 +164,11 @@ def without_timms_copies(monkeypatch):
 
 
 # the same recipe on a small member of the family: the large ones take minutes an update here
-SMALLER = {'swin_large_patch4_window7_224': ['--model', 'swin_tiny_patch4_window7_224', '--img-size', '224', '-b', '4'],
-           'tresnet_v2_l': [], 'resnet50': []}
+SMALLER = {
+    'swin_large_patch4_window7_224': ['--model', 'swin_tiny_patch4_window7_224', '--img-size', '224', '-b', '4'],
+    'tresnet_v2_l': [],
+    'resnet50': [],
+}
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if 'mldecoder' in name])
@@ -146,8 +179,9 @@ def test_a_recipe_makes_two_updates_on_small_data(name, data, tmp_path, without_
     small = SMALLER[parse(name).model.partition('.')[0]]
     # an image folder of three classes: twelve images in three batches are two updates
     updates = ['--grad-accum-steps', '2', '--num-classes', '3'] if 'imagenet' in name else []
-    train.main([str(data), '--config', str(config), *SMALL, *small, *updates, '--output', str(tmp_path),
-                '--experiment', 'run'])
+    train.main(
+        [str(data), '--config', str(config), *SMALL, *small, *updates, '--output', str(tmp_path), '--experiment', 'run']
+    )
     saved = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
     steps = {int(state['step']) for state in saved['optimizer']['state'].values() if 'step' in state}
     steps |= {int(group['step']) for group in saved['optimizer']['param_groups'] if 'step' in group}
@@ -155,8 +189,13 @@ def test_a_recipe_makes_two_updates_on_small_data(name, data, tmp_path, without_
 
 
 def run_on_two(tmp_path, *flags):
-    process = subprocess.run(command('train.py', *flags, '--output', tmp_path, '--experiment', 'run', processes=2),
-                             env=environment(), capture_output=True, text=True, timeout=600)
+    process = subprocess.run(
+        command('train.py', *flags, '--output', tmp_path, '--experiment', 'run', processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     return list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
 
@@ -164,8 +203,25 @@ def run_on_two(tmp_path, *flags):
 def test_the_authors_command_runs_on_two_processes_and_the_loss_falls(tmp_path):
     """Unchanged but for the data, the device, the epochs, and the batch, which the small data does not fill."""
     data = write_images(tmp_path / 'images', train=24, validation=3)
-    rows = run_on_two(tmp_path, data, *AUTHORS_A2, '--device', 'cpu', '--epochs', '2', '--warmup-epochs', '0',
-                      '-b', '6', '--img-size', '32', '-j', '1', '--num-classes', '3')
+    rows = run_on_two(
+        tmp_path,
+        data,
+        *AUTHORS_A2,
+        '--device',
+        'cpu',
+        '--epochs',
+        '2',
+        '--warmup-epochs',
+        '0',
+        '-b',
+        '6',
+        '--img-size',
+        '32',
+        '-j',
+        '1',
+        '--num-classes',
+        '3',
+    )
     assert len(rows) == 2
     assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
 
@@ -173,15 +229,22 @@ def test_the_authors_command_runs_on_two_processes_and_the_loss_falls(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('imagenet')])
 def test_an_imagenet_recipe_runs_an_epoch_on_two_processes(name, data, tmp_path):
-    row, = run_on_two(tmp_path, data, '--config', RECIPES[name], *SMALL, '--num-classes', '3')
+    (row,) = run_on_two(tmp_path, data, '--config', RECIPES[name], *SMALL, '--num-classes', '3')
     assert float(row['train_loss']) > 0
 
 
-@pytest.mark.parametrize(('files', 'flags', 'message'), [
-    (['cifar-100-python/train'], '--dataset torch/cifar100', '100-python/train is missing; .*cifar-100-python.tar'),
-    (['stanford_cars/cars_test_annos'], '--dataset torch/stanford_cars', 'cars_test_annos_withlabels.mat is missing'),
-    (['train'], '', "has no folder 'train'"),
-])
+@pytest.mark.parametrize(
+    ('files', 'flags', 'message'),
+    [
+        (['cifar-100-python/train'], '--dataset torch/cifar100', '100-python/train is missing; .*cifar-100-python.tar'),
+        (
+            ['stanford_cars/cars_test_annos'],
+            '--dataset torch/stanford_cars',
+            'cars_test_annos_withlabels.mat is missing',
+        ),
+        (['train'], '', "has no folder 'train'"),
+    ],
+)
 def test_a_missing_file_names_itself(data, tmp_path, files, flags, message):
     for source in data.rglob('*'):
         target = tmp_path / source.relative_to(data)

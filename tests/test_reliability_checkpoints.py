@@ -10,9 +10,9 @@ import system_calls
 import torch
 from runs import MODEL, ROOT, build, last, train, write_data
 
+from timm_mldecoder.checkpoints.published import read_checkpoint
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.failure import RunFailed
-from timm_mldecoder.weights import read_checkpoint
+from timm_mldecoder.engine.runtime.failure import RunFailed
 from validate import main as validate
 
 SAVING = f"""
@@ -21,8 +21,8 @@ sys.path.insert(0, {str(ROOT / 'tests')!r})
 import os, pathlib, random, resource, signal, sys, time
 import torch
 from system_calls import fail
-from timm_mldecoder.engine.checkpoint import CheckpointFolder
-from timm_mldecoder.weights import read_checkpoint
+from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
+from timm_mldecoder.checkpoints.published import read_checkpoint
 
 def save(checkpoints, epoch, size=1000):
     checkpoints.save_epoch(epoch, epoch % 7, lambda: dict(
@@ -36,7 +36,9 @@ def load(name):
 
 
 def test_no_kill_while_saving_costs_a_checkpoint(python):
-    told = python(SAVING + """
+    told = python(
+        SAVING
+        + """
 checkpoints = CheckpointFolder(pathlib.Path(), max_history=3)
 save(checkpoints, 0)
 random.seed(0)
@@ -57,13 +59,16 @@ for kill in range(25):
     # the best may be one of the next epoch already, which a resumed run comes to again
     assert load('model_best.pth.tar') <= reached + 1
 print(reached)
-""").stdout
+"""
+    ).stdout
     assert int(told) > 25, 'it was killed before it could save'
 
 
 @system_calls.needed
 def test_a_step_of_saving_that_fails_costs_no_checkpoint(python):
-    python(SAVING + """
+    python(
+        SAVING
+        + """
 def attempt(fault):
     child = os.fork()
     if not child:
@@ -91,7 +96,8 @@ for fault, reason in [
 # a file system without links
 assert attempt(lambda: fail('link')) == 0
 assert load('last.pth.tar') == load('model_best.pth.tar') == load('checkpoint-6.pth.tar') == 6
-""")
+"""
+    )
 
 
 @pytest.fixture(scope='module')
@@ -112,15 +118,31 @@ def folder(trained, tmp_path):
 
 @system_calls.needed
 def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_stays(data, folder, python):
-    flags = [str(data), *MODEL, '--epochs', '3', '--opt', 'adamw', '--output', str(folder.parent),
-             '--experiment', 'run', '--resume', 'auto']
-    process = python(f"""
+    flags = [
+        str(data),
+        *MODEL,
+        '--epochs',
+        '3',
+        '--opt',
+        'adamw',
+        '--output',
+        str(folder.parent),
+        '--experiment',
+        'run',
+        '--resume',
+        'auto',
+    ]
+    process = python(
+        f"""
 import resource, sys
-from timm_mldecoder.engine import cli
+from timm_mldecoder.engine.runtime import cli
 from train import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(cli.run(lambda: main({flags})))
-""", check=False, PYTHONPATH=str(ROOT))
+""",
+        check=False,
+        PYTHONPATH=str(ROOT),
+    )
     assert process.returncode == 1
     assert 'Traceback' not in process.stderr
     assert f'error: could not write {folder}/pending.pth.tar: ' in process.stderr.splitlines()[-1]
@@ -175,12 +197,14 @@ def test_no_path_flag_runs_what_is_in_a_file(data, folder, malicious, tmp_path, 
 
 def damage(path, how):
     content = path.read_bytes()
-    path.write_bytes({
-        'empty': b'',
-        'truncated': content[:len(content) // 2],
-        'not a checkpoint': b'<html>not found</html>',
-        'zeros': bytes(len(content)),
-    }[how])
+    path.write_bytes(
+        {
+            'empty': b'',
+            'truncated': content[: len(content) // 2],
+            'not a checkpoint': b'<html>not found</html>',
+            'zeros': bytes(len(content)),
+        }[how]
+    )
 
 
 @pytest.mark.parametrize('how', ['empty', 'truncated', 'not a checkpoint', 'zeros'])
@@ -212,7 +236,7 @@ def test_any_damage_is_an_error_that_names_the_file(trained, tmp_path):
         changed = bytearray(content)
         for _ in range(random.choice([1, 10, 1000])):
             changed[random.randrange(len(changed))] = random.randrange(256)
-        path.write_bytes(changed[:random.choice([len(changed), random.randrange(len(changed))])])
+        path.write_bytes(changed[: random.choice([len(changed), random.randrange(len(changed))])])
         try:
             read_checkpoint(path)  # bytes of a weight may change without notice
         except ValueError as error:

@@ -11,15 +11,11 @@ import torch
 from runs import BATCHES, MODEL, ROOT, build, fit, last, summary, train, write_data
 
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.engine.bad_images import Guarded, strict
-from timm_mldecoder.engine.failure import RunFailed
+from timm_mldecoder.engine.input.images import Guarded, strict
+from timm_mldecoder.engine.runtime.failure import RunFailed
 from validate import main as validate
 
-BROKEN = {
-    'train/class_0/001.png': b'',
-    'train/class_1/002.png': b'not an image',
-    'train/class_2/007.png': 'cut off',
-}
+BROKEN = {'train/class_0/001.png': b'', 'train/class_1/002.png': b'not an image', 'train/class_2/007.png': 'cut off'}
 BROKEN_IN_VALIDATION = {'validation/class_0/002.png': b'', 'validation/class_2/000.png': 'cut off'}
 
 
@@ -61,7 +57,7 @@ def test_nonfinite_abort_ends_the_run_at_once(data, tmp_path):
     with pytest.raises(RunFailed, match='epoch 0, update 0'):
         train(data, tmp_path, '--epochs', '1', '--std', '0', '0', '0', '--nonfinite', 'abort')
     report = json.loads((tmp_path / 'run' / 'nonfinite.json').read_text())
-    batch, = report['ranks'][0]['batches']
+    (batch,) = report['ranks'][0]['batches']
     assert batch['loss'] == 'nan' and len(batch['indices']) == len(batch['files']) == 4
 
 
@@ -87,7 +83,7 @@ def test_a_skipped_update_leaves_the_averages_and_the_mean_loss_out_of_it(data, 
 
 def test_a_loss_scaler_that_finds_its_scale_is_no_failure(data, tmp_path, caplog):
     run = build(data, tmp_path, '--epochs', '2', '--nonfinite', 'abort')
-    run.state.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 127)  # float32 ends at 2 ** 128
+    run.state.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**127)  # float32 ends at 2 ** 128
     run.state.task.register_forward_hook(lambda module, inputs, result: {'loss': result['loss'] * 16})
     fit(run)
     skipped = caplog.text.count('the loss scale is too large and halved')
@@ -164,7 +160,7 @@ def test_validation_while_training_stops_too(broken, tmp_path):
 
 LIMITED = """
 import resource, sys
-from timm_mldecoder.engine import cli
+from timm_mldecoder.engine.runtime import cli
 from {script} import main
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {megabytes} * 2 ** 20,) * 2)

@@ -48,7 +48,7 @@ def test_a_signal_saves_and_exits_with_its_code(data, tmp_path, number):
     assert process.wait(PATIENCE) == 128 + number, log.read_text()
     assert time.monotonic() - began < DEADLINE
     assert 'Traceback' not in log.read_text()
-    recovery, = (tmp_path / 'run').glob('recovery-*')
+    (recovery,) = (tmp_path / 'run').glob('recovery-*')
     assert f'--resume {recovery} goes on from there' in log.read_text()
 
 
@@ -95,10 +95,10 @@ def test_a_killed_rank_is_restarted_and_the_run_comes_to_the_same(data, tmp_path
 SPOILT = """
 import json, sys
 import torch
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.train.setup import set_up
+from timm_mldecoder.engine.runtime.distributed import join_world
 
 *flags, told = sys.argv[1:]
 options = parse_train(flags)
@@ -145,7 +145,7 @@ def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(data, tmp_path):
     assert (report['epoch'], report['update']) == (0, 1)
     losses = [[batch['loss'] for batch in rank['batches']] for rank in report['ranks']]
     assert float(losses[0][0]) > 0 and losses[1] == ['nan']
-    spoilt, = report['ranks'][1]['batches']
+    (spoilt,) = report['ranks'][1]['batches']
     assert len(spoilt['indices']) == 2 and all((data / 'train' / file).exists() for file in spoilt['files'])
 
 
@@ -158,8 +158,19 @@ def test_metrics_of_two_processes_are_those_of_one(data, tmp_path, capsys, bad):
     for name in ('class_0/003.png', 'class_2/004.png')[:bad]:
         (own / 'validation' / name).write_bytes(b'')
     folder = train(data, tmp_path, '--epochs', '1', '--lr', '0.05')
-    flags = [str(own), '--checkpoint', str(folder / 'last.pth.tar'), '-b', '3', '-j', '1', '--device', 'cpu',
-             '--bad-image', 'skip' if bad else 'abort']
+    flags = [
+        str(own),
+        '--checkpoint',
+        str(folder / 'last.pth.tar'),
+        '-b',
+        '3',
+        '-j',
+        '1',
+        '--device',
+        'cpu',
+        '--bad-image',
+        'skip' if bad else 'abort',
+    ]
     capsys.readouterr()
     validate(flags)
     process = call('validate.py', *flags, processes=2)

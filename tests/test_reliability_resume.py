@@ -10,10 +10,10 @@ import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit_until_stopped, last, summary, train, write_data
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mldecoder.engine import streams
-from timm_mldecoder.engine.checkpoint import CheckpointFolder
-from timm_mldecoder.engine.restartable import RestartableLoader
-from timm_mldecoder.engine.state import RUN
+from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
+from timm_mldecoder.engine.checkpoint.state import RUN
+from timm_mldecoder.engine.input import randomness as streams
+from timm_mldecoder.engine.input.resumable import RestartableLoader
 
 
 @pytest.fixture(scope='module')
@@ -35,12 +35,15 @@ def undisturbed(data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(('workers', 'flags'), [
-    (0, ('--sched-on-updates',)),
-    (2, ()),
-    (0, ('--sched', 'plateau', '--patience-epochs', '0', '--no-prefetcher')),
-    (0, ('--opt', 'lookahead_sgd', '--grad-accum-steps', '4', '--use-ml-decoder-head', '1')),
-])
+@pytest.mark.parametrize(
+    ('workers', 'flags'),
+    [
+        (0, ('--sched-on-updates',)),
+        (2, ()),
+        (0, ('--sched', 'plateau', '--patience-epochs', '0', '--no-prefetcher')),
+        (0, ('--opt', 'lookahead_sgd', '--grad-accum-steps', '4', '--use-ml-decoder-head', '1')),
+    ],
+)
 def test_stopped_between_epochs(data, undisturbed, tmp_path, workers, flags):
     stopped = [*MOVING, '-j', str(workers), *flags]
     train(data, tmp_path, *stopped, '--stop-epoch', '1')
@@ -73,7 +76,8 @@ def test_stopped_by_a_signal_within_an_epoch(data, undisturbed, tmp_path, worker
 def test_stopped_by_a_signal_in_the_validation(data, undisturbed, tmp_path):
     run = build(data, tmp_path, *MOVING, '-j', '2')
     run.eval_model.register_forward_pre_hook(
-        lambda model, _: None if model.training else os.kill(os.getpid(), signal.SIGINT))
+        lambda model, _: None if model.training else os.kill(os.getpid(), signal.SIGINT)
+    )
     assert fit_until_stopped(run) == 130
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
     resumed = train(data, tmp_path, *MOVING, '-j', '2', '--resume', 'auto')
@@ -123,7 +127,7 @@ def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut(workers):
         for batch in resumed:
             rest.append(torch.stack(batch, dim=1))
             torch.rand(3)
-        assert torch.equal(torch.cat([*batches[:position.batch], *rest]), torch.cat(batches))
+        assert torch.equal(torch.cat([*batches[: position.batch], *rest]), torch.cat(batches))
         assert torch.equal(torch.rand(3), after)
 
 
@@ -142,8 +146,11 @@ def test_history_and_best_metric_survive(data, tmp_path):
 
 
 def save(checkpoints, epoch, metric):
-    checkpoints.save_epoch(epoch, metric, lambda: dict(
-        epoch=epoch, metric=metric, weight=torch.tensor(float(epoch)), saver=checkpoints.state_dict()))
+    checkpoints.save_epoch(
+        epoch,
+        metric,
+        lambda: dict(epoch=epoch, metric=metric, weight=torch.tensor(float(epoch)), saver=checkpoints.state_dict()),
+    )
 
 
 @pytest.mark.parametrize(('decreasing', 'worse'), [(False, 10.0), (True, 90.0), (False, float('nan'))])
@@ -258,7 +265,7 @@ def test_start_epoch_leaves_each_epoch_in_the_summary_once(data, tmp_path):
     run = build(data, tmp_path, '--epochs', '4', '--resume', 'auto')
     stop_at(run, 2)
     assert fit_until_stopped(run) == 143
-    recovery, = folder.glob('recovery-*')
+    (recovery,) = folder.glob('recovery-*')
     resumed = build(data, tmp_path, '--epochs', '4', '-b', '6', '--resume', str(recovery), '--start-epoch', '3')
     assert (resumed.state.epoch, resumed.state.batch) == (3, 0), 'another batch size is no matter then'
 

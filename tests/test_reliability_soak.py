@@ -8,9 +8,9 @@ import time
 import pytest
 from runs import MODEL, MOVING, assert_same_run, last, start, train, write_data
 
-from timm_mldecoder.engine.resume import newest
-from timm_mldecoder.engine.state import RUN
-from timm_mldecoder.weights import read_checkpoint
+from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.engine.checkpoint.resume import newest
+from timm_mldecoder.engine.checkpoint.state import RUN
 
 KILLS = 50
 LIFE = 2.0  # seconds after the first log line of a step, at most
@@ -28,8 +28,19 @@ def test_fifty_kills(tmp_path):
     undisturbed = train(data, tmp_path / 'undisturbed', *flags)
 
     folder, log = tmp_path / 'killed' / 'run', tmp_path / 'log'
-    killed = [data, *MODEL, *flags, '--output', folder.parent, '--experiment', 'run', '--resume', 'auto',
-              '--recovery-interval', '1']
+    killed = [
+        data,
+        *MODEL,
+        *flags,
+        '--output',
+        folder.parent,
+        '--experiment',
+        'run',
+        '--resume',
+        'auto',
+        '--recovery-interval',
+        '1',
+    ]
     random.seed(0)
     kills = lost = failed = 0
     reached = (0, 0)
@@ -62,6 +73,8 @@ def test_fifty_kills(tmp_path):
         assert_same_run(folder, undisturbed)
     except AssertionError:
         equal = False
-    print(f'\nkills {kills}, checkpoints lost {lost}, loads failed {failed}, reached {progress(last(folder))}, '
-          f'final weights equal to the undisturbed run: {"yes" if equal else "no"}')
+    print(
+        f'\nkills {kills}, checkpoints lost {lost}, loads failed {failed}, reached {progress(last(folder))}, '
+        f'final weights equal to the undisturbed run: {"yes" if equal else "no"}'
+    )
     assert (lost, failed, equal) == (0, 0, True)

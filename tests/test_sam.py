@@ -12,9 +12,9 @@ import torch
 from runs import BATCHES, MOVING, assert_same_run, build, command, environment, fit_until_stopped, train, write_data
 from torch import nn
 
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.sam import ascended
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.train.sam import ascended
 
 RHO, RATE, DECAY = 0.05, 0.02, 0.8
 PLAIN = shlex.split(f"""
@@ -154,10 +154,10 @@ def test_a_run_stopped_between_the_two_passes_resumes_to_the_last_bit(data, tmp_
 RANK = """
 import sys
 import torch
-from timm_mldecoder.engine.loop import fit
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.setup import set_up
-from timm_mldecoder.engine.world import join_world
+from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.train.setup import set_up
+from timm_mldecoder.engine.runtime.distributed import join_world
 
 *flags, told = sys.argv[1:]
 options = parse_train(flags)
@@ -173,8 +173,27 @@ with join_world(options) as world:
 
 def test_two_processes_make_the_updates_of_one(data, tmp_path):
     (tmp_path / 'rank.py').write_text(RANK)
-    flags = [data, '--model', 'test_vit', '--img-size', '160', '--num-classes', '3', '--device', 'cpu', '-j', '0',
-             '-b', '3', *PLAIN, '--val-split', '', '--output', tmp_path, tmp_path / 'told']
+    flags = [
+        data,
+        '--model',
+        'test_vit',
+        '--img-size',
+        '160',
+        '--num-classes',
+        '3',
+        '--device',
+        'cpu',
+        '-j',
+        '0',
+        '-b',
+        '3',
+        *PLAIN,
+        '--val-split',
+        '',
+        '--output',
+        tmp_path,
+        tmp_path / 'told',
+    ]
     subprocess.run(command(tmp_path / 'rank.py', *flags, processes=2), env=environment(), check=True, timeout=300)
     first, second = (torch.load(tmp_path / f'told.{rank}') for rank in range(2))
     assert all(torch.equal(value, second['after'][name]) for name, value in first['after'].items())
@@ -190,12 +209,15 @@ def test_two_processes_make_the_updates_of_one(data, tmp_path):
     assert_close(finished, reference)
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    ('--sam 0.05 --grad-accum-steps 2', '--sam .*--grad-accum-steps 2'),
-    ('--sam 0.05 --opt adahessian', '--sam .*--opt adahessian'),
-    ('--sam 0.05 --opt lookahead_adahessian', '--opt lookahead_adahessian'),
-    ('--sam -1', '--sam -1.0 is below 0'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--sam 0.05 --grad-accum-steps 2', '--sam .*--grad-accum-steps 2'),
+        ('--sam 0.05 --opt adahessian', '--sam .*--opt adahessian'),
+        ('--sam 0.05 --opt lookahead_adahessian', '--opt lookahead_adahessian'),
+        ('--sam -1', '--sam -1.0 is below 0'),
+    ],
+)
 def test_what_it_does_not_go_with_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', *flags.split()])

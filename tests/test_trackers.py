@@ -6,11 +6,27 @@ import sys
 import pytest
 from runs import call, summary, write_data
 
-from timm_mldecoder.engine.options import parse_train
-from timm_mldecoder.engine.trackers import create_trackers
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.trackers import create_trackers
 
-FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--num-classes', '3', '--device', 'cpu', '-b', '4', '-j', '0',
-         '--epochs', '2', '--experiment', 'run']
+FLAGS = [
+    '--model',
+    'test_resnet',
+    '--img-size',
+    '32',
+    '--num-classes',
+    '3',
+    '--device',
+    'cpu',
+    '-b',
+    '4',
+    '-j',
+    '0',
+    '--epochs',
+    '2',
+    '--experiment',
+    'run',
+]
 
 
 def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
@@ -22,15 +38,26 @@ def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'trackio'))
     data = write_data(tmp_path / 'data')
-    process = call('train.py', data, *FLAGS, '--output', tmp_path, '--log-tensorboard', '--log-trackio', '--log-wandb',
-                   '--wandb-project', 'project')
+    process = call(
+        'train.py',
+        data,
+        *FLAGS,
+        '--output',
+        tmp_path,
+        '--log-tensorboard',
+        '--log-trackio',
+        '--log-wandb',
+        '--wandb-project',
+        'project',
+    )
     assert process.returncode == 0, process.stderr
     losses = [float(row['train_loss']) for row in summary(tmp_path / 'run')]
     assert len(losses) == 2
 
     events = EventAccumulator(str(tmp_path / 'run')).Reload()
     assert [(event.step, event.value) for event in events.Scalars('train/loss')] == [
-        (epoch, pytest.approx(loss, rel=1e-6)) for epoch, loss in enumerate(losses)]
+        (epoch, pytest.approx(loss, rel=1e-6)) for epoch, loss in enumerate(losses)
+    ]
 
     with sqlite3.connect(tmp_path / 'trackio' / 'project.db') as database:
         rows = database.execute("SELECT json_extract(metrics, '$.train_loss') FROM metrics ORDER BY step").fetchall()

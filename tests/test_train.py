@@ -14,12 +14,34 @@ from timm.data import create_loader
 
 import train
 import validate
-from timm_mldecoder.engine import loaders, plot, sweep
-from timm_mldecoder.engine.failure import RunFailed
-from timm_mldecoder.engine.validation import score_model
+from timm_mldecoder import plot
+from timm_mldecoder.engine.eval import validate as sweep
+from timm_mldecoder.engine.eval.score import score_model
+from timm_mldecoder.engine.input import loaders
+from timm_mldecoder.engine.runtime.failure import RunFailed
 
-SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '12', '-j', '0',
-         '--epochs', '3', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0']
+SMALL = [
+    '--num-classes',
+    '3',
+    '--device',
+    'cpu',
+    '--model',
+    'test_resnet',
+    '--img-size',
+    '32',
+    '-b',
+    '12',
+    '-j',
+    '0',
+    '--epochs',
+    '3',
+    '--opt',
+    'adamw',
+    '--lr',
+    '2e-3',
+    '--warmup-epochs',
+    '0',
+]
 HEAD = ['--use-ml-decoder-head', '1', '--decoder-embedding', '64']
 
 
@@ -32,8 +54,27 @@ def images(tmp_path_factory):
 def finished(images, tmp_path_factory):
     """The folder of a run with an ML-Decoder head and averaged weights."""
     folder = tmp_path_factory.mktemp('output')
-    train.main([images, *SMALL, *HEAD, '--lr', '4e-3', '--no-aug', '--model-ema', '--model-ema-decay', '0.2',
-                '--checkpoint-hist', '2', '--save-epochs', '2', '--output', str(folder), '--experiment', 'run'])
+    train.main(
+        [
+            images,
+            *SMALL,
+            *HEAD,
+            '--lr',
+            '4e-3',
+            '--no-aug',
+            '--model-ema',
+            '--model-ema-decay',
+            '0.2',
+            '--checkpoint-hist',
+            '2',
+            '--save-epochs',
+            '2',
+            '--output',
+            str(folder),
+            '--experiment',
+            'run',
+        ]
+    )
     return folder / 'run'
 
 
@@ -72,8 +113,19 @@ def test_timm_loads_the_checkpoints(finished):
 def test_validation_scores_a_checkpoint_as_training_did(finished, images, capsys):
     """No flag but the head's: size, crop, classes and precision come with the checkpoint."""
     best = torch.load(finished / 'model_best.pth.tar', weights_only=False)
-    validate.main([images, '--model', 'test_resnet', '--use-ml-decoder-head=1', '--use-ema', '-j', '0',
-                   '--checkpoint', str(finished / 'model_best.pth.tar')])
+    validate.main(
+        [
+            images,
+            '--model',
+            'test_resnet',
+            '--use-ml-decoder-head=1',
+            '--use-ema',
+            '-j',
+            '0',
+            '--checkpoint',
+            str(finished / 'model_best.pth.tar'),
+        ]
+    )
     scored = result(capsys)
     assert scored['top1'] == best['metric']
     assert scored['img_size'] == 32
@@ -91,8 +143,9 @@ def test_the_score_does_not_depend_on_the_batch(finished, images, capsys, batch,
 
 def test_a_folder_of_checkpoints_is_scored_into_a_table(finished, images, tmp_path, capsys):
     table = tmp_path / 'results.csv'
-    validate.main([images, '--checkpoint', str(finished), '-j', '0', '--metrics-avg', 'macro',
-                   '--results-file', str(table)])
+    validate.main(
+        [images, '--checkpoint', str(finished), '-j', '0', '--metrics-avg', 'macro', '--results-file', str(table)]
+    )
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == len(list(finished.glob('*.pth.tar'))) == len(result(capsys))
     assert rows == sorted(rows, key=lambda row: -float(row['top1']))
@@ -136,15 +189,18 @@ def test_what_was_scored_before_an_interruption_is_kept(three, images, tmp_path,
     assert len(result(capsys)) == 1
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    (['--checkpoint', 'none.pth.tar'], 'none.pth.tar: no such file'),
-    (['--checkpoint', '{last}', '--model', 'test_vit'], 'holds another model'),
-    (['--checkpoint', '{last}', '--num-classes', '4'], 'holds another model'),
-    (['--checkpoint', '{last}', '--split', 'test'], "has no folder 'test'"),
-    (['--checkpoint', '{last}', '--test-pool'], '--test-pool'),
-    (['--checkpoint', '{last}', '--valid-labels', 'none.txt'], '--valid-labels none.txt'),
-    (['--model', 'resnet51'], 'resnet51: no such model'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--checkpoint', 'none.pth.tar'], 'none.pth.tar: no such file'),
+        (['--checkpoint', '{last}', '--model', 'test_vit'], 'holds another model'),
+        (['--checkpoint', '{last}', '--num-classes', '4'], 'holds another model'),
+        (['--checkpoint', '{last}', '--split', 'test'], "has no folder 'test'"),
+        (['--checkpoint', '{last}', '--test-pool'], '--test-pool'),
+        (['--checkpoint', '{last}', '--valid-labels', 'none.txt'], '--valid-labels none.txt'),
+        (['--model', 'resnet51'], 'resnet51: no such model'),
+    ],
+)
 def test_what_validation_cannot_do_is_named(finished, images, flags, message):
     flags = [flag.replace('{last}', str(finished / 'last.pth.tar')) for flag in flags]
     with pytest.raises(ValueError, match=message):
@@ -165,16 +221,51 @@ def test_valid_labels_select_outputs(finished, images, tmp_path, capsys):
 def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkeypatch):
     weights, seen = tmp_path / 'weights.pth', []
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
-    monkeypatch.setattr(loaders, 'create_loader', lambda *args, **kwargs: (
-        seen.append(kwargs['crop_pct']), create_loader(*args, **kwargs))[1])
-    validate.main([images, '--model', 'test_resnet', '--num-classes', '3', '--checkpoint', str(weights), '-j', '0',
-                   '--img-size', '320', '--test-pool'])
+    monkeypatch.setattr(
+        loaders,
+        'create_loader',
+        lambda *args, **kwargs: (seen.append(kwargs['crop_pct']), create_loader(*args, **kwargs))[1],
+    )
+    validate.main(
+        [
+            images,
+            '--model',
+            'test_resnet',
+            '--num-classes',
+            '3',
+            '--checkpoint',
+            str(weights),
+            '-j',
+            '0',
+            '--img-size',
+            '320',
+            '--test-pool',
+        ]
+    )
     assert seen == [result(capsys)['crop_pct']] == [1.0]
 
 
 def test_the_colours_of_images_come_with_the_checkpoint(images, tmp_path, capsys):
-    train.main([images, *SMALL, '--epochs', '1', '--in-chans', '4', '--input-img-mode', 'CMYK', '--mean', '0.5',
-                '--std', '0.5', '--output', str(tmp_path), '--experiment', 'run'])
+    train.main(
+        [
+            images,
+            *SMALL,
+            '--epochs',
+            '1',
+            '--in-chans',
+            '4',
+            '--input-img-mode',
+            'CMYK',
+            '--mean',
+            '0.5',
+            '--std',
+            '0.5',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ]
+    )
     capsys.readouterr()
     validate.main([images, '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
     assert result(capsys)['top1'] == float(summary(tmp_path / 'run')[-1]['eval_top1'])
@@ -182,8 +273,22 @@ def test_the_colours_of_images_come_with_the_checkpoint(images, tmp_path, capsys
 
 def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
     flags = [flag for flag in SMALL if flag not in ('--lr', '2e-3')]
-    train.main([images, *flags, '--epochs', '1', '--opt', 'lamb', '--mixup', '0.2', '--output', str(tmp_path),
-                '--experiment', 'first'])
+    train.main(
+        [
+            images,
+            *flags,
+            '--epochs',
+            '1',
+            '--opt',
+            'lamb',
+            '--mixup',
+            '0.2',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'first',
+        ]
+    )
     written = tmp_path / 'first' / 'args.yaml'
     assert yaml.safe_load(written.read_text())['lr'] == pytest.approx(0.1 * (12 / 256) ** 0.5)
     train.main(['--config', str(written), '--experiment', 'second'])
@@ -205,12 +310,15 @@ def test_without_a_validation_split_the_loss_ranks(images, tmp_path):
     assert best['metric'] == min(float(row['train_loss']) for row in rows)
 
 
-@pytest.mark.parametrize('flags', [
-    ['--sched', 'plateau', '--patience-epochs', '0'],
-    ['--sched', 'none'],
-    ['--sched-on-updates', '--warmup-epochs', '1'],
-    ['--model-ema', '--drop-path', '0.2', '--mixup', '0.2', '-j', '2'],
-])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--sched', 'plateau', '--patience-epochs', '0'],
+        ['--sched', 'none'],
+        ['--sched-on-updates', '--warmup-epochs', '1'],
+        ['--model-ema', '--drop-path', '0.2', '--mixup', '0.2', '-j', '2'],
+    ],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(images, tmp_path, flags):
     run = [images, *SMALL, *HEAD, *flags, '--output', str(tmp_path)]
     train.main([*run, '--experiment', 'whole'])
@@ -225,8 +333,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(images, tmp_path, f
 
 
 def test_image_sizes_change_within_an_epoch(images, tmp_path):
-    train.main([images, *SMALL, '--epochs', '1', '--train-img-sizes', '24', '32', '48', '--train-batch-sizes', '16',
-                '12', '8', '--variable-batch-loss-scale', 'sqrt', '--output', str(tmp_path), '--experiment', 'run'])
+    train.main(
+        [
+            images,
+            *SMALL,
+            '--epochs',
+            '1',
+            '--train-img-sizes',
+            '24',
+            '32',
+            '48',
+            '--train-batch-sizes',
+            '16',
+            '12',
+            '8',
+            '--variable-batch-loss-scale',
+            'sqrt',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ]
+    )
     assert len(summary(tmp_path / 'run')) == 1
 
 
@@ -239,8 +367,25 @@ def test_multi_epochs_loader_changes_the_time_not_the_numbers(images, tmp_path):
 
 def test_mixup_ends_at_its_off_epoch(images, tmp_path):
     """With the model held still, mixed and plain batches differ in their loss alone."""
-    run = [images, *SMALL, '--epochs', '2', '--lr', '1e-12', '--smoothing', '0', '--no-aug',
-           '--bn-momentum', '0', '--model', 'test_efficientnet', '-j', '2', '--output', str(tmp_path)]
+    run = [
+        images,
+        *SMALL,
+        '--epochs',
+        '2',
+        '--lr',
+        '1e-12',
+        '--smoothing',
+        '0',
+        '--no-aug',
+        '--bn-momentum',
+        '0',
+        '--model',
+        'test_efficientnet',
+        '-j',
+        '2',
+        '--output',
+        str(tmp_path),
+    ]
     train.main([*run, '--experiment', 'plain'])
     train.main([*run, '--experiment', 'mixed', '--mixup', '8', '--mixup-off-epoch', '1'])
     plain, mixed = ([float(row['train_loss']) for row in summary(tmp_path / name)] for name in ('plain', 'mixed'))

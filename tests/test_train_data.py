@@ -13,8 +13,28 @@ from runs import last, summary
 import train
 import validate
 
-SMALL = ['--num-classes', '3', '--device', 'cpu', '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0',
-         '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '2e-3']
+SMALL = [
+    '--num-classes',
+    '3',
+    '--device',
+    'cpu',
+    '--model',
+    'test_resnet',
+    '--img-size',
+    '32',
+    '-b',
+    '6',
+    '-j',
+    '0',
+    '--epochs',
+    '2',
+    '--warmup-epochs',
+    '0',
+    '--opt',
+    'adamw',
+    '--lr',
+    '2e-3',
+]
 
 
 def write_shards(folder, labels):
@@ -36,8 +56,10 @@ def write_shards(folder, labels):
                     entry = tarfile.TarInfo(f'{index:04d}.{extension}')
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
-    splits = {name: {'name': name, 'filenames': [shard for shard in counts if shard.startswith(name)]}
-              for name in ('train', 'validation')}
+    splits = {
+        name: {'name': name, 'filenames': [shard for shard in counts if shard.startswith(name)]}
+        for name in ('train', 'validation')
+    }
     for split in splits.values():
         split['shard_lengths'] = [counts[shard] for shard in split['filenames']]
         split['num_samples'] = sum(split['shard_lengths'])
@@ -54,24 +76,43 @@ def test_webdataset_shards_train_resume_and_score(tmp_path, capsys):
     train.main([*run, '--experiment', 'parts', '--resume', 'auto'])
     assert summary(tmp_path / 'parts') == summary(tmp_path / 'whole')
     capsys.readouterr()
-    validate.main([str(shards), '--dataset', 'wds/small', '-j', '0', '--checkpoint',
-                   str(tmp_path / 'whole' / 'last.pth.tar')])
+    validate.main(
+        [str(shards), '--dataset', 'wds/small', '-j', '0', '--checkpoint', str(tmp_path / 'whole' / 'last.pth.tar')]
+    )
     scored = json.loads(capsys.readouterr().out.split('--result\n')[1])
     assert scored['top1'] == float(summary(tmp_path / 'whole')[-1]['eval_top1'])
 
 
-@pytest.mark.parametrize(('flags', 'labels'), [
-    (['--target-key', 'tags'], lambda index: {'tags': [index % 3, (index + 1) % 3]}),
-    (['--target-key', 'tags', '--target-format', 'multihot'], lambda index: {'tags': [1, int(index % 3 == 1), 0]}),
-    (['--target-key', 'cat,dog,car'], lambda index: {'cat': index % 2, 'dog': 1, 'car': 0}),
-])
+@pytest.mark.parametrize(
+    ('flags', 'labels'),
+    [
+        (['--target-key', 'tags'], lambda index: {'tags': [index % 3, (index + 1) % 3]}),
+        (['--target-key', 'tags', '--target-format', 'multihot'], lambda index: {'tags': [1, int(index % 3 == 1), 0]}),
+        (['--target-key', 'cat,dog,car'], lambda index: {'cat': index % 2, 'dog': 1, 'car': 0}),
+    ],
+)
 def test_multi_label_targets_of_records(tmp_path, flags, labels):
     """Indices, values a class, and one field a class."""
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda index: {'json': json.dumps(labels(index)).encode()})
-    train.main([str(shards), '--dataset', 'wds/small', '--task', 'multilabel', *flags, *SMALL, '--epochs', '1',
-                '--output', str(tmp_path), '--experiment', 'run'])
-    row, = summary(tmp_path / 'run')
+    train.main(
+        [
+            str(shards),
+            '--dataset',
+            'wds/small',
+            '--task',
+            'multilabel',
+            *flags,
+            *SMALL,
+            '--epochs',
+            '1',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ]
+    )
+    (row,) = summary(tmp_path / 'run')
     assert 0 < float(row['eval_map']) <= 100
 
 
@@ -79,7 +120,22 @@ def test_hugging_face_data_on_disk(tmp_path, monkeypatch):
     pytest.importorskip('datasets')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     images = write_images(tmp_path / 'images', train=8, validation=4)
-    train.main(['--data-dir', str(tmp_path / 'cache'), '--dataset', f'hfds/{images}', *SMALL, '--input-key', 'image',
-                '--target-key', 'label', '--output', str(tmp_path), '--experiment', 'run'])
+    train.main(
+        [
+            '--data-dir',
+            str(tmp_path / 'cache'),
+            '--dataset',
+            f'hfds/{images}',
+            *SMALL,
+            '--input-key',
+            'image',
+            '--target-key',
+            'label',
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'run',
+        ]
+    )
     assert len(summary(tmp_path / 'run')) == 2
     assert last(tmp_path / 'run')['class_names'] == ['class_0', 'class_1', 'class_2']

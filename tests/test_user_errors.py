@@ -8,8 +8,8 @@ import pytest
 import torch
 from runs import MODEL, ROOT, build, call, train, write_data
 
-from timm_mldecoder.engine import cli
-from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime import cli
 from train import main as train_main
 from validate import main as validate_main
 
@@ -95,14 +95,17 @@ def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, told, chec
     validate_main([str(flag) for flag in (fewer, *flags, '--class-map', names)])
 
 
-@pytest.mark.parametrize(('flags', 'named'), [
-    (['--gp', 'foo'], '--model test_resnet: Invalid pool type: foo'),
-    (['--model', 'dla34', '--grad-checkpointing'], '--model dla34: gradient checkpointing not supported'),
-    (['--model', 'resnetblur18', '--pretrained'], '--model resnetblur18: No pretrained weights exist'),
-    (['--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'], 'img_size=64'),
-    (['--in-chans', '4'], 'takes 4 channels, images are read as L, with 1'),
-    (['--input-img-mode', 'XYZ'], '--input-img-mode XYZ'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        (['--gp', 'foo'], '--model test_resnet: Invalid pool type: foo'),
+        (['--model', 'dla34', '--grad-checkpointing'], '--model dla34: gradient checkpointing not supported'),
+        (['--model', 'resnetblur18', '--pretrained'], '--model resnetblur18: No pretrained weights exist'),
+        (['--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'], 'img_size=64'),
+        (['--in-chans', '4'], 'takes 4 channels, images are read as L, with 1'),
+        (['--input-img-mode', 'XYZ'], '--input-img-mode XYZ'),
+    ],
+)
 def test_what_a_model_does_not_take(data, told, flags, named):
     assert named in told(train_main, data, *MODEL, *flags)
 
@@ -112,16 +115,34 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, told, chec
     assert 'No pretrained weights exist' in told(validate_main, *flags, '--model', 'resnetblur18')
     assert 'Invalid pool type: foo' in told(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
     labels = tmp_path / 'labels.txt'
-    for text, named in (('0 7', '7 is none of the 3 classes'), ('-1', '-1 is none of'), ('', 'has 0 classes'),
-                        ('2 0', 'has 2 classes, the data 3')):
+    for text, named in (
+        ('0 7', '7 is none of the 3 classes'),
+        ('-1', '-1 is none of'),
+        ('', 'has 0 classes'),
+        ('2 0', 'has 2 classes, the data 3'),
+    ):
         labels.write_text(text)
         assert named in told(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
 
 
 def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(data, tmp_path):
     """The size that counts is the checkpoint's, not that of the model's pretrained weights."""
-    folder = train(data, tmp_path, '--model', 'swin_tiny_patch4_window7_224', '--img-size', '32', '--epochs', '1',
-                   '--model-kwargs', 'img_size=32', 'window_size=2', 'embed_dim=8', 'depths=(1,1)', 'num_heads=(1,1)')
+    folder = train(
+        data,
+        tmp_path,
+        '--model',
+        'swin_tiny_patch4_window7_224',
+        '--img-size',
+        '32',
+        '--epochs',
+        '1',
+        '--model-kwargs',
+        'img_size=32',
+        'window_size=2',
+        'embed_dim=8',
+        'depths=(1,1)',
+        'num_heads=(1,1)',
+    )
     validate_main([str(data), '--device', 'cpu', '-j', '0', '--checkpoint', str(folder / 'last.pth.tar')])
 
 
@@ -140,14 +161,16 @@ def test_files_that_do_not_serve(data, tmp_path, told, checkpoint):
 def test_class_statistics_and_reassessed_labels_that_are_none(data, tmp_path, told):
     (tmp_path / 'stats.json').write_text('nothing')
     assert '--class-stats stats.json: ' in told(
-        train_main, data, *MODEL, '--loss', 'bce', '--loss-pos-weight', 'inverse', '--class-stats', 'stats.json')
+        train_main, data, *MODEL, '--loss', 'bce', '--loss-pos-weight', 'inverse', '--class-stats', 'stats.json'
+    )
     assert '--real-labels none.json: no such file' in told(validate_main, data, '--real-labels', 'none.json')
 
 
 def test_an_output_that_cannot_be_written(data, tmp_path, told):
     (tmp_path / 'file').touch()
     assert '--output: cannot write to file/run' in told(
-        train_main, data, *MODEL, '--output', 'file', '--experiment', 'run')
+        train_main, data, *MODEL, '--output', 'file', '--experiment', 'run'
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is there')
@@ -160,14 +183,17 @@ def test_a_batch_larger_than_the_data(data, told):
     assert 'only 24 images' in told(train_main, data, *MODEL, '-b', '25')
 
 
-@pytest.mark.parametrize(('flags', 'named'), [
-    (['--epochs', 'ten'], "--epochs: invalid int value: 'ten'"),
-    (['--task', 'detection'], "--task: invalid choice: 'detection'"),
-    (['--no-such-flag'], '--no-such-flag'),
-    (['--nonfinite-limit', '0'], '--nonfinite-limit 0 is below 1'),
-    (['--tta', '2', '--val-bad-image', 'skip'], '--val-bad-image abort'),
-    (['--sched', 'plateau', '--sched-on-updates'], '--sched plateau'),
-])
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        (['--epochs', 'ten'], "--epochs: invalid int value: 'ten'"),
+        (['--task', 'detection'], "--task: invalid choice: 'detection'"),
+        (['--no-such-flag'], '--no-such-flag'),
+        (['--nonfinite-limit', '0'], '--nonfinite-limit 0 is below 1'),
+        (['--tta', '2', '--val-bad-image', 'skip'], '--val-bad-image abort'),
+        (['--sched', 'plateau', '--sched-on-updates'], '--sched plateau'),
+    ],
+)
 def test_flags(data, told, flags, named):
     assert named in told(train_main, data, *MODEL, *flags)
 
@@ -184,8 +210,9 @@ def test_one_line_of_a_real_process_and_a_port_that_is_taken(data, tmp_path, mon
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for name, value in dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
-                                MASTER_PORT=port).items():
+        for name, value in dict(
+            RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=port
+        ).items():
             monkeypatch.setenv(name, value)
         process = call('train.py', data, *MODEL, '--output', tmp_path)
     assert process.returncode == 2

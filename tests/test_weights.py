@@ -18,7 +18,7 @@ from torch import nn
 from torchvision import transforms
 
 from timm_mldecoder import MLDecoder, convert, convert_state_dict
-from timm_mldecoder.weights import head_options, read_checkpoint
+from timm_mldecoder.checkpoints.published import head_options, read_checkpoint
 
 TRESNETS = {
     'M': dict(blocks=(3, 4, 11, 3), width=64, bottlenecks=False),
@@ -60,9 +60,7 @@ class SmallReference(nn.Module):
 
 def as_timm(state_dict: dict) -> dict:
     """The names of timm's own layer: only the layers stay under ``decoder``."""
-    return {
-        name if '.layers.' in name else name.replace('decoder.', ''): tensor for name, tensor in state_dict.items()
-    }
+    return {name if '.layers.' in name else name.replace('decoder.', ''): tensor for name, tensor in state_dict.items()}
 
 
 def as_ours(state_dict: dict) -> dict:
@@ -99,18 +97,12 @@ class TestConvertStateDict:
         for layout in (dict, as_timm):
             options = head_options({f'head.{name}': tensor for name, tensor in layout(head.state_dict()).items()})
             assert options == dict(
-                num_classes=classes,
-                num_of_groups=queries,
-                decoder_embedding=768,
-                dim_feedforward=2048,
-                num_layers=1,
+                num_classes=classes, num_of_groups=queries, decoder_embedding=768, dim_feedforward=2048, num_layers=1
             )
         model = MLDecoder(**options, initial_num_features=FEATURES)
         model.load_state_dict(convert_state_dict(head.state_dict(), model))
         features = torch.rand(2, FEATURES, 3, 3).double()
-        torch.testing.assert_close(
-            model.double().eval()(features), head.double()(features), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(model.double().eval()(features), head.double()(features), atol=1e-5, rtol=0)
 
     def test_timm_layout_is_timms(self):
         assert set(TimmMLDecoder(7).state_dict()) == set(as_timm(ReferenceHead(2048, 7, 7).state_dict()))
@@ -127,9 +119,7 @@ class TestConvertStateDict:
     def test_tresnet(self, size, name, arguments, classes, queries):
         torch.manual_seed(0)
         reference = ReferenceTResNet(**TRESNETS[size], classes=classes, queries=queries)
-        model = timm.create_model(
-            name, num_classes=classes, ml_decoder=dict(num_of_groups=queries), **arguments
-        )
+        model = timm.create_model(name, num_classes=classes, ml_decoder=dict(num_of_groups=queries), **arguments)
         model.load_state_dict(convert_state_dict({'model': reference.state_dict()}, model))
         assert_same_logits(model, reference)
 

@@ -177,7 +177,7 @@ def test_compile_and_export(way, x):
 
 def test_distributed_data_parallel(python):
     """Two processes: every parameter gets a gradient, and the classes of rank 0 are those of all."""
-    python('''
+    python("""
 import os, torch, timm, timm_mldecoder
 import torch.distributed as dist, torch.multiprocessing as mp
 
@@ -199,4 +199,4 @@ def work(rank):
 
 if __name__ == '__main__':
     mp.start_processes(work, nprocs=2, start_method='fork')
-''')
+""")

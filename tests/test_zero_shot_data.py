@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from timm_mldecoder.data import create_dataset, embed, nus_wide, shapes
+from timm_mldecoder.data import create_dataset, embed, shapes
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.formats import nus_wide
 from timm_mldecoder.data.word_embeddings import read_word_embeddings, write_word_embeddings
 
 NUS_ROWS = [

@@ -16,9 +16,9 @@ from timm.models import save_for_hf
 from benchmarks import zero_shot as benchmark
 from timm_mldecoder.data import shapes
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.options import parse_train
+from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.losses import RandomQueryLoss, create_loss
-from timm_mldecoder.zero_shot_metrics import ZeroShotEvaluator
+from timm_mldecoder.metrics.zero_shot import ZeroShotEvaluator
 from train import main as train
 from validate import main as validate
 

@@ -1,16 +1,17 @@
 """ML-Decoder classification heads for timm. Importing this package activates ``create_model(..., ml_decoder=...)``."""
 
 from timm_mldecoder import plugin
-from timm_mldecoder.version import __version__
+
+__version__ = '0.1.0'
 
 # Public name -> module. Resolved on first use: torch imports this package while it is itself being imported (see
 # plugin.py), and must not pay for, or fail on, anything that the plug-in does not need.
 _PUBLIC = {
-    'CosineClassifier': 'timm_mldecoder.head.cosine',
+    'CosineClassifier': 'timm_mldecoder.models.cosine',
     'MLDecoder': 'timm_mldecoder.head',
-    'add_cosine_classifier': 'timm_mldecoder.head.cosine',
-    'add_ml_decoder_head': 'timm_mldecoder.attach',
-    'convert_state_dict': 'timm_mldecoder.weights',
+    'add_cosine_classifier': 'timm_mldecoder.models.cosine',
+    'add_ml_decoder_head': 'timm_mldecoder.models.attach',
+    'convert_state_dict': 'timm_mldecoder.checkpoints.published',
 }
 
 __all__ = ['__version__', *_PUBLIC]

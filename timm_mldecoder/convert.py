@@ -17,8 +17,8 @@ import timm
 from timm.models import resolve_model_input_args, save_for_hf
 from torch import Tensor
 
+from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options, read_checkpoint, unwrap
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.weights import convert_state_dict, find_head, head_options, read_checkpoint, unwrap
 
 
 class Architecture(NamedTuple):
@@ -78,7 +78,7 @@ def convert(
     """Read ``file``, say what it is, and write ``folder``.
 
     Args:
-        file: a checkpoint in one of the layouts of `timm_mldecoder.weights`.
+        file: a checkpoint in one of the layouts of `timm_mldecoder.checkpoints.published`.
         folder: a new or empty folder, for ``config.json`` and ``model.safetensors``.
         model: timm's name of the backbone, where the file does not show it.
         input_size: height and width of the images in pixels, where the checkpoint is not a published one.
@@ -121,9 +121,7 @@ def convert(
     network = timm.create_model(**target)
     network.load_state_dict(convert_state_dict(tensors, network))
     data_config = {'input_size': (3, input_size, input_size), **preprocessing}
-    save_for_hf(
-        network, folder, model_config={'label_names': names}, data_config=data_config, safe_serialization=True
-    )
+    save_for_hf(network, folder, model_config={'label_names': names}, data_config=data_config, safe_serialization=True)
 
     print(f'layout        {find_head(tensors).layout}')
     print(f'architecture  {architecture.model}', *(f'{key}={value}' for key, value in architecture.arguments.items()))

@@ -121,7 +121,7 @@ def _factory_module():
     if tuple(int(part) for part in re.findall(r'\d+', _timm_version())[:3]) < OLDEST_TIMM:
         _refuse(f'it needs timm {".".join(map(str, OLDEST_TIMM))} or newer')
     try:
-        from timm_mldecoder import factory
+        from timm_mldecoder.models import factory
     except Exception as error:  # timm or this package is broken: say so once, where the option was asked for
         _refuse(f'it could not be loaded: {error!r}', error)
     return factory

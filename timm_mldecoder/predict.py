@@ -27,11 +27,11 @@ from timm.utils import setup_default_logging
 from torch import Tensor, nn
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.attention import attention_maps
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.options import parse_validate
-from timm_mldecoder.engine.validation import create_model, take_checkpoint
-from timm_mldecoder.engine.world import World
+from timm_mldecoder.engine.eval.score import create_model, take_checkpoint
+from timm_mldecoder.engine.flags import parse_validate
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.models.attention_maps import attention_maps
 
 SUFFIXES = tuple(Image.registered_extensions())
 MAPS = 4  # most attention maps in a picture
@@ -93,8 +93,16 @@ def load(options: argparse.Namespace) -> Predictor:
     """
     thresholds, content, config = None, {}, {}
     if options.checkpoint:
-        asked, explicit = parse_validate(['.', '--checkpoint', str(options.checkpoint), '--device', options.device,
-                                          *(['--use-ema'] if options.use_ema else [])])
+        asked, explicit = parse_validate(
+            [
+                '.',
+                '--checkpoint',
+                str(options.checkpoint),
+                '--device',
+                options.device,
+                *(['--use-ema'] if options.use_ema else []),
+            ]
+        )
         content, config = take_checkpoint(asked, explicit)
         model = create_model(asked, content, World(torch.device(options.device)))
         multilabel, thresholds = asked.task == 'multilabel', content.get('thresholds')
@@ -111,8 +119,10 @@ def load(options: argparse.Namespace) -> Predictor:
         names = vocabulary.class_names
     names = names or range(model.num_classes)
     if options.threshold is None and thresholds is not None and len(thresholds) != len(names):
-        raise ValueError(f'{options.checkpoint} holds thresholds of {len(thresholds)} classes, and {len(names)} are '
-                         f'asked for: pass --threshold')
+        raise ValueError(
+            f'{options.checkpoint} holds thresholds of {len(thresholds)} classes, and {len(names)} are '
+            f'asked for: pass --threshold'
+        )
     if multilabel and (options.threshold is not None or thresholds is None):
         thresholds = torch.tensor(0.5 if options.threshold is None else options.threshold)
     return Predictor(

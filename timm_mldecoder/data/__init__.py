@@ -5,13 +5,13 @@ from pathlib import Path
 
 import timm.data
 
-from timm_mldecoder.data import torch_sets
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
-from timm_mldecoder.data.coco import read_coco
-from timm_mldecoder.data.csv_list import read_csv
-from timm_mldecoder.data.nus_wide import read_nus_wide
-from timm_mldecoder.data.open_images import read_open_images
-from timm_mldecoder.data.voc import read_voc
+from timm_mldecoder.data.formats import torchvision_sets
+from timm_mldecoder.data.formats.coco import read_coco
+from timm_mldecoder.data.formats.csv_list import read_csv
+from timm_mldecoder.data.formats.nus_wide import read_nus_wide
+from timm_mldecoder.data.formats.open_images import read_open_images
+from timm_mldecoder.data.formats.voc import read_voc
 
 # name: reader of (root, split) that gives the annotations of one split
 FORMATS = {
@@ -47,10 +47,10 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         ValueError: If the folder does not exist, the split is unknown, an annotation file is malformed, or an option
             has no meaning for the format.
     """
-    if name in torch_sets.FILES and not kwargs.get('download'):
-        torch_sets.check_files(name, root, split)
+    if name in torchvision_sets.FILES and not kwargs.get('download'):
+        torchvision_sets.check_files(name, root, split)
     if name == 'torch/stanford_cars':
-        return torch_sets.create_stanford_cars(root, split)
+        return torchvision_sets.create_stanford_cars(root, split)
     if name not in FORMATS:
         return timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_mldecoder.data.csv_list import SEPARATOR
+from timm_mldecoder.data.formats.csv_list import SEPARATOR
 
 SPLITS = ('train', 'validation')
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timm_mldecoder.data.nus_wide import read_word_vectors
-from timm_mldecoder.data.parsing import read_names
+from timm_mldecoder.data.formats.names import read_names
+from timm_mldecoder.data.formats.nus_wide import read_word_vectors
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 _logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Class priors on disk: how often each class is there, by an estimate, for the class-aware selective loss.
 
 A CSV of two columns, `Classes` and `avg_pred`, the layout of the published files. Such an estimate is the mean
-predicted probability of a model trained with mode 'ignore' (`timm_mldecoder.metrics.MeanProbability`).
+predicted probability of a model trained with mode 'ignore' (`timm_mldecoder.metrics.multilabel.MeanProbability`).
 """
 
 import csv

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_mldecoder.data.csv_list import SEPARATOR
+from timm_mldecoder.data.formats.csv_list import SEPARATOR
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 SIDE = 48  # of a scene, in pixels

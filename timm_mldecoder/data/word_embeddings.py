@@ -12,9 +12,7 @@ from torch import Tensor
 from timm_mldecoder.head.vocabulary import check_embeddings
 
 
-def read_word_embeddings(
-    path: str | Path, class_names: Sequence[str] | None = None
-) -> tuple[Tensor, list[str] | None]:
+def read_word_embeddings(path: str | Path, class_names: Sequence[str] | None = None) -> tuple[Tensor, list[str] | None]:
     """Label embeddings [C, E] of a file, and the class names it gives them.
 
     Args:

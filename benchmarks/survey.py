@@ -1,0 +1,142 @@
+"""Put an ML-Decoder head on every model of the installed timm, and write docs/models.md from what happened.
+
+    python -m benchmarks.survey [--write] [--names NAME ...]
+
+Models are built on the meta device (shapes without numbers), one forward and one backward pass each. Printed at the
+end: names, attached, refused with a reason, failed. Exit status 1 if any failed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import timm
+import torch
+
+from timm_mldecoder.models.families import FAMILIES, RULE
+
+PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'models.md'
+HEAD = dict(decoder_embedding=64, dim_feedforward=64)
+NAMES_A_PROCESS = 100  # one crash costs no more
+
+
+def attach(name: str) -> dict:
+    """Build, attach, run both ways: what became of one name."""
+    module = timm.model_entrypoint(name).__module__.rpartition('.')[2]
+    result = dict(name=name, module=module, cls='', family='', outcome='failed', detail='')
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(name, ml_decoder=HEAD, num_classes=7)
+            ancestors = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith('timm.')]
+            result['cls'] = ancestors[0]
+            result['family'] = next((cls for cls in ancestors if cls in FAMILIES), '')
+            check(model)
+            result['outcome'] = 'attached'
+    except Exception as error:  # whatever it is, it belongs to this name and goes into the report
+        refused = isinstance(error, ValueError) and 'cannot take an ML-Decoder head' in str(error)
+        result['outcome'] = 'refused' if refused else 'failed'
+        result['detail'] = str(error) if refused else traceback.format_exc(limit=-2)
+    return result
+
+
+def check(model: torch.nn.Module) -> None:
+    """Logits, pre-logits and gradients of the right shapes; more than one token for the head."""
+    seen: list = []
+    model.get_classifier().register_forward_pre_hook(lambda module, args: seen.extend(args[:1]))
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
+    logits = model.train()(images)
+    assert logits.shape == (2, 7), f'logits {tuple(logits.shape)}'
+    scales = seen[0] if isinstance(seen[0], list) else seen
+    assert all(scale.shape[1] > 1 for scale in scales), f'tokens {[tuple(scale.shape) for scale in scales]}'
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size), f'pre-logits {tuple(pooled.shape)}'
+    logits.sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused, f'parameters without a gradient: {unused[:5]}'
+
+
+def attach_all(names: list[str]) -> list[dict]:
+    """`attach` for many names, in processes of their own one after the other."""
+    results = []
+    for start in range(0, len(names), NAMES_A_PROCESS):
+        chunk = names[start : start + NAMES_A_PROCESS]
+        process = subprocess.run(
+            [sys.executable, __file__, '--worker', '--names', *chunk], capture_output=True, text=True
+        )
+        done = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{')]
+        results += done
+        lost = chunk[len(done) :]
+        results += [
+            dict(name=name, module='', cls='', family='', outcome='failed', detail=process.stderr) for name in lost
+        ]
+        print(f'{len(results)} of {len(names)}', file=sys.stderr, flush=True)
+    return results
+
+
+def page(results: list[dict]) -> str:
+    """The documentation page."""
+    attached = [result for result in results if result['outcome'] == 'attached']
+    lines = [
+        '# Which models take the head',
+        '',
+        f'Written by `make models` with timm {timm.__version__} and torch {torch.__version__.partition("+")[0]}: every '
+        'name of `timm.list_models()`, built on the meta device with `ml_decoder=`, one forward and one backward pass. '
+        'A model counts as attached if it gives logits, the head saw more than one token, pre-logits have '
+        '`head_hidden_size` columns and no parameter is without a gradient.',
+        '',
+        f'**{summary(results)}**',
+        '',
+        f'The rule: {RULE.why}. Class, distillation and register tokens are no image tokens; attention pooling goes.',
+        '',
+        '## Exceptions',
+        '',
+        '| timm class | names | what differs |',
+        '|---|---|---|',
+    ]
+    uses = Counter(result['family'] for result in attached)
+    lines += [f'| {cls} | {uses[cls]} | {family.why} |' for cls, family in FAMILIES.items() if uses[cls]]
+    lines += ['', '## Refused', '', '| name | reason |', '|---|---|']
+    lines += [f'| {result["name"]} | {result["detail"]} |' for result in results if result['outcome'] == 'refused']
+    lines += ['', '## Family by family', '', '| timm module | names | attached | classes |', '|---|---|---|---|']
+    for module in sorted({result['module'] for result in results}):
+        names = sum(result['module'] == module for result in results)
+        here = [result for result in attached if result['module'] == module]
+        lines.append(f'| {module} | {names} | {len(here)} | {", ".join(sorted({r["cls"] for r in here}))} |')
+    return '\n'.join(lines) + '\n'
+
+
+def summary(results: list[dict]) -> str:
+    count = Counter(result['outcome'] for result in results)
+    return (
+        f'names {len(results)}, attached {count["attached"]}, refused with reason {count["refused"]}, '
+        f'failed {count["failed"]}'
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--names', nargs='+', help='these names instead of all')
+    parser.add_argument('--write', action='store_true', help=f'write {PAGE.name}')
+    parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)  # one JSON line a name
+    options = parser.parse_args()
+    names = options.names or timm.list_models()
+    if options.worker:
+        for name in names:
+            print(json.dumps(attach(name)), flush=True)
+        return 0
+    results = attach_all(names)
+    failed = [result for result in results if result['outcome'] == 'failed']
+    for result in failed:
+        print(f'{result["name"]}: {result["detail"]}')
+    print(summary(results))
+    if options.write:
+        PAGE.write_text(page(results))
+    return bool(failed)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoint files: the layout of ours, and published layouts converted to it."""

@@ -1,0 +1,1 @@
+"""ML-Decoder heads, cosine classifiers and attention maps on timm models."""

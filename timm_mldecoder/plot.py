@@ -1,0 +1,67 @@
+"""Draw the curves of one or several runs from their `summary.csv`.
+
+python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output curves.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+
+from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.report import Metrics, read_summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the runs that the command line names.
+
+    Raises:
+        ValueError: If a run has no epochs yet, or matplotlib is missing.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or its summary.csv')
+    parser.add_argument('--output', default='curves.png', metavar='FILE', help='picture (default: %(default)s)')
+    arguments = parser.parse_args(argv)
+    draw({Path(run): read_run(Path(run)) for run in arguments.runs}, Path(arguments.output))
+    print(arguments.output)
+
+
+def read_run(path: Path) -> list[Metrics]:
+    """The epochs of a run."""
+    path = path / 'summary.csv' if path.is_dir() else path
+    rows = read_summary(path, before=inf)
+    if not rows:
+        raise ValueError(f'{path}: no epochs to draw')
+    return rows
+
+
+def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
+    """One panel a metric, one line a run; training and validation of a metric share a panel."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('drawing needs matplotlib: pip install matplotlib') from error
+    columns = [
+        name
+        for name in dict.fromkeys(name for rows in runs.values() for row in rows for name in row)
+        if name != 'epoch'
+    ]
+    panels = list(dict.fromkeys(name.removeprefix('train_').removeprefix('eval_') for name in columns))
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout='constrained')
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for index, (path, rows) in enumerate(runs.items()):
+            name = path.parent.name if path.name == 'summary.csv' else path.name
+            for column, style in ((f'train_{panel}', '--'), (f'eval_{panel}', '-'), (panel, '-')):
+                points = [(row['epoch'], row[column]) for row in rows if column in row]
+                if points:
+                    kind = ' (training)' if style == '--' else ''
+                    axis.plot(*zip(*points, strict=True), style, color=f'C{index}', label=f'{name}{kind}')
+        axis.set(title=panel, xlabel='epoch')
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize='small')
+    figure.savefig(output, dpi=120)
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run(main))
