@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from image_folders import write_images
 
-from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.runtime.signals import SIGNALS, Stopped
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 6  # an epoch of MODEL on `write_data`
@@ -38,8 +38,10 @@ def write_data(folder: Path) -> Path:
 def build(data: Path, output: Path, *flags: str) -> Run:
     """A run that has not begun, in a process of its own world."""
     options = parse_train([str(data), *MODEL, '--output', str(output), '--experiment', 'run', *flags])
-    with join_world(options) as world:
-        return set_up(options, world)
+    with join_world(options.device) as world:
+        run = build_run(options, world)
+    run.folder_lock.close()  # another run of the test may use the folder before this one is collected
+    return run
 
 
 def train(data: Path, output: Path, *flags: str) -> Path:
