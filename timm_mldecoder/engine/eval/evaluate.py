@@ -28,10 +28,15 @@ class Measure(Protocol):
 
 
 def create_autocast(options: Options, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return the context that forward passes run in."""
-    if not options.amp:
+    """Return the context that the forward passes of a script run in."""
+    return autocast_context(device, options.amp_dtype if options.amp else None)
+
+
+def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], AbstractContextManager]:
+    """Return the context of mixed precision in a dtype, one that does nothing for None."""
+    if dtype is None:
         return nullcontext
-    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, options.amp_dtype))
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, dtype))
 
 
 def multilabel_evaluator(num_seen: int | None, **settings: Any) -> MultiLabelEvaluator:
