@@ -24,13 +24,14 @@ from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.eval.evaluate import autocast_context
 from timm_mldecoder.engine.input.images import Placement
 from timm_mldecoder.engine.model import Trained, load_trained, set_classes, thresholds_for
 from timm_mldecoder.engine.predict.parts import Parts, fingerprint
 from timm_mldecoder.engine.predict.pictures import draw_pictures
 from timm_mldecoder.engine.predict.run import Predictor, predict
-from timm_mldecoder.engine.predict.sources import SourceDataset, open_source
+from timm_mldecoder.engine.predict.sources import SourceDataset, dataset_source, open_source
 from timm_mldecoder.engine.runtime.distributed import World, join_world
 from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.head import MLDecoder
@@ -54,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _predict(arguments: argparse.Namespace, world: World) -> None:
     predictor = load_predictor(arguments, world.device)
     outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
-    source = open_source(arguments.images, exclude=outputs)
+    if arguments.dataset:
+        source = dataset_source(
+            create_dataset(arguments.dataset, str(arguments.images), arguments.split), arguments.images
+        )
+    else:
+        source = open_source(arguments.images, exclude=outputs)
     channels = predictor.data_config['input_size'][0]
     mode = {1: 'L', 3: 'RGB', 4: 'CMYK'}.get(channels, 'RGB')
     transform = create_transform(**{**predictor.data_config, 'is_training': False})

@@ -1,12 +1,12 @@
 """The pass of a model over images, in finished parts, shared by all ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from timm_mldecoder.engine.input.images import KeyedCollate, KeyedSamples, Placement, init_worker
 from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction
@@ -95,49 +95,66 @@ def predict(
     if world.primary:
         parts.begin()
     world.barrier()
-    own = parts.missing()[world.rank :: world.size]
-    indices = [index for part in own for index in parts.images(part)]
+    batches = PartBatches(parts, parts.missing()[world.rank :: world.size], batch_size)
     loader = DataLoader(
         KeyedSamples(dataset),
-        batch_size=batch_size,
-        sampler=indices,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=KeyedCollate(default_collate, partial=True),
         pin_memory=placement.device.type == 'cuda',
         worker_init_fn=init_worker,
         multiprocessing_context='forkserver' if world.distributed and workers else None,
     )
-    remaining, pending = iter(own), []
-    part = next(remaining, None)
-    with progress_bar('Predict', len(indices), world.primary) as bar:
-        for predictions in _batches(predictor, loader, dataset, indices, autocast, placement, 'scores' in parts.arrays):
+    pending: list[Prediction] = []
+    results = _predictions(predictor, loader, dataset, autocast, placement, 'scores' in parts.arrays)
+    with progress_bar('Predict', sum(len(batch) for _, batch in batches.all()), world.primary) as bar:
+        for (part, batch), predictions in zip(batches.all(), results, strict=True):
             failed = next((item for item in predictions if item.error), None)
             if failed is not None and bad_image == 'abort':
                 raise RunFailed(f'{failed.image} cannot be read ({failed.error}); --bad-image skip leaves it out')
             pending += predictions
-            bar.update(len(predictions))
-            while part is not None and len(pending) >= len(parts.images(part)):
-                size = len(parts.images(part))
-                parts.write(part, pending[:size])
-                pending, part = pending[size:], next(remaining, None)
+            bar.update(len(batch))
+            if len(pending) == len(parts.images(part)):
+                parts.write(part, pending)
+                pending = []
     world.barrier()
     return world.broadcast(parts.finish() if world.primary else None)
 
 
+class PartBatches(Sampler[range]):
+    """The batches of some parts. None reaches over the end of a part, so that a part is the same whoever writes it."""
+
+    def __init__(self, parts: Parts, numbers: list[int], batch_size: int) -> None:
+        self._parts = parts
+        self._numbers = numbers
+        self._batch_size = batch_size
+
+    def all(self) -> Iterator[tuple[int, range]]:
+        """Yield the part and the images of each batch."""
+        for part in self._numbers:
+            images = self._parts.images(part)
+            for start in range(0, len(images), self._batch_size):
+                yield part, images[start : start + self._batch_size]
+
+    def __len__(self) -> int:
+        return sum(-(-len(self._parts.images(part)) // self._batch_size) for part in self._numbers)
+
+    def __iter__(self) -> Iterator[range]:
+        return (batch for _, batch in self.all())
+
+
 @torch.inference_mode()
-def _batches(
+def _predictions(
     predictor: Predictor,
     loader: DataLoader,
     dataset: SourceDataset,
-    indices: Sequence[int],
     autocast: Callable[[], AbstractContextManager],
     placement: Placement,
     keep_scores: bool,
 ) -> Iterator[list[Prediction]]:
-    """Yield the predictions of each batch, in the order of `indices`, unreadable images included."""
-    first = 0
-    for batch, positions, bad in loader:
-        count = min(loader.batch_size, len(indices) - first)
+    """Yield the predictions of each batch in order, unreadable images included."""
+    for indices, (batch, positions, bad) in zip(loader.batch_sampler, loader, strict=True):
+        names = [dataset.filename(index) for index in indices]
         errors = {image.path: image.reason for image in bad}
         found: dict[int, Prediction] = {}
         if batch is not None:
@@ -148,11 +165,8 @@ def _batches(
                 arrays = {'scores': scores[row].half().numpy()} if keep_scores else {}
                 if features is not None:
                     arrays['features'] = features[row].half().numpy()
-                name = dataset.filename(indices[first + position])
-                found[position] = Prediction(name, predictor.labels(scores[row]), '', arrays)
-        names = [dataset.filename(index) for index in indices[first : first + count]]
+                found[position] = Prediction(names[position], predictor.labels(scores[row]), '', arrays)
         yield [
             found[position] if position in found else Prediction(name, error=errors[name])
             for position, name in enumerate(names)
         ]
-        first += count

@@ -119,6 +119,17 @@ def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
     return source
 
 
+def dataset_source(dataset: Any, root: Path) -> Source:
+    """Return the images of a dataset, named by their paths relative to its root.
+
+    Raises:
+        ValueError: If the dataset does not keep its images in files.
+    """
+    if not hasattr(dataset, 'filenames'):
+        raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
+    return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not any(part.startswith('.') for part in name.split('/') if part != '.')
 
