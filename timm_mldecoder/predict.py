@@ -192,6 +192,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument('--model', help='pretrained timm model, such as local-dir:FOLDER')
     model.add_argument('--checkpoint', type=Path, help='checkpoint of train.py')
+    add('--dataset', default='', help='dataset in the folder IMAGES, as in train.py: coco2014, csv, ...')
+    add('--split', default='validation', help='split of the --dataset (default: %(default)s)')
     add(
         '--use-ema',
         action=argparse.BooleanOptionalAction,
