@@ -30,9 +30,16 @@ from timm_mldecoder.engine.model import class_names_of, create_train_model, has_
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
 from timm_mldecoder.engine.runtime.trackers import create_trackers
+from timm_mldecoder.engine.train.freeze import Freezer, head_parameters
 from timm_mldecoder.engine.train.loss import create_task
-from timm_mldecoder.engine.train.optim import create_optimizer, create_scaler, create_schedule, learning_rate
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.engine.train.optim import (
+    create_optimizer,
+    create_scaler,
+    create_schedule,
+    learning_rate,
+    scale_rates,
+)
+from timm_mldecoder.engine.train.run import Run, prepare_distributed
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +84,13 @@ def build_run(options: Options, world: World) -> Run:
     # task and optimizer
     task = create_task(options, model, train, world)
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
+    freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
+    if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
+        freezer.apply(0)
     optimizer = create_optimizer(options, task.get_trainable_module())
+    if options.head_lr_scale != 1:
+        scale_rates(optimizer, head_parameters(model), options.head_lr_scale)
+    freezer.apply(0)
     eval_model = _wrap(options, task, world)
     decreasing = eval_metric == 'loss'
     steps = -(-len(train_loader) // options.grad_accum_steps)
@@ -112,6 +125,7 @@ def build_run(options: Options, world: World) -> Run:
         data_config=config,
         class_names=class_names_of(train),
         trackers=create_trackers(options, folder) if folder else [],
+        freezer=freezer,
         folder_lock=lock(folder) if folder else None,
     )
     resumed = bool(source) and resume(source, state, options, world, train_loader, folder)
@@ -154,10 +168,7 @@ def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
         task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
     eval_model = task.get_eval_model()
-    if world.distributed:
-        devices = None if world.device.type == 'cpu' else [world.device]
-        buffers = dict(broadcast_buffers=False) if options.no_ddp_bb else {}
-        task.prepare_distributed(device_ids=devices, **buffers)
+    prepare_distributed(options, task, world)
     return eval_model
 
 

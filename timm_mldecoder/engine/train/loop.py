@@ -20,7 +20,7 @@ from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, pro
 from timm_mldecoder.engine.runtime.summary import print_result, summary_row
 from timm_mldecoder.engine.train import nonfinite
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.engine.train.run import Run, prepare_distributed
 from timm_mldecoder.engine.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ def fit_epoch(run: Run) -> None:
 def train_epoch(run: Run) -> Metrics:
     """Train the rest of the epoch under way: all of it, unless it was resumed within."""
     state, options, loader = run.state, run.options, run.train_loader
+    if run.freezer.apply(state.epoch):
+        rewrap(run)
     model = state.task.get_trainable_module()
-    model.train()
+    run.freezer.train_mode(model, state.epoch)
     state.optimizer.zero_grad()
     buffers = Buffers(model)
     trained: list[TrainedBatch] = []
@@ -128,6 +130,14 @@ def train_epoch(run: Run) -> Metrics:
     if hasattr(state.optimizer, 'sync_lookahead'):
         state.optimizer.sync_lookahead()
     return record_bad(run, loader.bad_images, OrderedDict(loss=state.loss.mean(run.world).item()))
+
+
+def rewrap(run: Run) -> None:
+    """Wrap the model again: DistributedDataParallel exchanges gradients of the parameters that were trainable then."""
+    task = run.state.task
+    if run.world.distributed:
+        task.trainable_module = task.trainable_module.module
+        prepare_distributed(run.options, task, run.world)
 
 
 def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from signal import Signals
 from typing import IO, Any, NoReturn
 
+from timm.task import TrainingTask
 from torch import nn
 
 from timm_mldecoder.engine.checkpoint.state import TrainingState
@@ -18,6 +19,7 @@ from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.signals import Stopped, StopSignals
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
 from timm_mldecoder.engine.runtime.trackers import Tracker
+from timm_mldecoder.engine.train.freeze import Freezer
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Run:
         data_config: Size, crop and normalisation of evaluation images.
         class_names: Class names in the order of the outputs, if the data has any.
         trackers: Called with the metrics of each epoch.
+        freezer: Freezes the backbone.
         folder_lock: Lock of the folder, held as long as the run lives.
         signals: Signals that stop the run.
     """
@@ -61,6 +64,7 @@ class Run:
     data_config: dict[str, Any]
     class_names: list[str] | None
     trackers: list[Tracker]
+    freezer: Freezer
     folder_lock: IO | None
     signals: StopSignals = field(default_factory=StopSignals)
 
@@ -147,3 +151,11 @@ class Run:
         return self.state.collect(
             self.options, self.world, self.train_loader, self.data_config, self.class_names, metric
         )
+
+
+def prepare_distributed(options: Options, task: TrainingTask, world: World) -> None:
+    """Wrap the model of a task in DistributedDataParallel, on several ranks."""
+    if world.distributed:
+        devices = None if world.device.type == 'cpu' else [world.device]
+        buffers = dict(broadcast_buffers=False) if options.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=devices, **buffers)
