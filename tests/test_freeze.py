@@ -57,10 +57,10 @@ def test_no_graph_of_the_backbone_is_kept(data, tmp_path):
 def test_the_backbone_is_trained_from_its_epoch_on_and_a_resumed_run_is_equal(data, tmp_path):
     flags = [*FROZEN, '--epochs', '3', '--unfreeze-epoch', '1', '--layer-decay', '0.8']
     run = build(data, tmp_path / 'whole', *flags)
-    before = run.eval_model.conv1.weight.detach().clone()
+    before = run.eval_model.conv1[0].weight.detach().clone()
     stages = []
     run.state.task.register_forward_pre_hook(
-        lambda *_: stages.append((run.state.epoch, torch.equal(run.eval_model.conv1.weight, before)))
+        lambda *_: stages.append((run.state.epoch, torch.equal(run.eval_model.conv1[0].weight, before)))
     )
     fit(run)
     assert all(equal for epoch, equal in stages if epoch == 0)
