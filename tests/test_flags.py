@@ -164,12 +164,16 @@ class TestOptions:
             ['DIR', '--epochs', '3', '--amp', '--scale', '0.5', '1']
         )
         assert validate_options(data_dir='DIR', batch_size=8) == parse_validate(['DIR', '-b', '8'])
+        assert train_options(data=Path('DIR'), no_aug=False, model_kwargs={'act_layer': Path}).model_kwargs == {
+            'act_layer': Path
+        }
 
     @pytest.mark.parametrize(
         ('values', 'named'),
         [
             (dict(epocs=3), 'epocs.*epochs'),
-            (dict(epochs='3'), '--epochs'),
+            (dict(epochs='x'), '--epochs'),
+            (dict(epochs=[3]), '--epochs'),
             (dict(epochs=True), '--epochs'),
             (dict(epochs=0), '--epochs'),
             (dict(amp=1), '--amp'),
@@ -313,6 +317,7 @@ class TestConfig:
         ('--num-of-groups 0', '--num-of-groups 0'),
         ('--aa foo', '--aa foo'),
         ('--aa rand-foo5', '--aa rand-foo5'),
+        (f'--class-split {__file__}', '--class-split .*--task multilabel'),
         ('--random-queries -1', '--random-queries -1'),
         ('--img-size 100000', '--img-size 100000.*8192'),
         ('--workers 100000', '--workers 100000'),
@@ -548,6 +553,12 @@ class TestInheritance:
         trained = parse_train(['DIR', '--amp', '--amp-dtype', 'bfloat16']).to_dict()
         options = inherit(parse_validate(['DIR', '--model-dtype', 'bfloat16', '--checkpoint', __file__]), trained)
         assert (options.amp, options.model_dtype) == (False, 'bfloat16')
+
+    @pytest.mark.parametrize(('device', 'dtype'), [('cuda', 'bfloat16'), ('cpu', 'float16')])
+    def test_float16_of_a_gpu_is_bfloat16_on_a_cpu(self, device, dtype):
+        trained = parse_train(['DIR', '--amp', '--amp-dtype', 'float16', '--device', device]).to_dict()
+        options = inherit(parse_validate(['DIR', '--device', 'cpu', '--checkpoint', __file__]), trained)
+        assert (options.amp, options.amp_dtype) == (True, dtype)
 
     def test_flags_are_checked_against_the_task_of_the_checkpoint(self, tmp_path):
         flags = ['DIR', '--checkpoint', __file__, '--class-report', str(tmp_path / 'report.csv')]

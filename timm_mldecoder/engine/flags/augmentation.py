@@ -1,10 +1,16 @@
 """Flags of augmentation and regularization."""
 
 from timm_mldecoder.engine.flags.data import INTERPOLATIONS
-from timm_mldecoder.engine.flags.flag import Group, train
-from timm_mldecoder.engine.flags.needs import AUGMENTS, DISTRIBUTED, MIXES, MIXES_BOTH, NEVER, NO_AA, NO_HEAD, given
+from timm_mldecoder.engine.flags.flag import Group, Need, train
+from timm_mldecoder.engine.flags.needs import DISTRIBUTED, NO_HEAD, given
 
 # fmt: off
+AUGMENTS = Need(lambda o: not o.no_aug, 'augmentation, which --no-aug turns off')
+MIXES = given('mixup', 'cutmix', 'cutmix_minmax')
+MIXES_BOTH = Need(lambda o: bool(o.mixup and (o.cutmix or o.cutmix_minmax)), 'both --mixup and --cutmix')
+NO_AA = Need(lambda o: not o.aa, 'no --aa, which replaces color jitter')
+NEVER = Need(lambda o: False, '--drop-path, its name in timm today')
+
 AUGMENTATION: Group = ('Augmentation', [
     train('--no-aug', bool, False, 'train on the evaluation transform'),
     train('--train-crop-mode', str, None, 'crop of training images: random resized (rrc, the default), random keeping '

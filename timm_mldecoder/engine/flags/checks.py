@@ -15,7 +15,7 @@ from timm.loss.class_weights import CLASS_WEIGHT_METHOD_KINDS, load_class_weight
 from timm.optim import list_optimizers
 from timm.task import ClassificationEvaluator
 
-from timm_mldecoder.engine.flags.flag import Flag
+from timm_mldecoder.engine.flags.flag import Flag, show
 from timm_mldecoder.engine.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.engine.flags.options import Options, closest
 from timm_mldecoder.head import MLDecoder
@@ -98,7 +98,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     if not o.data_dir and o.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
         yield 'no dataset: give its folder, as DIR or --data-dir DIR'
     if o.target_key and o.dataset.partition('/')[0].lower() not in _RECORDS:
-        yield f'--target-key {o.target_key}: only datasets of records have keys: {_join(_RECORDS, "/, ")}/'
+        yield f'--target-key {o.target_key}: only datasets of records have keys: {"/, ".join(_RECORDS)}/'
     try:
         torch.device(o.device)
     except RuntimeError:
@@ -110,7 +110,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     for name in ('mean', 'std'):
         values = getattr(o, name)
         if values is not None and len(values) not in (1, channels):
-            yield f'--{name} {_join(values)}: give one value, or one for each of {channels} channels'
+            yield f'--{name} {show(values)}: give one value, or one for each of {channels} channels'
     if o.amp and o.model_dtype not in (None, 'float32'):
         yield f'--amp needs float32 weights, --model-dtype is {o.model_dtype}; give one of them'
     for name in o.model_kwargs:
@@ -150,7 +150,7 @@ def head_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
         if _HEAD_ARGUMENTS.get(name):
             yield f'--ml-decoder-kwargs {name}={value}: use {_HEAD_ARGUMENTS[name]}'
         elif name not in known:
-            yield f'--ml-decoder-kwargs {name}={value}: choose from {_join(sorted(known), ", ")}'
+            yield f'--ml-decoder-kwargs {name}={value}: choose from {", ".join(sorted(known))}'
         elif not _is_a(value, hints.get(name, Any)):
             hint = hints[name]
             yield f'--ml-decoder-kwargs {name}={value}: expects {hint.__name__ if isinstance(hint, type) else hint}'
@@ -170,10 +170,10 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _problems_of_train(o: Options) -> Iterator[str]:
     name = o.opt.lower().removeprefix('lookahead_')
     if name not in list_optimizers():
-        yield f'--opt {o.opt}: no such optimizer; choose from {_join(list_optimizers(), ", ")}'
+        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(list_optimizers())}'
     info = optimizer_info(o)
     if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
-        yield f'--opt-betas {_join(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
+        yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
     if not (':' in o.model or timm.is_model(o.model.partition('.')[0].rpartition('/')[2])):
         yield f'--model {o.model}: no such model in timm{closest(o.model, timm.list_models())}'
     if o.sam and o.grad_accum_steps > 1:
@@ -190,9 +190,11 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield f'--wandb-resume-id {o.wandb_resume_id} needs --resume'
     if o.sampler == 'balanced' and o.aug_repeats:
         yield f'--sampler balanced contradicts --aug-repeats {o.aug_repeats:g}; give one of them'
+    if o.class_split and o.task != 'multilabel':
+        yield f'--class-split {o.class_split} needs --task multilabel'
     names = metric_names(o)
     if o.eval_metric not in names:
-        yield f'--eval-metric {o.eval_metric}: choose from {_join(names, ", ")} for --task {o.task}'
+        yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
     yield from _problems_of_images(o)
     yield from _problems_of_schedule(o, info)
     yield from _problems_of_loss(o)
@@ -209,16 +211,16 @@ def _problems_of_images(o: Options) -> Iterator[str]:
     for name in ('cutmix_minmax', 'scale', 'ratio'):
         values = getattr(o, name)
         if values is not None and (len(values) != 2 or values[0] > values[1]):
-            yield f'{o.flag(name)} {_join(values)}: give the smallest and the largest value'
+            yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
     sizes = o.train_batch_sizes or [o.batch_size]
     if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
-        yield f'--batch-size {_join(sizes)}: mixup and CutMix pair images, so the batch size must be even'
+        yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
     for name in ('train_batch_sizes', 'train_size_probs'):
         values = getattr(o, name)
         if o.train_img_sizes and values and len(values) != len(o.train_img_sizes):
-            yield f'{o.flag(name)} {_join(values)}: give one value per image size {_join(o.train_img_sizes)}'
+            yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
     if o.train_size_probs and not sum(o.train_size_probs):
-        yield f'--train-size-probs {_join(o.train_size_probs)}: one must be above 0'
+        yield f'--train-size-probs {show(o.train_size_probs)}: one must be above 0'
     if o.aa:
         build = next((build for name, build in _POLICIES.items() if o.aa.startswith(name)), auto_augment_transform)
         try:
@@ -238,7 +240,7 @@ def _problems_of_schedule(o: Options, info: Any) -> Iterator[str]:
         if not (info.has_momentum or info.has_betas):
             yield f'--sched onecycle needs an optimizer with momentum or betas, --opt is {o.opt}'
     if o.lr_noise and len(o.lr_noise) > 2:
-        yield f'--lr-noise {_join(o.lr_noise)}: give one or two values'
+        yield f'--lr-noise {show(o.lr_noise)}: give one or two values'
 
 
 def _problems_of_loss(o: Options) -> Iterator[str]:
@@ -280,7 +282,3 @@ def _problems_of_validate(o: Options) -> Iterator[str]:
         yield f'--crop-border-pixels {o.crop_border_pixels} leaves nothing of images of {size} pixels'
     if not o.checkpoint:
         check_task(o)
-
-
-def _join(values: Any, separator: str = ' ') -> str:
-    return separator.join(map(str, values))

@@ -1,4 +1,4 @@
-"""YAML files of options, turned into arguments that argparse converts and checks."""
+"""Values of a YAML file or a program, turned into arguments that argparse converts and checks."""
 
 import re
 from collections.abc import Container, Mapping
@@ -38,15 +38,19 @@ def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Conta
         if key in skip:
             continue
         try:
-            arguments[key] = _as_arguments(rows[key], value)
+            arguments[key] = as_arguments(rows[key], value)
             parser.read(arguments[key])
         except ValueError as error:
             raise ValueError(f'--config {path}: {key}: {error}') from error
     return arguments
 
 
-def _as_arguments(row: Flag, value: Any) -> list[str]:
-    """A value of the file as arguments; empty for the value of an option that is not given."""
+def as_arguments(row: Flag, value: Any) -> list[str]:
+    """The arguments that set an option to a value; none for the value of an option that is not given.
+
+    Raises:
+        ValueError: If the value is not of the kind that the flag takes.
+    """
     name = '--data-dir' if row.dest == 'data' else row.label
     if value is None and not row.default or value == row.default and value in ([], {}):
         return []
@@ -59,13 +63,13 @@ def _as_arguments(row: Flag, value: Any) -> list[str]:
         row.check(_expect(value, dict, 'a mapping'), name, None)
         return [name, *(f'{key}={_as_literal(item)}' for key, item in value.items())]
     if row.nargs not in (None, '?'):
-        values = [_as_text(row, item) for item in _expect(value, list, 'a list')]
+        values = [_as_text(row, item) for item in _expect(value, (list, tuple), 'a list')]
         return [f'{name}={values[0]}'] if len(values) == 1 else [name, *values]
     return [f'{name}={_as_text(row, value)}']
 
 
 def _as_text(row: Flag, value: Any) -> str:
-    if value is None or isinstance(value, (bool, list, dict)):
+    if value is None or isinstance(value, (bool, list, tuple, dict)):
         raise ValueError(f'expects a value of type {row.type.__name__}, got {value!r}')
     return str(value)
 
@@ -74,7 +78,7 @@ def _as_literal(value: Any) -> str:
     return value if isinstance(value, str) and _FLOAT.fullmatch(value) else repr(value)
 
 
-def _expect(value: Any, kind: type, wording: str) -> Any:
+def _expect(value: Any, kind: Any, wording: str) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f'expects {wording}, got {value!r}')
     return value

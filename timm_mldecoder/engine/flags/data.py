@@ -2,27 +2,23 @@
 
 import os
 
-from timm_mldecoder.engine.flags.flag import Group, both, train, validate
-from timm_mldecoder.engine.flags.needs import (
-    MULTILABEL,
-    NO_INPUT_SIZE,
-    NOT_STREAMED,
-    ON_ACCELERATOR,
-    PROGRESSIVE,
-    STREAMED,
-    TEXT_QUERIES,
-    VALIDATES,
-    WORKERS,
-    dataset,
-    given,
-)
+from timm_mldecoder.engine.flags.flag import Group, Need, both, train, validate
+from timm_mldecoder.engine.flags.needs import ON_ACCELERATOR, VALIDATES, dataset, given
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _CPUS = os.cpu_count() or 1
+# fmt: off
+_STREAMED_KINDS = ('hfids/', 'tfds/', 'wds/')
+STREAMED = dataset(*_STREAMED_KINDS)
+NOT_STREAMED = Need(lambda o: not o.dataset.lower().startswith(_STREAMED_KINDS), 'a dataset that is not streamed')
 _SIZES = given('train_img_sizes')
 _SKIP = ('skip', 'abort')
+WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
+MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
+PROGRESSIVE = Need(lambda o: o.train_size_schedule == 'progressive', '--train-size-schedule progressive')
+TEXT_QUERIES = Need(lambda o: bool(o.use_ml_decoder_head or o.graph), '--use-ml-decoder-head 1 or --graph')
+NO_INPUT_SIZE = Need(lambda o: not o.input_size, 'no --input-size, which replaces it')
 
-# fmt: off
 DATASET: Group = ('Dataset', [
     both('data', str, None, 'root folder of the dataset (or --data-dir)', nargs='?', metavar='DIR'),
     both('--data-dir', str, None, 'root folder of the dataset', metavar='DIR'),

@@ -1,7 +1,6 @@
 """One row per flag: its names, type, default, values allowed, conditions, scripts and help."""
 
 import argparse
-import copy
 import math
 import os
 import re
@@ -120,40 +119,12 @@ class Flag:
 
     def _help(self) -> str:
         notes = []
-        if self.default not in (None, '', False, {}, []):
+        if self.default not in (None, '', {}, []) and self.type is not bool:
             shown = self.default if isinstance(self.default, list) else [self.default]
             notes.append(f'default: {" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in shown)}')
         if self.type in (int, float) and not self.choices and str(self.range):
             notes.append(str(self.range))
         return (self.help + (f' ({"; ".join(notes)})' if notes else '')).replace('%', '%%')
-
-    def convert(self, value: Any) -> Any:
-        """A value given by a program, in the type of the option.
-
-        Raises:
-            ValueError: If the value has another type or is not one of the choices.
-        """
-        if value is None and self.default is None:
-            return None
-        if self.nargs == '?' and value is True and self.const is not None:
-            return self.const
-        if self.type is dict:
-            return copy.deepcopy(dict(_expect(self, value, Mapping, 'a mapping')))
-        if self.nargs not in (None, '?'):
-            values = [self._scalar(item) for item in _expect(self, value, (list, tuple), 'a list')]
-            if isinstance(self.nargs, int) and len(values) != self.nargs:
-                raise ValueError(f'{self.label} expects {self.nargs} values, got {len(values)}')
-            return values
-        return self._scalar(value)
-
-    def _scalar(self, value: Any) -> Any:
-        kinds = {float: (float, int), str: (str, os.PathLike)}.get(self.type, (self.type,))
-        if isinstance(value, bool) and self.type is not bool:
-            kinds = ()
-        value = self.type(_expect(self, value, kinds, f'a value of type {self.type.__name__}'))
-        if self.choices and value not in self.choices:
-            raise ValueError(f'{self.label} {value!r}: choose from {", ".join(map(repr, self.choices))}')
-        return value
 
     def check(self, value: Any, label: str, folder: str | None) -> None:
         """Check a value against the row.
@@ -168,7 +139,7 @@ class Flag:
         """
         for number in _numbers(value):
             if number not in self.range:
-                raise ValueError(f'{label} {_show(value)}: must be {str(self.range) or "a finite number"}')
+                raise ValueError(f'{label} {show(value)}: must be {str(self.range) or "a finite number"}')
         if self.path and value:
             self._check_path(value, label, folder)
 
@@ -270,11 +241,6 @@ def _numbers(value: Any) -> Iterable[float]:
         yield value
 
 
-def _show(value: Any) -> str:
-    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _expect(row: Flag, value: Any, kinds: Any, wording: str) -> Any:
-    if not isinstance(value, kinds):
-        raise ValueError(f'{row.label} expects {wording}, got {value!r}')
-    return value
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

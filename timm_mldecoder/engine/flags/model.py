@@ -1,20 +1,16 @@
 """Flags of the model: architecture, weights, head, BatchNorm, EMA, device and precision."""
 
-from timm_mldecoder.engine.flags.flag import Group, both, train, validate
-from timm_mldecoder.engine.flags.needs import (
-    BIAS,
-    DISTRIBUTED,
-    NO_CHECKPOINT,
-    NO_COMPILE,
-    NO_HEAD,
-    ON_ACCELERATOR,
-    USES_HEAD,
-    given,
-)
+from timm_mldecoder.engine.flags.flag import Group, Need, both, train, validate
+from timm_mldecoder.engine.flags.needs import DISTRIBUTED, NO_HEAD, ON_ACCELERATOR, given
 
 _EMA = given('model_ema')
 
 # fmt: off
+USES_HEAD = Need(lambda o: bool(o.use_ml_decoder_head), '--use-ml-decoder-head 1')
+BIAS = Need(lambda o: not o.cosine_classifier, 'a classifier with a bias, which --cosine-classifier does not have')
+NO_CHECKPOINT = Need(lambda o: not o.checkpoint, 'no --checkpoint, which replaces the pretrained weights')
+NO_COMPILE = Need(lambda o: not o.torchcompile, 'no --torchcompile, which replaces it')
+
 MODEL: Group = ('Model and weights', [
     both('--model -m', str, 'resnet50', 'timm model to train', inherited=True,
          in_validate=dict(default='dpn92', help='timm model, a pattern of names, all, or a text file of names')),

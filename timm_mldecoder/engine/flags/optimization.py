@@ -2,26 +2,24 @@
 
 from timm.loss import LOSS_TYPES
 
-from timm_mldecoder.engine.flags.flag import Group, train
-from timm_mldecoder.engine.flags.needs import (
-    BETAS,
-    CLASS_STATS,
-    CYCLES,
-    EPOCH_SCHEDULE,
-    EPSILON,
-    MOMENTUM,
-    NO_LR,
-    SCHEDULED,
-    given,
-    loss,
-    sched,
-)
+from timm_mldecoder.engine.flags.flag import Group, Need, train
+from timm_mldecoder.engine.flags.needs import given, loss, loss_name, optimizer_info, sched
 from timm_mldecoder.losses import LOSSES
 
 _LOSSES = tuple(dict.fromkeys(name for name in (*LOSS_TYPES, *LOSSES) if name != 'jsd'))
 _LAYER_DECAY, _NOISE, _WARMUP = given('layer_decay'), given('lr_noise'), given('warmup_epochs')
 
 # fmt: off
+SCHEDULED = Need(lambda o: o.sched != 'none', 'a schedule: --sched other than none')
+CYCLES = sched('cosine', 'tanh', 'poly')
+EPOCH_SCHEDULE = Need(lambda o: o.sched not in ('none', 'onecycle'), '--sched other than none and onecycle')
+NO_LR = Need(lambda o: not o.lr, 'no --lr, which replaces it')
+MOMENTUM = Need(lambda o: optimizer_info(o).has_momentum, 'an optimizer with momentum')
+EPSILON = Need(lambda o: optimizer_info(o).has_eps, 'an optimizer with an epsilon')
+BETAS = Need(lambda o: optimizer_info(o).has_betas, 'an optimizer with betas')
+CLASS_STATS = Need(lambda o: loss_name(o) == 'db' or bool(o.loss_pos_weight or o.loss_class_weight),
+                   '--loss db, or a method in --loss-pos-weight or --loss-class-weight')
+
 LOSS: Group = ('Loss', [
     train('--loss', str, None, 'loss; if not given, ce for one class per image and bce for several. csl and aam need '
           '--task multilabel', choices=_LOSSES),

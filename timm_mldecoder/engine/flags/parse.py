@@ -10,8 +10,8 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
 from timm_mldecoder.engine.flags.checks import check, check_task, scores_both
-from timm_mldecoder.engine.flags.config import read_config
-from timm_mldecoder.engine.flags.flag import Flag, Group, Parser
+from timm_mldecoder.engine.flags.config import as_arguments, read_config
+from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.engine.flags.options import Options, closest
 
 _logger = logging.getLogger(__name__)
@@ -37,10 +37,6 @@ GROUPS = (
     run.RESULTS,
     unsupported.UNSUPPORTED,
 )
-_DESCRIPTIONS = {
-    'train': 'Train a timm image classifier, with an ML-Decoder head or the head of the model.',
-    'validate': 'Evaluate a timm image classifier, with an ML-Decoder head or the head of the model.',
-}
 _FOLDER = {'data', 'data_dir'}  # two names of one option
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
 
@@ -57,12 +53,17 @@ def flags(script: str) -> dict[str, Flag]:
 
 def train_parser() -> Parser:
     """The parser of train.py: timm's flags with timm's defaults, and those of this package."""
-    return Parser(_DESCRIPTIONS['train'], groups('train'))
+    return _parser('train')
 
 
 def validate_parser() -> Parser:
     """The parser of validate.py."""
-    return Parser(_DESCRIPTIONS['validate'], groups('validate'))
+    return _parser('validate')
+
+
+def _parser(script: str) -> Parser:
+    head = 'with an ML-Decoder head or the head of the model'
+    return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
 
 
 def parse_train(argv: Sequence[str] | None = None) -> Options:
@@ -72,7 +73,7 @@ def parse_train(argv: Sequence[str] | None = None) -> Options:
         ValueError: For an unknown or unsupported flag, a value that is not allowed, or options that contradict each
             other.
     """
-    return _parse('train', train_parser(), argv)
+    return _parse('train', argv)
 
 
 def parse_validate(argv: Sequence[str] | None = None) -> Options:
@@ -81,7 +82,7 @@ def parse_validate(argv: Sequence[str] | None = None) -> Options:
     Raises:
         ValueError: As in `parse_train`.
     """
-    return _parse('validate', validate_parser(), argv)
+    return _parse('validate', argv)
 
 
 def train_options(**values: Any) -> Options:
@@ -116,7 +117,8 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     names = [name for name, row in flags('validate').items() if row.inherited and name in trained]
     options = options.replace(**{name: trained[name] for name in names if name not in kept})
     check_task(options)
-    return options
+    trained_on_cpu = trained.get('device', '').startswith('cpu')
+    return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
 
 
 def warn_no_effect(options: Options, script: str) -> None:
@@ -129,12 +131,12 @@ def warn_no_effect(options: Options, script: str) -> None:
             continue
         failed = next((need for need in row.needs if not need.holds(options)), None)
         if failed is not None:
-            shown = '' if value is True else f' {" ".join(map(str, value)) if isinstance(value, list) else value}'
-            _logger.warning(f'No effect: {options.flag(name)}{shown} needs {failed.text}')
+            shown = options.flag(name) if value is True else f'{options.flag(name)} {show(value)}'
+            _logger.warning(f'No effect: {shown} needs {failed.text}')
 
 
-def _parse(script: str, parser: Parser, argv: Sequence[str] | None) -> Options:
-    rows = flags(script)
+def _parse(script: str, argv: Sequence[str] | None) -> Options:
+    rows, parser = flags(script), _parser(script)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, spelled = parser.read(argv)
     path = given.get('config')
@@ -148,10 +150,16 @@ def _parse(script: str, parser: Parser, argv: Sequence[str] | None) -> Options:
 
 
 def _from_values(script: str, values: Mapping[str, Any]) -> Options:
-    rows = flags(script)
-    for name in values.keys() - rows.keys():
-        raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
-    given = {name: rows[name].convert(value) for name, value in values.items()}
+    rows, parser, given = flags(script), _parser(script), {}
+    for name, value in values.items():
+        if name not in rows:
+            raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
+        try:
+            given |= parser.read(as_arguments(rows[name], value))[0]
+        except ValueError as error:
+            raise ValueError(f'{rows[name].label}: {error}') from error
+        if isinstance(value, Mapping):  # may hold what has no literal, such as a class
+            given[name] = dict(value)
     return _finish(script, rows, given, {name: rows[name].label for name in given})
 
 
@@ -171,16 +179,10 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
 def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
     """The defaults that depend on other options, for the options that are not given."""
     defaults = {}
-    device = options.device
-    if script == 'validate' and not torch.cuda.is_available():
-        defaults['device'] = device = device if 'device' in options.given else 'cpu'
-        if 'device' not in options.given:
-            _logger.warning('no CUDA device found: evaluating on the CPU')
-    if options.amp and device.startswith('cpu'):
-        # float16 on a CPU has no loss scaling, and its convolutions take some eighty times as long backwards
-        defaults['amp_dtype'] = 'bfloat16'
-        if 'amp_dtype' not in options.given:
-            _logger.info('mixed precision on a CPU: using bfloat16; --amp-dtype float16 overrides it')
+    if script == 'validate' and 'device' not in options.given and not torch.cuda.is_available():
+        defaults['device'] = 'cpu'
+        _logger.warning('no CUDA device found: evaluating on the CPU')
+    defaults |= _amp_default(options, defaults.get('device', options.device))
     if script == 'train':
         if options.task == 'multilabel':
             defaults |= dict(smoothing=0.0, eval_metric='zsl_map' if scores_both(options) else 'map')
@@ -188,3 +190,11 @@ def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
             defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
     changes = {name: value for name, value in defaults.items() if name not in options.given}
     return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
+
+
+def _amp_default(options: Options, device: str) -> dict[str, str]:
+    """bfloat16 on a CPU: there float16 has no loss scaling, and its convolutions take 80 times as long backwards."""
+    if not options.amp or not device.startswith('cpu') or 'amp_dtype' in options.given:
+        return {}
+    _logger.info('mixed precision on a CPU: using bfloat16; --amp-dtype float16 overrides it')
+    return {'amp_dtype': 'bfloat16'}

@@ -1,11 +1,13 @@
 """Flags of the run: seed, log, checkpoints, trackers, and the results of an evaluation."""
 
-from timm_mldecoder.engine.flags.flag import Group, both, train, validate
-from timm_mldecoder.engine.flags.needs import SKIPS, VALIDATES, given
+from timm_mldecoder.engine.flags.flag import Group, Need, both, train, validate
+from timm_mldecoder.engine.flags.needs import VALIDATES, given
 
 _WANDB = given('log_wandb')
 
 # fmt: off
+SKIPS = Need(lambda o: o.nonfinite == 'skip', '--nonfinite skip')
+
 RUN: Group = ('Run', [
     train('-c --config', str, '', 'YAML file of options; flags on the command line override it', path='file'),
     both('--seed', int, 42, 'random seed', range='[0, 2147483647]'),
