@@ -91,9 +91,10 @@ def test_a_damaged_cache_is_built_again(tmp_path):
     expected = [target.tolist() for _, target in create_dataset('openimages', str(tmp_path), 'train')]
     (path,) = (tmp_path / '.timm_mldecoder').glob('*/label.npy')
     content = path.read_bytes()
-    path.write_bytes(content[:-1])
-    assert [target.tolist() for _, target in create_dataset('openimages', str(tmp_path), 'train')] == expected
-    assert path.read_bytes() == content
+    for damage in (lambda: path.write_bytes(content[:-1]), path.unlink, lambda: path.write_bytes(b'')):
+        damage()
+        assert [target.tolist() for _, target in create_dataset('openimages', str(tmp_path), 'train')] == expected
+        assert path.read_bytes() == content
 
 
 def test_the_cache_of_a_read_only_root_is_in_the_cache_folder_of_the_user(tmp_path, caplog):

@@ -115,6 +115,24 @@ def test_classes_of_shards_are_those_of_the_class_map_or_of_the_info_file(tmp_pa
     assert class_to_index(dataset) == {'dog': 0, 'cat': 1}
 
 
+def test_wrong_columns_of_a_hugging_face_dataset_are_named_with_the_flag(tmp_path, monkeypatch):
+    pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    for path in ('train/cat/1.png', 'train/dog/1.png'):
+        write_image(tmp_path / 'images' / path, 1)
+
+    def create(**keys):
+        return create_dataset(f'hfds/{tmp_path}/images', str(tmp_path / 'cache'), 'train', **keys)
+
+    assert class_to_index(create()) == {'cat': 0, 'dog': 1}
+    with pytest.raises(ValueError, match="'img'.*--input-key.*label"):
+        create(input_key='img', target_key='label')
+    with pytest.raises(ValueError, match="'fine'.*--target-key.*label"):
+        create(input_key='image', target_key='fine')
+    with pytest.raises(ValueError, match="'hfds/'"):
+        create_dataset('hfds/', str(tmp_path), 'train')
+
+
 def test_classes_are_in_the_order_of_their_indices():
     class Dataset:
         class_to_idx = {'b': 1, 'c': 2, 'a': 0}

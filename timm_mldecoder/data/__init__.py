@@ -79,7 +79,12 @@ def create_dataset(
         if prefix not in (TIMM_PREFIXES if slash else TIMM_FOLDERS):
             readers = ', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)
             raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
-        return timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
+            raise ValueError(f'dataset {name!r} lacks a name after the slash')
+        dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        if prefix == 'hfds':
+            _check_columns(name, dataset.reader)
+        return dataset
 
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
@@ -93,6 +98,17 @@ def create_dataset(
     if missing is not None:
         annotations = apply_policy(annotations, root, missing)
     return MultiLabelDataset(annotations, root, **options)
+
+
+def _check_columns(name: str, reader) -> None:
+    """Raise a ValueError if a Hugging Face dataset lacks the columns of images or targets; timm fails at an image."""
+    columns = [column for column in reader.dataset.column_names if column != reader.image_key]
+    # timm's cast to images adds a column of None
+    if len(reader) and reader.dataset[0][reader.image_key] is None:
+        raise ValueError(f'dataset {name!r} has no column {reader.image_key!r}: pass --input-key, one of {columns}')
+    missing = [key for key in reader.target_keys or [reader.label_key] if key.partition('/')[0] not in columns]
+    if missing:
+        raise ValueError(f'dataset {name!r} has no column {missing}: pass --target-key, of {columns}')
 
 
 def _create_cifar(name: str, root: str | None, split: str, is_training: bool, **kwargs):

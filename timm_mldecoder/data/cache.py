@@ -17,6 +17,7 @@ _logger = logging.getLogger(__name__)
 
 FOLDER = '.timm_mldecoder'
 VERSION = 1  # of the layout of the tables
+ARRAYS = {'paths', 'start', 'label', 'value'}  # of every table, see `annotations.make_table`
 Table = dict[str, np.ndarray]
 
 
@@ -61,9 +62,10 @@ def load_or_build(
 def load(folder: Path) -> Table | None:
     """Memory-map the arrays of a table; None if the folder is missing or damaged."""
     try:
-        return {path.stem: np.load(path, mmap_mode='r') for path in folder.iterdir() if path.suffix == '.npy'} or None
-    except (OSError, ValueError):
+        table = {path.stem: np.load(path, mmap_mode='r') for path in folder.iterdir() if path.suffix == '.npy'}
+    except (OSError, ValueError, EOFError):  # of numpy, on files that are damaged
         return None
+    return table if table.keys() >= ARRAYS else None
 
 
 def _build(build: Callable[[], Table]) -> Table:
