@@ -113,8 +113,8 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
 
 
 @pytest.mark.parametrize('flags, message', [
-    ('--dataset csv --class-split none.json', 'none.json is no split'),
-    ('--dataset csv --word-embeddings none.safetensors', 'no file of label embeddings'),
+    ('--dataset csv --class-split none.json', 'none.json'),
+    ('--dataset csv --word-embeddings none.safetensors', 'none.safetensors'),
     ('--dataset csv --word-embeddings few.safetensors', r"no embedding of \['plain red disc'"),
     ('--num-of-groups 12 --ml-decoder-kwargs classifier=learned', '75 classes do not fit the 60'),
     ('--use-ml-decoder-head 0', 'only word queries can be asked for unseen'),
