@@ -327,7 +327,6 @@ class TestConfig:
         ('--class-map /dev/null', '--class-map /dev/null'),
         ('--initial-checkpoint .', r'--initial-checkpoint \.'),
         ('--loss-class-weight inv', '--loss-class-weight inv.*inv_freq.*effective_num'),
-        ('--loss-class-weight inv_freq', '--loss-class-weight inv_freq.*--class-stats'),
         ('--loss bce --loss-pos-weight inv_freq', '--loss-pos-weight inv_freq.*neg_pos'),
         ('--loss poly --loss-class-weight 2', '--loss-class-weight 2.*ce'),
         ('--graph none.pt', '--graph none.pt'),

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from multilabel_data import WRITTEN, write_image
+from timm_mldecoder.engine.train.build import create_loss
+from timm_mldecoder.engine.train.setup import set_up
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -19,9 +21,7 @@ from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build import create_loss
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.setup import set_up
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, BinaryCrossEntropyLoss, ClassAwareSelectiveLoss
 from train import main as train
 from validate import main as validate

@@ -9,10 +9,10 @@ import pytest
 import system_calls
 import torch
 from runs import MODEL, ROOT, build, last, train, write_data
+from timm_mldecoder.engine.runtime.failure import RunFailed
 
 from timm_mldecoder.checkpoints.published import read_checkpoint
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.runtime.failure import RunFailed
 from validate import main as validate
 
 SAVING = f"""

@@ -9,10 +9,10 @@ import struct
 import pytest
 import torch
 from runs import BATCHES, MODEL, ROOT, build, fit, last, summary, train, write_data
+from timm_mldecoder.engine.runtime.failure import RunFailed
 
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.input.images import Guarded, strict
-from timm_mldecoder.engine.runtime.failure import RunFailed
 from validate import main as validate
 
 BROKEN = {'train/class_0/001.png': b'', 'train/class_1/002.png': b'not an image', 'train/class_2/007.png': 'cut off'}

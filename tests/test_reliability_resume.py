@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit_until_stopped, last, summary, train, write_data
+from timm_mldecoder.engine.input.resumable import RestartableLoader
 from torch.utils.data import DataLoader, Dataset
 
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
 from timm_mldecoder.engine.checkpoint.state import RUN
 from timm_mldecoder.engine.input import randomness as streams
-from timm_mldecoder.engine.input.resumable import RestartableLoader
 
 
 @pytest.fixture(scope='module')

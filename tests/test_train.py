@@ -11,6 +11,7 @@ import yaml
 from image_folders import write_images
 from PIL import Image
 from timm.data import create_loader
+from timm_mldecoder.engine.runtime.failure import RunFailed
 
 import train
 import validate
@@ -18,7 +19,6 @@ from timm_mldecoder import plot
 from timm_mldecoder.engine.eval import validate as sweep
 from timm_mldecoder.engine.eval.score import score_model
 from timm_mldecoder.engine.input import loaders
-from timm_mldecoder.engine.runtime.failure import RunFailed
 
 SMALL = [
     '--num-classes',

@@ -140,6 +140,7 @@ RUN_ENTRIES = {
     'batch_size': Entry(_positive, 'a batch size', 'batch size per rank'),
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
+    'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
     'data_config': Entry(_is(Mapping), 'a mapping', 'size, crop and normalisation of evaluation images'),
 }
 # fmt: on

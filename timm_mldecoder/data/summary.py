@@ -153,6 +153,25 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
     return together / np.maximum(occurrences, 1)[:, None], annotations.class_names
 
 
+def class_balanced_weights(dataset: Any) -> np.ndarray | None:
+    """Probability of drawing each sample so that all classes are drawn equally often, float64 [N]; None if unknown.
+
+    The weight of a sample is one over the number of images of its class; with several classes, of its rarest.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        image, label, value = dataset.annotations.entries()
+        image, label = image[value == POSITIVE], label[value == POSITIVE]
+        rarity = 1 / np.maximum(np.bincount(label, minlength=len(dataset.class_names)), 1)
+        weights = np.full(len(dataset), rarity.min() if len(rarity) else 1.0)
+        np.maximum.at(weights, image, rarity[label])
+        return weights / weights.sum()
+    targets = _targets(dataset)
+    if targets is None:
+        return None
+    weights = 1 / np.bincount(targets)[targets]
+    return weights / weights.sum()
+
+
 def _targets(dataset: Any) -> np.ndarray | None:
     """Class indices of a single-label dataset, [N]."""
     samples = _samples(dataset)

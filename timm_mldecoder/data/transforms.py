@@ -3,7 +3,14 @@
 import random
 
 from PIL import Image
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
+from timm.data.transforms import (
+    MaybePILToTensor,
+    MaybeToTensor,
+    RandomResizedCropAndInterpolation,
+    ToNumpy,
+    ToTensor,
+    str_to_interp_mode,
+)
 from torchvision.transforms import Compose, RandomChoice, Resize
 
 
@@ -62,7 +69,15 @@ def squash(transform: Compose, interpolation: str = 'bilinear') -> Compose:
     return Compose([RandomChoice(resizes) if len(resizes) > 1 else resizes[0], *rest])
 
 
-def cut_out(transform: Compose, cutout: Cutout) -> Compose:
-    """Insert Cutout after the first step of a training transform, the crop or resize."""
-    first, *rest = transform.transforms
-    return Compose([first, cutout, *rest])
+def cut_out(transform: Compose, cutout: Cutout, place: str = 'before') -> Compose:
+    """Insert Cutout into a training transform of timm.
+
+    Args:
+        transform: The transform.
+        cutout: Cutout.
+        place: 'before' the other augmentations, after the crop or resize; or 'after' them, on the last PIL image.
+    """
+    steps = list(transform.transforms)
+    to_tensor = [isinstance(step, (MaybeToTensor, ToNumpy, ToTensor, MaybePILToTensor)) for step in steps]
+    steps.insert(1 if place == 'before' else to_tensor.index(True), cutout)
+    return Compose(steps)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.published import convert_state_dict
 from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.flags import inherit as inherit_flags
@@ -22,6 +23,7 @@ from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classifier
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def create_model(
             **options.model_kwargs,
             **settings,
         )
-        if options.cosine_classifier:
+        if options.cosine_classifier and not options.graph:
             add_cosine_classifier(model, options.cosine_classifier)
     return model
 
@@ -87,14 +89,26 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         **overlay,
     )
     with refuse(options):
+        if options.graph:
+            names = class_names_of(dataset)
+            adjacency, _ = read_label_graph(options.graph, names)
+            words, _ = read_word_embeddings(options.word_embeddings, names)
+            add_graph_classifier(model, adjacency, words, **_graph_settings(options))
         if options.initial_checkpoint:
             load_checkpoint(model, options.initial_checkpoint)
         if options.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
-    if not options.cosine_classifier:
+    if not (options.cosine_classifier or options.graph):
         _scale_head(model, options.head_init_scale, options.head_init_bias)
     _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count_parameters(model)}')
     return model
+
+
+def _graph_settings(options: Options) -> dict[str, Any]:
+    """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
+    if not options.cosine_classifier:
+        return dict(layer=options.graph_layer, classifier='linear')
+    return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
 
 
 def _training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
@@ -154,6 +168,10 @@ def load_model(options: Options) -> Trained:
         options, config = inherit(options, content)
     weights = weights_of(content, options.use_ema)
     model = create_model(options, words=_stored_words(options, weights), pretrained=False)
+    if options.graph:
+        words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
+        sizes = dict(num_classes=words.shape[0], width=words.shape[1])
+        empty_graph_classifier(model, **sizes, **_graph_settings(options))
     if options.use_ml_decoder_head and RUN not in content:
         weights = convert_state_dict(weights, model)
     try:

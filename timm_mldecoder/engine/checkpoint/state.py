@@ -19,6 +19,7 @@ from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.images import BadImage, TrainLoader
 from timm_mldecoder.engine.input.randomness import EpochStart
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class TrainingState:
         start: From where the epoch is trained.
         skipped: Optimizer steps skipped in a row because they were not finite.
         rows: Metrics of every epoch so far, the rows of `summary.csv`.
+        early_stop: Rule of `--early-stop`, None without it.
     """
 
     task: TrainingTask
@@ -76,6 +78,7 @@ class TrainingState:
     start: EpochStart = field(default_factory=EpochStart)
     skipped: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
+    early_stop: EarlyStop | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch."""
@@ -111,6 +114,7 @@ class TrainingState:
             batch_size=options.batch_size,
             grad_accum_steps=options.grad_accum_steps,
             optimizer_generator=_generator_state(self.optimizer),
+            early_stop=self.early_stop.state_dict() if self.early_stop else None,
             data_config=data_config,
         )
         content = {
@@ -168,6 +172,8 @@ class TrainingState:
             within = '; the rest of the epoch is divided into other batches' if self.batch else ''
             _logger.warning(f'resumed with a change: {"; ".join(changed)}{within}')
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
+        if self.early_stop and run.get('early_stop'):
+            self.early_stop.load_state_dict(run['early_stop'])
         same_metric = self.checkpoints.same_metric(content.get('saver', {}))
         if isinstance(self.schedule, PlateauLRScheduler) and run.get('schedule') and same_metric:
             self.schedule.lr_scheduler.load_state_dict(run['schedule']['plateau'])

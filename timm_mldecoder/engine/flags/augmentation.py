@@ -33,6 +33,8 @@ AUGMENTATION: Group = ('Augmentation', [
           '0: off', range='[0, 1]', needs=AUGMENTS),
     train('--cutout-prob', float, 1.0, 'share of the images that --cutout paints over', range='[0, 1]',
           needs=(AUGMENTS, given('cutout'))),
+    train('--cutout-place', str, 'before', 'paint before or after the other augmentations', choices=('before', 'after'),
+          needs=(AUGMENTS, given('cutout'))),
     train('--aug-repeats', float, 0, 'augmented copies of each image per epoch, over all processes',
           range='[0, 1024]', needs=DISTRIBUTED),
     train('--reprob', float, 0.0, 'probability of random erasing', range='[0, 1]', needs=AUGMENTS),

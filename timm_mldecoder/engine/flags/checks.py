@@ -134,9 +134,8 @@ def _problems_of_heads(o: Options) -> Iterator[str]:
         if getattr(o, name) == 0:
             yield f'{o.flag(name)} 0: must be -1 or at least 1'
     if o.graph:
-        for name in ('use_ml_decoder_head', 'cosine_classifier'):
-            if getattr(o, name):
-                yield f'--graph contradicts --{name.replace("_", "-")} {getattr(o, name)}; give one of them'
+        if o.use_ml_decoder_head:
+            yield f'--graph {o.graph} contradicts --use-ml-decoder-head 1; give one of them'
         if not o.word_embeddings and 'checkpoint' not in o.to_dict():
             yield f'--graph {o.graph} needs --word-embeddings'
     yield from head_problems(o.ml_decoder_kwargs)
@@ -193,6 +192,8 @@ def _problems_of_train(o: Options) -> Iterator[str]:
     if o.class_split and o.task != 'multilabel':
         yield f'--class-split {o.class_split} needs --task multilabel'
     names = metric_names(o)
+    if o.early_stop and o.eval_metric == 'loss':
+        yield '--early-stop needs a metric in percent, not --eval-metric loss'
     if o.eval_metric not in names:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
     yield from _problems_of_images(o)
@@ -258,8 +259,6 @@ def _problems_of_loss(o: Options) -> Iterator[str]:
         if loss not in losses:
             yield f'{flag} {value}: needs --loss {" or ".join(losses)}, the loss is {loss}'
         methods = [method for method, use in CLASS_WEIGHT_METHOD_KINDS.items() if use == kind]
-        if value in methods and not o.class_stats:
-            yield f'{flag} {value} needs --class-stats'
         if value not in methods and not os.path.isfile(value):
             try:
                 load_class_weights(value)

@@ -38,6 +38,8 @@ DATASET: Group = ('Dataset', [
     both('--dataset-trust-remote-code', bool, False, 'run the code that comes with a Hugging Face dataset',
          needs=dataset('hfds/', 'hfids/')),
     both('--class-map', str, '', 'file that lists the class names in the order of their indices', path='dataset file'),
+    both('--voc-difficult', str, None, 'labels of Pascal-VOC that only difficult objects show; as VOC does (ignore) if '
+         'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
     both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
     both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),

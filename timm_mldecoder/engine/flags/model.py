@@ -58,7 +58,7 @@ HEAD: Group = ('Head', [
          nargs='*', needs=USES_HEAD, inherited=True),
     both('--cosine-classifier', float, None, 'cosine classifier on the pooled features; its logits are the cosine '
          'times this scale', metavar='SCALE', range='(0, inf)', inherited=True),
-    both('--graph', str, '', 'adjacency matrix of a graph classifier (needs --word-embeddings)', path='file',
+    both('--graph', str, '', 'label graph of a graph classifier, from timm_mldecoder.label_graph', path='file',
          inherited=True),
     both('--graph-layer', str, 'gcn', 'layer of the graph classifier: graph convolution or graph attention',
          choices=('gcn', 'gat'), needs=given('graph'), inherited=True),

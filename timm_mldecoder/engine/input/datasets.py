@@ -12,7 +12,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, MultiLabelDataset, create_dataset
+from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, scores_both
@@ -43,7 +43,13 @@ def image_channels(options: Options) -> int:
 
 
 def create_split(
-    options: Options, split: str, *, training: bool = False, num_samples: int | None = None, repeats: float = 0
+    options: Options,
+    split: str,
+    *,
+    training: bool = False,
+    num_samples: int | None = None,
+    repeats: float = 0,
+    missing: str = 'error',
 ) -> Dataset:
     """Create the dataset of one split.
 
@@ -53,6 +59,7 @@ def create_split(
         training: Whether it is trained on: streams are shuffled, and zero-shot splits keep the seen classes.
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
+        missing: 'error' or 'skip' at images that are annotated but not on disk.
 
     Raises:
         ValueError: If the data is missing, or does not fit the task.
@@ -76,8 +83,12 @@ def create_split(
         num_samples=num_samples,
         trust_remote_code=options.dataset_trust_remote_code,
     )
+    if options.voc_difficult is not None:
+        settings['difficult'] = options.voc_difficult
     try:
-        dataset = create_dataset(options.dataset, root=options.data_dir, split=split, is_training=training, **settings)
+        dataset = create_dataset(
+            options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
+        )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
@@ -119,13 +130,6 @@ def read_classes(path: str, dataset: Dataset) -> Classes:
 def has_ignored(dataset: Dataset) -> bool:
     """Return whether some labels of a dataset are to be ignored."""
     return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored
-
-
-def class_to_index(dataset: Any) -> dict[str, int] | None:
-    """Return the class indices of a dataset by name, None if it does not report them."""
-    if isinstance(dataset, MultiLabelDataset):
-        return {name: index for index, name in enumerate(dataset.class_names)}
-    return getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
 
 
 def check_classes(dataset: Any, num_classes: int, given: bool) -> None:

@@ -201,7 +201,7 @@ def _set_train_transform(
             transforms = [squash(transform, interpolation) for transform in transforms]
         if options.cutout:
             cutout = Cutout(options.cutout, options.cutout_prob)
-            transforms = [cut_out(transform, cutout) for transform in transforms]
+            transforms = [cut_out(transform, cutout, options.cutout_place) for transform in transforms]
     if not sizes:
         dataset.transform = transforms[0]
         return dataset, None

@@ -13,6 +13,8 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.data import overlap, summarize
+from timm_mldecoder.data.summary import class_balanced_weights
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.engine.checkpoint.resume import resume
 from timm_mldecoder.engine.checkpoint.state import RunningLoss, TrainingState
@@ -28,6 +30,7 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
 from timm_mldecoder.engine.runtime.trackers import create_trackers
 from timm_mldecoder.engine.train.freeze import Freezer, head_parameters
@@ -70,7 +73,15 @@ def build_run(options: Options, world: World) -> Run:
         model.to(memory_format=torch.channels_last)
     if options.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = create_train_loader(options, train, config, world, num_classes=num_classes, rng_state=rng_state)
+    train_loader = create_train_loader(
+        options,
+        train,
+        config,
+        world,
+        num_classes=num_classes,
+        rng_state=rng_state,
+        sample_weights=_sample_weights(options, train),
+    )
     eval_loader = validation and create_eval_loader(
         options,
         validation,
@@ -108,6 +119,7 @@ def build_run(options: Options, world: World) -> Run:
         checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist, eval_metric),
         loss=RunningLoss(torch.zeros((), dtype=_sum_dtype(world.device), device=world.device)),
         epoch=options.start_epoch or 0,
+        early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
     )
     run = Run(
         options=options,
@@ -147,13 +159,45 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         training=True,
         num_samples=options.train_num_samples,
         repeats=options.epoch_repeats,
+        missing=options.missing_images,
     )
+    _log_summary(options.train_split, train)
     if not options.val_split:
         return train, None
     validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
+    _log_summary(options.val_split, validation)
     if not options.class_split:
         check_same_classes(train, validation)
+    if shared := overlap(train, validation):
+        _logger.warning(
+            f'{len(shared)} files are in both splits, such as {shared[0]}: validation scores will be too high'
+        )
+    if (
+        options.task == 'multilabel'
+        and not options.no_aug
+        and options.train_crop_mode is None
+        and options.scale[0] < 0.5
+    ):
+        _logger.warning(
+            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; '
+            'multi-label recipes use --train-crop-mode squash'
+        )
     return train, validation
+
+
+def _log_summary(split: str, dataset: Dataset) -> None:
+    for line in summarize(dataset).log_lines(split):
+        _logger.info(line)
+
+
+def _sample_weights(options: Options, dataset: Dataset) -> torch.Tensor | None:
+    """Return the probability of each sample, for `--sampler balanced`: classes are drawn equally often."""
+    if options.sampler != 'balanced':
+        return None
+    weights = class_balanced_weights(dataset)
+    if weights is None:
+        raise ValueError('--sampler balanced needs the labels without the images, which this dataset does not report')
+    return torch.from_numpy(weights)
 
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:

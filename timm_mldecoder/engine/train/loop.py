@@ -32,7 +32,7 @@ def fit(run: Run) -> None:
     validation_batch_size = options.validation_batch_size or options.batch_size
     try:
         with run.signals, advise_on_memory(options.batch_size, validation_batch_size, options.grad_accum_steps):
-            while run.state.epoch < run.epochs:
+            while run.state.epoch < run.epochs and not run.stopped_early():
                 fit_epoch(run)
     finally:
         run.close()
@@ -66,6 +66,9 @@ def fit_epoch(run: Run) -> None:
     state.begin_epoch(epoch + 1)
     metric = (eval_metrics if eval_metrics is not None else train_metrics)[run.eval_metric]
     run.step_schedule(metric)
+    if state.early_stop and eval_metrics is not None:
+        warmed_up = epoch >= run.options.warmup_epochs
+        state.early_stop.step(metric / 100, warmed_up=warmed_up)
     state.rows.append(summary_row(epoch, train_metrics, eval_metrics, lr))
     run.save_epoch(epoch, metric)
 

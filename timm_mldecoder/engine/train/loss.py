@@ -9,6 +9,7 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask, Training
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.data import summarize
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.eval.evaluate import multilabel_evaluator
 from timm_mldecoder.engine.flags import Options, scores_both
@@ -67,7 +68,7 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
     try:
         if options.task == 'multilabel' and _is_own(options, dataset):
             return _create_own_loss(options, dataset)
-        return _create_timm_loss(options)
+        return _create_timm_loss(options, dataset)
     except TypeError as error:  # a name in --loss-kwargs that the loss does not have
         raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
 
@@ -98,10 +99,10 @@ def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
     return create_loss(name, **{**TIMM_DEFAULTS.get(name, {}), **settings})
 
 
-def _create_timm_loss(options: Options) -> nn.Module:
+def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     multilabel = options.task == 'multilabel'
     name = options.loss or ('bce' if options.bce_loss or multilabel else 'ce')
-    stats = _read_class_stats(options.class_stats)
+    stats = _class_stats(options, dataset)
     class_weight = _loss_weight(options, 'class_weight', options.loss_class_weight, stats)
     pos_weight = _loss_weight(options, 'pos_weight', options.loss_pos_weight, stats)
     if name == 'ce' and class_weight is not None:  # timm's cross-entropies have no weights
@@ -120,16 +121,24 @@ def _create_timm_loss(options: Options) -> nn.Module:
         settings['pos_weight'] = options.bce_pos_weight if pos_weight is None else pos_weight
     if name == 'poly':
         settings |= dict(poly_gamma=options.poly_gamma, poly_epsilon=options.poly_epsilon)
-    if name == 'db' and stats is not None:
+    if name == 'db':
+        if stats is None:
+            raise ValueError(
+                '--loss db needs --class-stats: this dataset does not report its labels without the images'
+            )
         settings |= dict(class_counts=stats[0], num_samples=stats[1])
     return create_classification_loss(**{**settings, **options.loss_kwargs})
 
 
-def _read_class_stats(path: str) -> ClassStats | None:
+def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
+    """Read the counts of `--class-stats`, or count the labels of the training data."""
+    if not options.class_stats:
+        summary = summarize(dataset)
+        return None if summary.positives is None else (torch.from_numpy(summary.positives).float(), summary.images)
     try:
-        return load_class_stats(path)
+        return load_class_stats(options.class_stats)
     except (ValueError, TypeError) as error:  # not JSON, or not numbers
-        raise ValueError(f'--class-stats {path}: {error}') from error
+        raise ValueError(f'--class-stats {options.class_stats}: {error}') from error
 
 
 def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:

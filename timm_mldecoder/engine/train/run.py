@@ -76,6 +76,10 @@ class Run:
         """Return the number of optimizer steps since the start of training."""
         return self.state.epoch * self.steps_per_epoch + -(-self.state.batch // self.options.grad_accum_steps)
 
+    def stopped_early(self) -> bool:
+        """Return whether `--early-stop` has ended the training."""
+        return self.state.early_stop is not None and self.state.early_stop.stopped
+
     def is_validated(self, epoch: int) -> bool:
         """Return whether an epoch is validated and saved: `--val-interval` leaves most of them out."""
         return not (epoch + 1) % self.options.val_interval or epoch + 1 >= self.epochs or self.is_milestone(epoch)

@@ -14,6 +14,9 @@ class EarlyStop:
     Args:
         patience: Evaluations without an improvement that stop the run, at least 1.
 
+    Attributes:
+        stopped: Whether the run is to stop.
+
     Raises:
         ValueError: If the patience is below 1.
     """
@@ -24,9 +27,10 @@ class EarlyStop:
         self.patience = patience
         self.smoothed = 0.0
         self.waited = 0
+        self.stopped = False
 
     def step(self, *metrics: float, warmed_up: bool = True) -> bool:
-        """Take the metrics of one evaluation and return whether to stop.
+        """Take in the metrics of one evaluation, and return `stopped`.
 
         Args:
             *metrics: Metric of the weights and, where there are EMA weights, theirs; in [0, 1], or NaN where undefined.
@@ -38,18 +42,18 @@ class EarlyStop:
         if any(metric < 0 or metric > 1 for metric in metrics):
             raise ValueError(f'metrics of early stop must be in [0, 1], got {metrics}: divide percentages by 100')
         metric = round(max((metric for metric in metrics if metric == metric), default=0.0), 4)
-        if abs(metric - 1) <= PERFECT:
-            return True
         if metric > self.smoothed:
             self.smoothed = SMOOTHING * metric + (1 - SMOOTHING) * self.smoothed
             self.waited = 0
         elif warmed_up:
             self.waited += 1
-        return self.waited >= self.patience
+        self.stopped = self.waited >= self.patience or abs(metric - 1) <= PERFECT
+        return self.stopped
 
     def state_dict(self) -> dict[str, float | int]:
-        """Smoothed metric and count, for a checkpoint; the patience is an option."""
-        return {'smoothed': self.smoothed, 'waited': self.waited}
+        """Return smoothed metric, count and result, for a checkpoint; the patience is an option."""
+        return {'smoothed': self.smoothed, 'waited': self.waited, 'stopped': self.stopped}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         self.smoothed, self.waited = float(state['smoothed']), int(state['waited'])
+        self.stopped = bool(state['stopped'])
