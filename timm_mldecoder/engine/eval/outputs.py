@@ -14,7 +14,7 @@ from timm_mldecoder.data.priors import write_priors
 from timm_mldecoder.engine.checkpoint.files import write_atomically
 from timm_mldecoder.engine.input.dataset_checks import class_to_index
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.metrics.multilabel import MeanProbability, MultiLabelEvaluator
+from timm_mldecoder.metrics import MeanProbability, MultiLabelEvaluator
 
 _logger = logging.getLogger(__name__)
 
