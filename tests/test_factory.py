@@ -1,7 +1,11 @@
 """`create_model` and weights: what is loaded, what stays fresh, and what a new process gets back."""
 
+import asyncio
 import copy
 import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -68,17 +72,13 @@ def test_checkpoint_path_loads_a_trained_model(tmp_path):
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout'])
 @pytest.mark.parametrize('pool', [None, 'avg'])
-def test_a_saved_folder_gives_the_same_logits_in_a_new_process(name, pool, tmp_path, python):
+def test_a_saved_folder_gives_the_same_logits_in_a_new_process(name, pool, tmp_path, program):
     model = build(name, **({'global_pool': pool} if pool else {}))
     folder, size = tmp_path / 'model', model.pretrained_cfg['input_size']
     timm.models.save_for_hf(model, folder, model_config=dict(label_names=list('abcdefg')))
     x = torch.randn(2, *size)
     torch.save(x, tmp_path / 'x.pt')
-    python(
-        f'import timm, torch\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
-        f'assert list(model.pretrained_cfg["label_names"]) == list("abcdefg")\n'
-        f'torch.save(model(torch.load("x.pt")), "y.pt")'
-    )
+    program('load_folder.py', str(folder))
     assert torch.equal(torch.load(tmp_path / 'y.pt'), model(x))
 
 
@@ -196,3 +196,45 @@ def test_another_image_size_resizes_what_timm_resizes(tmp_path):
     small = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=96).eval()
     assert small(torch.randn(IMAGE)).shape == (2, 7)
     assert torch.equal(small.get_classifier().weight, model.get_classifier().weight)
+
+
+@pytest.fixture
+def stored_models(tmp_path):
+    """Folders of models with an ML-Decoder head, with a cosine classifier and without either, and their tensors."""
+    models = {
+        'head': build(),
+        'other head': build('test_vit'),
+        'cosine': timm.create_model('test_resnet', num_classes=7, cosine_classifier=5.0),
+        'resnet': timm.create_model('test_resnet', num_classes=7),
+        'vit': timm.create_model('test_vit', num_classes=7),
+    }
+    for name, model in models.items():
+        timm.models.save_for_hf(model, tmp_path / name)
+    return {f'local-dir:{tmp_path / name}': model.state_dict() for name, model in models.items()}
+
+
+@pytest.mark.parametrize('seconds', [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('in_asyncio', [False, True])
+def test_threads_that_load_at_the_same_time_get_their_own_weights(seconds, in_asyncio, stored_models):
+    timm.create_model('test_resnet', ml_decoder=True)
+    end, loads = time.monotonic() + seconds, []
+
+    def load_in_a_loop(source: str) -> None:
+        while time.monotonic() < end or source not in loads:
+            assert same(timm.create_model(source, pretrained=True).state_dict(), stored_models[source]), source
+            loads.append(source)
+
+    async def gather() -> None:
+        await asyncio.gather(*(asyncio.to_thread(load_in_a_loop, source) for source in stored_models))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        if in_asyncio:
+            asyncio.run(gather())
+        else:
+            with ThreadPoolExecutor(len(stored_models)) as pool:
+                list(pool.map(load_in_a_loop, stored_models))
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(loads) == set(stored_models)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from timm_mldecoder.head.config import DEFAULT_NUM_QUERIES
 from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
-from timm_mldecoder.models import CLASSIFIER_OPTIONS
 from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
 from timm_mldecoder.models.cosine import add_cosine_classifier
 
@@ -58,9 +57,7 @@ def _ml_decoder_contradictions(given: dict, stored: dict, other_classes: bool) -
     ignored = (*_TRAINING_OPTIONS, *(('num_of_groups', 'group_size') if other_classes else ()))
     found = []
     for name in sorted(set(given) & set(defaults) - set(ignored)):
-        ours, theirs = (
-            defaults[name] if _is_default(value) else value for value in (given[name], stored.get(name))
-        )
+        ours, theirs = (defaults[name] if _is_default(value) else value for value in (given[name], stored.get(name)))
         if name == 'word_embeddings':
             if not isinstance(ours, (Tensor, int)):
                 continue  # a file, which is read later
@@ -86,7 +83,6 @@ CLASSIFIERS = {
         ),
     ),
 }
-assert tuple(CLASSIFIERS) == CLASSIFIER_OPTIONS
 
 
 def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kwargs) -> nn.Module:
