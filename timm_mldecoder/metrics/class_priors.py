@@ -15,9 +15,7 @@ class MeanProbability:
     """
 
     def __init__(self, num_classes: int, device: torch.device | str | None = None, *, max_samples: int | None = None):
-        self.sums = torch.zeros(
-            num_classes + 1, dtype=torch.float64, device=device
-        )  # the last counts images
+        self.sums = torch.zeros(num_classes + 1, dtype=torch.float64, device=device)  # the last counts images
         self.max_samples = max_samples
         self.num_samples = 0
 

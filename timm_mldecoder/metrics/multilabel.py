@@ -149,9 +149,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         self.class_ap: Tensor | None = None  # percent, float64 [C], once computed
         self._scores: list[Tensor] = []  # float32 logits [B, C], on the CPU
         self._targets: list[Tensor] = []  # int8 1, 0 or -1, [B, C], on the CPU
-        self._class_counts: Tensor | None = (
-            None  # int64 [1 + len(top_k), 3, C]
-        )
+        self._class_counts: Tensor | None = None  # int64 [1 + len(top_k), 3, C]
         self._sample_f1 = torch.zeros_like(self.loss_sum)
 
     @torch.no_grad()
