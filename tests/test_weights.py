@@ -168,7 +168,7 @@ class TestConvertStateDict:
     @pytest.mark.parametrize(
         'tensors, message',
         [
-            ({'duplicate_pooling': torch.zeros(4, 8, 1)}, 'lacks group_fc.bias, layers.0.linear1.weight'),
+            ({'duplicate_pooling': torch.zeros(4, 8, 1)}, 'missing group_fc.bias, layers.0.linear1.weight'),
             (
                 {
                     'group_fc.weight': torch.zeros(8, 1),
@@ -176,11 +176,11 @@ class TestConvertStateDict:
                     'layers.0.linear1.weight': torch.zeros(4, 8),
                     'vocabulary.embeddings': torch.zeros(3, 5),
                 },
-                'word queries',
+                'grouping',
             ),
         ],
     )
-    def test_options_that_cannot_be_told(self, tensors, message):
+    def test_options_that_no_shape_shows_are_an_error(self, tensors, message):
         with pytest.raises(ValueError, match=message):
             head_options(tensors)
 
@@ -199,7 +199,7 @@ class TestReadCheckpoint:
         mark = tmp_path / 'mark'
         content = {'model': {'fc.weight': torch.zeros(1)}, 'extra': Bomb(mark)}
         torch.save(content, tmp_path / 'file.pth', _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=r'file.pth is refused: it holds \S+open, which could run code'):
+        with pytest.raises(ValueError, match=r'file.pth .*\S+open'):
             read_checkpoint(tmp_path / 'file.pth')
         assert not mark.exists()
         torch.load(tmp_path / 'file.pth', weights_only=False)  # the bomb is one
@@ -238,22 +238,19 @@ def write(folder, content):
 
 
 class TestCommand:
-    def test_published_tresnet(self, tmp_path, python):
+    def test_published_tresnet(self, tmp_path, program):
         torch.manual_seed(0)
         reference = ReferenceTResNet(**TRESNETS['M'], classes=80, queries=80)
         names = {index: f'class {index}' for index in reversed(range(80))}
         write(tmp_path, {'model': reference.state_dict(), 'idx_to_class': names})
-        said = python(
-            'import runpy, sys; sys.argv[1:] = ["file.pth", "folder"]; '
-            'runpy.run_module("timm_mldecoder.convert", run_name="__main__")'
-        ).stdout
+        printed = program('run_module.py', 'timm_mldecoder.convert', 'file.pth', 'folder').stdout
         for line in (
             'layout        the reference repository\n',
             'architecture  tresnet_m\n',
             'classes       80, class 0, class 1, class 2, ...\n',
             'groups        80\n',
         ):
-            assert line in said
+            assert line in printed
 
         model = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True)
         assert_same_logits(model, reference)

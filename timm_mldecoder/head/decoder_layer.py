@@ -31,13 +31,7 @@ class CrossAttention(nn.Module):
 
     def project(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as [B or 1, heads, K or N, D / heads]; key and value in one matrix product."""
-        dim = queries.shape[-1]
-        query_weight, memory_weight = self.in_proj_weight.split([dim, 2 * dim])
-        query_bias, memory_bias = self.in_proj_bias.split([dim, 2 * dim])
-        query = F.linear(queries, query_weight, query_bias)
-        key, value = F.linear(memory, memory_weight, memory_bias).chunk(2, dim=-1)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return query, key, value
+        return _project(queries, memory, self.in_proj_weight, self.in_proj_bias, self.num_heads)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.project(queries, memory)
@@ -52,6 +46,16 @@ class CrossAttention(nn.Module):
         query, key, _ = self.project(queries, memory)
         scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
         return scores.softmax(dim=-1).mean(dim=1)
+
+
+@torch.fx.wrap  # one node to an fx tracer: FX quantisation cannot convert a product with a part of a weight
+def _project(queries: Tensor, memory: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    dim = queries.shape[-1]
+    query_weight, memory_weight = weight.split([dim, 2 * dim])
+    query_bias, memory_bias = bias.split([dim, 2 * dim])
+    query = F.linear(queries, query_weight, query_bias)
+    key, value = F.linear(memory, memory_weight, memory_bias).chunk(2, dim=-1)
+    return tuple(x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
 
 
 class DecoderLayer(nn.Module):

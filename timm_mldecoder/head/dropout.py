@@ -19,7 +19,12 @@ class ReLUDropout(Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReLUDropout.apply(x, self.p) if self.training and self.p > 0 else F.relu_(x)
+        return _relu_dropout(x, self.p) if self.training and self.p > 0 else F.relu_(x)
+
+
+@torch.fx.wrap  # one node to an fx tracer, which knows no autograd functions
+def _relu_dropout(x: Tensor, p: float) -> Tensor:
+    return _ReLUDropout.apply(x, p)
 
 
 class _ReLUDropout(torch.autograd.Function):

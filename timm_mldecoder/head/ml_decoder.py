@@ -192,10 +192,16 @@ class MLDecoder(nn.Module):
         """Queries [B, K, D] where dropout makes them differ from image to image, else [1, K, D]."""
         queries = self.queries(*words).unsqueeze(0)
         if self.training and self.dropout > 0:
-            queries = queries.expand(batch_size, -1, -1)
+            queries = _expand(queries, batch_size)
         return queries
 
 
+@torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size
+def _expand(queries: Tensor, batch_size: int) -> Tensor:
+    return queries.expand(batch_size, -1, -1)
+
+
+@torch.fx.wrap  # one node to an fx tracer, which cannot follow a branch on a shape
 def _tokens(x: Tensor, width: int) -> Tensor:
     """A feature map [B, F, H, W] or tokens [B, N, F] as tokens [B, N, F]."""
     if x.dim() == 4:
