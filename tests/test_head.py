@@ -211,7 +211,8 @@ def test_attention_weights_are_those_of_the_forward():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     # with one value vector a token, and nothing else of the layer, the output is the weighted mean of the tokens
     attn = head.layers[0].multihead_attn
-    query, key, value = attn.project(head.layers[0].ask(head.queries().unsqueeze(0)), torch.relu(head.embed(x)))
+    _, query = head.layers[0].query_side(head.queries().unsqueeze(0))
+    key, _ = attn.project_tokens(torch.relu(head.embed(x)))
     eye = torch.eye(5).expand(2, attn.num_heads, 5, 5)
     output = nn.functional.scaled_dot_product_attention(query.expand(2, -1, -1, -1), key, eye)
     torch.testing.assert_close(weights, output.mean(1))

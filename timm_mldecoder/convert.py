@@ -126,7 +126,7 @@ def convert(
     print(f'layout        {find_head(tensors).layout}')
     print(f'architecture  {architecture.model}', *(f'{key}={value}' for key, value in architecture.arguments.items()))
     print(f'classes       {num_classes}, {_say_names(names, checkpoint)}')
-    print(f'groups        {network.get_classifier().plan.num_queries}')
+    print(f'groups        {network.get_classifier().config.num_queries}')
     print('images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()))
     print(f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
 

@@ -61,7 +61,7 @@ def add_ml_decoder_head(
         head = model.get_classifier()
         head.set_word_embeddings(words, class_names)
         # what is learned depends on the grouping, which must not follow the number of classes
-        model.ml_decoder_options |= {'num_of_groups': head.plan.num_queries, 'group_size': head.plan.group_size}
+        model.ml_decoder_options |= {'num_of_groups': head.config.num_queries, 'group_size': head.config.group_size}
     model._model_args = dict(model._model_args)  # notes the head for save_for_hf
     return model
 
