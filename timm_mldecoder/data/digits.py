@@ -186,7 +186,7 @@ def write_digit_scenes(
     root: str | Path,
     num_train: int = 2000,
     num_validation: int = 500,
-    num_test: int = 500,
+    num_test: int = 0,
     *,
     seed: int = 0,
     **options,
@@ -197,7 +197,7 @@ def write_digit_scenes(
         root: Folder to write.
         num_train: Number of training scenes.
         num_validation: Number of validation scenes.
-        num_test: Number of test scenes.
+        num_test: Number of test scenes; 0 writes no test split.
         seed: Determines every scene.
         **options: Attributes of `SceneOptions`.
 
@@ -210,6 +210,8 @@ def write_digit_scenes(
     root.mkdir(parents=True, exist_ok=True)
     (root / 'classes.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
     for split, count in zip(SPLITS, (num_train, num_validation, num_test), strict=True):
+        if not count:
+            continue
         (root / split).mkdir(exist_ok=True)
         with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
@@ -243,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f'{", ".join("--" + name.replace("_", "-") for name in options)} need --scenes')
     if is_scenes:
         try:
-            write_digit_scenes(folder, seed=seed, **options)
+            write_digit_scenes(folder, num_test=500, seed=seed, **options)
         except ValueError as error:
             parser.error(str(error))
     else:
