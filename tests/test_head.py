@@ -281,6 +281,7 @@ def test_meta_device_to_empty_and_reset():
     (dict(initial_num_features=0), 'initial_num_features'),
     (dict(dropout=1.0), r'dropout must be in \[0, 1\), got 1.0'),
     (dict(num_layers=0), 'num_layers must be at least 1'),
+    (dict(dim_feedforward=-1), 'dim_feedforward .*got -1'),
 ])  # fmt: skip
 def test_wrong_options_are_named(options, said):
     with pytest.raises(ValueError, match=said):

@@ -1,5 +1,7 @@
 """Heads for frozen backbones: each against its formula."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -76,14 +78,29 @@ def test_weights_of_ml_decoder_probes_are_those_of_a_model_with_the_head(tokens)
 
 
 @pytest.mark.parametrize('num_features, num_classes', [(384, 80), (96, 10), (768, 1000)])
-def test_the_small_ml_decoder_has_no_more_parameters_than_efficient_probing_of_its_width(num_features, num_classes):
-    small = PROBES['ml_decoder_small'](num_features, num_classes, dim=num_features)
-    D, K = num_features, min(num_classes, 100)
-    count = sum(parameter.numel() for parameter in small.parameters())
-    group = -(-num_classes // K)
-    assert count == D * D + D + 4 * D + K * D + K * D * group + num_classes
-    peer = PROBES['efficient_probing'](num_features, num_classes, num_queries=K if D % K == 0 else 32)
-    assert count <= 1.1 * sum(parameter.numel() for parameter in peer.parameters()) + K * D
+def test_the_small_ml_decoder_has_the_documented_number_of_parameters(num_features, num_classes):
+    probe = PROBES['ml_decoder_small'](num_features, num_classes)
+    D, K = min(num_features, 256), min(num_classes, 100)
+    expected = D * num_features + 5 * D + K * D + K * D * -(-num_classes // K) + num_classes
+    assert sum(parameter.numel() for parameter in probe.parameters()) == expected
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_per_head_and_writes_plot_and_results(tmp_path, capsys):
+    from benchmarks.probing import LEARNING_RATES, main
+
+    main([str(tmp_path), '--quick', '--tables', 'digits,objects', '--heads', 'mean,ml_decoder_small'])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('| mean', '| ml_decoder_small'))]
+    assert len(rows) == 4
+    results = json.loads((tmp_path / 'probing.json').read_text())
+    assert list(results) == ['digits', 'objects'] and list(results['objects']) == ['2', '6', '10']
+    for column in (*results['digits'].values(), *results['objects'].values()):
+        for head in column.values():
+            tried = {float(rate): score for rate, score in head['tried'].items()}
+            assert len(tried) >= len(LEARNING_RATES)
+            assert tried[head['rate']] == max(tried.values())
+            assert 0 <= head['mean'] <= 100
+    assert (tmp_path / 'probing.png').stat().st_size
 
 
 def test_wrong_pooling_is_named(tokens):

@@ -114,13 +114,13 @@ class MLDecoderProbe(MLDecoder):
 
 
 SMALL_ML_DECODER = dict(
-    num_heads=4, dim_feedforward=0, dropout=0.0, attention_projections=False, learnable_queries=True
+    num_heads=8, dim_feedforward=0, dropout=0.0, attention_projections=False, learnable_queries=True
 )  # fmt: skip
 
 
 def small_ml_decoder(num_features: int, num_classes: int, dim: int | None = None, **options) -> MLDecoderProbe:
     """An ML-Decoder with about as many parameters as efficient probing (count: docs/head.md); D is at most 256."""
-    dim = dim or max(4, min(num_features, 256) // 4 * 4)
+    dim = dim or max(8, min(num_features, 256) // 8 * 8)
     return MLDecoderProbe(num_features, num_classes, dim=dim, **{**SMALL_ML_DECODER, **options})
 
 
