@@ -68,10 +68,13 @@ def test_efficient_probing_averages_one_slice_of_the_values_per_query(tokens):
 
 
 def test_weights_of_ml_decoder_probes_are_those_of_a_model_with_the_head(tokens):
-    model = timm.create_model('test_vit', num_classes=C, ml_decoder=dict(SMALL_ML_DECODER, decoder_embedding=64))
+    options = dict(SMALL_ML_DECODER, learnable_queries=True, decoder_embedding=64)
+    model = timm.create_model('test_vit', num_classes=C, ml_decoder=options)
     probe = PROBES['ml_decoder_small'](model.num_features, C)
     model.get_classifier().load_state_dict(probe.state_dict())
-    head = MLDecoder(C, decoder_embedding=F, initial_num_features=F, **SMALL_ML_DECODER).double()
+    head = MLDecoder(
+        C, decoder_embedding=F, initial_num_features=F, **SMALL_ML_DECODER, learnable_queries=True
+    ).double()
     probe = PROBES['ml_decoder_small'](F, C).double()
     head.load_state_dict(probe.state_dict())
     assert torch.equal(head(tokens), probe(tokens))
@@ -101,6 +104,20 @@ def test_the_benchmark_prints_a_row_per_head_and_writes_plot_and_results(tmp_pat
             assert tried[head['rate']] == max(tried.values())
             assert 0 <= head['mean'] <= 100
     assert (tmp_path / 'probing.png').stat().st_size
+
+
+@pytest.mark.parametrize('name', PROBES)
+def test_defaults_fit_widths_that_are_no_power_of_two(name):
+    tokens = torch.randn(2, 4, 90)
+    assert PROBES[name](90, C)(tokens, tokens[:, 0]).shape == (2, C)
+
+
+def test_the_small_ml_decoder_takes_text_queries():
+    embeddings = torch.randn(C, 7)
+    probe = PROBES['ml_decoder_small'](F, C, word_embeddings=embeddings).eval()
+    logits = probe(torch.randn(2, 4, F))
+    probe.set_word_embeddings(embeddings[:3])
+    assert logits.shape == (2, C) and probe(torch.randn(2, 4, F)).shape == (2, 3)
 
 
 def test_wrong_pooling_is_named(tokens):

@@ -54,10 +54,20 @@ class LogSumExpProbe(nn.Module):
 
 
 class AttentionPoolProbe(nn.Module):
-    """timm's `AttentionPoolLatent` (one learned query, feed-forward network) and a linear classifier."""
+    """timm's `AttentionPoolLatent` (one learned query, feed-forward network) and a linear classifier.
 
-    def __init__(self, num_features: int, num_classes: int, num_heads: int = 8, mlp_ratio: float = 4.0) -> None:
+    Args:
+        num_features: Width F of the tokens.
+        num_classes: Number of classes C.
+        num_heads: Attention heads, a divisor of F; None means the largest up to 8.
+        mlp_ratio: Hidden width of the feed-forward network, relative to F.
+    """
+
+    def __init__(
+        self, num_features: int, num_classes: int, num_heads: int | None = None, mlp_ratio: float = 4.0
+    ) -> None:
         super().__init__()
+        num_heads = num_heads or _largest_divisor(num_features, 8)
         self.pool = AttentionPoolLatent(num_features, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.fc = nn.Linear(num_features, num_classes)
 
@@ -73,13 +83,16 @@ class EfficientProbe(nn.Module):
     Args:
         num_features: Width F of the tokens.
         num_classes: Number of classes C.
-        num_queries: Number of queries M, a divisor of D.
+        num_queries: Number of queries M, a divisor of D; None means the largest up to 32.
         dim: Width D of the values; None means F.
     """
 
-    def __init__(self, num_features: int, num_classes: int, num_queries: int = 32, dim: int | None = None) -> None:
+    def __init__(
+        self, num_features: int, num_classes: int, num_queries: int | None = None, dim: int | None = None
+    ) -> None:
         super().__init__()
         dim = dim or num_features
+        num_queries = num_queries or _largest_divisor(dim, 32)
         if dim % num_queries:
             raise ValueError(f'num_queries must divide the width of the values ({dim}), got {num_queries}')
         self.queries = nn.Parameter(torch.randn(num_queries, num_features) * 0.02)
@@ -113,15 +126,24 @@ class MLDecoderProbe(MLDecoder):
         return super().forward(tokens)
 
 
-SMALL_ML_DECODER = dict(
-    num_heads=8, dim_feedforward=0, dropout=0.0, attention_projections=False, learnable_queries=True
-)  # fmt: skip
+# the options of `MLDecoder` that leave its redundant projections out; chosen with benchmarks/probing.py
+SMALL_ML_DECODER = dict(num_heads=8, dim_feedforward=0, dropout=0.0, attention_projections=False)
 
 
 def small_ml_decoder(num_features: int, num_classes: int, dim: int | None = None, **options) -> MLDecoderProbe:
-    """An ML-Decoder with about as many parameters as efficient probing (count: docs/head.md); D is at most 256."""
+    """An ML-Decoder with about as many parameters as efficient probing; docs/head.md has the count.
+
+    Args:
+        num_features: Width F of the tokens.
+        num_classes: Number of classes C.
+        dim: Width D, a multiple of 8; None means the largest up to F and 256.
+        **options: Keyword-only options of `MLDecoder`, in place of `SMALL_ML_DECODER`. Queries are learned, unless they
+            are made from ``word_embeddings``.
+    """
     dim = dim or max(8, min(num_features, 256) // 8 * 8)
-    return MLDecoderProbe(num_features, num_classes, dim=dim, **{**SMALL_ML_DECODER, **options})
+    learned = options.get('word_embeddings') is None
+    options = {**SMALL_ML_DECODER, 'learnable_queries': learned, **options}
+    return MLDecoderProbe(num_features, num_classes, dim=dim, **options)
 
 
 # name -> function of num_features, num_classes and options that builds the head
@@ -135,3 +157,7 @@ PROBES: dict[str, Callable[..., nn.Module]] = {
     'ml_decoder': MLDecoderProbe,
     'ml_decoder_small': small_ml_decoder,
 }
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
