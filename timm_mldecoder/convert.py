@@ -208,7 +208,7 @@ def convert_published(
         f'layout        {find_head(tensors).layout}',
         ' '.join([f'architecture  {architecture.model}', *arguments]),
         f'classes       {num_classes}, {_describe_names(names, content)}',
-        f'groups        {network.get_classifier().plan.num_queries}',
+        f'groups        {network.get_classifier().config.num_queries}',
         f'task          {task}',
         'images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()),
         f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
