@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm_mldecoder.engine.train.setup import set_up
 
 from benchmarks.measure import Step, markdown, paired_times, parser
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.loop import train_epoch
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.setup import set_up
 
 HEADER = ('loop', 'img/s', 'of the plain loop')
 CLASSES = 10
