@@ -19,9 +19,9 @@ from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build import create_loss
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.setup import set_up
+from timm_mldecoder.engine.train.loss import create_train_loss
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, BinaryCrossEntropyLoss, ClassAwareSelectiveLoss
 from train import main as train
 from validate import main as validate
@@ -44,7 +44,7 @@ CHECKPOINT = 'output/run/model_best.pth.tar'
 
 
 def load(path: str | Path) -> dict:
-    from timm_mldecoder.checkpoints.published import read_checkpoint
+    from timm_mldecoder.checkpoints.schema import read_checkpoint
 
     return read_checkpoint(path)
 
@@ -101,8 +101,8 @@ def test_thirty_steps_are_those_of_a_plain_loop_with_torchs_one_cycle(scenes):
     schedule = ['--epochs', '5', '--warmup-epochs', '1', '-b', '7', '--val-split', '', '--val-interval', '5']
     options = parse_train([scenes, *SMALL, *RECIPE, '--dataset', 'csv', '--num-classes', '10', *schedule])
     batches = []
-    with join_world(options) as world:
-        run = set_up(options, world)
+    with join_world(options.device) as world:
+        run = build_run(options, world)
         model = run.state.task.get_trainable_module()
         reference, averaged = copy.deepcopy(model), copy.deepcopy(model)
         run.state.task.register_forward_pre_hook(lambda _, inputs: batches.append([x.clone() for x in inputs]))
@@ -169,14 +169,7 @@ def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes
     # and the priors go into the loss of another run
     train_scenes(
         scenes,
-        '--loss',
-        'csl',
-        '--loss-kwargs',
-        'mode=selective',
-        '--class-priors',
-        'priors.csv',
-        '--experiment',
-        'another',
+        *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another'),
     )
 
 
@@ -186,7 +179,7 @@ def number(output: str, name: str) -> float:
 
 def loss_of(name: str, root: Path, *flags: str) -> nn.Module:
     options = parse_train([str(root), '--dataset', name, *SMALL, *flags])
-    return create_loss(options, create_dataset(name, str(root), 'train'))
+    return create_train_loss(options, create_dataset(name, str(root), 'train'))
 
 
 def test_timms_losses_serve_where_they_can_and_ours_where_they_cannot(tmp_path):

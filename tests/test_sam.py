@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.sam import ascended
+from timm_mldecoder.engine.train.sam import perturbed
 
 RHO, RATE, DECAY = 0.05, 0.02, 0.8
 PLAIN = shlex.split(f"""
@@ -123,7 +123,7 @@ def test_weights_come_back_to_the_last_bit_whatever_happens(dtype):
     model[1].bias.requires_grad_(False)
     model(torch.randn(6, 5, dtype=dtype)).square().sum().backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(RuntimeError, match='within'), ascended(model, 3.0):
+    with pytest.raises(RuntimeError, match='within'), perturbed(model, 3.0):
         moved = [(new.detach() - old).float() for new, old in zip(model.parameters(), before, strict=True)]
         length = torch.cat([step.flatten() for step in moved]).norm().item()
         assert length == pytest.approx(3.0, rel=2 * torch.finfo(dtype).eps)
@@ -131,7 +131,7 @@ def test_weights_come_back_to_the_last_bit_whatever_happens(dtype):
         raise RuntimeError('within')
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
     model(torch.zeros(1, 5, dtype=dtype)).mul(0).sum().backward()
-    with ascended(model, 3.0):
+    with perturbed(model, 3.0):
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True)), 'nowhere to go'
 
 
@@ -156,13 +156,13 @@ import sys
 import torch
 from timm_mldecoder.engine.train.loop import fit
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.train.setup import set_up
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.runtime.distributed import join_world
 
 *flags, told = sys.argv[1:]
 options = parse_train(flags)
-with join_world(options) as world:
-    run = set_up(options, world)
+with join_world(options.device) as world:
+    run = build_run(options, world)
     model, batches = run.eval_model, []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run.state.task.register_forward_pre_hook(lambda _, inputs: batches.append([x.clone() for x in inputs]))
@@ -175,18 +175,7 @@ def test_two_processes_make_the_updates_of_one(data, tmp_path):
     (tmp_path / 'rank.py').write_text(RANK)
     flags = [
         data,
-        '--model',
-        'test_vit',
-        '--img-size',
-        '160',
-        '--num-classes',
-        '3',
-        '--device',
-        'cpu',
-        '-j',
-        '0',
-        '-b',
-        '3',
+        *shlex.split('--model test_vit --img-size 160 --num-classes 3 --device cpu -j 0 -b 3'),
         *PLAIN,
         '--val-split',
         '',

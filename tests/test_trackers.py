@@ -1,5 +1,6 @@
 """The packages that keep curves get every epoch's row."""
 
+import shlex
 import sqlite3
 import sys
 
@@ -9,24 +10,9 @@ from runs import call, summary, write_data
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.trackers import create_trackers
 
-FLAGS = [
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '-b',
-    '4',
-    '-j',
-    '0',
-    '--epochs',
-    '2',
-    '--experiment',
-    'run',
-]
+FLAGS = shlex.split(
+    '--model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --epochs 2 --experiment run'
+)
 
 
 def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
@@ -44,11 +30,7 @@ def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
         *FLAGS,
         '--output',
         tmp_path,
-        '--log-tensorboard',
-        '--log-trackio',
-        '--log-wandb',
-        '--wandb-project',
-        'project',
+        *shlex.split('--log-tensorboard --log-trackio --log-wandb --wandb-project project'),
     )
     assert process.returncode == 0, process.stderr
     losses = [float(row['train_loss']) for row in summary(tmp_path / 'run')]

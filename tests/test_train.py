@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import pytest
@@ -18,30 +19,12 @@ from timm_mldecoder import plot
 from timm_mldecoder.engine.eval import validate as sweep
 from timm_mldecoder.engine.eval.score import score_model
 from timm_mldecoder.engine.input import loaders
-from timm_mldecoder.engine.runtime.failure import RunFailed
+from timm_mldecoder.engine.runtime.errors import RunFailed
 
-SMALL = [
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '-b',
-    '12',
-    '-j',
-    '0',
-    '--epochs',
-    '3',
-    '--opt',
-    'adamw',
-    '--lr',
-    '2e-3',
-    '--warmup-epochs',
-    '0',
-]
+SMALL = shlex.split(
+    '--num-classes 3 --device cpu --model test_resnet --img-size 32 -b 12 -j 0 --epochs 3 --opt '
+    'adamw --lr 2e-3 --warmup-epochs 0'
+)
 HEAD = ['--use-ml-decoder-head', '1', '--decoder-embedding', '64']
 
 
@@ -59,17 +42,9 @@ def finished(images, tmp_path_factory):
             images,
             *SMALL,
             *HEAD,
-            '--lr',
-            '4e-3',
-            '--no-aug',
-            '--model-ema',
-            '--model-ema-decay',
-            '0.2',
-            '--checkpoint-hist',
-            '2',
-            '--save-epochs',
-            '2',
-            '--output',
+            *shlex.split(
+                '--lr 4e-3 --no-aug --model-ema --model-ema-decay 0.2 --checkpoint-hist 2 --save-epochs 2 --output'
+            ),
             str(folder),
             '--experiment',
             'run',
@@ -116,13 +91,7 @@ def test_validation_scores_a_checkpoint_as_training_did(finished, images, capsys
     validate.main(
         [
             images,
-            '--model',
-            'test_resnet',
-            '--use-ml-decoder-head=1',
-            '--use-ema',
-            '-j',
-            '0',
-            '--checkpoint',
+            *shlex.split('--model test_resnet --use-ml-decoder-head=1 --use-ema -j 0 --checkpoint'),
             str(finished / 'model_best.pth.tar'),
         ]
     )
@@ -229,17 +198,9 @@ def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkey
     validate.main(
         [
             images,
-            '--model',
-            'test_resnet',
-            '--num-classes',
-            '3',
-            '--checkpoint',
+            *shlex.split('--model test_resnet --num-classes 3 --checkpoint'),
             str(weights),
-            '-j',
-            '0',
-            '--img-size',
-            '320',
-            '--test-pool',
+            *shlex.split('-j 0 --img-size 320 --test-pool'),
         ]
     )
     assert seen == [result(capsys)['crop_pct']] == [1.0]
@@ -250,17 +211,7 @@ def test_the_colours_of_images_come_with_the_checkpoint(images, tmp_path, capsys
         [
             images,
             *SMALL,
-            '--epochs',
-            '1',
-            '--in-chans',
-            '4',
-            '--input-img-mode',
-            'CMYK',
-            '--mean',
-            '0.5',
-            '--std',
-            '0.5',
-            '--output',
+            *shlex.split('--epochs 1 --in-chans 4 --input-img-mode CMYK --mean 0.5 --std 0.5 --output'),
             str(tmp_path),
             '--experiment',
             'run',
@@ -277,13 +228,7 @@ def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
         [
             images,
             *flags,
-            '--epochs',
-            '1',
-            '--opt',
-            'lamb',
-            '--mixup',
-            '0.2',
-            '--output',
+            *shlex.split('--epochs 1 --opt lamb --mixup 0.2 --output'),
             str(tmp_path),
             '--experiment',
             'first',
@@ -337,19 +282,10 @@ def test_image_sizes_change_within_an_epoch(images, tmp_path):
         [
             images,
             *SMALL,
-            '--epochs',
-            '1',
-            '--train-img-sizes',
-            '24',
-            '32',
-            '48',
-            '--train-batch-sizes',
-            '16',
-            '12',
-            '8',
-            '--variable-batch-loss-scale',
-            'sqrt',
-            '--output',
+            *shlex.split(
+                '--epochs 1 --train-img-sizes 24 32 48 --train-batch-sizes 16 12 8 --variable-batch-loss-scale '
+                'sqrt --output'
+            ),
             str(tmp_path),
             '--experiment',
             'run',
@@ -370,20 +306,9 @@ def test_mixup_ends_at_its_off_epoch(images, tmp_path):
     run = [
         images,
         *SMALL,
-        '--epochs',
-        '2',
-        '--lr',
-        '1e-12',
-        '--smoothing',
-        '0',
-        '--no-aug',
-        '--bn-momentum',
-        '0',
-        '--model',
-        'test_efficientnet',
-        '-j',
-        '2',
-        '--output',
+        *shlex.split(
+            '--epochs 2 --lr 1e-12 --smoothing 0 --no-aug --bn-momentum 0 --model test_efficientnet -j 2 --output'
+        ),
         str(tmp_path),
     ]
     train.main([*run, '--experiment', 'plain'])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import tarfile
 
 import numpy as np
@@ -13,28 +14,10 @@ from runs import last, summary
 import train
 import validate
 
-SMALL = [
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '-b',
-    '6',
-    '-j',
-    '0',
-    '--epochs',
-    '2',
-    '--warmup-epochs',
-    '0',
-    '--opt',
-    'adamw',
-    '--lr',
-    '2e-3',
-]
+SMALL = shlex.split(
+    '--num-classes 3 --device cpu --model test_resnet --img-size 32 -b 6 -j 0 --epochs 2 '
+    '--warmup-epochs 0 --opt adamw --lr 2e-3'
+)
 
 
 def write_shards(folder, labels):
@@ -98,15 +81,10 @@ def test_multi_label_targets_of_records(tmp_path, flags, labels):
     train.main(
         [
             str(shards),
-            '--dataset',
-            'wds/small',
-            '--task',
-            'multilabel',
+            *shlex.split('--dataset wds/small --task multilabel'),
             *flags,
             *SMALL,
-            '--epochs',
-            '1',
-            '--output',
+            *shlex.split('--epochs 1 --output'),
             str(tmp_path),
             '--experiment',
             'run',
@@ -127,11 +105,7 @@ def test_hugging_face_data_on_disk(tmp_path, monkeypatch):
             '--dataset',
             f'hfds/{images}',
             *SMALL,
-            '--input-key',
-            'image',
-            '--target-key',
-            'label',
-            '--output',
+            *shlex.split('--input-key image --target-key label --output'),
             str(tmp_path),
             '--experiment',
             'run',

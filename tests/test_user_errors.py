@@ -1,6 +1,7 @@
 """A user's mistake ends with exit code 2 and one line that names it."""
 
 import re
+import shlex
 import shutil
 import socket
 
@@ -9,7 +10,7 @@ import torch
 from runs import MODEL, ROOT, build, call, train, write_data
 
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
 
@@ -32,7 +33,7 @@ def told(tmp_path, capsys, monkeypatch):
     def run(main, *flags):
         capsys.readouterr()
         try:
-            code = cli.run(lambda: main([str(flag) for flag in flags]))
+            code = run_command(lambda: main([str(flag) for flag in flags]))
         except SystemExit as end:  # argparse ends the process itself
             code = end.code
         said = capsys.readouterr().err
@@ -130,18 +131,10 @@ def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(dat
     folder = train(
         data,
         tmp_path,
-        '--model',
-        'swin_tiny_patch4_window7_224',
-        '--img-size',
-        '32',
-        '--epochs',
-        '1',
-        '--model-kwargs',
-        'img_size=32',
-        'window_size=2',
-        'embed_dim=8',
-        'depths=(1,1)',
-        'num_heads=(1,1)',
+        *shlex.split(
+            '--model swin_tiny_patch4_window7_224 --img-size 32 --epochs 1 --model-kwargs img_size=32 '
+            'window_size=2 embed_dim=8 depths=(1,1) num_heads=(1,1)'
+        ),
     )
     validate_main([str(data), '--device', 'cpu', '-j', '0', '--checkpoint', str(folder / 'last.pth.tar')])
 
