@@ -159,7 +159,7 @@ def cut(data, tmp_path_factory):
     wait_until_gone(launcher.pid)  # workers and their server end with their rank
 
     epoch, batch = progress_by_name(numbered(output / 'run')[0])
-    assert epoch == 1 and 2 <= batch < 6
+    assert epoch == 1 and 1 <= batch < 6
     whole = Counter(digest for epoch, _, digest in recorded(output / 'whole') if epoch == 1)
     before = Counter(digest for epoch, number, digest in recorded(output / 'part') if epoch == 1 and number < batch)
     assert len(whole) == 24 and set(whole.values()) == {1}

@@ -280,7 +280,7 @@ def test_a_fresh_start_is_refused_the_folder_of_another_run(data, tmp_path, monk
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+def test_a_run_that_torchrun_starts_again_resumes(data, tmp_path, monkeypatch):
     flags = ['--epochs', '2', '--recovery-interval', '2']
     run = build(data, tmp_path, *flags)
     stop_at(run, BATCHES + 3)
@@ -290,7 +290,7 @@ def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
     assert (again.state.epoch, again.state.batch) == (1, 3)
 
 
-def test_what_a_run_goes_back_from_is_set_aside(data, tmp_path, caplog):
+def test_checkpoints_ahead_of_a_resumed_one_are_set_aside(data, tmp_path, caplog):
     flags = ['--epochs', '4', '--eval-metric', 'loss', '--lr', '0.02']
     run = build(data, tmp_path, *flags, '--save-epochs', '1', '3')
     stop_at(run, 3 * BATCHES + 2)
