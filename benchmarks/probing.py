@@ -113,7 +113,7 @@ def train_backbone(epochs: int) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     epoch = [single_digits('train', rng) for _ in range(epochs)]
     batches = [(x, y) for images, classes in epoch for x, y in zip(images.split(64), classes.split(64), strict=True)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(len(batches), 20), pct_start=0.1)
     for images, classes in batches:
         optimizer.zero_grad()
         F.cross_entropy(model(normalize(images)), classes, label_smoothing=0.1).backward()

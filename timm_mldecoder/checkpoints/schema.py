@@ -67,7 +67,26 @@ def _names(value: Any) -> bool:
 
 
 def _rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, Mapping) and _count(row.get('epoch')) for row in value)
+    return isinstance(value, list) and all(
+        isinstance(row, Mapping) and _names(list(row)) and _count(row.get('epoch')) and _numbers(list(row.values()))
+        for row in value
+    )
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is(float, int)(item) for item in value)
+
+
+def _data_config(value: Any) -> bool:
+    checks = {
+        'input_size': lambda size: _numbers(size) and len(size) == 3 and all(map(_positive, size)),
+        'interpolation': _is(str),
+        'mean': _numbers,
+        'std': _numbers,
+        'crop_pct': _is(float, int),
+        'crop_mode': _is(str),
+    }
+    return isinstance(value, Mapping) and all(name in checks and checks[name](item) for name, item in value.items())
 
 
 def _thresholds(value: Any) -> bool:
@@ -141,7 +160,7 @@ RUN_ENTRIES = {
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
-    'data_config': Entry(_is(Mapping), 'a mapping', 'size, crop and normalisation of evaluation images'),
+    'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalisation of evaluation images'),
 }
 # fmt: on
 

@@ -166,7 +166,10 @@ def load_model(options: Options) -> Trained:
     config: dict[str, Any] = {}
     if RUN in content:
         options, config = inherit(options, content)
-    weights = weights_of(content, options.use_ema)
+    try:
+        weights = weights_of(content, options.use_ema)
+    except ValueError as error:
+        raise ValueError(f'--checkpoint {options.checkpoint}: {error}') from error
     model = create_model(options, words=_stored_words(options, weights), pretrained=False)
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))

@@ -171,7 +171,9 @@ class CheckpointFolder:
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks
         if epoch is not None and metric is not None:
             entries.append((f'checkpoint-{epoch}{SUFFIX}', metric))
-        entries = {name: value for name, value in entries if (self.folder / name).exists() and value is not None}
+        # names alone: what drops out of the ranking is deleted
+        own = {path.name for path in numbered(self.folder)}
+        entries = {name: value for name, value in entries if name in own and value is not None}
         self.ranked = sorted(entries.items(), key=lambda entry: self.sort_key(entry[1]))
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
         if epoch is not None and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):

@@ -44,8 +44,10 @@ def resume(
     check_class_names(loader.dataset, content.get('class_names'))
     try:
         state.restore(content, options, world, loader)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f'{path} does not have the entries of a checkpoint to resume from: {error!r}') from error
+    except ValueError as error:
+        raise ValueError(f'--resume {path}: {error}') from error
     world.barrier()  # every rank has read the file, which may be moved now
     if folder is not None:
         state.rows = state.rows or read_summary(path.parent / SUMMARY, before=state.epoch)

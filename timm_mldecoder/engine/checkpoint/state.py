@@ -100,12 +100,12 @@ class TrainingState:
             metric: Metric of the epoch that ended; None within an epoch.
         """
         ranks = world.all_gather(self._rank_state(world, loader))
-        batches = loader.batches
+        restart = loader.batches and loader.batches.restart(self.start, self.batch)
         run = dict(
             epoch=self.epoch,
             batch=self.batch,
             start=asdict(self.start),
-            restart=asdict(batches.restart(self.batch)) if batches and not batches.scheduled else None,
+            restart=restart and asdict(restart),
             skipped=self.skipped,
             rows=self.rows,
             schedule=_schedule_state(self.schedule),

@@ -8,7 +8,9 @@ then be over other images than requested.)
 import csv
 import io
 import logging
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -387,6 +389,14 @@ def init_worker(worker: int, worker_seeding: str = 'all') -> None:
     """Prepare a worker: signals are left to the parent; `worker_seeding` matters to streams alone."""
     signals.ignore()
     seed_worker(worker, worker_seeding)
+    parent = multiprocessing.parent_process()
+    if parent.pid != os.getppid():  # a server started it, and torch watches whether that one lives
+        threading.Thread(target=_exit_with, args=[parent], daemon=True).start()
+
+
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _shut_down(*iterators: Iterator | None) -> None:

@@ -1,7 +1,10 @@
 """From options to the loaders of training and evaluation."""
 
 import logging
+import multiprocessing
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import STREAMS, check_image_size, dataset_kind
 from timm_mldecoder.engine.input.images import EvalLoader, Placement, TrainLoader, init_worker
 from timm_mldecoder.engine.input.randomness import EpochBatches, Order
+from timm_mldecoder.engine.runtime import signals
 from timm_mldecoder.engine.runtime.distributed import World
 
 _logger = logging.getLogger(__name__)
@@ -231,11 +235,22 @@ def _placement(options: Options, config: DataConfig, world: World, erase: bool =
 
 
 def _workers(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
-    # A process with running threads, such as gloo's, must not be forked: one of them may hold a lock for good.
-    safe = world.distributed and workers > 0
     return dict(
         num_workers=workers,
         pin_memory=options.pin_mem,
         worker_init_fn=partial(init_worker, worker_seeding=worker_seeding),
-        multiprocessing_context='forkserver' if safe else None,
+        multiprocessing_context=_worker_server() if world.distributed and workers else None,
     )
+
+
+def _worker_server() -> BaseContext:
+    """Start the process that starts the workers of one of several ranks.
+
+    A rank has running threads, such as gloo's, and must not be forked: one of them may hold a lock for good. The server
+    ignores signals, as workers do: without it they would end before the rank has finished its step.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with signals.ignored():
+        forkserver.ensure_running()
+    return context

@@ -64,7 +64,7 @@ def build_run(options: Options, world: World) -> Run:
     train, validation = _create_splits(options)
     random_seed(options.seed, world.rank)
     model = create_train_model(options, train)
-    rng_state = torch.get_rng_state()
+    rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
     config = resolve_config(options, model)
@@ -131,14 +131,15 @@ def build_run(options: Options, world: World) -> Run:
         eval_classes=_eval_classes(options, eval_model, validation),
         autocast=create_autocast(options, world.device),
         epochs=min(epochs, options.stop_epoch or epochs),
+        steps_per_epoch=steps,
         eval_metric=eval_metric,
         dist_bn='' if options.sync_bn else options.dist_bn,
         folder=folder,
         data_config=config,
         class_names=class_names_of(train),
+        folder_lock=lock(folder) if folder else None,  # first: a run that is refused must not start a tracker
         trackers=create_trackers(options, folder) if folder else [],
         freezer=freezer,
-        folder_lock=lock(folder) if folder else None,
     )
     resumed = bool(source) and resume(source, state, options, world, train_loader, folder)
     if schedule is not None and (resumed or state.epoch):

@@ -283,8 +283,9 @@ def log_step(run: Run, step: int, loss: Tensor, timer: StepTimer, bar: tqdm) -> 
     now = run.world.all_reduce_sum(loss.to(run.state.loss.total)) / run.world.size
     values = torch.stack([now, run.state.loss.mean(run.world)]).tolist()
     if run.world.primary:
+        steps = -(-len(run.train_loader) // run.options.grad_accum_steps)
         line = train_line(
-            run.state.epoch, step, run.steps_per_epoch, tuple(values), run.learning_rate(), timer, run.world.device,
+            run.state.epoch, step, steps, tuple(values), run.learning_rate(), timer, run.world.device,
             run.world.size,
         )  # fmt: skip
         log_above(bar, line)

@@ -37,15 +37,16 @@ class Run:
         eval_model: Model as it is evaluated, without the wrapper that exchanges gradients.
         eval_classes: Classes of a head with text queries in evaluation; None for those of training.
         autocast: Context of forward passes.
-        epochs: Number of epochs to train, unless --stop-epoch ends the run earlier.
+        epochs: Number of epochs to train.
+        steps_per_epoch: Optimizer steps of an epoch that is trained from its beginning.
         eval_metric: Metric that ranks checkpoints.
         dist_bn: How ranks share BatchNorm statistics; empty for not at all.
         folder: Folder of the run; None on all ranks but the first.
         data_config: Size, crop and normalisation of evaluation images.
         class_names: Class names in the order of the outputs, if the data has any.
-        trackers: Called with the metrics of each epoch.
         freezer: Freezes the backbone.
         folder_lock: Lock of the folder, held as long as the run lives.
+        trackers: Called with the metrics of each epoch.
         signals: Signals that stop the run.
     """
 
@@ -58,19 +59,16 @@ class Run:
     eval_classes: Classes | None
     autocast: Callable[[], AbstractContextManager]
     epochs: int
+    steps_per_epoch: int
     eval_metric: str
     dist_bn: str
     folder: Path | None
     data_config: dict[str, Any]
     class_names: list[str] | None
-    trackers: list[Tracker]
     freezer: Freezer
     folder_lock: IO | None
+    trackers: list[Tracker]
     signals: StopSignals = field(default_factory=StopSignals)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train_loader) // self.options.grad_accum_steps)
 
     def steps_done(self) -> int:
         """Return the number of optimizer steps since the start of training."""
