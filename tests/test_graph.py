@@ -13,11 +13,12 @@ from multilabel_data import write_coco, write_csv, write_voc
 from runs import command, environment
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 from timm_mldecoder.data.label_graph import read_label_graph, write_label_graph
-from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.label_graph import main as label_graph
 from timm_mldecoder.models.cosine import CosineClassifier
 from timm_mldecoder.models.graph import (
@@ -534,7 +535,7 @@ def test_classes_without_others_are_named_once(caplog):
 
 
 def run(*flags):
-    return cli.run(lambda: label_graph([str(flag) for flag in flags]))
+    return run_command(lambda: label_graph([str(flag) for flag in flags]))
 
 
 def write_objects(root):
@@ -635,3 +636,21 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     for name in ('graph.safetensors', 'none.safetensors'):
         with pytest.raises(ValueError, match=name):
             read_label_graph(tmp_path / name)
+
+
+@pytest.mark.parametrize('classifier', ['cosine', 'linear'])
+def test_a_graph_classifier_survives_save_for_hf_and_create_model(classifier, tmp_path):
+    torch.manual_seed(0)
+    adjacency = (torch.rand(4, 4) * 0.9).fill_diagonal_(0)
+    model = timm.create_model('test_resnet', num_classes=4)
+    add_graph_classifier(model, adjacency, torch.randn(4, 6), classifier=classifier).eval()
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(again(image), model(image))
+    with pytest.raises(ValueError, match='weight is 0.5'):
+        options = {**graph_options(model.get_classifier()), 'weight': 0.5}
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, graph_classifier=options)
+    plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, graph_classifier=False)
+    assert type(plain.get_classifier()) is torch.nn.Linear
+    torch.testing.assert_close(plain.conv1[0].weight, model.conv1[0].weight)

@@ -3,23 +3,16 @@
 Weights only: no code in a file is run, and a tensor that does not fit is an error.
 """
 
-import argparse
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.torch
 import torch
-from timm.models import clean_state_dict
 from timm.models.tresnet import checkpoint_filter_fn as convert_tresnet
 from torch import Tensor, nn
 
+from timm_mldecoder.checkpoints.schema import weights_of
 from timm_mldecoder.head import MLDecoder
-
-# Entries of a file that hold weights; EMA weights first, as in timm's own loader.
-WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+from timm_mldecoder.models.graph import convert_graph_state_dict
 
 # Name of the group fully-connected weight, different in every layout -> the layout.
 LAYOUTS = {
@@ -43,16 +36,6 @@ _SHAPED_BY = {
     'dim_feedforward': ('layers.0.linear1.weight', 0),
 }
 
-# Types that files hold besides tensors and plain values: options and scores of a run. Building them runs no code.
-_numpy_scalar = np.float64().__reduce__()[0]
-_HARMLESS = [
-    argparse.Namespace,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float32', 'float64', 'str')},
-    (_numpy_scalar, 'numpy.core.multiarray.scalar'),  # as written by numpy 1 and by numpy 2
-    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
-]
-
 
 class Head(NamedTuple):
     """An ML-Decoder head among the tensors of a file: its layout, and the prefix of the names of its tensors."""
@@ -65,9 +48,9 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     """Return the tensors of a checkpoint under the names that ``model.load_state_dict`` expects.
 
     Reads the layouts of the reference repository (its TResNets with in-place ABN included), of timm's own ML-Decoder
-    layer and of this package, under ``model`` or ``state_dict``, with or without ``module.``. Takes the arguments of
-    timm's filters: ``timm.models.load_checkpoint(model, path, filter_fn=convert_state_dict)``. The reference's files of
-    text queries hold no label embeddings: the model keeps its own.
+    layer and of this package, and the graph models of arXiv 2209.06585, as `weights_of` reads them. Takes the arguments
+    of timm's filters: ``timm.models.load_checkpoint(model, path, filter_fn=convert_state_dict)``. The reference's files
+    of text queries hold no label embeddings: the model keeps its own.
 
     Args:
         state_dict: The content of the file; neither it nor the model is changed.
@@ -77,8 +60,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
         ValueError: If the file or the model has no ML-Decoder head, tensors are missing, unexpected or of another
             shape (all are listed), or neither the file nor the model has label embeddings.
     """
+    tensors = weights_of(state_dict)
+    if 'gc1.weight' in tensors or 'gc1.W' in tensors:  # the layout of arXiv 2209.06585
+        return convert_graph_state_dict(tensors, model)
     slot = _slot(model)
-    tensors = unwrap(state_dict)
     prefix = find_head(tensors).prefix
     head = {slot + name: tensor for name, tensor in _head_tensors(tensors, prefix).items()}
     backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
@@ -101,7 +86,7 @@ def head_options(state_dict: Mapping[str, Any]) -> dict[str, int]:
         ValueError: If the checkpoint has no ML-Decoder head, one with missing tensors, or one with text queries of
             this package, whose grouping does not follow from shapes.
     """
-    tensors = unwrap(state_dict)
+    tensors = weights_of(state_dict)
     head = _head_tensors(tensors, find_head(tensors).prefix)
     missing = sorted({name for name, _ in _SHAPED_BY.values()} - set(head))
     if missing:
@@ -126,52 +111,6 @@ def find_head(tensors: Mapping[str, Tensor]) -> Head:
     raise ValueError(
         f'no ML-Decoder head in the checkpoint: none of its {len(tensors)} tensors is named {" or ".join(LAYOUTS)}'
     )
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a file, without the prefixes that DistributedDataParallel and torch.compile add.
-
-    Raises:
-        ValueError: If a value is not a tensor.
-    """
-    wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
-    tensors = clean_state_dict(checkpoint if wrapper is None else checkpoint[wrapper])
-    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(
-            f'not a state dict: {", ".join(map(str, others))} are not tensors; weights are read from the top level '
-            f'or from {", ".join(WRAPPERS)}'
-        )
-    return tensors
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.safetensors`` or ``torch.save`` file to the CPU.
-
-    Besides tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted.
-
-    Raises:
-        ValueError: If the file does not exist, is damaged, or holds anything else.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f'{path}: no such file')
-    if Path(path).suffix == '.safetensors':
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f'{path} is not a complete safetensors file: {error}') from error
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        blocked = re.search(r'GLOBAL (\S+)', str(error))
-        # without torch's advice to use a load that may run code
-        cause = f'{type(error).__name__}: {error}'.splitlines()[0].partition('. ')[0][:200]
-        reason = f'it holds {blocked[1]}, which could run code' if blocked else f'it is damaged ({cause})'
-        raise ValueError(f'{path} is refused: {reason}; only files of weights are read') from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the weights of a model by name')
-    return dict(checkpoint)
 
 
 def _head_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

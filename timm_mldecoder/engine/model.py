@@ -31,7 +31,12 @@ HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
 
 
 def create_model(
-    options: Options, *, words: Mapping[str, Any] | None = None, pretrained: bool, **settings: Any
+    options: Options,
+    *,
+    words: Mapping[str, Any] | None = None,
+    pretrained: bool,
+    fresh_head: bool = False,
+    **settings: Any,
 ) -> nn.Module:
     """Create the model with the classifier that the options request.
 
@@ -39,6 +44,7 @@ def create_model(
         options: Options of either script.
         words: Options of `MLDecoder` for text queries, if the head has any.
         pretrained: Whether to load pretrained weights.
+        fresh_head: Whether to leave stored weights of an ML-Decoder head out.
         **settings: Further arguments of `timm.create_model`.
 
     Raises:
@@ -51,7 +57,10 @@ def create_model(
         sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
         # sizes that were not given leave those of a stored head alone
         sizes = {name: size for name, size in sizes.items() if size != HEAD_DEFAULTS[name] or name in options.given}
-        head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs}}
+        fresh = {'fresh_head': True} if fresh_head else {}
+        head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs, **fresh}}
+    elif 'use_ml_decoder_head' in options.given:
+        head = {'ml_decoder': False}  # also where the stored model has one
     with refuse(options):
         model = timm.create_model(
             options.model,
@@ -81,6 +90,7 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         options,
         words=_training_words(options, dataset),
         pretrained=options.pretrained,
+        fresh_head=options.fresh_head,
         drop_rate=options.drop,
         drop_path_rate=options.drop_path,
         drop_block_rate=options.drop_block,

@@ -225,6 +225,24 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         """Return the threshold of each class with the highest F1 on the images seen, [C]; see `best_thresholds`."""
         return self.per_class(lambda logits, target: best_thresholds(logits.sigmoid(), target), distributed)
 
+    def class_counts(self, thresholds: Tensor | None = None, distributed: bool = False) -> Tensor:
+        """Return true positives, predictions and positives of each class over all images, int64 [3, C].
+
+        Args:
+            thresholds: Probabilities from which classes are predicted, [C] or one value; None for `threshold`.
+            distributed: Whether to sum over the ranks.
+        """
+        _, num_classes = self._extent(distributed)
+        thresholds = self.threshold if thresholds is None else thresholds.to(self.device)
+        counts = torch.zeros(3, num_classes, dtype=torch.int64, device=self.device)
+        for logits, target in zip(self._scores, self._targets, strict=True):
+            positive = target.to(self.device) == 1
+            predicted = (logits.to(self.device).sigmoid() >= thresholds) & (target.to(self.device) >= 0)
+            counts += torch.stack([(predicted & positive).sum(0), predicted.sum(0), positive.sum(0)])
+        if distributed:
+            dist.all_reduce(counts)
+        return counts.cpu()
+
     def per_class(self, function: Callable[[Tensor, Tensor], Tensor], distributed: bool = False) -> Tensor:
         """Apply a function of all images' logits and targets [N, c] to [c], a few classes at a time; float64 [C].
 

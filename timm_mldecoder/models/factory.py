@@ -16,6 +16,7 @@ from timm_mldecoder.head.config import DEFAULT_NUM_QUERIES
 from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
 from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
 from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.graph import empty_graph_classifier
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +52,18 @@ def _parse_ml_decoder(value: object) -> dict:
     return dict(value)
 
 
+def _parse_graph(value: object) -> dict:
+    if not isinstance(value, Mapping) or not {'num_classes', 'width'} <= set(value):
+        raise ValueError(f'graph_classifier must be the options of timm_mldecoder.models.graph_options, got {value!r}')
+    return dict(value)
+
+
+def _attach_graph(model: nn.Module, num_classes: int, **options) -> nn.Module:
+    if num_classes not in (-1, options['num_classes']):
+        raise ValueError(f'a graph of {options["num_classes"]} classes does not classify {num_classes}')
+    return empty_graph_classifier(model, **options)
+
+
 def _ml_decoder_contradictions(given: dict, stored: dict, other_classes: bool) -> list[str]:
     queries = {} if stored.get('word_embeddings') else {'num_of_groups': DEFAULT_NUM_QUERIES}
     defaults = HEAD_OPTIONS | {'decoder_embedding': DEFAULT_EMBEDDING} | queries
@@ -81,6 +94,15 @@ CLASSIFIERS = {
         lambda given, stored, other_classes: (
             [] if given == stored else [f'the scale is {given["scale"]}, the stored classifier has {stored["scale"]}']
         ),
+    ),
+    'graph_classifier': Classifier(
+        _attach_graph,
+        _parse_graph,
+        lambda given, stored, other_classes: [
+            f'{name} is {given[name]!r}, the stored classifier has {stored.get(name)!r}'
+            for name in given
+            if given[name] != stored.get(name)
+        ],
     ),
 }
 

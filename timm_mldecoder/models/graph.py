@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head.vocabulary import check_embeddings
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class
 from timm_mldecoder.models.cosine import CosineClassifier
 
 _logger = logging.getLogger(__name__)
@@ -186,14 +187,25 @@ class GraphClassifier(nn.Module):
         self.gc2 = LAYERS[layer](in_features, in_features, **place)
         if classifier == 'cosine':
             self.classifier = CosineClassifier(in_features, out_features, scale, **place)
-            with torch.no_grad():  # under weight decay the length of a class weight sets its learning rate
-                self.classifier.weight.copy_(F.normalize(self.classifier.weight, dim=1))
         else:
             self.classifier = nn.Linear(in_features, out_features, **place)
         self.register_buffer('words', torch.zeros(out_features, width, **place))
         self.register_buffer('edges', torch.zeros(out_features, out_features, device=device, dtype=torch.uint8))
         self.register_buffer('folded', None, persistent=False)
         self.known = False  # whether edges and words have been set
+        self._normalize_start()
+
+    def reset_parameters(self) -> None:
+        """Draw layers and classifier anew; label graph and word vectors stay."""
+        for module in (self.gc1, self.gc2, self.classifier):
+            module.reset_parameters()
+        self._normalize_start()
+
+    @torch.no_grad()
+    def _normalize_start(self) -> None:
+        if isinstance(self.classifier, CosineClassifier):
+            # under weight decay the length of a class weight sets its learning rate
+            self.classifier.weight.copy_(F.normalize(self.classifier.weight, dim=1))
 
     @property
     def weight(self) -> nn.Parameter:
@@ -253,6 +265,16 @@ class GraphClassifier(nn.Module):
     def extra_repr(self) -> str:
         options = graph_options(self)
         return ', '.join(f'{name}={options[name]}' for name in ('num_classes', 'width', 'layer', 'threshold', 'weight'))
+
+
+class GraphModel(ClassifierModel):
+    """A timm model with a graph classifier. Its ``reset_classifier`` is timm's, and builds a linear classifier."""
+
+    classifier_option = 'graph_classifier'
+
+    def classifier_options(self) -> dict | None:
+        classifier = self.get_classifier()
+        return graph_options(classifier) if isinstance(classifier, GraphClassifier) else None
 
 
 def add_graph_classifier(
@@ -331,6 +353,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
             new.classifier.bias.copy_(torch.zeros_like(new.classifier.bias) if old.bias is None else old.bias)
     slot = next(name for name, module in model.named_modules() if module is old)
     model.set_submodule(slot, new.train(old.training))
+    change_class(model, GraphModel)
     return model
 
 
