@@ -85,8 +85,8 @@ TABLES: dict[str, tuple[str, list[Setting]]] = {
         [replace(MAIN, label=str(n), num_train=n) for n in (100, 300, 1000, 3000)],
     ),
     'fine-tuned': (
-        'Fine-tuned end to end, instead of frozen',
-        [replace(MAIN, label='fine-tuned', steps=150, fine_tune=True)],
+        'Frozen, and fine-tuned end to end',
+        [replace(MAIN, label='frozen'), replace(MAIN, label='fine-tuned', steps=150, fine_tune=True)],
     ),
 }
 
@@ -224,7 +224,7 @@ def compare(setting: Setting, backbone: nn.Module, heads: dict[str, Callable], s
     while todo:
         for (name, rate), scores in train_side_by_side(todo, data, backbone, setting, heads).items():
             tried[name][rate] = scores
-            print(f'{setting.label}: {name} at {rate:.1g}: {scores["validation"]:.1f}', file=sys.stderr, flush=True)
+            print(f'{setting.label}: {name} at {rate:.2g}: {scores["validation"]:.1f}', file=sys.stderr, flush=True)
         todo = {}
         for name, by_rate in tried.items():
             best = max(by_rate, key=lambda rate, scores=by_rate: scores[rate]['validation'])
@@ -249,15 +249,21 @@ def compare(setting: Setting, backbone: nn.Module, heads: dict[str, Callable], s
     return results
 
 
+def heads_of(columns: dict[str, dict]) -> list[str]:
+    """The heads that every column of a table has."""
+    first, *others = columns.values()
+    return [head for head in first if all(head in other for other in others)]
+
+
 def print_table(title: str, columns: dict[str, dict]) -> None:
     first = next(iter(columns.values()))
     print(f'### {title}\n')
     print(f'| head | parameters | {" | ".join(columns)} | learning rates |')
     print('|---|---|' + '---|' * (len(columns) + 1))
-    for name, row in first.items():
+    for name in heads_of(columns):
         cells = [f'{column[name]["mean"]:.1f} ± {column[name]["std"]:.1f}' for column in columns.values()]
-        rates = ', '.join(f'{column[name]["rate"]:.1g}' for column in columns.values())
-        print(f'| {name} | {row["parameters"]:,} | {" | ".join(cells)} | {rates} |')
+        rates = ', '.join(f'{column[name]["rate"]:.2g}' for column in columns.values())
+        print(f'| {name} | {first[name]["parameters"]:,} | {" | ".join(cells)} | {rates} |')
     print(flush=True)
 
 
@@ -266,7 +272,7 @@ def plot(tables: dict[str, dict[str, dict]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(tables), 3.8))
     panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     for axis, (name, columns) in zip(panels, tables.items(), strict=True):
-        for head in next(iter(columns.values())):
+        for head in heads_of(columns):
             means, spread = ([column[head][key] for column in columns.values()] for key in ('mean', 'std'))
             if len(columns) == 1:
                 axis.bar([head], means, yerr=spread, capsize=2)
@@ -307,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables[name] = {}
         for setting in settings:
             if options.quick:
-                setting = replace(setting, num_train=100, steps=10)
+                setting = replace(setting, num_train=100, steps=20)
             names = [head for head in heads if not setting.fine_tune or head in FINE_TUNED]
             key = replace(setting, label='')
             if key not in done:

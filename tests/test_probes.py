@@ -81,11 +81,18 @@ def test_weights_of_ml_decoder_probes_are_those_of_a_model_with_the_head(tokens)
 
 
 @pytest.mark.parametrize('num_features, num_classes', [(384, 80), (96, 10), (768, 1000)])
-def test_the_small_ml_decoder_has_the_documented_number_of_parameters(num_features, num_classes):
-    probe = PROBES['ml_decoder_small'](num_features, num_classes)
-    D, K = min(num_features, 256), min(num_classes, 100)
-    expected = D * num_features + 5 * D + K * D + K * D * -(-num_classes // K) + num_classes
-    assert sum(parameter.numel() for parameter in probe.parameters()) == expected
+def test_probes_have_the_documented_number_of_parameters(num_features, num_classes):
+    width, K, D = num_features, min(num_classes, 100), min(num_features, 256)
+    classifier = width * num_classes + num_classes
+    group_fc = K * D * -(-num_classes // K) + num_classes
+    expected = {
+        **dict.fromkeys(('linear', 'max', 'class_token', 'logsumexp'), 2 * width + classifier),
+        'attention_pool': 12 * width**2 + 10 * width + classifier,
+        'efficient_probing': width**2 + 34 * width + classifier,
+        'ml_decoder_small': D * width + 5 * D + K * D + group_fc,
+    }
+    for name, count in expected.items():
+        assert sum(p.numel() for p in PROBES[name](num_features, num_classes).parameters()) == count, name
 
 
 @pytest.mark.slow
