@@ -53,10 +53,21 @@ def main(argv: list[str] | None = None) -> str:
 def _options(folder: str, args: Namespace) -> Options:
     fast = dict(amp=True, amp_dtype='bfloat16', channels_last=True, torchcompile='inductor')
     return train_options(
-        data_dir=f'{folder}/data', output=folder, val_split='', model=args.model, num_classes=CLASSES,
-        img_size=args.img_size, batch_size=args.batch_size, workers=args.workers, device=args.device, opt='sgd', lr=0.01,
-        sched='none', use_ml_decoder_head=1, **(fast if args.device == 'cuda' else {}),
-    )  # fmt: skip
+        data_dir=f'{folder}/data',
+        output=folder,
+        val_split='',
+        model=args.model,
+        num_classes=CLASSES,
+        img_size=args.img_size,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+        opt='sgd',
+        lr=0.01,
+        sched='none',
+        use_ml_decoder_head=1,
+        **(fast if args.device == 'cuda' else {}),
+    )
 
 
 def _engine_epoch(run: Run) -> Step:

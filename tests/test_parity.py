@@ -330,8 +330,10 @@ def test_every_epochs_learning_rate_is_a_plain_loops(few_images, tmp_path):
     assert len(rates) == 9
 
 
-def test_bce_without_smoothing_and_mixup_is_bce(few_images, tmp_path):
-    """timm's older script falls back to softmax cross-entropy here, the published flags say BCE."""
-    common = f'{few_images} {SMALL} --img-size 32 -b 36 --epochs 1 -j 0 --lr 1e-9'
-    (row,) = run_train(f'{common} --bce-loss --smoothing 0 --head-init-scale 0 --head-init-bias 0'.split(), tmp_path)
-    assert float(row['train_loss']) == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)  # log 3 for softmax
+@pytest.mark.parametrize(('flags', 'loss'), [('--bce-loss', 3.0), ('--loss bce', 2.0)])
+def test_bce_without_smoothing_and_mixup_is_cross_entropy_as_in_timm_and_bce_by_its_name(
+    few_images, tmp_path, flags, loss
+):
+    common = f'{few_images} {SMALL} --img-size 32 -b 36 --epochs 1 -j 0 --lr 1e-9 --smoothing 0'
+    (row,) = run_train(f'{common} --head-init-scale 0 --head-init-bias 0 {flags}'.split(), tmp_path)
+    assert float(row['train_loss']) == pytest.approx(np.log(loss), rel=1e-5)

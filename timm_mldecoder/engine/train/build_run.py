@@ -115,16 +115,26 @@ def build_run(options: Options, world: World) -> Run:
         folder_lock=lock(folder) if folder else None,  # first: a run that is refused must not start a tracker
         trackers=create_trackers(options, folder) if folder else [],
     )
-    resumed = bool(source) and resume(source, state, options, world, train_loader, folder)
+    try:
+        _begin(run, source, written)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _begin(run: Run, source: str, written: str) -> None:
+    """Resume a run from `source`, if there is one, set its learning rate, and write its options into its folder."""
+    state, schedule = run.state, run.state.schedule
+    resumed = bool(source) and resume(source, state, run.options, run.world, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
         if not resumed:
             run.step_schedule(metric=None)
         schedule.step_update(run.steps_done())
-    if folder:
-        (folder / ARGS).write_text(written)
+    if run.folder:
+        (run.folder / ARGS).write_text(written)
         if state.rows:
-            write_summary(folder / SUMMARY, state.rows)
-    return run
+            write_summary(run.folder / SUMMARY, state.rows)
 
 
 def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
