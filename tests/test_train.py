@@ -15,7 +15,6 @@ from runs import build, fit, summary
 
 import train
 import validate
-from timm_mldecoder import plot
 from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.engine.eval import validate as sweep
 from timm_mldecoder.engine.eval.score import score_model
@@ -298,6 +297,8 @@ def test_compiled_and_plain_training_agree(images, tmp_path):
 
 
 def test_the_curves_of_runs_are_drawn(finished, tmp_path, monkeypatch):
+    from timm_mldecoder import plot
+
     figures = []
     monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
     plot.main([str(finished), str(finished / 'summary.csv'), '--output', str(tmp_path / 'curves.png')])
