@@ -18,6 +18,7 @@ from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoin
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.flags import inherit as inherit_flags
+from timm_mldecoder.engine.flags.checks import check_task
 from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_channels, read_classes
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
@@ -152,6 +153,8 @@ def load_model(options: Options) -> Trained:
     config: dict[str, Any] = {}
     if RUN in content:
         options, config = inherit(options, content)
+    else:
+        check_task(options)
     try:
         weights = weights_of(content, options.use_ema)
     except ValueError as error:
