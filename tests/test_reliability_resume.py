@@ -145,11 +145,11 @@ def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut_and_however_it
                     found = [drawn(loader, epoch, resumed.batch, resumed, until=done) for loader in again]
                     start = again[0].restart(resumed, done)
                 assert len({len(sizes) for _, sizes in found}) == 1, 'ranks wait for each other'
-                assert not pairs or all(number % 2 == 0 for _, sizes in found for number in sizes)
+                assert all(number >= 2 and not (pairs and number % 2) for _, sizes in found for number in sizes)
                 seen += [draw for draws, _ in found for draw in draws]
             assert len(set(seen)) == len(seen) and set(seen) <= set(whole)
             left = len(whole) - len(seen)
-            assert left < max(others, thirds) * (2 if pairs else 1), 'fewer than one for each rank'
+            assert left < 2 * max(others, thirds), 'fewer than two for each rank'
 
 
 def test_draws_depend_on_seed_epoch_and_place_alone():
