@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,9 @@ def cut(data, tmp_path_factory):
     log = output / 'log'
     launcher = start(RECORD, output / 'part', *flags, '--experiment', 'run', log=log, processes=2)
     wait_for(r'Train: 1 \[ +1/', log, launcher)
-    for rank in (0, 1):
-        os.kill(pid_of_rank(launcher, rank), signal.SIGKILL)
+    for pid in [pid_of_rank(launcher, rank) for rank in (0, 1)]:
+        with suppress(ProcessLookupError):  # the launcher was faster
+            os.kill(pid, signal.SIGKILL)
     assert launcher.wait(PATIENCE) != 0
     wait_until_gone(launcher.pid)  # workers and their server end with their rank
 
