@@ -13,6 +13,7 @@ from image_folders import write_images
 from runs import environment
 
 from timm_mldecoder.checkpoints.folders import save_folder
+from timm_mldecoder.engine.export import formats
 from timm_mldecoder.engine.export.compare import Images, compare
 from timm_mldecoder.engine.export.formats import FORMATS, Job, Network
 from timm_mldecoder.engine.runtime.errors import RunFailed
@@ -173,6 +174,18 @@ def test_a_fixed_batch_size_is_the_only_one():
 
 
 @pytest.mark.slow
+def test_onnx_files_beyond_the_limit_of_protobuf_have_their_weights_in_a_second_file(monkeypatch):
+    pytest.importorskip('onnxruntime')
+    monkeypatch.setattr(formats, 'LARGEST_PROTOBUF', 0)
+    model = save(create())
+    export(['folder', 'model.onnx', '--format', 'onnx'])
+    assert Path('model.onnx.data').stat().st_size > Path('model.onnx').stat().st_size
+    assert_same_logits('model.onnx', model)
+    with pytest.raises(ValueError, match='model.onnx'):
+        export(['folder', 'model.onnx', '--format', 'onnx'])
+
+
+@pytest.mark.slow
 def test_aot_files_run_compiled(capsys):
     model = save(create())
     export(['folder', 'model.pt2', '--format', 'aot'])
@@ -190,9 +203,9 @@ def test_int8_files_report_labels_accuracy_and_speed_beside_float32(calibration,
     pytest.importorskip('onnxruntime')
     write_images(Path('data'), train=40, validation=10)
     train(
-        shlex.split("""data --model test_vit --num-classes 3 --img-size 48 -j 0 -b 20 --device cpu --epochs 12
-        --opt adamw --lr 2e-3 --warmup-epochs 0 --output out --experiment run --use-ml-decoder-head 1 --decoder-embedding 32
-        --ml-decoder-kwargs num_heads=4""")
+        shlex.split("""data --model test_vit --model-kwargs img_size=48 --num-classes 3 --img-size 48 -j 0 -b 20
+        --device cpu --epochs 12 --opt adamw --lr 2e-3 --warmup-epochs 0 --output out --experiment run
+        --use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs num_heads=4""")
     )
     capsys.readouterr()
     flags = ['--calibration', 'data/train'] if calibration else []

@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _one_line_failures(arguments.format):
             write(path, job)
             run = load(path, arguments.device)
-        sizes = (arguments.batch_size,) if arguments.batch_size else SIZES
-        tolerance = BOUNDS[precision] if arguments.tolerance is None else arguments.tolerance
-        lines = [f'difference    {verify(run, source.model, images.tensors, sizes, tolerance)}']
+            sizes = (arguments.batch_size,) if arguments.batch_size else SIZES
+            tolerance = BOUNDS[precision] if arguments.tolerance is None else arguments.tolerance
+            lines = [f'difference    {verify(run, source.model, images.tensors, sizes, tolerance)}']
         if quantized:
             calibration = None
             if arguments.calibration:
@@ -188,9 +188,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f'{arguments.out}: the name of a file of --format {arguments.format} ends with {spec.suffix}')
     missing = ', '.join(name for name in spec.packages if importlib.util.find_spec(name) is None)
     if missing:
-        raise ValueError(
-            f"--format {arguments.format} needs {', '.join(missing)}: pip install 'timm-mldecoder[export]'"
-        )
+        raise ValueError(f"--format {arguments.format} needs {missing}: pip install 'timm-mldecoder[export]'")
     if arguments.device.partition(':')[0] not in ('cpu', 'cuda') or (
         arguments.device != 'cpu' and not torch.cuda.is_available()
     ):
