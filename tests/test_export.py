@@ -202,8 +202,9 @@ def test_aot_files_run_compiled(capsys):
 def test_int8_files_report_labels_accuracy_and_speed_beside_float32(calibration, capsys):
     pytest.importorskip('onnxruntime')
     write_images(Path('data'), train=40, validation=10)
+    model = 'test_resnet' if calibration else 'test_vit --model-kwargs img_size=48'
     train(
-        shlex.split("""data --model test_vit --model-kwargs img_size=48 --num-classes 3 --img-size 48 -j 0 -b 20
+        shlex.split(f"""data --model {model} --num-classes 3 --img-size 48 -j 0 -b 20
         --device cpu --epochs 12 --opt adamw --lr 2e-3 --warmup-epochs 0 --output out --experiment run
         --use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs num_heads=4""")
     )

@@ -120,8 +120,8 @@ def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None
     Args:
         path: The file.
         metadata: Its new metadata.
-        calibration: Images that fix the ranges of activations, for weights and activations of all layers; None
-            quantizes linear layers only, and computes the ranges of activations for each batch.
+        calibration: Images that fix the ranges of activations, to quantize convolutions; None quantizes linear
+            layers, and computes the ranges of activations for each batch.
     """
     tools = importlib.import_module('onnxruntime.quantization')
     prepared, quantized = path.with_suffix('.prepared'), path.with_suffix('.int8')
@@ -132,7 +132,9 @@ def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None
         if calibration is None:
             tools.quantize_dynamic(prepared, quantized, op_types_to_quantize=['MatMul', 'Gemm'], **settings)
         else:
-            tools.quantize_static(prepared, quantized, _Reader(calibration.split(1)), **settings)
+            # with the linear layers of an ML-Decoder head in static int8, the labels of the digits are lost
+            convolutions = dict(op_types_to_quantize=['Conv'], per_channel=True)
+            tools.quantize_static(prepared, quantized, _Reader(calibration.split(1)), **convolutions)
     finally:
         logging.disable(logging.NOTSET)
     for file in path.parent.iterdir():  # the float model, with its second file of weights
