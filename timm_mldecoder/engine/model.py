@@ -13,6 +13,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
 from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.data.label_graph import read_label_graph
@@ -147,7 +148,7 @@ class Trained(NamedTuple):
         model: The model, on the CPU.
         options: Options that built it: those of the checkpoint, but for the ones that the user gave.
         data_config: timm's data configuration, as far as a checkpoint holds it.
-        content: What the checkpoint holds; empty without one.
+        content: What the checkpoint holds; without one, task and thresholds of a model folder.
     """
 
     model: nn.Module
@@ -172,7 +173,11 @@ def load_model(options: Options) -> Trained:
         ValueError: If the checkpoint does not load, or does not fit the options.
     """
     if not options.checkpoint:
-        return Trained(create_model(options, pretrained=True), options, {}, {})
+        settings = folder_settings(options.model)
+        if 'task' in settings and 'task' not in options.given:
+            options = options.replace(task=settings['task'])
+            check_task(options)
+        return Trained(create_model(options, pretrained=True), options, {}, settings)
     content = read_checkpoint(options.checkpoint)
     config: dict[str, Any] = {}
     if RUN in content:
@@ -216,6 +221,9 @@ def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None =
         raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
+    for name in ('mean', 'std'):
+        if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
+            config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
     return trained._replace(data_config=config)
 
 
