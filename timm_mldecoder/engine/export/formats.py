@@ -88,7 +88,7 @@ def fold_text_queries(head: MLDecoder) -> None:
         return
     words, classifier = head.vocabulary(), head.group_fc
     queries = head.queries(words)  # [K, D]
-    weight = FOLDED_WEIGHTS[head.plan.classifier](classifier, words, len(queries))
+    weight = FOLDED_WEIGHTS[head.config.classifier](classifier, words, len(queries))
     folded = GroupFullyConnected(len(words), *queries.shape)
     folded.group_size = classifier.group_size
     folded.weight = nn.Parameter(weight.contiguous())
