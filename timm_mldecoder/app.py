@@ -248,24 +248,6 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
     """
     gradio = _gradio()
 
-    class ImageFile(gradio.Image):
-        """An upload that is checked before it is decoded."""
-
-        is_template = True  # gradio then takes the front end of its parent
-
-        def preprocess(self, payload: Any) -> Image.Image | str | None:
-            """Return the image; for a file that is not one, what is wrong with it."""
-            if payload is None or payload.path is None:
-                return None
-            name = payload.orig_name or 'the file'
-            try:
-                with Image.open(payload.path) as image:
-                    return image.convert('RGB') if image.mode not in MODES.values() else image.copy()
-            except Image.DecompressionBombError:
-                return f'{name} has too many pixels: {2 * Image.MAX_IMAGE_PIXELS:,} are allowed'
-            except Exception:  # damaged bytes make PIL's decoders raise anything
-                return f'{name} is not an image that can be read'
-
     def predict(image: Image.Image | str | None, typed: str, threshold: float) -> list[Any]:
         values: list[Any] = []
         for shown in models:
@@ -302,9 +284,10 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
     title = 'ML-Decoder' if len(models) > 1 else models[0].name
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page, gradio.Row():
         with gradio.Column(scale=2, min_width=300):
-            image = ImageFile(
+            image = gradio.Image(
                 label=f'Image, at most {max_size} MB', sources=['upload', 'clipboard'], elem_id='image', height=380
             )
+            image.preprocess = _read_upload  # a derived class would make gradio write a stub beside this file
             threshold = gradio.Slider(0, 1, start, step=0.01, label='Threshold', elem_id='threshold')
             typed = gradio.Textbox(
                 label='Classes', lines=2, max_lines=8, visible=bool(known), elem_id='classes',
@@ -335,6 +318,20 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
             if shown.attends:
                 one.click(attend(shown), [image, state, threshold], [picture, one, state], api_name=False)
     return page
+
+
+def _read_upload(payload: Any) -> Image.Image | str | None:
+    """Return an upload as an image; for a file that is not one, what is wrong with it."""
+    if payload is None or payload.path is None:
+        return None
+    name = payload.orig_name or 'the file'
+    try:
+        with Image.open(payload.path) as image:
+            return image.copy()
+    except Image.DecompressionBombError:
+        return f'{name} has too many pixels: {2 * Image.MAX_IMAGE_PIXELS:,} are allowed'
+    except Exception:  # damaged bytes make PIL's decoders raise anything
+        return f'{name} is not an image that can be read'
 
 
 def _problem(message: str) -> str:

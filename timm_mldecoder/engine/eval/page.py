@@ -44,11 +44,12 @@ figure { margin: 0; } figcaption { font-size: 13px; overflow-wrap: anywhere; } f
 
 SCRIPT = """
 for (const head of document.querySelectorAll('.sortable th')) head.firstChild.addEventListener('click', () => {
-  const down = head.getAttribute('aria-sort') !== 'descending', column = head.cellIndex;
+  const number = head.classList.contains('number'), order = head.getAttribute('aria-sort');
+  const down = order ? order === 'ascending' : number, column = head.cellIndex;
   for (const other of head.parentNode.children) other.removeAttribute('aria-sort');
   head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
   const body = head.closest('table').tBodies[0], text = row => row.cells[column].textContent;
-  const number = head.classList.contains('number'), value = row => text(row) === '' ? -Infinity : Number(text(row));
+  const value = row => text(row) === '' ? -Infinity : Number(text(row));
   const compare = (a, b) => number ? Math.sign(value(a) - value(b) || 0) : text(a).localeCompare(text(b));
   body.append(...[...body.rows].sort((a, b) => (down ? -1 : 1) * compare(a, b)));
 });
