@@ -123,6 +123,8 @@ def test_the_server_answers_and_refuses(folder, address):
     ('linear --word-embeddings words.safetensors', '--word-embeddings'),
     ('words.safetensors', 'words.safetensors'),
     ('linear --device cuda:99', '--device'),
+    ('linear --device cpu --host 203.0.113.9', '--host 203.0.113.9'),
+    ('linear --device cpu --port 70000', '--port 70000'),
 ])  # fmt: skip
 def test_mistakes_are_value_errors(folder, flags, message, monkeypatch):
     monkeypatch.chdir(folder)

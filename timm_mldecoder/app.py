@@ -12,6 +12,7 @@ elsewhere.
 import argparse
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -385,7 +386,9 @@ def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     theme = gradio.themes.Default(primary_hue='blue', secondary_hue='blue', **fonts)
     subdued = dict.fromkeys(['body_text_color_subdued', 'block_info_text_color', 'input_placeholder_color'], '#5b6472')
-    try:
+    family = socket.AF_INET6 if ':' in arguments.host else socket.AF_INET
+    try:  # gradio would try a hundred ports of an address that is not this machine's
+        socket.create_server((arguments.host, arguments.port or 0), family=family).close()
         _, address, _ = page.launch(
             server_name=arguments.host,
             server_port=arguments.port,
@@ -402,7 +405,7 @@ def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
             theme=theme.set(**subdued),
             app_kwargs={'middleware': [Middleware(_Policy)]},
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ValueError(f'--host {arguments.host} --port {arguments.port}: {error}') from error
     print(f'{address}  (Ctrl-C ends it)', flush=True)
     if block:
