@@ -11,22 +11,22 @@ import sys
 from collections.abc import Sequence
 
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime import cli
 from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.setup import set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says.
+    """Train with the options of a command line.
 
     Raises:
         ValueError: For a user's mistake.
     """
     options = parse_train(argv)
-    with join_world(options) as world:
-        fit(set_up(options, world))
+    with join_world(options.device, options.device_modules or ()) as world:
+        fit(build_run(options, world))
 
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

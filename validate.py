@@ -4,29 +4,29 @@
     python validate.py DATA --checkpoint output/train/EXPERIMENT/model_best.pth.tar
     python validate.py DATA --model resnet50.a2_in1k --pretrained
 
-A checkpoint of train.py is evaluated as it was trained, but for the flags given here. The flags are those of timm's own
-script, with the same defaults; `--help` lists them.
+A checkpoint of train.py is evaluated as it was trained, except for the flags given here. The flags are those of timm's
+own script, with the same defaults; `--help` lists them.
 """
 
 import sys
 from collections.abc import Sequence
 
-from timm_mldecoder.engine.eval.validate import score
+from timm_mldecoder.engine.eval.validate import validate
 from timm_mldecoder.engine.flags import parse_validate
-from timm_mldecoder.engine.runtime import cli
 from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.runtime.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line says.
+    """Evaluate with the options of a command line.
 
     Raises:
         ValueError: For a user's mistake.
     """
-    options, explicit = parse_validate(argv)
-    with join_world(options) as world:
-        score(options, explicit, world)
+    options = parse_validate(argv)
+    with join_world(options.device) as world:
+        validate(options, world)
 
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

@@ -20,6 +20,7 @@ DEVICES = {
     'operations': ('cpu', 'cuda'),
     'kept': ('cpu', 'cuda'),
     'model': ('cpu', 'cuda'),
+    'table9': ('cpu', 'cuda'),
     'scaling': ('cpu', 'cuda'),
     'million': ('cpu', 'cuda'),
     'startup': ('cpu',),  # the same with and without a GPU

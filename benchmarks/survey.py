@@ -1,9 +1,9 @@
-"""Put an ML-Decoder head on every model of the installed timm, and write docs/models.md from what happened.
+"""Put an ML-Decoder head on every model of the installed timm, and write the results to docs/models.md.
 
     python -m benchmarks.survey [--write] [--names NAME ...]
 
-Models are built on the meta device (shapes without numbers), one forward and one backward pass each. Printed at the
-end: names, attached, refused with a reason, failed. Exit status 1 if any failed.
+Models are built on the meta device (shapes without values), with one forward and one backward pass each. Prints the
+number of names, attached, refused and failed. Exit status 1 if any failed.
 """
 
 import argparse
@@ -21,11 +21,26 @@ from timm_mldecoder.models.families import FAMILIES, RULE
 
 PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'models.md'
 HEAD = dict(decoder_embedding=64, dim_feedforward=64)
-NAMES_A_PROCESS = 100  # one crash costs no more
+NAMES_PER_PROCESS = 100  # a crash loses no more
+LIMITS = """## What to know
+
+- Only `timm.create_model` takes `ml_decoder` and `cosine_classifier`. Model functions (`timm.models.resnet18`) and
+  `torch.hub.load` do not: call `timm_mldecoder.add_ml_decoder_head` on the model that they return.
+- `TIMM_MLDECODER_AUTOLOAD=0`, or torch's `TORCH_DEVICE_BACKEND_AUTOLOAD=0`, turns the plug-in off until a program
+  imports `timm_mldecoder`.
+- The dropout of timm's classifier is disabled: `drop_rate` is 0 afterwards. The head's own option is `dropout`.
+- `num_classes=0` and `features_only=True` give timm's own model, without a head, also from a stored model with a head.
+  `ml_decoder=False` loads the backbone of a stored head under a fresh linear classifier. Modules that a family below
+  removes (class attention, attention pooling) are not stored with a head: they start fresh, with a warning.
+- A stored head keeps its options where none are given; with `pretrained=True` others are an error. For another number
+  of classes `embed` and `layers` are loaded, the rest starts fresh; `ml_decoder={'fresh_head': True}` draws all anew.
+- `num_of_groups` above the number of classes is reduced to it, with a warning.
+- fx tracing works where timm's model traces. `torch.jit.script` does not: use `torch.compile` or `torch.export`.
+"""
 
 
 def attach(name: str) -> dict:
-    """Build, attach, run both ways: what became of one name."""
+    """Build one model with a head and run it; return the outcome."""
     module = timm.model_entrypoint(name).__module__.rpartition('.')[2]
     result = dict(name=name, module=module, cls='', family='', outcome='failed', detail='')
     try:
@@ -36,7 +51,7 @@ def attach(name: str) -> dict:
             result['family'] = next((cls for cls in ancestors if cls in FAMILIES), '')
             check(model)
             result['outcome'] = 'attached'
-    except Exception as error:  # whatever it is, it belongs to this name and goes into the report
+    except Exception as error:  # any error belongs to this name and is reported
         refused = isinstance(error, ValueError) and 'cannot take an ML-Decoder head' in str(error)
         result['outcome'] = 'refused' if refused else 'failed'
         result['detail'] = str(error) if refused else traceback.format_exc(limit=-2)
@@ -44,7 +59,7 @@ def attach(name: str) -> dict:
 
 
 def check(model: torch.nn.Module) -> None:
-    """Logits, pre-logits and gradients of the right shapes; more than one token for the head."""
+    """Check the shapes of logits and pre-logits, all gradients, and that the head sees more than one token."""
     seen: list = []
     model.get_classifier().register_forward_pre_hook(lambda module, args: seen.extend(args[:1]))
     images = torch.randn(2, *model.pretrained_cfg['input_size'])
@@ -60,10 +75,10 @@ def check(model: torch.nn.Module) -> None:
 
 
 def attach_all(names: list[str]) -> list[dict]:
-    """`attach` for many names, in processes of their own one after the other."""
+    """Call `attach` for many names, in one process after the other."""
     results = []
-    for start in range(0, len(names), NAMES_A_PROCESS):
-        chunk = names[start : start + NAMES_A_PROCESS]
+    for start in range(0, len(names), NAMES_PER_PROCESS):
+        chunk = names[start : start + NAMES_PER_PROCESS]
         process = subprocess.run(
             [sys.executable, __file__, '--worker', '--names', *chunk], capture_output=True, text=True
         )
@@ -78,7 +93,7 @@ def attach_all(names: list[str]) -> list[dict]:
 
 
 def page(results: list[dict]) -> str:
-    """The documentation page."""
+    """Return the documentation page."""
     attached = [result for result in results if result['outcome'] == 'attached']
     lines = [
         '# Which models take the head',
@@ -86,11 +101,14 @@ def page(results: list[dict]) -> str:
         f'Written by `make models` with timm {timm.__version__} and torch {torch.__version__.partition("+")[0]}: every '
         'name of `timm.list_models()`, built on the meta device with `ml_decoder=`, one forward and one backward pass. '
         'A model counts as attached if it gives logits, the head saw more than one token, pre-logits have '
-        '`head_hidden_size` columns and no parameter is without a gradient.',
+        '`head_hidden_size` columns and every parameter gets a gradient.',
         '',
         f'**{summary(results)}**',
         '',
-        f'The rule: {RULE.why}. Class, distillation and register tokens are no image tokens; attention pooling goes.',
+        f'The rule: {RULE.why}. The head does not see class, distillation and register tokens; attention pooling is '
+        'removed.',
+        '',
+        *LIMITS.splitlines(),
         '',
         '## Exceptions',
         '',
@@ -99,14 +117,22 @@ def page(results: list[dict]) -> str:
     ]
     uses = Counter(result['family'] for result in attached)
     lines += [f'| {cls} | {uses[cls]} | {family.why} |' for cls, family in FAMILIES.items() if uses[cls]]
-    lines += ['', '## Refused', '', '| name | reason |', '|---|---|']
-    lines += [f'| {result["name"]} | {result["detail"]} |' for result in results if result['outcome'] == 'refused']
+    lines += ['', '## Refused', '', '| names | reason |', '|---|---|']
+    refused = [result for result in results if result['outcome'] == 'refused']
+    for reason in sorted({_reason(result) for result in refused}):
+        names = ', '.join(result['name'] for result in refused if _reason(result) == reason)
+        lines.append(f'| {names} | {reason} |')
     lines += ['', '## Family by family', '', '| timm module | names | attached | classes |', '|---|---|---|---|']
     for module in sorted({result['module'] for result in results}):
         names = sum(result['module'] == module for result in results)
         here = [result for result in attached if result['module'] == module]
         lines.append(f'| {module} | {names} | {len(here)} | {", ".join(sorted({r["cls"] for r in here}))} |')
     return '\n'.join(lines) + '\n'
+
+
+def _reason(result: dict) -> str:
+    """Return why a model was refused, without the name of its class."""
+    return result['detail'].partition(': ')[2]
 
 
 def summary(results: list[dict]) -> str:
@@ -119,9 +145,9 @@ def summary(results: list[dict]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--names', nargs='+', help='these names instead of all')
+    parser.add_argument('--names', nargs='+', help='only these names')
     parser.add_argument('--write', action='store_true', help=f'write {PAGE.name}')
-    parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)  # one JSON line a name
+    parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)  # prints one JSON line per name
     options = parser.parse_args()
     names = options.names or timm.list_models()
     if options.worker:

@@ -19,11 +19,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from benchmarks.measure import Step, markdown, paired_times, parser
-from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.flags import Options, train_options
 from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import train_epoch
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.setup import set_up
 
 HEADER = ('loop', 'img/s', 'of the plain loop')
 CLASSES = 10
@@ -39,25 +39,24 @@ def main(argv: list[str] | None = None) -> str:
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder, 'data'), args)
-        options = parse_train(_command(folder, args))
-        with join_world(options) as world:
-            times = paired_times(
-                {'plain': _plain_epoch(options), 'train.py': _engine_epoch(set_up(options, world))},
-                args.rounds,
-                args.device,
-            )
+        options = _options(folder, args)
+        with join_world(options.device) as world:
+            run = build_run(options, world)
+            loops = {'plain': _plain_epoch(options), 'train.py': _engine_epoch(run)}
+            times = paired_times(loops, args.rounds, args.device)
+            run.close()
     # the best epoch of each: an epoch takes seconds, and whatever else the machine does makes it longer, never shorter
     plain, ours = (args.images / min(times[name]) for name in ('plain', 'train.py'))
     return markdown(HEADER, [['plain', plain, '1.000'], ['`train.py`', ours, f'{ours / plain:.3f}']])
 
 
-def _command(folder: str, args: Namespace) -> list[str]:
-    fast = ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--torchcompile'] if args.device == 'cuda' else []
-    return [
-        f'{folder}/data', '--output', folder, '--val-split', '', '--model', args.model, '--num-classes', str(CLASSES),
-        '--img-size', str(args.img_size), '-b', str(args.batch_size), '-j', str(args.workers), '--device', args.device,
-        '--opt', 'sgd', '--lr', '0.01', '--sched', 'none', '--use-ml-decoder-head', '1', *fast,
-    ]  # fmt: skip
+def _options(folder: str, args: Namespace) -> Options:
+    fast = dict(amp=True, amp_dtype='bfloat16', channels_last=True, torchcompile='inductor')
+    return train_options(
+        data_dir=f'{folder}/data', output=folder, val_split='', model=args.model, num_classes=CLASSES,
+        img_size=args.img_size, batch_size=args.batch_size, workers=args.workers, device=args.device, opt='sgd',
+        lr=0.01, sched='none', use_ml_decoder_head=1, **(fast if args.device == 'cuda' else {}),
+    )  # fmt: skip
 
 
 def _engine_epoch(run: Run) -> Step:
@@ -65,20 +64,20 @@ def _engine_epoch(run: Run) -> Step:
 
     def epoch() -> None:
         train_epoch(run)
-        run.state.start_epoch(run.state.epoch + 1)
+        run.state.begin_epoch(run.state.epoch + 1)
 
     return epoch
 
 
-def _plain_epoch(options: Namespace) -> Step:
+def _plain_epoch(options: Options) -> Step:
     """The loop that one would write by hand."""
     device = torch.device(options.device)
     head = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
     model = timm.create_model(options.model, num_classes=CLASSES, ml_decoder=head).to(device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    config = resolve_data_config(vars(options), model=model)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options))
+    config = resolve_data_config(options.to_dict(), model=model)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options.to_namespace()))
     trained = torch.compile(model) if options.torchcompile else model
     loss_fn = timm.loss.LabelSmoothingCrossEntropy(options.smoothing)
     loader = create_loader(

@@ -31,19 +31,35 @@ def _logging_as_it_was():
 
 
 @pytest.fixture
-def python(tmp_path):
-    """Run a program in a new interpreter, in an empty folder: ``python(code, **environment)`` gives the process."""
+def program(tmp_path):
+    """Run a file of tests/programs in a new interpreter, in an empty folder; keywords are environment variables."""
 
-    def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        process = subprocess.run(
-            [sys.executable, '-c', code],
-            cwd=tmp_path,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert not check or process.returncode == 0, process.stderr
-        return process
+    def run(name: str, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        return _run([str(ROOT / 'tests' / 'programs' / name), *arguments], tmp_path, check, environment)
 
     return run
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run code in a new interpreter, in an empty folder: ``python(code, **environment)`` returns the process."""
+
+    def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        return _run(['-c', code], tmp_path, check, environment)
+
+    return run
+
+
+def _run(arguments: list[str], folder: Path, check: bool, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    # as with -c, modules of the folder come first
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get('PYTHONPATH')]))
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or process.returncode == 0, process.stderr
+    return process

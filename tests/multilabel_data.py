@@ -1,4 +1,4 @@
-"""Small multi-label data sets, written to disk in each format as it is distributed."""
+"""Small multi-label datasets, written to disk in each format as it is distributed."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from PIL import Image
 
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 
-# image number -> what every format below says of it; the colour tells the images apart
+# image number: its classes in every format below; the images differ in colour
 LABELS = {11: {'dog'}, 12: {'cat', 'dog'}, 13: set()}
 
 
@@ -23,7 +23,7 @@ def write_text(path: Path, *lines: str) -> None:
 
 
 def write_coco(root: Path, year: int = 2014) -> None:
-    ids = {'dog': 18, 'cat': 17}  # the file's order counts, not the ids'
+    ids = {'dog': 18, 'cat': 17}  # classes are in the order of the file, not of the ids
     for part in ('train', 'val'):
         folder = f'{part}{year}'
         content = dict(
@@ -34,7 +34,7 @@ def write_coco(root: Path, year: int = 2014) -> None:
         for number, names in LABELS.items():
             write_image(root / folder / f'COCO_{folder}_{number:012}.jpg', number)
             for name in names:
-                for area in (9.0, 10_000.0):  # small or large, twice or once: all the same
+                for area in (9.0, 10_000.0):  # two objects, a small one and a large one
                     entry = dict(id=len(content['annotations']), image_id=number, category_id=ids[name], area=area)
                     content['annotations'].append({**entry, 'iscrowd': int(area < 10)})
         write_text(root / 'annotations' / f'instances_{folder}.json', json.dumps(content))
@@ -52,6 +52,14 @@ def write_voc(root: Path, year: int = 2007) -> None:
                 flags[13] = 0  # difficult
             lines = (f'{number:06} {flag:2d}' for number, flag in flags.items())
             write_text(home / 'ImageSets' / 'Main' / f'{name}_{split}.txt', *lines)
+    for number, names in LABELS.items():  # two objects of each class, of the cat one of them difficult
+        objects = [(name, name == 'cat' and copy == 1) for name in sorted(names) for copy in range(2)]
+        objects += [('bird', True)] * 3 if number == 13 else []
+        content = ''.join(
+            f'<object><name>{name}</name><difficult>{int(difficult)}</difficult></object>'
+            for name, difficult in objects
+        )
+        write_text(home / 'Annotations' / f'{number:06}.xml', f'<annotation>{content}</annotation>')
 
 
 def write_open_images(root: Path) -> None:
@@ -66,10 +74,10 @@ def write_open_images(root: Path) -> None:
             '00000b,verification,/m/2,0',
             '00000c,verification,/m/01yrx,1',
             '00000c,crowdsource-verification,/m/0bt9lr,1',
-            '00000c,verification,/m/0bt9lr,0',  # verified twice: once seen is there
-            '00000d,verification,/m/3,1',  # not trainable, so nothing of this image is known
+            '00000c,verification,/m/0bt9lr,0',  # verified twice: present counts
+            '00000d,verification,/m/3,1',  # not trainable: no label of this image is left
         )
-        write_text(root / f'{split}-annotations-human-imagelabels-boxable.csv', 'of no concern')
+        write_text(root / f'{split}-annotations-human-imagelabels-boxable.csv', 'not read')
         for number in LABELS:
             write_image(root / split / f'{number:06x}.jpg', number)
 
@@ -85,8 +93,16 @@ def write_csv(root: Path) -> None:
         write_image(root / 'images' / f'{number}.png', number)
 
 
+def write_json(root: Path) -> None:
+    images = [[f'images/{number}.png', sorted(names) * 2] for number, names in LABELS.items()]  # two objects each
+    for split in ('train', 'val'):
+        write_text(root / f'{split}.json', json.dumps({'classes': ['dog', 'cat'], 'images': images}))
+    for number in LABELS:
+        write_image(root / 'images' / f'{number}.png', number)
+
+
 VOC_TARGETS = {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}, 13: {'bird': -1}}
-# format: its writer, and of each image in it the targets that are not the default, which is given last
+# format: its writer, its classes, the targets of each image that are not the default, and the default
 WRITTEN = {
     'coco2014': (write_coco, ['dog', 'cat'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}}, 0),
     'coco2017': (lambda root: write_coco(root, 2017), ['dog', 'cat'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}}, 0),
@@ -98,5 +114,6 @@ WRITTEN = {
         {11: {'dog': 1, 'jaguar (/m/2)': 0}, 12: {'cat': 1, 'dog': 1}},
         -1,
     ),
+    'json': (write_json, ['cat', 'dog'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}, 13: {}}, 0),
     'csv': (write_csv, ['cat', 'dog'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}, 13: {'cat': -1, 'dog': -1}}, 0),
 }

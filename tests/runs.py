@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from image_folders import write_images
 
-from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.runtime.signals import SIGNALS, Stopped
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 6  # an epoch of MODEL on `write_data`
 MODEL = shlex.split('--model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --log-interval 1')
-#: A run in which everything that a resumed run must know changes: moments, averages, schedule, several random streams.
+#: A run in which everything changes that a resumed run needs: moments, EMA weights, schedule, all kinds of draws.
 MOVING = shlex.split("""
     --epochs 3 --opt adamw --lr 1e-2 --warmup-epochs 0 --model-ema --model-ema-decay 0.8
     --mixup 0.2 --cutmix 1 --reprob 0.3 --aa rand-m5 --drop 0.1
@@ -36,10 +36,12 @@ def write_data(folder: Path) -> Path:
 
 
 def build(data: Path, output: Path, *flags: str) -> Run:
-    """A run that has not begun, in a process of its own world."""
+    """Build a run in this process, which is the only rank."""
     options = parse_train([str(data), *MODEL, '--output', str(output), '--experiment', 'run', *flags])
-    with join_world(options) as world:
-        return set_up(options, world)
+    with join_world(options.device) as world:
+        run = build_run(options, world)
+    run.folder_lock.close()  # another run of the test may use the folder before this one is collected
+    return run
 
 
 def train(data: Path, output: Path, *flags: str) -> Path:
@@ -49,11 +51,11 @@ def train(data: Path, output: Path, *flags: str) -> Path:
 
 
 def fit_until_stopped(run: Run) -> int:
-    """Train until a signal stops the run, and return the exit code it asks for."""
+    """Train until a signal stops the run, and return its exit code."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         fit(run)
-    except Stopped as stopped:  # and forgotten here: its traceback would keep loader processes waiting
+    except Stopped as stopped:
         return stopped.code
     finally:
         for number, handler in handlers.items():
@@ -62,18 +64,16 @@ def fit_until_stopped(run: Run) -> int:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """The environment of a process of our own: it finds the package where these tests do."""
+    """Return the environment of a process that finds the package where these tests do."""
     return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
 
 def command(script: str, *flags: str | Path, processes: int = 1, restarts: int = 0) -> list[str]:
-    """The command of a script in one process or, by torchrun, in several."""
+    """Return the command of a script in one process or, by torchrun, in several."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
+            *shlex.split('-m torch.distributed.run --standalone'),
             f'--nproc-per-node={processes}',
             f'--max-restarts={restarts}',
             '--monitor-interval=0.1',
@@ -82,7 +82,7 @@ def command(script: str, *flags: str | Path, processes: int = 1, restarts: int =
 
 
 def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subprocess.Popen:
-    """Start a script; what it says goes to `log`."""
+    """Start a script whose output goes to `log`."""
     with log.open('w') as file:
         return subprocess.Popen(
             command(script, *flags, **launch),
@@ -94,10 +94,10 @@ def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subproce
         )
 
 
-def call(script: str, *flags: str | Path, **launch: int) -> subprocess.CompletedProcess:
-    """Run a script to its end."""
+def call(script: str, *flags: str | Path, folder: Path | None = None, **launch: int) -> subprocess.CompletedProcess:
+    """Run a script to its end, in `folder` or the working folder."""
     return subprocess.run(
-        command(script, *flags, **launch), capture_output=True, text=True, env=environment(), timeout=400
+        command(script, *flags, **launch), capture_output=True, text=True, env=environment(), timeout=400, cwd=folder
     )
 
 
@@ -111,7 +111,7 @@ def summary(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
-    """The same to the last bit, whatever it is made of."""
+    """Compare to the last bit, whatever the type."""
     assert type(ours) is type(theirs), where
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), where
@@ -128,7 +128,7 @@ def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Two runs have come to the same: all of their last and their best checkpoints but the flags, and `summary.csv`."""
+    """Compare `summary.csv` and, but for the flags, the last and the best checkpoints of two runs."""
     assert (folder / 'summary.csv').read_text() == (other / 'summary.csv').read_text()
     for name in ('last.pth.tar', 'model_best.pth.tar'):
         contents = [read_checkpoint(path / name) for path in (folder, other)]

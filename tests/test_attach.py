@@ -102,7 +102,7 @@ class TestContract:
         torch.testing.assert_close(pooled, model.forward_head(model.forward_features(x), pre_logits=True))
         model.reset_classifier(5)
         assert model(x).shape == (2, 5)
-        with pytest.raises(ValueError, match="global_pool='avg' has no meaning"):
+        with pytest.raises(ValueError, match="global_pool='avg'"):
             model.reset_classifier(5, 'avg')
 
     def test_copies(self, name, small, size, tokens):
@@ -228,15 +228,15 @@ def test_padding_patches_of_naflex_are_not_looked_at():
     torch.testing.assert_close(model(padded), model(batch), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('build, said', [
-    (lambda: add_ml_decoder_head(nn.Linear(2, 2)), 'Linear is not a timm classification model'),
-    (lambda: add_ml_decoder_head(timm.create_model('test_resnet', num_classes=0)), 'num_classes must be at least 1'),
-    (lambda: add_ml_decoder_head(timm.create_model('test_resnet'), heads=2), 'unknown ML-Decoder option heads; valid'),
-    (lambda: timm.create_model('mobilenetv5_300m_enc', ml_decoder=True), 'never a classifier. Use the classifier of'),
-    (lambda: timm.create_model('test_resnet', ml_decoder=dict(num_of_groups=0)), 'num_of_groups must be at least 1'),
+@pytest.mark.parametrize('build, named', [
+    (lambda: add_ml_decoder_head(nn.Linear(2, 2)), 'Linear'),
+    (lambda: add_ml_decoder_head(timm.create_model('test_resnet', num_classes=0)), 'num_classes is 0'),
+    (lambda: add_ml_decoder_head(timm.create_model('test_resnet'), heads=2), 'heads; .*num_of_groups'),
+    (lambda: timm.create_model('mobilenetv5_300m_enc', ml_decoder=True), 'MobileNetV5Encoder'),
+    (lambda: timm.create_model('test_resnet', ml_decoder=dict(num_of_groups=0)), 'num_of_groups'),
 ])  # fmt: skip
-def test_what_cannot_be_done_is_said(build, said):
-    with torch.device('meta'), pytest.raises(ValueError, match=said):
+def test_mistakes_are_named(build, named):
+    with torch.device('meta'), pytest.raises(ValueError, match=named):
         build()
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks import flops
 from benchmarks.all import DEVICES, PAGE, write_table
 from benchmarks.measure import markdown, paired_times, peak_memory, ratio
 from benchmarks.peers import FullDecoder, ReferenceHead
@@ -19,6 +21,7 @@ SMALLEST = {
     'operations': '--rounds 1 --batch-size 1',
     'kept': '',
     'model': '--rounds 1 --models resnet18 --compiled --batch-size 2 --img-size 64',
+    'table9': '--rounds 1 --model test_resnet --classes 7 --batch-size 2 --img-size 32',
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
     'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
@@ -109,3 +112,30 @@ def test_the_page_has_a_place_for_every_table(tmp_path):
     for name, devices in DEVICES.items():
         for device in devices:
             write_table(copy, f'{name} {device}', 'table')
+
+
+def test_the_gflops_of_a_published_row_are_counted():
+    (case,) = (case for case in flops.CASES if (case.table, case.head, case.classes) == ('9', flops.DECODER, 1000))
+    assert flops.gflops(case) == pytest.approx(case.published, abs=0.1)
+
+
+@pytest.mark.slow
+def test_the_page_holds_the_gflops_that_the_command_prints():
+    assert flops.main([]) in PAGE.read_text()
+    for case in flops.CASES:
+        if case.published is not None and case.model != 'tf_efficientnetv2_l':  # published with batch norm counted
+            assert flops.gflops(case) == pytest.approx(case.published, abs=0.11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', ['tf_efficientnetv2_s', 'tf_efficientnetv2_l'])
+def test_published_gflops_of_efficientnetv2_count_two_per_output_of_batch_norm(model):
+    (case,) = (case for case in flops.CASES if case.model == model)
+    with torch.device('meta'):
+        network, image = flops.build(case).eval(), torch.empty(1, 3, case.size, case.size)
+    outputs = []
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
+    network(image)
+    assert flops.gflops(case) + 2 * sum(outputs) / 1e9 == pytest.approx(case.published, abs=0.01)

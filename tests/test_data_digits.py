@@ -10,7 +10,18 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.data.digits import NAMES, compose_scene, load_split, main, write_digit_scenes, write_digits
+from timm_mldecoder.data.digits import (
+    KINDS,
+    NAMES,
+    SPLITS,
+    SceneOptions,
+    compose_scene,
+    load_split,
+    main,
+    scenes,
+    write_digit_scenes,
+    write_digits,
+)
 
 
 def contents(root) -> dict[str, bytes]:
@@ -20,7 +31,7 @@ def contents(root) -> dict[str, bytes]:
 def test_the_folder_holds_every_digit_once_in_its_class(tmp_path):
     write_digits(tmp_path)
     written = Counter()
-    for split in ('train', 'validation'):
+    for split in SPLITS:
         dataset = create_dataset('', str(tmp_path), split, input_img_mode='L')
         for image, target in dataset:
             written[target, np.asarray(image).tobytes()] += 1
@@ -30,59 +41,102 @@ def test_the_folder_holds_every_digit_once_in_its_class(tmp_path):
     assert len(create_dataset('', str(tmp_path), 'train')) == 1442
 
 
-def test_validation_has_a_fifth_of_every_class():
-    train, validation = (np.bincount(load_split(split)[1]) for split in ('train', 'validation'))
-    assert (np.abs(validation / (train + validation) - 0.2) < 0.01).all()
+def test_validation_and_test_have_a_tenth_of_every_class_each():
+    train, validation, test = (np.bincount(load_split(split)[1]) for split in SPLITS)
+    for held_out in (validation, test):
+        assert (np.abs(held_out / (train + validation + test) - 0.1) < 0.01).all()
+    with pytest.raises(ValueError, match="'val'"):
+        load_split('val')
 
 
-def test_scenes_are_a_csv_data_set_determined_by_the_seed(tmp_path):
-    options = dict(num_train=30, num_validation=20)
-    first, same, other = (
-        contents(write_digit_scenes(tmp_path / name, seed=seed, **options))
-        for name, seed in (('first', 3), ('same', 3), ('other', 4))
+def test_the_splits_share_no_digit():
+    train, validation, test = ({image.tobytes() for image in load_split(split)[0]} for split in SPLITS)
+    assert not train & validation and not train & test and not validation & test
+
+
+def test_scenes_are_a_csv_dataset_determined_by_the_arguments(tmp_path):
+    options = dict(num_train=30, num_validation=20, num_test=10)
+    first, same, other, cluttered = (
+        contents(write_digit_scenes(tmp_path / name, **options, **more))
+        for name, more in (
+            ('first', dict(seed=3)),
+            ('same', dict(seed=3)),
+            ('other', dict(seed=4)),
+            ('cluttered', dict(seed=3, clutter=5)),
+        )
     )
     assert first == same
-    assert first != other
-    for split, count in (('train', 30), ('validation', 20)):
+    assert first != other and first != cluttered
+    for split, count in (('train', 30), ('validation', 20), ('test', 10)):
         dataset = create_dataset('csv', str(tmp_path / 'first'), split)
         assert len(dataset) == count
         assert dataset.class_names == list(NAMES)
         assert all(image.size == (64, 64) and target.sum() >= 1 for image, target in dataset)
 
 
-def test_a_scene_shows_the_digits_it_names_each_in_its_own_place():
-    images = np.full((4, 8, 8), 255, dtype=np.uint8)  # white squares, to be counted by area
+def test_a_scene_has_the_digits_it_names_each_in_its_own_place():
+    images, classes = np.full((20, 8, 8), 255, dtype=np.uint8), np.arange(20) % 10  # white squares, counted by area
+    options = SceneOptions(sides=(10, 10), max_digits=6)
     for seed in range(20):
-        scene, placed = compose_scene(images, np.random.default_rng(seed), size=64, sides=(10, 10), max_digits=6)
+        scene, placed = compose_scene(images, classes, np.random.default_rng(seed), options)
         assert 1 <= len(placed) <= 6
         assert (scene == 255).sum() == 100 * len(placed)
 
 
-def test_scenes_of_the_two_splits_share_no_digit(tmp_path, monkeypatch):
-    shown = {}
-
-    def spy(images, rng, *arguments):
-        scene, placed = compose_scene(images, rng, *arguments)
-        shown.setdefault(len(images), set()).update(images[index].tobytes() for index in placed)
-        return scene, placed
-
-    monkeypatch.setattr('timm_mldecoder.data.digits.compose_scene', spy)
-    write_digit_scenes(tmp_path, num_train=100, num_validation=100)
-    train, validation = shown.values()
-    assert len(train) > 100 and len(validation) > 100
-    assert not train & validation
+def test_scene_options_bound_digits_classes_sides_and_clutter():
+    images, classes = np.full((20, 8, 8), 255, dtype=np.uint8), np.arange(20) % 10
+    options = SceneOptions(size=96, sides=(8, 12), min_digits=3, max_digits=5, max_classes=2, clutter=4)
+    counts, areas = set(), []
+    for seed in range(50):
+        scene, placed = compose_scene(images, classes, np.random.default_rng(seed), options)
+        counts.add(len(placed))
+        areas.append((scene == 255).sum())
+        assert len(set(classes[placed])) <= 2
+        assert (len(placed) + 4) * 64 <= areas[-1] <= (len(placed) + 4) * 144, 'digits and clutter cover this area'
+    assert counts == {3, 4, 5}
 
 
-def test_digits_that_cannot_fit_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match='70.*64'):
-        write_digit_scenes(tmp_path, sides=(10, 70))
+def test_targets_of_digits_and_pairs_describe_the_same_scenes():
+    both = [list(scenes('test', 50, SceneOptions(kind=kind, min_digits=2))) for kind in KINDS]
+    assert any(target.any() for _, target in both[1])
+    for (scene, digits), (same, pairs) in zip(*both, strict=True):
+        assert np.array_equal(scene, same)
+        assert [bool(pair) for pair in pairs] == [bool(digits[k] and digits[(k + 1) % 10]) for k in range(10)]
+    assert KINDS['pairs'][0] == 'zero and one' and KINDS['pairs'][9] == 'nine and zero'
+
+
+def test_fewer_scenes_are_the_first_of_more():
+    few, many = (list(scenes('train', count, SceneOptions(clutter=2))) for count in (3, 6))
+    for (scene, target), (same, its_target) in zip(few, many, strict=False):
+        assert np.array_equal(scene, same) and np.array_equal(target, its_target)
+
+
+@pytest.mark.parametrize('options', [
+    dict(sides=(10, 70)), dict(sides=(0, 5)), dict(kind='words'), dict(min_digits=7), dict(max_classes=11),
+    dict(max_classes=0), dict(clutter=-1),
+])  # fmt: skip
+def test_scene_options_out_of_range_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f'{name}.*{value[-1] if name == "sides" else value}'):
+        SceneOptions(**options)
 
 
 def test_the_command_writes_either_set(tmp_path, capsys):
     main([str(tmp_path / 'scenes'), '--scenes'])
-    assert capsys.readouterr().out == f'wrote 2500 images to {tmp_path / "scenes"}\n'
+    assert capsys.readouterr().out == f'wrote 3000 images to {tmp_path / "scenes"}\n'
     command = [sys.executable, '-m', 'timm_mldecoder.data.digits', str(tmp_path / 'digits')]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f'wrote 1797 images to {tmp_path / "digits"}\n'
     with Image.open(tmp_path / 'digits' / 'train' / '0' / '0000.png') as image:
         assert image.size == (8, 8)
+
+
+def test_the_command_takes_scene_options(tmp_path, capsys):
+    main([str(tmp_path), '--scenes', '--kind', 'pairs', '--sides', '8', '12', '--size', '32', '--clutter', '1'])
+    with Image.open(tmp_path / 'test' / '00000.png') as image:
+        assert image.size == (32, 32)
+    assert (tmp_path / 'classes.txt').read_text().splitlines() == list(KINDS['pairs'])
+    for wrong, name in ((['--clutter', '1'], '--clutter'), (['--scenes', '--sides', '8', '70'], 'sides')):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), *wrong])
+        assert name in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The file of class priors, and what the class-aware selective loss makes of it."""
+"""Files of class priors, and their effect on the class-aware selective loss."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from timm_mldecoder.losses import create_loss
 NAMES = ['cat', 'dog, large', 'gnu']
 
 
-def test_priors_come_back_in_the_order_of_the_classes(tmp_path):
+def test_priors_are_read_in_the_order_of_the_classes(tmp_path):
     write_priors(tmp_path / 'priors.csv', NAMES, torch.tensor([0.5, 0.25, 1e-9]))
     priors = read_priors(tmp_path / 'priors.csv', ['gnu', 'cat', 'dog, large'])
     assert priors.tolist() == pytest.approx([1e-9, 0.5, 0.25])
@@ -22,7 +22,7 @@ def test_the_published_layout_is_read_with_and_without_its_header(tmp_path):
         assert read_priors(tmp_path / 'priors.csv', ['cat', 'dog']).tolist() == pytest.approx([0.6, 0.01])
 
 
-def test_priors_from_the_file_select_what_the_loss_leaves_out(tmp_path):
+def test_priors_of_a_file_select_the_labels_that_the_loss_leaves_out(tmp_path):
     write_priors(tmp_path / 'priors.csv', ['cat', 'dog'], torch.tensor([0.5, 0.01]))
     loss = create_loss('csl', class_prior=read_priors(tmp_path / 'priors.csv', ['cat', 'dog']), likelihood_topk=0,
                        reduction='none')  # fmt: skip

@@ -1,4 +1,4 @@
-"""Squash-resize and Cutout in the place they have in timm's training transform."""
+"""Squash-resize and Cutout, and their position in the training transform of timm."""
 
 import random
 
@@ -33,8 +33,8 @@ def test_cutout_paints_one_rectangle_of_one_colour_anywhere():
         colours.add(tuple(colour[0]))
         areas.append(mask.sum())
     assert len(colours) > 190
-    assert max(areas) == 200 and min(areas) < 70  # whole in the middle, cut at a corner
-    assert not painted(GREY).any()  # the original is left alone
+    assert max(areas) == 200 and min(areas) < 70  # complete in the middle, cut off at a corner
+    assert not painted(GREY).any()  # the original is not changed
 
 
 def test_cutout_has_a_probability_and_takes_grey_images():

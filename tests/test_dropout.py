@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.dropout import Dropout, ReLUDropout
+from timm_mldecoder.head.decoder_layer import Dropout, ReLUDropout
 
 
 def plain(kind: type, x: torch.Tensor, p: float) -> torch.Tensor:

@@ -211,7 +211,8 @@ def test_attention_weights_are_those_of_the_forward():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     # with one value vector a token, and nothing else of the layer, the output is the weighted mean of the tokens
     attn = head.layers[0].multihead_attn
-    query, key, value = attn.project(head.layers[0].ask(head.queries().unsqueeze(0)), torch.relu(head.embed(x)))
+    _, query = head.layers[0].query_side(head.queries().unsqueeze(0))
+    key, _ = attn.project_tokens(torch.relu(head.embed(x)))
     eye = torch.eye(5).expand(2, attn.num_heads, 5, 5)
     output = nn.functional.scaled_dot_product_attention(query.expand(2, -1, -1, -1), key, eye)
     torch.testing.assert_close(weights, output.mean(1))
@@ -280,6 +281,7 @@ def test_meta_device_to_empty_and_reset():
     (dict(initial_num_features=0), 'initial_num_features'),
     (dict(dropout=1.0), r'dropout must be in \[0, 1\), got 1.0'),
     (dict(num_layers=0), 'num_layers must be at least 1'),
+    (dict(dim_feedforward=-1), 'dim_feedforward .*got -1'),
 ])  # fmt: skip
 def test_wrong_options_are_named(options, said):
     with pytest.raises(ValueError, match=said):

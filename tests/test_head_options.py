@@ -195,16 +195,16 @@ NAN = words(3).index_fill(0, torch.tensor([1]), math.nan)
     (dict(word_embeddings=0), 'width E of at least 1'),
     (dict(word_embeddings=words(7), class_names=list('abcabca')), r"repeated: \['a', 'b', 'c'\]"),
     (dict(word_embeddings=words(7), class_names=['a', 'b']), '7 class names are needed'),
-    (dict(word_embeddings=words(7), class_names=[*'abcdef', 'x\ny']), r"longer: \['x\\ny'\]"),
-    (dict(word_embeddings=6, class_names=list('abcdefg')), 'not only their width'),
+    (dict(word_embeddings=words(7), class_names=[*'abcdef', 'x\ny']), r"\['x\\ny'\]"),
+    (dict(word_embeddings=6, class_names=list('abcdefg')), 'not just their width'),
     (dict(class_names=list('abcdefg')), 'give word_embeddings'),
     (dict(query_noise=0.1), 'give word_embeddings'),
     (dict(word_embeddings=words(7), query_noise=-1), 'at least 0'),
-    (dict(group_size=2), 'group_size is an option of word queries'),
+    (dict(group_size=2), 'group_size'),
     (dict(word_embeddings=words(7), group_size=17), 'group_size must be in 1 to'),
     (dict(word_embeddings=words(7), group_size=2, groups=3, learnable_queries=True), '7 classes do not fit 3 groups'),
-    (dict(word_embeddings=words(7), learnable_queries=True, random_queries=1), 'any number of words'),
-    (dict(word_embeddings=words(7), classifier='group'), "one of .*'learned', 'shared', 'word'.* with word queries"),
+    (dict(word_embeddings=words(7), learnable_queries=True, random_queries=1), 'random_queries'),
+    (dict(word_embeddings=words(7), classifier='group'), "one of .*'learned', 'shared', 'word'.* with text queries"),
     (dict(classifier='word'), "one of .*'cosine', 'group'.* with fixed"),
     (dict(memory_activation='gelu'), "one of .*'leaky_relu', 'relu'.*'gelu'"),
     (dict(cosine_scale=3.0), "needs classifier='cosine'"),
@@ -218,7 +218,7 @@ def test_options_out_of_range_are_named(options, message):
 def test_classes_that_cannot_be_set_are_named_and_leave_the_head_as_it_was():
     head = build(3, word_embeddings=words(3), class_names=['zebra', 'tram', 'sky'])
     for vectors, names, message in [
-        (words(4, width=5), None, 'must be 6 wide.* got 5'),
+        (words(4, width=5), None, 'width 6.* got 5'),
         (NAN, ['zebra', 'tram', 'sky'], r"not finite: \['tram'\]"),
         (NAN, None, r'not finite: \[1\]'),
         (words(3), ['a', 'b', 'a'], r"repeated: \['a'\]"),
@@ -230,5 +230,82 @@ def test_classes_that_cannot_be_set_are_named_and_leave_the_head_as_it_was():
         build().set_word_embeddings(words(3))
     with pytest.raises(ValueError, match='8 classes do not fit the 6'):
         build(6, word_embeddings=words(6), group_size=3, classifier='learned').set_word_embeddings(words(8))
-    with pytest.raises(RuntimeError, match='does not know its classes'):
+    with pytest.raises(RuntimeError, match='does not have its classes'):
         build(3, word_embeddings=WIDTH)(torch.zeros(1, 12, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('layers', [1, 2])
+def test_self_attention_makes_the_layers_those_of_a_transformer_decoder(layers):
+    head = build(7, 3, self_attention=True, num_layers=layers).train()
+    theirs = nn.TransformerDecoder(
+        nn.TransformerDecoderLayer(16, 4, 24, dropout=0.0, batch_first=True, dtype=torch.float64), layers
+    )
+    theirs.load_state_dict({f'layers.{name}': tensor for name, tensor in head.layers.state_dict().items()})
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    tokens = torch.relu(head.embed(x))
+    expected = head.group_fc(theirs(head.queries().expand(2, -1, -1), tokens))
+    torch.testing.assert_close(head(x), expected, atol=1e-10, rtol=0)
+    ours = torch.autograd.grad(head(x).square().sum(), list(head.layers.parameters()))
+    # the same order of names on both sides
+    parameters = dict(theirs.layers.named_parameters())
+    wanted = torch.autograd.grad(expected.square().sum(), [parameters[n] for n, _ in head.layers.named_parameters()])
+    for mine, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-9)
+
+
+def test_without_projections_and_feed_forward_the_layer_is_attention_and_two_norms():
+    head = build(7, 3, dim_feedforward=0, attention_projections=False, learnable_queries=True)
+    p, x = dict(head.named_parameters()), torch.randn(2, 5, 12, dtype=torch.float64)
+    assert {name for name in p if name.startswith('layers')} == {
+        f'layers.0.{norm}.{kind}' for norm in ('norm1', 'norm2') for kind in ('weight', 'bias')
+    }
+
+    def norm(x, name):
+        return nn.functional.layer_norm(x, (16,), p[f'layers.0.{name}.weight'], p[f'layers.0.{name}.bias'])
+
+    queries = norm(2 * p['queries.weight'], 'norm1')
+    for image, logits in zip(x, head(x), strict=True):
+        tokens = torch.relu(image @ p['embed.weight'].T + p['embed.bias'])
+        attended = [
+            torch.softmax(queries[:, part] @ tokens[:, part].T / 2, dim=1) @ tokens[:, part]
+            for part in torch.arange(16).chunk(4)
+        ]
+        output = norm(queries + torch.cat(attended, dim=1), 'norm2')
+        expected = [output[c // 3] @ p['group_fc.weight'][c // 3, :, c % 3] + p['group_fc.bias'][c] for c in range(7)]
+        torch.testing.assert_close(logits, torch.stack(expected), atol=1e-10, rtol=0)
+
+
+EVERY_KIND = {
+    **{way: dict(word_embeddings=WIDTH, **options) for way, options in WAYS.items()},
+    'published': {},
+    'cosine': dict(classifier='cosine'),
+    'learned queries, two layers': dict(learnable_queries=True, num_layers=2),
+    'self-attention': dict(self_attention=True),
+    'several scales': dict(initial_num_features=(12, 5)),
+    'no projections, no feed-forward': dict(attention_projections=False, dim_feedforward=0),
+}
+
+
+@pytest.mark.parametrize('kind', EVERY_KIND)
+def test_reset_parameters_fills_every_tensor_of_a_head_built_on_the_meta_device(kind):
+    options = {**SMALL, **EVERY_KIND[kind]}
+    head = MLDecoder(11, **options, device='meta').to_empty(device='cpu')
+    tensors = [*head.parameters(), *head.buffers()]
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            nn.init.constant_(tensor, math.nan)
+    head.reset_parameters()
+    direct = MLDecoder(11, **options).state_dict()
+    for name, tensor in head.state_dict().items():
+        assert tensor.shape == direct[name].shape and tensor.isfinite().all(), name
+        assert tensor.unique().numel() > 1 or torch.equal(tensor, direct[name]), f'{name} is drawn or the constant'
+
+
+def test_reset_parameters_keeps_the_label_embeddings_of_known_classes():
+    head = build(5, word_embeddings=words(5), class_names=list('abcde'))
+    before = head.queries.proj.weight.clone()
+    head.reset_parameters()
+    assert head.class_names == list('abcde') and torch.equal(head.vocabulary.embeddings, words(5))
+    assert not torch.equal(head.queries.proj.weight, before)
+    with pytest.raises(RuntimeError, match='does not have its classes'):
+        head.to('meta').to_empty(device='cpu')(torch.zeros(1, 12, 1, 1, dtype=torch.float64))

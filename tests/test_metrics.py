@@ -1,8 +1,6 @@
 """Multi-label metrics against scikit-learn, timm and plain loops; exact whatever the batches, ranks and chunks."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -49,7 +47,7 @@ def test_average_precision_is_sklearns_on_the_annotated_entries(ignored):
 
 
 def test_precision_recall_and_f1_are_sklearns():
-    logits, target = make_data(ties=False)  # which of two equal scores is among the top 3 is nobody's business
+    logits, target = make_data(ties=False)  # which of two equal scores is among the top 3 is undefined
     result = evaluate(logits, target, top_k=(3, 5)).compute()
     top = {k: np.zeros(target.shape, dtype=int) for k in (3, 5)}
     for k, predicted in top.items():
@@ -170,24 +168,9 @@ def test_three_ranks_give_what_one_gives(tmp_path):
         torch.testing.assert_close(result['prior'], logits.sigmoid().double().mean(0), atol=1e-7, rtol=0)
 
 
-MEASURE_PEAK = """
-import resource, sys, torch
-from timm_mldecoder.metrics import MultiLabelEvaluator
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
-before, num_images, num_classes = peak(), 41_686, 9_605
-evaluator = MultiLabelEvaluator()
-for start in range(0, num_images, 128):
-    logits = torch.randn(1, num_classes).repeat(min(128, num_images - start), 1)
-    evaluator.update(logits, torch.randint(-1, 2, (num_classes,)).expand_as(logits))
-evaluator.compute()
-print(peak() - before)
-"""
-
-
 @pytest.mark.slow  # one and a half minutes
-def test_open_images_fits_in_memory():
-    result = subprocess.run([sys.executable, '-c', MEASURE_PEAK], check=True, capture_output=True, text=True)
-    peak = float(result.stdout)
+def test_open_images_fits_in_memory(program):
+    peak = float(program('metrics_peak.py').stdout)
     print(f'{peak:.2f} GiB')
     assert 1.8 < peak < 3.5  # 1.86 GiB are stored; the rest is the work on one chunk
 

@@ -11,18 +11,20 @@ import pytest
 import timm
 import torch
 from multilabel_data import WRITTEN, write_image
+from timm.loss import create_classification_loss
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build import create_loss
+from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.setup import set_up
-from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, BinaryCrossEntropyLoss, ClassAwareSelectiveLoss
+from timm_mldecoder.engine.train.loss import create_train_loss
+from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, ClassAwareSelectiveLoss
 from train import main as train
 from validate import main as validate
 
@@ -44,13 +46,11 @@ CHECKPOINT = 'output/run/model_best.pth.tar'
 
 
 def load(path: str | Path) -> dict:
-    from timm_mldecoder.checkpoints.published import read_checkpoint
-
     return read_checkpoint(path)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_an_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so small a model more than one is slower
@@ -83,7 +83,7 @@ def test_every_format_trains_and_validates(tmp_path, capsys, name):
     assert load(CHECKPOINT)['class_names'] == class_names
 
     capsys.readouterr()
-    validate([*data, '--checkpoint', CHECKPOINT, '--use-ema', '--device', 'cpu', '-j', '0', '-b', '2'])
+    validate([*data, '--checkpoint', CHECKPOINT, '--device', 'cpu', '-j', '0', '-b', '2'])
     result = capsys.readouterr().out
     for metric in ('map', 'of1_top3'):
         assert number(result, metric) == float(last_row()[f'eval_{metric}'])
@@ -92,7 +92,7 @@ def test_every_format_trains_and_validates(tmp_path, capsys, name):
 def test_the_scripts_train_and_validate_in_processes_of_their_own(scenes):
     command = [sys.executable, ROOT / 'train.py', scenes, *SMALL, *RECIPE, *SCORE, '--num-classes', '10']
     subprocess.run([*command, '--epochs', '1', '--sched', 'cosine'], check=True, capture_output=True)
-    command = [sys.executable, ROOT / 'validate.py', scenes, *SCORE, '--checkpoint', CHECKPOINT, '--use-ema']
+    command = [sys.executable, ROOT / 'validate.py', scenes, *SCORE, '--checkpoint', CHECKPOINT]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert number(result.stdout, 'map') == float(last_row()['eval_map'])
 
@@ -101,8 +101,8 @@ def test_thirty_steps_are_those_of_a_plain_loop_with_torchs_one_cycle(scenes):
     schedule = ['--epochs', '5', '--warmup-epochs', '1', '-b', '7', '--val-split', '', '--val-interval', '5']
     options = parse_train([scenes, *SMALL, *RECIPE, '--dataset', 'csv', '--num-classes', '10', *schedule])
     batches = []
-    with join_world(options) as world:
-        run = set_up(options, world)
+    with join_world(options.device) as world:
+        run = build_run(options, world)
         model = run.state.task.get_trainable_module()
         reference, averaged = copy.deepcopy(model), copy.deepcopy(model)
         run.state.task.register_forward_pre_hook(lambda _, inputs: batches.append([x.clone() for x in inputs]))
@@ -130,29 +130,31 @@ def test_thirty_steps_are_those_of_a_plain_loop_with_torchs_one_cycle(scenes):
 
     for ours, plain in ((model, reference), (run.state.task.get_trainable_module(ema=True), averaged)):
         for value, expected in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
-            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+            # thirty steps of Adam: rounding that differs where kernels do, relative to the values and to the
+            # learning rate, by which Adam moves a weight whatever the size of its gradient
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-2 * 1e-3)
 
 
-def test_the_better_of_weights_and_average_ranks_an_epoch_and_is_what_validate_scores(scenes, capsys):
+def test_the_better_of_raw_and_ema_weights_ranks_an_epoch_and_is_what_validate_scores(scenes, capsys):
     train_scenes(scenes, '--better-of-ema')
     row = last_row()
     scores = {}
-    for flags in ((), ('--use-ema',)):
+    for flag in ('', '--use-ema', '--no-use-ema'):
         capsys.readouterr()
-        validate([scenes, *SCORE, '--checkpoint', CHECKPOINT, *flags])
-        scores[flags] = number(capsys.readouterr().out, 'map')
-    assert scores[()] == float(row['eval_map']) >= scores[('--use-ema',)]
-    assert row['eval_ema'] == str(int(scores[()] == scores[('--use-ema',)]))
+        validate([scenes, *SCORE, '--checkpoint', CHECKPOINT, *flag.split()])
+        scores[flag] = number(capsys.readouterr().out, 'map')
+    assert scores[''] == float(row['eval_map']) == max(scores.values())
+    assert scores[''] == scores['--use-ema' if row['eval_ema'] == '1' else '--no-use-ema']
 
 
-def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes(scenes, capsys):
+def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(scenes, capsys):
     train_scenes(scenes)
     capsys.readouterr()
     base = [scenes, *SCORE, '--checkpoint', CHECKPOINT]
     validate([*base, '--write-thresholds', '--write-class-priors', 'priors.csv'])
     plain = capsys.readouterr().out
     content = load(CHECKPOINT)
-    assert content['thresholds'].shape == (10,)
+    assert list(content['thresholds']) == list(NAMES)
     validate([*base, '--class-report', 'classes.csv'])
     tuned = capsys.readouterr().out
     assert number(tuned, 'macro_f1') > number(plain, 'macro_f1')
@@ -163,20 +165,13 @@ def test_validate_stores_thresholds_that_then_hold_and_writes_priors_and_classes
         rows = list(csv.DictReader(file))
     assert [row['class'] for row in rows] == list(NAMES)
     assert sum(float(row['ap']) for row in rows) / 10 == pytest.approx(number(tuned, 'map'))
-    assert [float(row['threshold']) for row in rows] == pytest.approx(content['thresholds'].tolist())
+    assert [float(row['threshold']) for row in rows] == pytest.approx(list(content['thresholds'].values()))
     assert ((read_priors('priors.csv', NAMES) > 0) & (read_priors('priors.csv', NAMES) < 1)).all()
 
     # and the priors go into the loss of another run
     train_scenes(
         scenes,
-        '--loss',
-        'csl',
-        '--loss-kwargs',
-        'mode=selective',
-        '--class-priors',
-        'priors.csv',
-        '--experiment',
-        'another',
+        *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another'),
     )
 
 
@@ -186,42 +181,49 @@ def number(output: str, name: str) -> float:
 
 def loss_of(name: str, root: Path, *flags: str) -> nn.Module:
     options = parse_train([str(root), '--dataset', name, *SMALL, *flags])
-    return create_loss(options, create_dataset(name, str(root), 'train'))
+    return create_train_loss(options, create_dataset(name, str(root), 'train'))
 
 
-def test_timms_losses_serve_where_they_can_and_ours_where_they_cannot(tmp_path):
+def test_losses_are_those_of_timm_on_complete_labels_and_accept_labels_to_ignore(tmp_path):
     for name in ('coco2014', 'voc2007'):
         WRITTEN[name][0](tmp_path / name)
     complete, partial = tmp_path / 'coco2014', tmp_path / 'voc2007'
-    assert loss_of('coco2014', complete).__module__.startswith('timm.loss')
-    assert loss_of('coco2014', complete, '--loss', 'asl').__module__.startswith('timm.loss')
     assert isinstance(loss_of('coco2014', complete, '--loss', 'aam'), AngularMarginLoss)
-    assert isinstance(loss_of('voc2007', partial), BinaryCrossEntropyLoss)
     assert isinstance(loss_of('voc2007', partial, '--loss', 'csl'), ClassAwareSelectiveLoss)
 
-    # one asl or the other: the same function of complete labels
     logits, target = torch.randn(4, 20), (torch.rand(4, 20) < 0.3).float()
-    timms = loss_of('coco2014', complete, '--loss', 'asl', '--loss-kwargs', 'asl_gamma_neg=3')
-    ours = loss_of('voc2007', partial, '--loss', 'asl', '--loss-kwargs', 'asl_gamma_neg=3')
-    assert isinstance(ours, AsymmetricLoss)
-    torch.testing.assert_close(ours(logits, target), timms(logits, target))
-    ours = loss_of('coco2014', complete, '--loss', 'asl', '--loss-kwargs', 'gamma_neg=3')  # by our names, ours
-    torch.testing.assert_close(ours(logits, target), timms(logits, target))
-    timms, ours = loss_of('coco2014', complete), loss_of('voc2007', partial)
-    torch.testing.assert_close(ours(logits, target), timms(logits, target))
+    same = [
+        ('', dict(loss_type='bce')),
+        ('--smoothing 0.1', dict(loss_type='bce', smoothing=0.1)),
+        ('--loss asl', dict(loss_type='asl')),
+        ('--loss asl --loss-kwargs asl_gamma_neg=3', dict(loss_type='asl', asl_gamma_neg=3)),
+        ('--loss asl --loss-kwargs gamma_neg=3', dict(loss_type='asl', asl_gamma_neg=3)),
+    ]
+    for flags, settings in same:
+        expected = create_classification_loss(multi_label=True, **settings)(logits, target)
+        for name, root in (('coco2014', complete), ('voc2007', partial)):
+            loss = loss_of(name, root, *flags.split())
+            torch.testing.assert_close(loss(logits, target), expected, rtol=1e-5, atol=0)
+            if name == 'voc2007':
+                other = torch.where(torch.arange(20) < 5, torch.randn(4, 20), logits)
+                ignored = target.index_fill(1, torch.arange(5), -1)
+                torch.testing.assert_close(loss(other, ignored), loss(logits, ignored))
+    timms = loss_of('coco2014', complete, '--bce-sum')  # an option of timm's class alone
+    expected = create_classification_loss('bce', multi_label=True, bce_sum=True)
+    torch.testing.assert_close(timms(logits, target), expected(logits, target))
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--loss', 'zlpr'], 'zlpr.*ignored.*aam'),
+        (['--loss', 'zlpr'], '--loss zlpr.*aam'),
         (['--mixup', '0.2', '-b', '2'], '--mixup.*voc2007'),
         (['--loss-pos-weight', '2'], '--loss-pos-weight'),
         (['--loss', 'csl', '--loss-kwargs', 'gamma=2'], 'gamma.*unexpected'),
         (['--loss', 'csl', '--loss-kwargs', 'mode=some'], 'some.*selective'),
     ],
 )
-def test_what_does_not_go_with_labels_to_ignore_is_refused(tmp_path, flags, message):
+def test_flags_that_contradict_labels_to_ignore_are_refused(tmp_path, flags, message):
     WRITTEN['voc2007'][0](tmp_path)
     with pytest.raises(ValueError, match=message):
         loss_of('voc2007', tmp_path, *flags)
@@ -231,8 +233,8 @@ def test_what_does_not_go_with_labels_to_ignore_is_refused(tmp_path, flags, mess
     ('flags', 'message'),
     [
         (['--num-classes', '9'], 'pass --num-classes 10'),
-        (['--sched', 'onecycle', '--warmup-epochs', '0'], 'cannot rise and fall'),
-        (['--cutout', '1.5'], '1.5'),
+        (['--sched', 'onecycle', '--warmup-epochs', '0'], '--sched onecycle.*--warmup-epochs'),
+        (['--cutout', '1.5'], '--cutout 1.5'),
         (['--train-crop-mode', 'squeeze'], 'squeeze.*squash'),
         (['--class-priors', 'nowhere.csv', '--loss', 'csl', '--loss-kwargs', 'mode=selective'], 'nowhere.csv'),
     ],
@@ -242,12 +244,12 @@ def test_mistakes_end_in_one_error(scenes, flags, message):
         train_scenes(scenes, *flags)
 
 
-def test_several_labels_an_image_take_the_multi_label_task(scenes):
+def test_several_labels_per_image_need_the_multi_label_task(scenes):
     with pytest.raises(ValueError, match='csv.*--task multilabel'):
         train_scenes(scenes, '--task', 'classification', '--loss', 'bce')
 
 
-def test_multi_label_results_of_one_label_an_image_are_refused(tmp_path):
+def test_multi_label_results_of_one_label_per_image_are_refused(tmp_path):
     write_image(tmp_path / 'data' / 'validation' / 'cat' / '1.png', 1)
     model = timm.create_model('test_resnet.r160_in1k', num_classes=1)
     torch.save(model.state_dict(), 'untrained.pth')

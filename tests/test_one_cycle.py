@@ -1,4 +1,4 @@
-"""The one-cycle schedule gives torch's values, from any update on, and with timm's layer-wise decay."""
+"""The one-cycle schedule gives torch's values, from any step on, and with timm's layer-wise decay."""
 
 import pytest
 import torch
@@ -25,33 +25,33 @@ def settings(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize(
-    ('num_updates', 'options', 'torchs'),
+    ('num_steps', 'options', 'torchs'),
     [
         (30, {}, dict(pct_start=0.2)),
         (101, dict(warmup_fraction=0.33), dict(pct_start=0.33)),
         (40, dict(div_factor=100.0, final_div_factor=1e3), dict(pct_start=0.2, div_factor=100.0, final_div_factor=1e3)),
     ],
 )
-def test_every_update_has_torchs_learning_rate_and_momentum(name, num_updates, options, torchs):
+def test_every_step_has_torchs_learning_rate_and_momentum(name, num_steps, options, torchs):
     (_, ours), (_, theirs) = make(name), make(name)
-    schedule = OneCycleScheduler(ours, num_updates, **options)
-    reference = OneCycleLR(theirs, theirs.param_groups[0]['lr'], total_steps=num_updates, **torchs)
-    for update in range(num_updates):
+    schedule = OneCycleScheduler(ours, num_steps, **options)
+    reference = OneCycleLR(theirs, theirs.param_groups[0]['lr'], total_steps=num_steps, **torchs)
+    for step in range(num_steps):
         assert settings(ours) == pytest.approx(settings(theirs), rel=1e-12)
         theirs.step()
-        if update + 1 < num_updates:
+        if step + 1 < num_steps:
             reference.step()
-        schedule.step(update // 10)  # the end of an epoch changes nothing
-        schedule.step_update(update + 1)
-    assert settings(ours) == pytest.approx(settings(theirs), rel=1e-12)  # asked once more when all is over
+        schedule.step(step // 10)  # the end of an epoch changes nothing
+        schedule.step_update(step + 1)
+    assert settings(ours) == pytest.approx(settings(theirs), rel=1e-12)  # one call past the end
 
 
-def test_it_needs_nothing_but_the_update_count():
+def test_it_depends_on_the_number_of_steps_alone():
     (_, once), (_, resumed) = make('adam'), make('adam')
     OneCycleScheduler(once, 30).step_update(17)
     schedule = OneCycleScheduler(resumed, 30)
-    for update in (3, 29, 17):
-        schedule.step_update(update)
+    for step in (3, 29, 17):
+        schedule.step_update(step)
     assert settings(once) == settings(resumed)
 
 
@@ -60,14 +60,14 @@ def test_layer_decay_scales_the_whole_cycle():
     groups = [dict(params=[model.weight], lr_scale=0.5), dict(params=[model.bias])]
     optimizer = torch.optim.Adam(groups, lr=1.0)
     schedule = OneCycleScheduler(optimizer, 30)
-    for update in range(30):
-        schedule.step_update(update)
+    for step in range(30):
+        schedule.step_update(step)
         low, high = (group['lr'] for group in optimizer.param_groups)
         assert low == pytest.approx(0.5 * high)
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match='3 updates'):
+    with pytest.raises(ValueError, match='3 steps'):
         OneCycleScheduler(make('adam')[1], 3)
     with pytest.raises(ValueError, match='1.5'):
         OneCycleScheduler(make('adam')[1], 100, warmup_fraction=1.5)

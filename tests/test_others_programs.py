@@ -1,6 +1,6 @@
-"""Others' programs take ML-Decoder models unchanged: timm's scripts, Hugging Face transformers; and timm without one.
+"""ML-Decoder models in programs of others: timm's scripts, Hugging Face transformers, fx; and timm without a head.
 
-timm's scripts are not installed with timm. What they do with a model is done here, through the same functions.
+timm's scripts are not installed with timm: the tests do what they do with a model, through the same functions.
 """
 
 import json
@@ -9,51 +9,33 @@ import pytest
 import timm
 import torch
 from timm.models import load_checkpoint, save_for_hf
+from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from timm.utils.onnx import onnx_export, onnx_forward
 from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
+from torchvision.models.feature_extraction import get_graph_node_names
 
 from timm_mldecoder import MLDecoder
 
 NAMES = ['test_resnet', 'test_vit', 'test_convnext']  # timm's smallest
 CLASSES = 7
 
-# Imports timm alone, reads --model-kwargs and builds the model as timm's train.py, validate.py and benchmark.py do.
-SCRIPT = """
-import argparse, json
-import timm
-from timm.utils import ParseKwargs
 
-parser = argparse.ArgumentParser()
-parser.add_argument('--model-kwargs', nargs='*', default={{}}, action=ParseKwargs)
-for line in {lines!r}:
-    args = parser.parse_args(line)
-    try:
-        model = timm.create_model(
-            'test_resnet', pretrained=False, in_chans=3, num_classes=7, drop_rate=0.0, drop_path_rate=None,
-            global_pool=None, scriptable=False, checkpoint_path='', **args.model_kwargs,
-        )
-        head = model.get_classifier()
-        print(json.dumps([type(head).__name__, head.weight.shape[0]]))  # classes of a Linear, groups of an MLDecoder
-    except ValueError as error:
-        print(json.dumps(['ValueError', str(error)]))
-"""
-
-
-def test_model_kwargs_of_timms_scripts(python):
+def test_model_kwargs_of_timms_scripts(program):
     cases = {
         (): ['Linear', CLASSES],
         ('--model-kwargs', 'ml_decoder=True'): ['MLDecoder', CLASSES],
         ('--model-kwargs', "ml_decoder={'num_of_groups': 3}"): ['MLDecoder', 3],
         ('--model-kwargs', 'ml_decoder=False'): ['Linear', CLASSES],
-        ('--model-kwargs', 'ml_decoder=yes'): [
-            'ValueError',
-            "ml_decoder must be True, False or a dict of options, got 'yes'",
-        ],
     }
-    printed = python(SCRIPT.format(lines=[list(line) for line in cases])).stdout.splitlines()
-    assert [json.loads(line) for line in printed] == list(cases.values())
+    lines = [json.dumps(line) for line in (*cases, ('--model-kwargs', 'ml_decoder=yes'))]
+    *built, (error, message) = map(json.loads, program('script_model_kwargs.py', *lines).stdout.splitlines())
+    assert built == list(cases.values())
+    assert error == 'ValueError' and 'ml_decoder' in message and "'yes'" in message
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -87,7 +69,10 @@ def test_benchmark(training):
     """timm's benchmark.py: parameter count, channels_last, mixed precision, with and without gradients."""
     model = timm.create_model('test_resnet', ml_decoder=True).to(memory_format=torch.channels_last).train(training)
     plain = timm.create_model('test_resnet')
-    assert sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in plain.parameters())
+    head = MLDecoder(model.num_classes, initial_num_features=plain.num_features)
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in
+             dict(model=model, plain=plain, head=head, linear=plain.fc).items()}  # fmt: skip
+    assert count['model'] == count['plain'] - count['linear'] + count['head']
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(training), torch.autocast('cpu', dtype=torch.bfloat16):
         logits = model(images)
@@ -160,38 +145,110 @@ class TestTransformers:
         images = torch.randn(2, 3, 64, 64)
         assert torch.equal(wrapped.eval()(pixel_values=images).logits, model.eval()(images))
 
+    @pytest.mark.parametrize(
+        'args',
+        [
+            {'ml_decoder': True},
+            {'ml_decoder': {'classifier': 'cosine', 'num_of_groups': 3}},
+            {'ml_decoder': {'learnable_queries': True, 'num_layers': 2}},
+            {'ml_decoder': {'word_embeddings': 16}},
+            {'ml_decoder': {'word_embeddings': 16, 'group_size': 3}},
+            {'cosine_classifier': 5.0},
+        ],
+        ids=str,
+    )
+    def test_a_fresh_classifier_on_a_plain_folder_is_initialised(self, args, tmp_path):
+        transformers = pytest.importorskip('transformers')
+        plain = timm.create_model('test_resnet', num_classes=CLASSES)
+        save_for_hf(plain, tmp_path, safe_serialization=True)
+        edit_args(tmp_path, lambda stored: args)
+        model = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+        expected = timm.create_model('test_resnet', num_classes=CLASSES, **args)
+        for (name, ours), theirs in zip(
+            model.timm_model.state_dict().items(), expected.state_dict().values(), strict=True
+        ):
+            if 'fc.' in name and ours.numel():
+                torch.testing.assert_close(ours.std(correction=0), theirs.std(correction=0), rtol=0.5, atol=0.02)
+            else:
+                assert torch.equal(ours, plain.state_dict().get(name, ours)), name
+        if 'word_embeddings' in str(args):
+            model.timm_model.get_classifier().set_word_embeddings(torch.randn(CLASSES, 16))
+        assert model(pixel_values=torch.randn(2, 3, 64, 64)).logits.isfinite().all()
 
-# What timm does without an ML-Decoder: build, train, save, load, cut features out. Prints a digest of every result.
-PLAIN = """
-import hashlib, io, tempfile
-import torch, timm
+    @pytest.mark.parametrize('options', [{'ml_decoder': {'num_of_groups': 5}}, {'cosine_classifier': 5.0}], ids=str)
+    def test_a_stored_classifier_for_other_classes_is_initialised_where_it_does_not_fit(self, options, tmp_path):
+        transformers = pytest.importorskip('transformers')
+        stored = timm.create_model('test_resnet', num_classes=CLASSES, **options)
+        save_for_hf(stored, tmp_path, safe_serialization=True)
+        edit_args(tmp_path, lambda args: {name: args[name] for name in args if name != 'num_classes'})
+        model = transformers.TimmWrapperForImageClassification.from_pretrained(
+            tmp_path, num_labels=12, ignore_mismatched_sizes=True
+        )
+        for name, tensor in model.timm_model.state_dict().items():
+            if tensor.shape == stored.state_dict()[name].shape:
+                assert torch.equal(tensor, stored.state_dict()[name]), name
+            else:
+                assert tensor.isfinite().all() and tensor.abs().max() < 10, name
 
-def digest(tensors):
-    return hashlib.sha256(b''.join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-
-for name in ('test_resnet', 'test_vit'):
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, drop_rate=0.1)
-    images = torch.randn(2, 3, 160, 160)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model(images).square().mean().backward()
-        optimizer.step()
-    print(name, type(model), model._model_args, model.pretrained_cfg)
-    print(digest(model.state_dict().values()), digest([model.eval()(images)]))
-    with tempfile.TemporaryDirectory() as folder:
-        timm.models.save_for_hf(model, folder)
-        print(open(folder + '/config.json').read())
-        for classes in (7, 3):
-            again = timm.create_model('local-dir:' + folder, pretrained=True, num_classes=classes)
-            print(type(again), digest(again.state_dict().values()))
-    features = timm.create_model(name, features_only=True)
-    print(type(features), digest(features(images)))
-"""
+    def test_automodel_gives_timms_backbone(self, tmp_path):
+        transformers = pytest.importorskip('transformers')
+        plain = timm.create_model('test_resnet', num_classes=CLASSES).eval()
+        images, outputs = torch.randn(2, 3, 64, 64), []
+        for name, options in (('plain', {}), ('head', {'ml_decoder': {'num_of_groups': 3}})):
+            model = timm.create_model('test_resnet', num_classes=CLASSES, **options).eval()
+            model.load_state_dict({k: v for k, v in plain.state_dict().items() if 'fc' not in k}, strict=False)
+            save_for_hf(model, tmp_path / name, safe_serialization=True)
+            edit_args(tmp_path / name, lambda args: {k: v for k, v in args.items() if k != 'num_classes'})
+            outputs.append(transformers.AutoModel.from_pretrained(tmp_path / name).eval()(images))
+        assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+        assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
 
 
-def test_timm_without_a_head_gives_the_same_results(python):
-    off = python(PLAIN, TIMM_MLDECODER_AUTOLOAD='0').stdout
+def edit_args(folder, edit) -> None:
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args'] = edit(config.get('model_args', {}))
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    'options', [{}, dict(learnable_queries=True, num_layers=2), dict(classifier='cosine')], ids=str
+)
+@pytest.mark.parametrize(
+    'trace',
+    [
+        lambda model: create_feature_extractor(model, ['fc']),
+        lambda model: torchvision_extractor(model, [get_graph_node_names(model)[1][-1]]),
+        torch.fx.symbolic_trace,
+    ],
+    ids=['timm', 'torchvision', 'symbolic_trace'],
+)
+def test_fx_tracing(trace, options):
+    model = timm.create_model('test_resnet', num_classes=CLASSES, ml_decoder=options).eval()
+    traced, images = trace(model).eval(), torch.randn(2, 3, 64, 64)
+    output = traced(images)
+    output = next(iter(output.values())) if isinstance(output, dict) else output
+    assert torch.equal(output, model.eval()(images))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_fx_quantisation():
+    model, images = (
+        timm.create_model('test_resnet', num_classes=CLASSES, ml_decoder=True).eval(),
+        torch.randn(2, 3, 64, 64),
+    )
+    prepared = prepare_fx(model, get_default_qconfig_mapping('x86'), (images,))
+    prepared(images)
+    expected = model(images)
+    assert (convert_fx(prepared)(images) - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def test_scripting_is_refused_with_what_works_instead():
+    with pytest.raises(ValueError, match=r'torch\.compile.*torch\.export'):
+        torch.jit.script(timm.create_model('test_resnet', ml_decoder=True))
+
+
+def test_timm_without_a_head_gives_the_same_results(program):
+    off = program('plain_timm.py', TIMM_MLDECODER_AUTOLOAD='0').stdout
     assert 'test_resnet' in off and 'MLDecoder' not in off
-    for activation in ('', 'import timm_mldecoder; timm_mldecoder.plugin.activate()\n'):
-        assert python(activation + PLAIN).stdout == off
+    for arguments in ([], ['activate']):
+        assert program('plain_timm.py', *arguments).stdout == off

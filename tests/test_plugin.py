@@ -1,183 +1,142 @@
 """Each promise of the plug-in, in a new interpreter as a user meets it."""
 
-import pytest
+import inspect
 
-ASK = "timm.create_model('test_resnet', ml_decoder=True, num_classes=5)"
-HAS_HEAD = f"assert type({ASK}.get_classifier()).__name__ == 'MLDecoder'"
+import pytest
+import timm
+
+import timm_mldecoder
+from timm_mldecoder.models import CLASSIFIER_OPTIONS
+from timm_mldecoder.models.factory import CLASSIFIERS
 
 
 @pytest.mark.parametrize(
     'imports',
     [
-        'import timm',
-        'import torch, timm',
-        'import timm_mldecoder, timm',
-        'import timm, timm_mldecoder, timm_mldecoder as again; again.plugin.activate(); again.plugin.activate()',
-        'import timm.models._factory, timm',
-        'import timm.layers, torchvision, timm',
+        'timm',
+        'torch timm',
+        'timm_mldecoder timm',
+        'timm timm_mldecoder timm_mldecoder.plugin',
+        'timm.models._factory timm',
+        'timm.layers torchvision timm',
     ],
 )
-def test_create_model_takes_the_option_after(imports, python):
-    python(f'{imports}\n{HAS_HEAD}')
+def test_create_model_takes_the_option_after(imports, program):
+    assert program('plugin_imports.py', *imports.split()).stdout == 'MLDecoder\n'
 
 
-def test_names_imported_before_activation_take_it_too(python):
-    python(
-        'from timm import create_model\nfrom timm.models import create_model as also\nimport timm_mldecoder\n'
-        "for create in (create_model, also):\n    assert 'MLDecoder' in repr(create('test_resnet', ml_decoder=True))",
-        TORCH_DEVICE_BACKEND_AUTOLOAD='0',
-    )
+def test_names_imported_before_activation_take_it_too(program):
+    program('plugin_late.py', TORCH_DEVICE_BACKEND_AUTOLOAD='0')
 
 
 @pytest.mark.parametrize('switch', ['TIMM_MLDECODER_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD'])
-def test_switched_off_leaves_timm_alone_until_imported(switch, python):
-    python(
-        f'import sys, timm\nassert not any(name.startswith("timm_mldecoder") for name in sys.modules)\n'
-        f'try:\n    {ASK}\nexcept TypeError as error:\n    assert "ml_decoder" in str(error)\n'
-        f'else:\n    raise SystemExit("the option was taken")\nimport timm_mldecoder\n{HAS_HEAD}',
-        **{switch: '0'},
-    )
+def test_switched_off_leaves_timm_alone_until_imported(switch, program):
+    program('plugin_off.py', **{switch: '0'})
 
 
-def test_import_before_torch_survives_the_switch(python):
-    python(f'import timm_mldecoder, timm\n{HAS_HEAD}', TIMM_MLDECODER_AUTOLOAD='0')
+def test_import_before_torch_survives_the_switch(program):
+    assert program('plugin_imports.py', 'timm_mldecoder', TIMM_MLDECODER_AUTOLOAD='0').stdout == 'MLDecoder\n'
 
 
-def test_activating_twice_changes_nothing(python):
-    python(
-        'import sys, timm, timm.models._factory as factory, timm_mldecoder\n'
-        'before = factory.model_entrypoint, len(sys.meta_path)\n'
-        'timm_mldecoder.plugin.activate(); timm_mldecoder.plugin.autoload()\n'
-        'assert before == (factory.model_entrypoint, len(sys.meta_path))'
-    )
+def test_activating_twice_changes_nothing(program):
+    program('plugin_twice.py')
 
 
-def test_entry_point_imports_neither_timm_nor_numpy(python):
-    python(
-        'import sys\nimport timm_mldecoder.plugin as plugin\nplugin.autoload()\n'
-        'assert not {"timm", "torch", "numpy"} & set(sys.modules)'
-    )
+def test_entry_point_imports_neither_timm_nor_numpy(program):
+    program('plugin_light.py')
 
 
-def test_entry_point_costs_less_than_five_milliseconds(python):
-    # time to load and call the entry point itself, in a process that has what `import torch` has loaded by then
-    measure = (
-        'import importlib.metadata, time, os, warnings, functools, re\n'
-        'point, = importlib.metadata.entry_points(group="torch.backends", name="timm_mldecoder")\n'
-        'start = time.perf_counter(); point.load()(); print(time.perf_counter() - start)'
-    )
-    seconds = min(float(python(measure).stdout) for _ in range(3))
-    assert seconds < 0.005
+def test_timms_deprecated_factory_module_takes_the_option(program):
+    assert program('plugin_shim.py').stdout == 'MLDecoder\n'
 
 
-def test_without_the_option_timm_is_as_it_was(python):
-    build = (
-        'import torch, timm\n'
-        'for name in ("test_resnet", "test_vit", "test_convnext"):\n'
-        '    torch.manual_seed(0); model = timm.create_model(name, num_classes=5{option})\n'
-        '    print(type(model).__qualname__, type(model).__module__, [n for n, _ in model.named_modules()],\n'
-        '          {{n: v.double().sum().item() for n, v in model.state_dict().items()}})\n'
-    )
-    plain = python(build.format(option=''), TIMM_MLDECODER_AUTOLOAD='0').stdout
-    for option in ('', ', ml_decoder=None', ', ml_decoder=False'):
-        assert python(build.format(option=option)).stdout == plain
-
-
-@pytest.fixture
-def fake_timm(tmp_path):
-    """Write a package named timm that stands before the real one in a process started in ``tmp_path``."""
-
-    def write(factory: str, name: str = '_factory', version: str = '1.0.31') -> None:
-        models = tmp_path / 'timm' / 'models'
-        models.mkdir(parents=True)
-        (tmp_path / 'timm' / '__init__.py').write_text(
-            f'__version__ = {version!r}\nfrom timm.models.{name} import create_model\n'
-        )
-        (models / '__init__.py').write_text('')
-        (models / f'{name}.py').write_text(factory)
-
-    return write
+def test_without_the_option_timm_is_as_it_was(program):
+    plain = program('plugin_plain.py', TIMM_MLDECODER_AUTOLOAD='0').stdout
+    for option in ([], ['null'], ['false']):
+        assert program('plugin_plain.py', *option).stdout == plain
 
 
 LOOKUP = (
     'def model_entrypoint(name):\n    return lambda **kwargs: kwargs\n'
     'def create_model(name, **kwargs):\n    return model_entrypoint(name)(**kwargs)\n'
 )
-REFUSED = (
-    'import torch, timm, warnings\nassert timm.create_model("resnet18", num_classes=3) == {"num_classes": 3}\n'
-    'with warnings.catch_warnings(record=True) as caught:\n    warnings.simplefilter("always")\n'
-    '    try:\n        timm.create_model("resnet18", ml_decoder=True)\n'
-    '    except RuntimeError as error:\n        assert str(error) == str(caught[0].message), caught\n'
-    '    else:\n        raise SystemExit("not refused")\n'
-    'assert len(caught) == 1\nprint(caught[0].message)\nassert torch.ones(2).sum() == 2'
-)
 
 
 @pytest.mark.parametrize(
-    'factory, name, version, said',
+    'factory, printed',
     [
-        (LOOKUP, '_factory', '0.9.16', 'needs timm 1.0.31'),
-        (LOOKUP, 'factory', '0.4.12', 'needs timm 1.0.31'),
-        ('def create_model(name, **kwargs):\n    return kwargs\n', '_factory', '3.0.0', 'factory has changed'),
-        (LOOKUP, '_factory', '1.0.31', 'could not be loaded'),  # and the rest of timm is broken
+        (LOOKUP, 'RuntimeError timm_mldecoder does not work with the installed timm'),  # the rest of timm is missing
+        ('def create_model(name, **kwargs):\n    return kwargs\n', "{'ml_decoder': True}"),  # nothing to hook
+        ('raise OSError("half an installation")', 'OSError half an installation'),
     ],
-    ids=['old', 'older', 'changed', 'broken'],
+    ids=['damaged', 'unknown', 'not importable'],
 )
-def test_another_timm_leaves_torch_usable_and_says_why(factory, name, version, said, fake_timm, python):
-    fake_timm(factory, name, version)
-    assert said in python(REFUSED).stdout
+def test_a_timm_that_does_not_work_leaves_torch_usable(factory, printed, program, tmp_path):
+    models = tmp_path / 'timm' / 'models'
+    models.mkdir(parents=True)
+    (tmp_path / 'timm' / '__init__.py').write_text('from timm.models._factory import create_model\n')
+    (models / '__init__.py').write_text('')
+    (models / '_factory.py').write_text(factory)
+    assert program('plugin_broken_timm.py').stdout.startswith(printed)
 
 
-def test_timm_that_fails_to_import_leaves_torch_usable(fake_timm, python):
-    fake_timm('raise OSError("half an installation")')
-    python(
-        'import torch\ntry:\n    import timm\nexcept OSError as error:\n    assert "half" in str(error)\n'
-        'else:\n    raise SystemExit("imported")\nassert torch.ones(2).sum() == 2'
-    )
-
-
-def test_an_error_of_ours_leaves_torch_usable(python):
-    process = python(
-        'import timm_mldecoder.plugin as plugin\n'
-        'def broken(): raise RuntimeError("ours")\n'
-        'plugin.activate = broken\nimport torch\nassert torch.ones(2).sum() == 2'
-    )
-    assert 'could not start' in process.stderr and 'ours' in process.stderr
+def test_an_error_of_ours_leaves_torch_usable(program):
+    assert 'ours' in program('plugin_own_error.py').stderr
 
 
 @pytest.mark.parametrize(
-    'option, said',
-    [
-        ('ml_decoder=dict(groups=5)', 'unknown ML-Decoder option groups; valid options: num_of_groups'),
-        ('ml_decoder=5', 'ml_decoder must be True, False or a dict'),
-        ('ml_decoder=True, features_only=True', 'features_only=True'),
-        ('ml_decoder=True, num_classes=0', 'num_classes=0'),
-    ],
+    ('option', 'named'),
+    [(dict(groups=5), 'groups; .*num_of_groups'), (5, '5'), ('yes', "'yes'"), (dict(num_heads=7), 'num_heads')],
 )
-def test_a_wrong_option_is_named(option, said, python):
-    process = python(f'import timm\ntimm.create_model("test_resnet", {option})', check=False)
-    assert process.returncode and said in process.stderr.splitlines()[-1]
+def test_a_wrong_option_is_named(option, named):
+    with pytest.raises(ValueError, match=named):
+        timm.create_model('test_resnet', ml_decoder=option)
 
 
-def test_weights_from_files_in_a_new_process(python):
+def test_weights_from_files_in_a_new_process(program):
     """`checkpoint_path=` gives the trained model; `pretrained=True` its backbone and a fresh head, for any classes."""
-    python(
-        'import torch, timm\n'
-        'torch.manual_seed(0); torch.save(timm.create_model("test_resnet").state_dict(), "backbone.pth")\n'
-        'torch.manual_seed(1); model = timm.create_model("test_resnet", num_classes=5, ml_decoder=True).eval()\n'
-        'torch.save(model.state_dict(), "trained.pth")\n'
-        'torch.save(model(torch.ones(1, 3, 64, 64)), "logits.pth")'
-    )
-    python(
-        'import torch, timm\n'
-        'model = timm.create_model("test_resnet", num_classes=5, ml_decoder=True, checkpoint_path="trained.pth")\n'
-        'assert torch.equal(model.eval()(torch.ones(1, 3, 64, 64)), torch.load("logits.pth"))\n'
-        'backbone = torch.load("backbone.pth")\n'
-        'for classes in (1000, 7):\n'
-        '    model = timm.create_model("test_resnet", pretrained=True, num_classes=classes, ml_decoder=True,\n'
-        '                              pretrained_cfg_overlay=dict(file="backbone.pth"))\n'
-        '    own = model.state_dict()\n'
-        '    same = [name for name in own if name in backbone and torch.equal(own[name], backbone[name])]\n'
-        '    assert set(same) == {name for name in backbone if not name.startswith("fc.")}, classes\n'
-        '    assert model(torch.ones(1, 3, 64, 64)).shape == (1, classes)'
-    )
+    program('weights_write.py')
+    program('weights_read.py')
+
+
+def test_every_option_has_its_classifier():
+    assert tuple(CLASSIFIERS) == CLASSIFIER_OPTIONS
+
+
+SIGNATURES = {
+    'MLDecoder': dict(num_classes=inspect.Parameter.empty, num_of_groups=-1, decoder_embedding=(-1, 768))
+    | dict(initial_num_features=2048),
+    'add_ml_decoder_head': dict(model=inspect.Parameter.empty, num_classes=-1, num_of_groups=-1, decoder_embedding=768),
+    'add_cosine_classifier': dict(model=inspect.Parameter.empty, scale=1.0),
+    'convert_state_dict': dict(state_dict=inspect.Parameter.empty, model=inspect.Parameter.empty),
+}
+
+
+@pytest.mark.parametrize('name', SIGNATURES)
+def test_public_signatures_are_fixed(name):
+    parameters = inspect.signature(getattr(timm_mldecoder, name)).parameters.values()
+    positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert [parameter.name for parameter in positional] == list(SIGNATURES[name])
+    for parameter in positional:
+        wanted = SIGNATURES[name][parameter.name]
+        assert parameter.default in wanted if isinstance(wanted, tuple) else parameter.default == wanted
+
+
+@pytest.mark.parametrize(
+    ('module', 'names'),
+    [
+        ('timm_mldecoder', 'CosineClassifier MLDecoder add_cosine_classifier add_ml_decoder_head convert_state_dict'),
+        ('timm_mldecoder.losses', 'LOSSES REDUCTIONS AngularMarginLoss AsymmetricLoss BinaryCrossEntropyLoss'),
+        ('timm_mldecoder.losses', 'ClassAwareSelectiveLoss MultiLabelLoss RandomQueryLoss automatic_scale create_loss'),
+        ('timm_mldecoder.metrics', 'MeanProbability MultiLabelEvaluator ZeroShotEvaluator average_precision'),
+        ('timm_mldecoder.metrics.multilabel', 'MultiLabelEvaluator average_precision best_thresholds precision_recall'),
+        ('timm_mldecoder.metrics.zero_shot', 'ZeroShotEvaluator'),
+        ('timm_mldecoder.models.attach', 'add_ml_decoder_head MLDecoderModel ml_decoder_class check_options'),
+        ('timm_mldecoder.models.attention_maps', 'attention_maps'),
+        ('timm_mldecoder.checkpoints.published', 'convert_state_dict head_options read_checkpoint'),
+        ('timm_mldecoder.weights', 'convert_state_dict head_options read_checkpoint'),
+    ],
+)
+def test_public_import_paths(module, names):
+    for name in names.split():
+        assert getattr(__import__(module, fromlist=[name]), name)

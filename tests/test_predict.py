@@ -1,129 +1,340 @@
-"""Predict: images in, labels out, by a checkpoint, a saved folder, or classes that were never trained on."""
+"""Predict: images in, labels, scores and features out, in finished parts, by any number of ranks."""
 
 import csv
+import io
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from runs import command, environment
 from timm.data import create_transform
-from timm.models import save_for_hf
 
+from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.engine.predict.parts import harmless
+from timm_mldecoder.engine.predict.pictures import picture_path
+from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.predict import main as predict
 from train import main as train
 
 NAMES = ['sky', 'zebra', 'traffic light']
 HEAD = dict(decoder_embedding=32, num_heads=4, dim_feedforward=64)
+IMAGES = ['a.jpg', 'b.png', 'deeper/c.png']
+SMALL = shlex.split('--device cpu -j 0 -b 2')
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_an_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    for name in ('b.png', 'a.jpg', 'deeper/c.png'):
-        pixels = torch.randint(256, (40, 30, 3), generator=generator, dtype=torch.uint8)
-        Path('images', name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(Path('images', name))
-    Path('images/notes.txt').write_text('no image')
 
 
-def save_folder(**options):
-    model = timm.create_model('test_resnet', num_classes=3, ml_decoder={**HEAD, **options}).eval()
-    save_for_hf(model, 'folder', model_config={'label_names': NAMES})
+@pytest.fixture
+def images():
+    """Three images, a text file, a hidden image and one in a hidden folder."""
+    for name in (*IMAGES, '._a.jpg', '.cache/d.png'):
+        write_image(Path('images', name), seed=len(name))
+    Path('images/notes.txt').write_text('not an image')
+    return 'images'
+
+
+def write_image(path, seed, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(256, (*size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def save_model(task='multilabel', thresholds=None, **head):
+    model = timm.create_model('test_resnet', num_classes=3, ml_decoder={**HEAD, **head}).eval()
+    save_folder(model, 'folder', class_names=NAMES, task=task, thresholds=thresholds)
     return model
 
 
-def expected(model, name):
+def scores_of(model, path, task='multilabel'):
     transform = create_transform(**{**timm.data.resolve_model_data_config(model), 'is_training': False})
     with torch.no_grad():
-        return model(transform(Image.open(Path('images', name)).convert('RGB'))[None])[0]
+        logits = model(transform(Image.open(path).convert('RGB'))[None])[0]
+    return logits.sigmoid() if task == 'multilabel' else logits.softmax(0)
 
 
-def read(path):
+def rows_of(path):
     with open(path, newline='') as file:
-        return [(row['image'], row['label'], float(row['score'])) for row in csv.DictReader(file)]
+        return [(row['image'], row['label'], float(row['score'] or -1)) for row in csv.DictReader(file)]
 
 
-def test_labels_of_a_folder_by_threshold_and_by_rank():
-    model = save_folder()
-    every = {name: expected(model, name).sigmoid() for name in ('a.jpg', 'b.png', 'deeper/c.png')}
-    threshold = torch.stack(list(every.values())).median().item() + 1e-6
-    predict(['images', '--model', 'local-dir:folder', '--threshold', str(threshold), '--out', 'labels.csv'])
-    wanted = []
-    for name, scores in every.items():
-        order = sorted(range(3), key=lambda index: -scores[index])
-        wanted += [(name, NAMES[index], scores[index].item()) for index in order if scores[index] >= threshold]
-    found = read('labels.csv')
-    assert len(wanted) == 4 and [row[:2] for row in found] == [row[:2] for row in wanted]
+def expected_rows(model, threshold, top_k=3):
+    rows = []
+    for name in IMAGES:
+        scores = scores_of(model, Path('images', name))
+        found = [
+            (name, NAMES[i], scores[i].item())
+            for i in scores.argsort(descending=True)[:top_k]
+            if scores[i] >= threshold
+        ]
+        rows += found or [(name, '', -1.0)]
+    return rows
+
+
+def assert_rows(found, wanted):
+    assert [row[:2] for row in found] == [row[:2] for row in wanted]
     assert [row[2] for row in found] == pytest.approx([row[2] for row in wanted], abs=1e-4)
 
-    predict(['images', '--model', 'local-dir:folder', '--top-k', '2', '--out', 'labels.json', '-b', '2'])
-    content = json.loads(Path('labels.json').read_text())
-    assert list(content) == ['a.jpg', 'b.png', 'deeper/c.png'] and all(len(labels) == 2 for labels in content.values())
-    predict(['images/a.jpg', '--model', 'local-dir:folder', '--single-label', '--out', 'one.json'])
-    (one,) = json.loads(Path('one.json').read_text())['a.jpg']
-    best = expected(model, 'a.jpg').softmax(0).max(0)
-    assert (one['label'], one['score']) == (NAMES[best.indices], pytest.approx(best.values.item(), abs=1e-4))
+
+def test_labels_by_threshold_and_by_rank(images):
+    model = save_model()
+    median = torch.cat([scores_of(model, Path('images', name)) for name in IMAGES]).median().item() + 1e-6
+    base = [images, '--model', 'local-dir:folder', *SMALL]
+    predict([*base, '--threshold', str(median), '--out', 'labels.csv'])
+    assert_rows(rows_of('labels.csv'), expected_rows(model, median))
+    predict([*base, '--threshold', str(median), '--top-k', '1', '--out', 'both.csv'])
+    assert_rows(rows_of('both.csv'), expected_rows(model, median, top_k=1))
+    assert not Path('labels.csv.parts').exists()
 
 
-def test_open_vocabulary_asks_for_the_classes_of_the_command_line():
-    vectors = {name: torch.randn(6) for name in [*NAMES, 'tram']}
+def test_the_formats_hold_the_same(images):
+    pyarrow_parquet = pytest.importorskip('pyarrow.parquet')
+    save_model()
+    for suffix in ('csv', 'jsonl', 'parquet'):
+        predict([images, '--model', 'local-dir:folder', *SMALL, '--threshold', '0.4', '--out', f'labels.{suffix}'])
+    lines = [json.loads(line) for line in Path('labels.jsonl').read_text().splitlines()]
+    assert [line['image'] for line in lines] == IMAGES
+    of_json = [(line['image'], found['label']) for line in lines for found in line['labels']]
+    of_csv = [row[:2] for row in rows_of('labels.csv') if row[1]]
+    table = pyarrow_parquet.read_table('labels.parquet').to_pylist()
+    assert of_json == of_csv == [(row['image'], row['label']) for row in table if row['label']]
+
+
+def test_a_folder_records_its_task_and_thresholds(images):
+    model = save_model(task='classification')
+    predict([images, '--model', 'local-dir:folder', *SMALL, '--out', 'single.csv'])
+    best = [scores_of(model, Path('images', name), 'classification').max(0) for name in IMAGES]
+    assert_rows(
+        rows_of('single.csv'), [(n, NAMES[b.indices], b.values.item()) for n, b in zip(IMAGES, best, strict=True)]
+    )
+
+    Path('folder').rename('other')
+    model = save_model(thresholds={'traffic light': 0.0, 'zebra': 1.0, 'sky': 1.0})
+    predict([images, '--model', 'local-dir:folder', *SMALL, '--out', 'tuned.csv'])
+    assert [row[:2] for row in rows_of('tuned.csv')] == [(name, 'traffic light') for name in IMAGES]
+
+
+def test_scores_and_features(images):
+    model = save_model()
+    base = [images, '--model', 'local-dir:folder', *SMALL]
+    predict([*base, '--out', 'a.csv', '--scores', 's.npz', '--features', 'f.npz', '--part-size', '2'])
+    scores, features = np.load('s.npz'), np.load('f.npz')
+    assert list(scores['classes']) == NAMES and list(scores['images']) == list(features['images']) == IMAGES
+    assert scores['scores'].dtype == np.float16
+    wanted = torch.stack([scores_of(model, Path('images', name)) for name in IMAGES])
+    np.testing.assert_allclose(scores['scores'], wanted.numpy(), atol=1e-3)
+    assert features['features'].shape == (3, model.num_features)
+    predict([*base, '--out', 'b.csv', '--features', 'q.npz', '--feature-kind', 'queries'])
+    assert np.load('q.npz')['features'].shape == (3, 3, 32)
+
+
+def test_shards_and_lists_are_sources_too(images):
+    save_model()
+    base = ['--model', 'local-dir:folder', *SMALL, '--threshold', '0']
+    with tarfile.open('shard.tar', 'w') as tar:
+        for name in IMAGES:
+            content = Path('images', name).read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    Path('images/list.csv').write_text('path,comment\nb.png,x\na.jpg,y\n')
+    predict([images, *base, '--out', 'folder.csv'])
+    predict(['shard.tar', *base, '--out', 'tar.csv'])
+    predict(['images/list.csv', *base, '--out', 'list.csv'])
+    Path('images/train.csv').write_text('path,labels\nb.png,sky\na.jpg,zebra\n')
+    Path('images/validation.csv').write_text('path,labels\nb.png,sky\na.jpg,zebra\n')
+    predict([images, '--dataset', 'csv', *base, '--out', 'dataset.csv'])
+    folder = rows_of('folder.csv')
+    assert [(name.removeprefix('shard.tar/'), *rest) for name, *rest in rows_of('tar.csv')] == folder
+    assert sorted(rows_of('list.csv')) == sorted(row for row in folder if row[0] in ('a.jpg', 'b.png'))
+    assert rows_of('list.csv')[0][0] == 'b.png'
+    assert rows_of('dataset.csv') == rows_of('list.csv')
+
+
+def test_unreadable_images_are_listed_and_do_not_stop_it(images):
+    save_model()
+    Path('images/bad.jpg').write_bytes(Path('images/a.jpg').read_bytes()[:200])
+    Path('images/empty.png').touch()
+    base = [images, '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--top-k', '1']
+    predict([*base, '--out', 'labels.csv', '--scores', 's.npz'])
+    assert [row[0] for row in rows_of('labels.csv')] == list(np.load('s.npz')['images']) == IMAGES
+    with open('errors.csv') as file:
+        assert [row['image'] for row in csv.DictReader(file)] == ['bad.jpg', 'empty.png']
+    with pytest.raises(RunFailed, match='bad.jpg'):
+        predict([*base, '--out', 'other.csv', '--bad-image', 'abort'])
+
+
+def test_a_kill_loses_at_most_the_parts_under_way(images):
+    """Killed again and again, the same command comes to the rows of an undisturbed run, none twice."""
+    for number in range(60):
+        write_image(Path('many', f'{number:03d}.png'), number)
+    Path('many/030.png').write_bytes(b'damaged')
+    save_model()
+    base = ['many', '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--part-size', '3']
+    predict([*base, '--out', 'whole.csv'])
+    flags = [sys.executable, '-m', 'timm_mldecoder.predict', *base, '--out', 'killed.csv']
+    for parts in (2, 9):
+        process = subprocess.Popen(flags, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(Path().glob('killed.csv.parts/*.jsonl'))) < parts and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    predict([*base, '--out', 'killed.csv'])
+    assert Path('killed.csv').read_text() == Path('whole.csv').read_text()
+    assert len(Path('errors.csv').read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_does(images):
+    for number in range(20):
+        write_image(Path('many', f'{number:03d}.png'), number)
+    save_model()
+    flags = ['many', '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--part-size', '3']
+    predict([*flags, '--out', 'one.csv'])
+    launcher = command('train.py', processes=2)[:-1]
+    subprocess.run(
+        [*launcher, '-m', 'timm_mldecoder.predict', *flags, '--out', 'two.csv'],
+        env=environment(),
+        check=True,
+        timeout=300,
+    )
+    assert Path('two.csv').read_text() == Path('one.csv').read_text()
+
+
+def test_parts_of_another_prediction_are_not_continued(images):
+    save_model()
+    base = [images, '--model', 'local-dir:folder', *SMALL, '--out', 'labels.csv', '--part-size', '1']
+    Path('labels.csv.parts').mkdir()
+    Path('labels.csv.parts/setup.json').write_text('{"model": "other"}')
+    with pytest.raises(ValueError, match='labels.csv.parts'):
+        predict(base)
+    Path('labels.csv').touch()
+    with pytest.raises(ValueError, match='labels.csv exists'):
+        predict(base)
+
+
+def test_text_queries_take_the_classes_of_the_command_line(images):
+    vectors = {name: torch.randn(6) for name in [*NAMES, 'tram, red']}
     write_word_embeddings('words.safetensors', torch.stack(list(vectors.values())), list(vectors))
-    model = save_folder(word_embeddings=torch.randn(3, 6), class_names=['x', 'y', 'z'])
-    base = ['images/a.jpg', '--model', 'local-dir:folder', '--top-k', '9', '--out', 'labels.csv']
+    model = save_model(word_embeddings=torch.randn(3, 6), class_names=['x', 'y', 'z'])
+    Path('classes.txt').write_text('traffic light\ntram, red\n')
+    base = ['images/a.jpg', '--model', 'local-dir:folder', *SMALL, '--threshold', '0']
     words = ['--word-embeddings', 'words.safetensors']
-    for flags, names in [
-        (['--classes', 'traffic light, tram', *words], ['traffic light', 'tram']),
-        (words, list(vectors)),
-    ]:
-        predict([*base, *flags])
+    for number, (flags, names) in enumerate(
+        [(['--classes', 'classes.txt', *words], ['traffic light', 'tram, red']), (words, list(vectors))]
+    ):
+        predict([*base, *flags, '--out', f'{number}.csv'])
         model.get_classifier().set_word_embeddings(torch.stack([vectors[name] for name in names]))
-        scores = dict(zip(names, expected(model, 'a.jpg').sigmoid().tolist(), strict=True))
-        assert {row[1]: row[2] for row in read('labels.csv')} == pytest.approx(scores, abs=1e-4)
-    for flags, names in [(['--classes', 'z,x'], {'z', 'x'}), ([], {'x', 'y', 'z'})]:
-        predict([*base, *flags])
-        assert {row[1] for row in read('labels.csv')} == names
+        wanted = dict(zip(names, scores_of(model, 'images/a.jpg').tolist(), strict=True))
+        assert {row[1]: row[2] for row in rows_of(f'{number}.csv')} == pytest.approx(wanted, abs=1e-4)
+    predict([*base, '--classes', 'z,x', '--out', 'own.csv'])
+    assert {row[1] for row in rows_of('own.csv')} == {'z', 'x'}
 
 
-def test_a_checkpoint_is_used_as_it_was_trained_and_draws_what_labels_look_at():
+@pytest.fixture
+def checkpoint(images):
     for split in ('train', 'validation'):
-        lines = ['path,labels', *(f'{name},{";".join(NAMES[i % 2 : 3])}' for i, name in enumerate(['a.jpg', 'b.png']))]
+        lines = ['path,labels', *(f'{name},{";".join(NAMES[i % 2 : 3])}' for i, name in enumerate(IMAGES[:2]))]
         Path('images', f'{split}.csv').write_text('\n'.join(lines) + '\n')
     train(
         shlex.split("""images --dataset csv --task multilabel --model test_resnet --num-classes 3 --img-size 64
-        --device cpu -j 0 -b 2 --epochs 4 --warmup-epochs 0 --lr 0.1 --no-aug --use-ml-decoder-head 1
+        --device cpu -j 0 -b 2 --epochs 2 --warmup-epochs 0 --lr 0.1 --no-aug --use-ml-decoder-head 1
         --decoder-embedding 32 --ml-decoder-kwargs num_heads=4 --model-ema --model-ema-decay 0.5
         --output out --experiment run""")
     )
-    base = ['images', '--checkpoint', 'out/run/last.pth.tar', '--top-k', '1', '--out', 'labels.csv']
-    predict([*base, '--pictures', 'pictures'])
-    assert {row[1] for row in read('labels.csv')} <= set(NAMES)
-    trained = Path('labels.csv').read_text()
-    predict([*base, '--use-ema'])
-    assert Path('labels.csv').read_text() != trained, 'the averaged weights have other scores'
-    content = torch.load('out/run/last.pth.tar', weights_only=False)
-    torch.save({**content, 'thresholds': torch.full((5,), 0.5)}, 'other.pth.tar')  # tuned on other classes
-    with pytest.raises(SystemExit):
-        predict(['images', '--checkpoint', 'other.pth.tar'])
-    predict(['images', '--checkpoint', 'other.pth.tar', '--threshold', '0.5'])
-    for name in ('a.png', 'b.png', 'deeper/c.png'):
-        assert Image.open(Path('pictures', name)).width > 300
+    return 'out/run/last.pth.tar'
 
 
-@pytest.mark.parametrize('flags, message', [
-    ('images --model local-dir:folder --classes zebra', 'classes of this model are fixed'),
-    ('empty --model local-dir:folder', 'no image there'),
-    ('images --checkpoint none.pth', 'no such file'),
-    ('images --model local-dir:folder --use-ema', 'of a --checkpoint'),
-])  # fmt: skip
-def test_mistakes_are_told_in_one_line(flags, message, capsys):
-    save_folder()
+def test_a_checkpoint_is_used_as_it_was_trained(checkpoint):
+    base = ['images', '--checkpoint', checkpoint, *SMALL, '--threshold', '0']
+    for name, flags in (('default', []), ('ema', ['--use-ema']), ('raw', ['--no-use-ema'])):
+        predict([*base, *flags, '--out', f'{name}.csv'])
+    default, ema, raw = (Path(f'{name}.csv').read_text() for name in ('default', 'ema', 'raw'))
+    assert default == ema != raw
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save({**content, 'thresholds': {'sky': 0.5, 'tram': 0.5}}, 'other.pth.tar')  # tuned on other classes
+    with pytest.raises(ValueError, match="'zebra'|'traffic light'.*--threshold"):
+        predict(['images', '--checkpoint', 'other.pth.tar', *SMALL, '--out', 'other.csv'])
+    predict(['images', '--checkpoint', 'other.pth.tar', *SMALL, '--threshold', '0.5', '--out', 'other.csv'])
+
+
+def test_pictures_show_what_the_model_saw(checkpoint):
+    """A wide image whose ends the centre crop cuts off: their colours are not in the picture."""
+    Path('wide').mkdir()
+    wide = np.zeros((64, 256, 3), np.uint8)
+    wide[:, :64, 0] = wide[:, -64:, 2] = 255
+    wide[:, 96:160] = 255
+    Image.fromarray(wide).save('wide/$a$_b^.png')
+    predict(
+        ['wide', '--checkpoint', checkpoint, *SMALL, '--out', 'wide.csv', '--threshold', '0.99', '--pictures', 'pics']
+    )
+    (picture,) = Path('pics').glob('*.png')
+    colours = np.asarray(Image.open(picture).convert('RGB')).reshape(-1, 3).astype(int)
+    assert not ((colours[:, 0] > 200) & (colours[:, 1] < 60)).any(), 'the red end'
+    assert not ((colours[:, 2] > 200) & (colours[:, 1] < 60)).any(), 'the blue end'
+
+
+@pytest.mark.parametrize('name', ['../../x.png', '/etc/x.png', 'a/../../x.png'])
+def test_pictures_stay_in_their_folder(name):
+    assert Path('pictures').resolve() in picture_path(Path('pictures'), name).resolve().parents
+
+
+@pytest.mark.parametrize('field', ['=1+1', '+1', '-1', '@x', '\tx'])
+def test_no_field_is_a_formula(field):
+    assert harmless(field) == f"'{field}" and harmless(f'a{field}') == f'a{field}'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        ('images --model local-dir:folder --classes zebra --out x.csv', '--classes'),
+        ('empty --model local-dir:folder --out x.csv', 'empty: no images'),
+        ('nowhere --model local-dir:folder --out x.csv', 'nowhere: no such'),
+        ('images --checkpoint none.pth --out x.csv', 'none.pth: no such file'),
+        ('images --model local-dir:folder --use-ema --out x.csv', '--use-ema'),
+        ('images --model local-dir:folder --out x.xml', '--out x.xml'),
+        ('images --model local-dir:folder --out nowhere/x.csv', 'nowhere'),
+        ('images --model zzz --out x.csv', '--model zzz'),
+        ('images --model local-dir:folder --out x.csv --device zzz', '--device'),
+        ('images --model local-dir:folder --out x.csv --device cuda:77', '--device'),
+    ],
+)
+def test_mistakes_are_named(images, flags, named):
+    save_model()
     Path('empty').mkdir()
-    with pytest.raises(SystemExit) as exit_:
-        predict(flags.split())
-    assert exit_.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=named):
+        predict([*flags.split(), '-j', '0', *([] if '--device' in flags else ['--device', 'cpu'])])
+    assert not Path('x.csv').exists()
+
+
+@pytest.mark.parametrize('flags', ['--top-k 0', '--top-k -2', '--threshold 50', '-b 0', '-j -1', '--part-size 0'])
+def test_numbers_are_checked_when_parsing(images, flags):
+    with pytest.raises(SystemExit) as end:
+        predict([images, '--model', 'local-dir:folder', '--out', 'x.csv', *flags.split()])
+    assert end.value.code == 2
+
+
+def test_a_mistake_is_one_line_of_a_real_process(images):
+    process = subprocess.run(
+        [sys.executable, '-m', 'timm_mldecoder.predict', 'nowhere', '--model', 'test_resnet', '--out', 'x.csv'],
+        capture_output=True,
+        text=True,
+        env={**environment(), 'HF_HUB_OFFLINE': '1'},
+    )
+    assert process.returncode == 2 and 'Traceback' not in process.stderr, os.linesep + process.stderr
+    assert 'error: ' in process.stderr.splitlines()[-1]

@@ -1,64 +1,31 @@
-"""The ImageNet, CIFAR-100 and Stanford-Cars recipes: published figures, one line between heads, two updates each."""
+"""Recipes: each is found on the page of the papers' tables, parses, holds the published settings, and trains."""
 
 import csv
+import fnmatch
 import logging
-import pickle
+import re
 import shlex
+import shutil
 import subprocess
 import tarfile
+from dataclasses import dataclass
 
-import numpy as np
 import pytest
+import recipe_data
 import timm
 import torch
+import yaml
 from image_folders import write_images
-from PIL import Image
 from runs import ROOT, command, environment
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 import validate
+from timm_mldecoder.data.digits import write_digit_scenes
 from timm_mldecoder.engine.flags import parse_train
 
 HPARAMS = ROOT / 'hparams'
-RECIPES = {
-    str(path.relative_to(HPARAMS)): path
-    for folder in ('imagenet', 'cifar100', 'stanford_cars')
-    for path in sorted((HPARAMS / folder).iterdir())
-}
-# arXiv 2110.00476, table 2; the authors' command of arXiv 2111.12933 has an LR of its own
-M7 = 'rand-m7-mstd0.5-inc1'
-IMAGENET = {
-    'a1': dict(epochs=600, lr=5e-3, weight_decay=0.01, smoothing=0.1, drop_path=0.05, aug_repeats=3, mixup=0.2, aa=M7),
-    'a2': dict(epochs=300, lr=5e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.05, aug_repeats=3, mixup=0.1, aa=M7),
-    'a3': dict(
-        epochs=100,
-        lr=8e-3,
-        weight_decay=0.02,
-        smoothing=0.0,
-        drop_path=0.0,
-        aug_repeats=0,
-        mixup=0.1,
-        aa='rand-m6-mstd0.5-inc1',
-        img_size=160,
-    ),
-    'a2_authors': dict(
-        epochs=300, lr=4e-3, weight_decay=0.02, smoothing=0.0, drop_path=0.05, aug_repeats=3, mixup=0.1, aa=M7
-    ),
-}
-ALL_IMAGENET = dict(
-    opt='lamb',
-    sched='cosine',
-    warmup_epochs=5,
-    batch_size=256,
-    cutmix=1.0,
-    bce_loss=True,
-    reprob=0.0,
-    clip_grad=None,
-    model_ema=False,
-    model='resnet50',
-    num_classes=1000,
-    crop_pct=0.95,
-)
+RECIPES = {str(path.relative_to(HPARAMS)): path for path in sorted(HPARAMS.glob('**/*.yaml'))}
 # "unchanged except for the launcher"
 AUTHORS_A2 = shlex.split(
     '--amp -b=256 --epochs=300 --drop-path=0.05 --opt=lamb --weight-decay=0.02 --sched=cosine --lr=4e-3 '
@@ -67,93 +34,122 @@ AUTHORS_A2 = shlex.split(
     '--use-ml-decoder-head=1'
 )
 # what makes a recipe small: not what it trains, but how much of it
-SMALL = shlex.split('--device cpu -j 0 -b 4 --epochs 1 --warmup-epochs 0 --img-size 64')
+SMALL = shlex.split(
+    '--device cpu -j 0 --epochs 5 --warmup-epochs 2 --stop-epoch 2 --cooldown-epochs 0 '
+    '--model test_resnet --model-kwargs --img-size 64 --decoder-embedding 32 --experiment run'
+)
 
 
-def parse(name, *flags):
-    return parse_train(['DATA', '--config', str(RECIPES[name]), *flags])
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of docs/recipes.md."""
+
+    name: str
+    published: str
+    recipe: str
+    flags: str
+
+    def __str__(self) -> str:
+        return f'{self.recipe.removesuffix(".yaml")} {self.flags}'
 
 
-@pytest.mark.parametrize('name', IMAGENET)
-def test_imagenet_recipes_hold_the_published_figures(name):
-    options = vars(parse(f'imagenet/resnet50_mldecoder_{name}.yaml'))
-    figures = {**ALL_IMAGENET, 'img_size': 224, **IMAGENET[name]}
-    assert {option: options[option] for option in figures} == figures
+def read_page() -> tuple[list[Row], list[tuple[list[str], dict]]]:
+    """The rows that name a recipe, and the published settings of sets of recipes."""
+    rows, settings = [], []
+    for line in (ROOT / 'docs' / 'recipes.md').read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')] if line.startswith('|') else []
+        if len(cells) == 4 and cells[2].endswith('.yaml`'):
+            rows.append(Row(cells[0], cells[1], cells[2].strip('`'), cells[3].strip('`')))
+        if len(cells) == 3 and cells[1].startswith('`{'):
+            names = fnmatch.filter(RECIPES, cells[0].strip('`'))
+            settings.append((names, yaml.safe_load(cells[1].strip('`'))))
+    return rows, settings
 
 
-def test_the_authors_recipe_is_their_command():
-    theirs, ours = vars(parse_train(['DATA', *AUTHORS_A2])), vars(parse('imagenet/resnet50_mldecoder_a2_authors.yaml'))
-    differing = {name for name in theirs if theirs[name] != ours[name]}
-    # spelt out in the recipe: timm's defaults, its loader, and evaluation as published
-    assert differing == {'config', 'num_classes', 'img_size', 'crop_pct', 'interpolation', 'channels_last', 'workers'}
-
-
-@pytest.mark.parametrize('name', [name for name in RECIPES if 'mldecoder' in name])
-def test_the_gap_recipe_differs_in_one_line(name):
-    ours, gap = (path.read_text().splitlines() for path in (RECIPES[name], RECIPES[name.replace('mldecoder', 'gap')]))
-    assert [(a, b) for a, b in zip(ours, gap, strict=True) if a != b] == [
-        ('use_ml_decoder_head: 1', 'use_ml_decoder_head: 0')
-    ]
-
-
-@pytest.mark.parametrize('name', RECIPES)
-def test_a_recipe_says_how_it_is_run_and_what_is_known_of_it(name, caplog, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    header = RECIPES[name].read_text().split('\n\n')[0]
-    assert all(word in header for word in ('Command', 'Hardware', 'Time', 'Published', 'Here       not run'))
-    with caplog.at_level(logging.WARNING):
-        options = parse(name)
-    assert not caplog.records, 'no flag without an effect'
-    head = dict(ml_decoder=True) if options.use_ml_decoder_head else {}
-    with torch.device('meta'):
-        model = timm.create_model(options.model, num_classes=options.num_classes, **head)
-    assert model.num_classes == options.num_classes
+ROWS, SETTINGS = read_page()
+RUNS = {str(row): row for row in ROWS}  # rows of several tables that are one run
+# one of each kind: heads, losses, optimizers, datasets
+FAST = {
+    'coco/tresnet_m_448_mldecoder ',
+    'coco/tresnet_m_448_mldecoder --use-ml-decoder-head 0',
+    'coco/tresnet_l_448_mldecoder_aam ',
+    'nus_wide/tresnet_m_224_full ',
+    'nus_wide/tresnet_l_448_mldecoder_aam ',
+    'voc/efficientnetv2_s_448_graph_aam ',
+    'openimages/tresnet_m_224_mldecoder ',
+    'imagenet/resnet50_mldecoder_a2_authors ',
+}
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Small data in the real formats: an image folder, CIFAR-100's pickles, Stanford-Cars' .mat files."""
-    root = tmp_path_factory.mktemp('data')
-    write_images(root, train=4, validation=3)  # twelve images: with batches of four, or six on two processes
-    write_cifar(root / 'cifar-100-python')
-    write_cars(root / 'stanford_cars')
-    return root
+    return recipe_data.write_all(tmp_path_factory.mktemp('data'))
 
 
-def write_cifar(folder):
-    folder.mkdir()
-    random = np.random.RandomState(0)
-    for name, count in (('train', 8), ('test', 6)):
-        pixels = random.randint(0, 256, (count, 3072)).astype(np.uint8)
-        content = {
-            'data': pixels,
-            'fine_labels': [index % 100 for index in range(count)],
-            'filenames': [f'{index}.png' for index in range(count)],
-        }
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / 'meta').write_bytes(pickle.dumps({'fine_label_names': [f'class_{index}' for index in range(100)]}))
+def parse(data, recipe, flags=''):
+    """The options of a recipe, with the files that its header makes."""
+    own = [*recipe_data.flags(data, recipe)]
+    kept = [flag for flag in own[1:] if flag not in ('-b', '--num-classes') and not flag.isdigit()]
+    flags = shlex.split(flags.replace('WORDS', str(data / 'words.safetensors')))
+    return parse_train([own[0], '--config', str(RECIPES[recipe]), '--device', 'cpu', *kept, *flags])
 
 
-def write_cars(folder):
-    io = pytest.importorskip('scipy.io')
-    random = np.random.RandomState(0)
-    kind = [(name, object) for name in ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'fname')]
-    (folder / 'devkit').mkdir(parents=True)
-    annotations = {'train': 'devkit/cars_train_annos.mat', 'test': 'cars_test_annos_withlabels.mat'}
-    for split, count in (('train', 8), ('test', 6)):
-        (folder / f'cars_{split}').mkdir()
-        rows = np.empty(count, dtype=kind)
-        for index in range(count):
-            name = f'{index + 1:05d}.jpg'
-            Image.fromarray(random.randint(0, 256, (60, 90, 3)).astype(np.uint8)).save(folder / f'cars_{split}' / name)
-            rows[index] = (1, 1, 90, 60, index % 196 + 1, name)
-        io.savemat(folder / annotations[split], {'annotations': rows})
-    names = np.array([f'Car {index}' for index in range(196)], dtype=object)
-    io.savemat(folder / 'devkit' / 'cars_meta.mat', {'class_names': names})
+def test_every_recipe_is_on_the_page_and_every_recipe_of_the_page_exists():
+    assert {row.recipe for row in ROWS} == set(RECIPES)
+    assert set(RUNS) >= FAST
+
+
+@pytest.mark.parametrize('row', RUNS.values(), ids=str)
+def test_a_row_of_the_page_parses_and_its_figure_is_in_the_recipe(row, data):
+    assert parse(data, row.recipe, row.flags)
+    header = RECIPES[row.recipe].read_text().split('\n\n')[0]
+    for same in ROWS:
+        if str(same) == str(row):
+            assert all(figure in header for figure in re.findall(r'\d+\.\d+', same.published))
+
+
+@pytest.mark.parametrize(('names', 'settings'), SETTINGS, ids=[' '.join(names) for names, _ in SETTINGS])
+def test_recipes_hold_the_published_settings_of_the_page(names, settings, data):
+    assert names
+    for name in names:
+        options = parse(data, name)
+        assert {option: getattr(options, option) for option in settings} == settings, name
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_a_recipe_says_how_it_is_run_and_has_no_flag_without_effect(name, data, caplog, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    header = RECIPES[name].read_text().split('\n\n')[0]
+    assert all(line.startswith('#') for line in header.splitlines())
+    assert all(f'# {word:<11}' in header for word in ('Command', 'Hardware', 'Time', 'Published', 'Source', 'Here'))
+    assert f'--config hparams/{name}' in header and '# Here       not run' in header
+    with caplog.at_level(logging.WARNING):
+        options = parse(data, name)
+    assert not [record for record in caplog.records if 'No effect' in record.message]
+    if options.sched == 'onecycle':  # as torch's: the first learning rate, and the last
+        first, last = (100, 1e3) if name.endswith('aam.yaml') else (25, 1e4)
+        assert options.warmup_epochs == 0.2 * options.epochs
+        assert options.lr / options.warmup_lr == pytest.approx(first)
+        assert options.warmup_lr / options.min_lr == pytest.approx(last)
+
+
+MODELS = {}  # by what is built: a recipe and flags that build it
+for _row in RUNS.values():
+    _values = yaml.safe_load(RECIPES[_row.recipe].read_text())
+    _chosen = [flag for flag in re.findall(r'--\S+ [^-]\S*', _row.flags) if flag.startswith('--model')]
+    MODELS.setdefault((_values['model'], str(_values.get('model_kwargs')), *_chosen), _row)
+
+
+@pytest.mark.parametrize('row', MODELS.values(), ids=[' '.join(key) for key in MODELS])
+def test_the_model_of_a_recipe_exists_in_timm(row, data):
+    options = parse(data, row.recipe, row.flags)
+    with torch.device('meta'):
+        model = timm.create_model(options.model, num_classes=7, ml_decoder=True, **options.model_kwargs)
+    assert model.num_classes == 7
 
 
 @pytest.fixture
-def without_timms_copies(monkeypatch):
+def without_torchvisions_checksums(monkeypatch):
     """torchvision knows CIFAR's files by their checksums; these small ones have others."""
     from torchvision.datasets import CIFAR100
 
@@ -163,29 +159,32 @@ def without_timms_copies(monkeypatch):
     monkeypatch.setattr(CIFAR100, 'test_list', [['test', '']])
 
 
-# the same recipe on a small member of the family: the large ones take minutes an update here
-SMALLER = {
-    'swin_large_patch4_window7_224': ['--model', 'swin_tiny_patch4_window7_224', '--img-size', '224', '-b', '4'],
-    'tresnet_v2_l': [],
-    'resnet50': [],
-}
-
-
-@pytest.mark.parametrize('name', [name for name in RECIPES if 'mldecoder' in name])
-def test_a_recipe_makes_two_updates_on_small_data(name, data, tmp_path, without_timms_copies):
-    text = RECIPES[name].read_text()
+@pytest.mark.parametrize(
+    'row', [pytest.param(row, id=key, marks=[] if key in FAST else pytest.mark.slow) for key, row in RUNS.items()]
+)
+def test_a_row_makes_two_optimizer_steps_on_small_data(row, data, tmp_path, without_torchvisions_checksums):
     config = tmp_path / 'recipe.yaml'
-    config.write_text(text.replace('pretrained: true', 'pretrained: false'))
-    small = SMALLER[parse(name).model.partition('.')[0]]
-    # an image folder of three classes: twelve images in three batches are two updates
-    updates = ['--grad-accum-steps', '2', '--num-classes', '3'] if 'imagenet' in name else []
-    train.main(
-        [str(data), '--config', str(config), *SMALL, *small, *updates, '--output', str(tmp_path), '--experiment', 'run']
-    )
-    saved = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
-    steps = {int(state['step']) for state in saved['optimizer']['state'].values() if 'step' in state}
-    steps |= {int(group['step']) for group in saved['optimizer']['param_groups'] if 'step' in group}
-    assert steps == {2}
+    config.write_text(RECIPES[row.recipe].read_text().replace('pretrained: true', 'pretrained: false'))
+    flags = shlex.split(row.flags.replace('WORDS', str(data / 'words.safetensors')))
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *args: steps.append(args))
+    try:
+        own = recipe_data.flags(data, row.recipe)
+        train.main([own[0], '--config', str(config), *flags, *own[1:], *SMALL, '--output', str(tmp_path)])
+    finally:
+        hook.remove()
+    assert len(steps) == 2
+    with (tmp_path / 'run' / 'summary.csv').open(newline='') as file:
+        losses = [float(line['train_loss']) for line in csv.DictReader(file)]
+    assert len(losses) == 2 and all(0 < loss < float('inf') for loss in losses)
+
+
+def test_the_authors_recipe_is_their_command(data):
+    name = 'imagenet/resnet50_mldecoder_a2_authors.yaml'
+    ours, theirs = parse(data, name), parse(data, name, shlex.join(AUTHORS_A2))
+    given = {flag.lstrip('-').partition('=')[0].replace('-', '_') for flag in AUTHORS_A2 if flag.startswith('-')}
+    options = {'batch_size' if option == 'b' else option for option in given}
+    assert {option: getattr(ours, option) for option in options} == {o: getattr(theirs, o) for o in options}
 
 
 def run_on_two(tmp_path, *flags):
@@ -200,71 +199,75 @@ def run_on_two(tmp_path, *flags):
     return list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
 
 
-def test_the_authors_command_runs_on_two_processes_and_the_loss_falls(tmp_path):
-    """Unchanged but for the data, the device, the epochs, and the batch, which the small data does not fill."""
+def test_the_authors_command_runs_on_two_ranks_and_the_loss_falls(tmp_path):
+    """Unchanged but for the data, the device, the epochs, and the batch size, which the small data does not fill."""
     data = write_images(tmp_path / 'images', train=24, validation=3)
-    rows = run_on_two(
-        tmp_path,
-        data,
-        *AUTHORS_A2,
-        '--device',
-        'cpu',
-        '--epochs',
-        '2',
-        '--warmup-epochs',
-        '0',
-        '-b',
-        '6',
-        '--img-size',
-        '32',
-        '-j',
-        '1',
-        '--num-classes',
-        '3',
-    )
+    small = '--device cpu --epochs 2 --warmup-epochs 0 -b 6 --img-size 32 -j 1 --num-classes 3'
+    rows = run_on_two(tmp_path, data, *AUTHORS_A2, *small.split())
     assert len(rows) == 2
     assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('imagenet')])
-def test_an_imagenet_recipe_runs_an_epoch_on_two_processes(name, data, tmp_path):
-    (row,) = run_on_two(tmp_path, data, '--config', RECIPES[name], *SMALL, '--num-classes', '3')
-    assert float(row['train_loss']) > 0
+@pytest.mark.parametrize(
+    'name',
+    [*(name for name in RECIPES if name.startswith('imagenet')), 'voc/efficientnetv2_s_448_graph_aam.yaml'],
+)
+def test_a_recipe_runs_an_epoch_on_two_ranks(name, data, tmp_path):
+    own = recipe_data.flags(data, name)
+    # three images in two shares of two
+    rows = run_on_two(tmp_path, own[0], '--config', RECIPES[name], *own[1:], *SMALL, '-b', '2')
+    assert all(float(row['train_loss']) > 0 for row in rows)
+
+
+def test_the_angular_margin_recipe_trains(tmp_path, monkeypatch):
+    """All of its options at once, on scenes of digits, a small model and a short run; seconds on one core."""
+    monkeypatch.chdir(tmp_path)
+    write_digit_scenes('scenes', num_train=64, num_validation=32, size=32, sides=(10, 16))
+    flags = (
+        '--dataset csv --num-classes 10 --model test_resnet --img-size 32 --decoder-embedding 32 -b 8 --epochs 15 '
+        '--warmup-epochs 3 --model-ema-decay 0.9 --val-interval 5 --device cpu -j 0 --hflip 0 '
+        '--output . --experiment run'
+    )
+    recipe = RECIPES['coco/tresnet_l_448_mldecoder_aam.yaml']
+    train.main(['scenes', '--config', str(recipe), *flags.split(), '--aa', ''])
+    with open('run/summary.csv', newline='') as file:
+        early, _, late = (float(row['train_loss']) for row in csv.DictReader(file))
+    assert late < 0.9 * early
 
 
 @pytest.mark.parametrize(
-    ('files', 'flags', 'message'),
+    ('folder', 'missing', 'flags', 'message'),
     [
-        (['cifar-100-python/train'], '--dataset torch/cifar100', '100-python/train is missing; .*cifar-100-python.tar'),
+        ('cifar100', 'cifar-100-python/train', '--dataset torch/cifar100', '100-python/train is missing'),
         (
-            ['stanford_cars/cars_test_annos'],
+            'stanford_cars',
+            'stanford_cars/cars_test_annos_withlabels.mat',
             '--dataset torch/stanford_cars',
             'cars_test_annos_withlabels.mat is missing',
         ),
-        (['train'], '', "has no folder 'train'"),
+        ('imagenet', 'train', '', "'train'"),
     ],
 )
-def test_a_missing_file_names_itself(data, tmp_path, files, flags, message):
-    for source in data.rglob('*'):
-        target = tmp_path / source.relative_to(data)
-        if source.is_file() and not any(str(source.relative_to(data)).startswith(file) for file in files):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source)
+def test_a_missing_file_is_named(data, tmp_path, folder, missing, flags, message):
+    copy = tmp_path / 'data'
+    shutil.copytree(data / folder, copy)
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    small = f'-b 4 --num-classes 2 --output {tmp_path / "out"}'
     with pytest.raises(ValueError, match=message):
-        train.main([str(tmp_path), *SMALL, '--model', 'test_resnet', *flags.split(), '--output', str(tmp_path / 'out')])
+        train.main([str(copy), *SMALL, *small.split(), *flags.split()])
 
 
 def test_tars_hold_what_folders_hold(data, tmp_path, capsys):
-    """One tar a split, as ImageNet is often kept."""
-    for split in ('train', 'validation'):
-        with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
-            tar.add(data / split, arcname=split)
-    flags = ['--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0']
+    """One tar per split, as ImageNet is often kept."""
+    with tarfile.open(tmp_path / 'validation.tar', 'w') as tar:
+        tar.add(data / 'imagenet' / 'validation', arcname='validation')
+    flags = ['--model', 'test_resnet', '--num-classes', '2', '--img-size', '32', '-j', '0', '--device', 'cpu']
     checkpoint = tmp_path / 'weights.pth'
     torch.manual_seed(0)
-    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), checkpoint)
-    for source in (data, tmp_path / 'validation.tar'):
+    torch.save(timm.create_model('test_resnet', num_classes=2).state_dict(), checkpoint)
+    for source in (data / 'imagenet', tmp_path / 'validation.tar'):
         validate.main([str(source), *flags, '--checkpoint', str(checkpoint)])
     folder, tar = capsys.readouterr().out.split('--result\n')[1:]
     assert folder == tar

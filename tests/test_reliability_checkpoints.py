@@ -3,101 +3,31 @@
 import os
 import pickle
 import random
+import shlex
 import shutil
+from argparse import Namespace
 
 import pytest
 import system_calls
 import torch
-from runs import MODEL, ROOT, build, last, train, write_data
+from runs import MODEL, build, call, fit, last, train, write_data
 
-from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES, read_checkpoint
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.runtime.failure import RunFailed
+from timm_mldecoder.engine.runtime.errors import RunFailed
 from validate import main as validate
 
-SAVING = f"""
-import sys
-sys.path.insert(0, {str(ROOT / 'tests')!r})
-import os, pathlib, random, resource, signal, sys, time
-import torch
-from system_calls import fail
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
-from timm_mldecoder.checkpoints.published import read_checkpoint
 
-def save(checkpoints, epoch, size=1000):
-    checkpoints.save_epoch(epoch, epoch % 7, lambda: dict(
-        epoch=epoch, weights=torch.full((size,), float(epoch)), saver=checkpoints.state_dict()))
-
-def load(name):
-    content = read_checkpoint(name)
-    assert (content['weights'] == content['epoch']).all()
-    return content['epoch']
-"""
-
-
-def test_no_kill_while_saving_costs_a_checkpoint(python):
-    told = python(
-        SAVING
-        + """
-checkpoints = CheckpointFolder(pathlib.Path(), max_history=3)
-save(checkpoints, 0)
-random.seed(0)
-reached = 0
-for kill in range(25):
-    child = os.fork()
-    if not child:
-        for epoch in range(reached + 1, 10 ** 9):
-            save(checkpoints, epoch)
-    time.sleep(random.uniform(0.005, 0.2))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    saver = read_checkpoint('last.pth.tar')['saver']
-    assert load('last.pth.tar') >= reached
-    reached = load('last.pth.tar')
-    checkpoints.load_state_dict(saver, pathlib.Path())
-    assert all(load(name) >= 0 for name, _ in checkpoints.ranked) and checkpoints.ranked
-    # the best may be one of the next epoch already, which a resumed run comes to again
-    assert load('model_best.pth.tar') <= reached + 1
-print(reached)
-"""
-    ).stdout
-    assert int(told) > 25, 'it was killed before it could save'
+def test_no_kill_while_saving_loses_a_checkpoint(tmp_path):
+    process = call('tests/programs/saving.py', 'kill', folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 25, 'it was killed before it could save'
 
 
 @system_calls.needed
-def test_a_step_of_saving_that_fails_costs_no_checkpoint(python):
-    python(
-        SAVING
-        + """
-def attempt(fault):
-    child = os.fork()
-    if not child:
-        fault()
-        try:
-            save(checkpoints, 6, size=100_000)
-        except OSError as error:
-            pathlib.Path('told').write_text(str(error))
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-checkpoints = CheckpointFolder(pathlib.Path(), max_history=3)
-save(checkpoints, 5)
-disk_full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-for fault, reason in [
-        (lambda: fail('fsync'), 'No space left'),
-        (lambda: fail('rename'), 'No space left'), (disk_full, '')]:
-    assert attempt(fault) == 1
-    told = pathlib.Path('told').read_text()
-    assert told.startswith('could not write pending.pth.tar: ' + reason), told
-    assert load('last.pth.tar') == load('model_best.pth.tar') == load('checkpoint-5.pth.tar') == 5
-    assert sorted(os.listdir()) == ['checkpoint-5.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'told']
-
-# a file system without links
-assert attempt(lambda: fail('link')) == 0
-assert load('last.pth.tar') == load('model_best.pth.tar') == load('checkpoint-6.pth.tar') == 6
-"""
-    )
+def test_a_step_of_saving_that_fails_loses_no_checkpoint(tmp_path):
+    process = call('tests/programs/saving.py', 'fail', folder=tmp_path)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.fixture(scope='module')
@@ -117,35 +47,17 @@ def folder(trained, tmp_path):
 
 
 @system_calls.needed
-def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_stays(data, folder, python):
+def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_stays(data, folder):
     flags = [
-        str(data),
+        data,
         *MODEL,
-        '--epochs',
-        '3',
-        '--opt',
-        'adamw',
-        '--output',
-        str(folder.parent),
-        '--experiment',
-        'run',
-        '--resume',
-        'auto',
+        *shlex.split('--epochs 3 --opt adamw --experiment run --resume auto --output'),
+        folder.parent,
     ]
-    process = python(
-        f"""
-import resource, sys
-from timm_mldecoder.engine.runtime import cli
-from train import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.exit(cli.run(lambda: main({flags})))
-""",
-        check=False,
-        PYTHONPATH=str(ROOT),
-    )
+    process = call('tests/programs/limited_file_size.py', 100_000, *MODEL, *flags)
     assert process.returncode == 1
     assert 'Traceback' not in process.stderr
-    assert f'error: could not write {folder}/pending.pth.tar: ' in process.stderr.splitlines()[-1]
+    assert f'could not write {folder}/pending.pth.tar: ' in process.stderr.splitlines()[-1]
     assert last(folder)['epoch'] == 1
 
 
@@ -178,21 +90,64 @@ def test_no_path_flag_runs_what_is_in_a_file(data, folder, malicious, tmp_path, 
     for path in folder.glob('checkpoint-*'):
         shutil.copy(file, path)
     evaluation = [str(data), '--device', 'cpu', '-j', '0']
+    model = shlex.split('--model test_resnet --img-size 32 --num-classes 3')
+    code = 'mkdir, which could execute code'  # read_checkpoint's reason
     attempts = {
-        '--resume': lambda: build(data, folder.parent, '--resume', str(file)),
-        '--resume auto': lambda: build(data, folder.parent, '--resume', 'auto'),
-        '--initial-checkpoint': lambda: build(data, folder.parent, '--initial-checkpoint', str(file)),
-        '--pretrained-path': lambda: build(data, folder.parent, '--pretrained', '--pretrained-path', str(file)),
-        '--class-map': lambda: build(data, folder.parent, '--class-map', str(class_map)),
-        '--checkpoint': lambda: validate([*evaluation, *MODEL[:6], '--checkpoint', str(file)]),
-        '--checkpoint of a folder': lambda: validate([*evaluation, *MODEL[:6], '--checkpoint', str(folder)]),
-        'embeddings': lambda: read_word_embeddings(file),
+        '--resume': (lambda: build(data, folder.parent, '--resume', str(file)), code),
+        '--resume auto': (lambda: build(data, folder.parent, '--resume', 'auto'), f'--resume auto.*{folder}'),
+        '--initial-checkpoint': (lambda: build(data, tmp_path, '--initial-checkpoint', str(file)), code),
+        '--pretrained-path': (lambda: build(data, tmp_path, '--pretrained', '--pretrained-path', str(file)), code),
+        '--class-map': (lambda: build(data, tmp_path, '--class-map', str(class_map)), f'{class_map}|mkdir'),
+        '--checkpoint': (lambda: validate([*evaluation, *model, '--checkpoint', str(file)]), code),
+        '--checkpoint of a folder': (
+            lambda: validate([*evaluation, *model, '--checkpoint', str(folder)]),
+            rf'{folder}/last\.pth\.tar',
+        ),
+        '--word-embeddings': (lambda: read_word_embeddings(file), str(file)),
     }
-    for flag, attempt in attempts.items():
+    for flag, (attempt, named) in attempts.items():
         # a second way of loading would leave its trace
-        with pytest.raises((ValueError, RunFailed), match='(?i)refused|loads|cannot be read|permitted|could not be'):
+        with pytest.raises((ValueError, RunFailed), match=named):
             attempt()
         assert not trace.exists(), flag
+
+
+WRONG = [None, 'text', '', [], {}, 3, -1, {'a': 'b'}, {'a': torch.ones(2)}, [{'epoch': 'x'}], [{}], Namespace()]
+
+
+@pytest.mark.parametrize('value', WRONG, ids=repr)
+def test_an_entry_with_wrong_contents_is_refused_or_does_no_harm(data, trained, tmp_path, value):
+    """Every entry of the schema in turn, behind --resume and --checkpoint; some values are valid for some entries."""
+    path, content = tmp_path / 'wrong.pth.tar', last(trained)
+    for name in (*ENTRIES, *RUN_ENTRIES):
+        wrong = {**content, RUN: {**content[RUN], name: value}} if name in RUN_ENTRIES else {**content, name: value}
+        torch.save(wrong, path)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error) and name in str(error)
+        else:
+            assert_one_error(data, path, tmp_path / name)
+
+
+def assert_one_error(data, path, output):
+    """Resume from a checkpoint and score it: each succeeds or ends in a ValueError that names the file."""
+    flags = ['--opt', 'adamw', '--lr', '1e-3', '--resume', str(path)]
+    evaluation = shlex.split(f'{data} --device cpu -j 0 -b 15 --checkpoint {path}')
+    for attempt in (lambda: fit(build(data, output, '--epochs', '3', *flags)), lambda: validate(evaluation)):
+        try:
+            attempt()
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_flags_name_a_file_with_wrong_contents(data, trained, tmp_path):
+    path = tmp_path / 'wrong.pth.tar'
+    torch.save({**last(trained), 'optimizer': []}, path)
+    with pytest.raises(ValueError, match=f'--resume.*{path}: optimizer'):
+        build(data, tmp_path, '--resume', str(path))
+    with pytest.raises(ValueError, match=f'{path}: optimizer'):
+        validate(shlex.split(f'{data} --device cpu -j 0 --checkpoint {path}'))
 
 
 def damage(path, how):
@@ -211,15 +166,15 @@ def damage(path, how):
 def test_a_damaged_checkpoint_is_named_with_the_newest_one_that_loads(data, folder, how, caplog):
     newest = folder / 'last.pth.tar'
     damage(newest, how)
-    with pytest.raises(ValueError, match=f'{newest} .*the newest one that loads is {folder}/checkpoint-1.pth.tar'):
+    with pytest.raises(ValueError, match=f'{newest} .*{folder}/checkpoint-1.pth.tar'):
         build(data, folder.parent, '--opt', 'adamw', '--resume', str(newest))
     assert build(data, folder.parent, '--opt', 'adamw', '--resume', 'auto').state.epoch == 2
-    assert f'Passed over: {newest}' in caplog.text
+    assert f'skipped: {newest}' in caplog.text
 
     damage(folder / 'checkpoint-1.pth.tar', how)
     assert build(data, folder.parent, '--opt', 'adamw', '--resume', 'auto').state.epoch == 1
     damage(folder / 'checkpoint-0.pth.tar', how)
-    with pytest.raises(ValueError, match=f'no checkpoint in {folder} loads'):
+    with pytest.raises(ValueError, match=f'--resume auto.*{folder}'):
         build(data, folder.parent, '--resume', 'auto')
 
 

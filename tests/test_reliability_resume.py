@@ -4,16 +4,19 @@ import os
 import shutil
 import signal
 from collections import Counter
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
-from runs import BATCHES, MOVING, assert_same_run, build, fit_until_stopped, last, summary, train, write_data
-from torch.utils.data import DataLoader, Dataset
+from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train, write_data
 
+from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.data import MultiLabelDataset
+from timm_mldecoder.data.annotations import Annotations
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
-from timm_mldecoder.engine.checkpoint.state import RUN
-from timm_mldecoder.engine.input import randomness as streams
-from timm_mldecoder.engine.input.resumable import RestartableLoader
+from timm_mldecoder.engine.input.datasets import balanced_weights
+from timm_mldecoder.engine.input.randomness import EpochBatches, EpochStart, Order
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def undisturbed(data, tmp_path_factory):
-    """The folder of a run to the end, by number of loader processes."""
+    """Return the folder of a run to the end, by number of workers and further flags."""
     folders = {}
 
     def folder(workers, *flags):
@@ -42,6 +45,8 @@ def undisturbed(data, tmp_path_factory):
         (2, ()),
         (0, ('--sched', 'plateau', '--patience-epochs', '0', '--no-prefetcher')),
         (0, ('--opt', 'lookahead_sgd', '--grad-accum-steps', '4', '--use-ml-decoder-head', '1')),
+        (0, ('--model-dtype', 'bfloat16')),  # EMA weights in bfloat16 are rounded at random
+        (0, ('--opt', 'adahessian')),  # owns a generator
     ],
 )
 def test_stopped_between_epochs(data, undisturbed, tmp_path, workers, flags):
@@ -50,27 +55,41 @@ def test_stopped_between_epochs(data, undisturbed, tmp_path, workers, flags):
     assert_same_run(train(data, tmp_path, *stopped, '--resume', 'auto'), undisturbed(workers, *flags))
 
 
-def stop_at(run, update):
-    """Send this process a SIGTERM during the given update, counted from 1 over the run."""
-    updates = iter(range(1, 100))
+def stop_at(run, step):
+    """Send this process a SIGTERM during the given optimizer step, counted from 1 over the run."""
+    steps = iter(range(1, 100))
 
     def count(model, _):
-        if model.training and next(updates) == update:
+        if model.training and next(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     run.state.task.get_trainable_module().register_forward_pre_hook(count)
 
 
-@pytest.mark.parametrize(('workers', 'update'), [(0, BATCHES + 1), (2, BATCHES + 3), (2, 2 * BATCHES)])
-def test_stopped_by_a_signal_within_an_epoch(data, undisturbed, tmp_path, workers, update):
-    flags = [*MOVING, '-j', str(workers)]
+@pytest.mark.parametrize(
+    ('workers', 'step', 'flags'),
+    [
+        (0, BATCHES + 1, ()),
+        (2, BATCHES + 3, ()),
+        (2, 2 * BATCHES, ()),
+        (0, 2, ('--model-dtype', 'bfloat16')),
+        (0, BATCHES + 2, ('--opt', 'adahessian')),
+    ],
+)
+def test_stopped_by_a_signal_within_an_epoch(data, undisturbed, tmp_path, workers, step, flags):
+    flags = [*MOVING, '-j', str(workers), *flags]
     run = build(data, tmp_path, *flags)
-    stop_at(run, update)
+    stop_at(run, step)
     assert fit_until_stopped(run) == 143
-    batch = (update - 1) % BATCHES + 1
-    assert (tmp_path / 'run' / f'recovery-1-{batch}.pth.tar').exists(), 'the step was finished first'
-    assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), undisturbed(workers))
+    epoch, batch = divmod(step - 1, BATCHES)
+    assert (tmp_path / 'run' / f'recovery-{epoch}-{batch + 1}.pth.tar').exists(), 'the step was finished first'
+    assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), undisturbed(workers, *flags[len(MOVING) + 2 :]))
     assert not list((tmp_path / 'run').glob('recovery-*'))
+
+
+def test_the_number_of_workers_changes_nothing(undisturbed):
+    summaries = [(undisturbed(workers) / 'summary.csv').read_text() for workers in (0, 1, 3)]
+    assert summaries[0] == summaries[1] == summaries[2]
 
 
 def test_stopped_by_a_signal_in_the_validation(data, undisturbed, tmp_path):
@@ -92,43 +111,97 @@ def test_recovery_checkpoints_are_kept_while_they_are_of_use(data, tmp_path):
     assert names == ['recovery-1-4.pth.tar', 'recovery-1-5.pth.tar']
 
 
-class Draws(Dataset):
-    """An image that tells its index, and a number that its loader process draws."""
-
-    def __len__(self):
-        return 29
-
-    def __getitem__(self, index):
-        return index, torch.rand(())
+def order(num_samples, seed=3, **settings):
+    return Order(num_samples, seed, torch.Generator().manual_seed(seed).get_state(), **settings)
 
 
-@pytest.mark.parametrize('workers', [0, 3])
-def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut(workers):
-    def loader():
-        return RestartableLoader(DataLoader(Draws(), batch_size=4, shuffle=True, num_workers=workers, drop_last=True))
+def drawn(batches, epoch, first=0, start=None, until=None):
+    """Return the samples of an epoch with their places, on one rank, and the sizes of the batches."""
+    batches.begin(epoch, first, start)
+    found = list(batches)[: None if until is None else until - first]
+    return [draw for batch in found for draw in batch], [len(batch) for batch in found]
 
-    torch.manual_seed(5)
-    whole = loader()
-    batches, positions = [], []
-    for batch in whole:
-        batches.append(torch.stack(batch, dim=1))
-        torch.rand(3)  # what a model might draw
-        positions.append(whole.position(len(batches)))
-    after = torch.rand(3)
-    seen = Counter(torch.cat(batches)[:, 0].int().tolist())
-    assert len(seen) == 28 and set(seen.values()) == {1}
 
-    for position in positions[::2]:
-        torch.manual_seed(77)
-        resumed = loader()
-        streams.restore(position.start)
-        resumed.start(position)
-        rest = []
-        for batch in resumed:
-            rest.append(torch.stack(batch, dim=1))
-            torch.rand(3)
-        assert torch.equal(torch.cat([*batches[: position.batch], *rest]), torch.cat(batches))
-        assert torch.equal(torch.rand(3), after)
+@pytest.mark.parametrize(
+    ('samples', 'size', 'pairs', 'epoch'), [(24, 2, False, 0), (61, 4, False, 1), (64, 4, True, 1), (300, 2, False, 2)]
+)
+def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut_and_however_it_is_divided(
+    samples, size, pairs, epoch
+):
+    """Cut after some batches, continued on other ranks with another batch size, cut and continued again."""
+    for ranks, others, thirds in product((1, 2), (1, 3), (1, 2)):
+        loaders = [EpochBatches(order(samples), size, rank, ranks, pairs) for rank in range(ranks)]
+        whole = [draw for loader in loaders for draw in drawn(loader, epoch)[0]]
+        assert len(set(whole)) == len(whole) == len(loaders[0]) * size * ranks
+        for batch in (1, len(loaders[0]) // 2, len(loaders[0])):
+            seen = [draw for loader in loaders for draw in drawn(loader, epoch, until=batch)[0]]
+            start, done = loaders[0].restart(EpochStart(), batch), None
+            for count, other in ((others, 2 * size), (thirds, size)):
+                again = [EpochBatches(order(samples), other, rank, count, pairs) for rank in range(count)]
+                resumed = again[0].continued(start)
+                found = [drawn(loader, epoch, resumed.batch, resumed) for loader in again]
+                if done is None:  # cut after the first of its batches
+                    done = min(resumed.batch + 1, len(again[0]))
+                    found = [drawn(loader, epoch, resumed.batch, resumed, until=done) for loader in again]
+                    start = again[0].restart(resumed, done)
+                assert len({len(sizes) for _, sizes in found}) == 1, 'ranks wait for each other'
+                assert all(number >= 2 and not (pairs and number % 2) for _, sizes in found for number in sizes)
+                seen += [draw for draws, _ in found for draw in draws]
+            assert len(set(seen)) == len(seen) and set(seen) <= set(whole)
+            left = len(whole) - len(seen)
+            assert left < 2 * max(others, thirds), 'fewer than two for each rank'
+
+
+def test_draws_depend_on_seed_epoch_and_place_alone():
+    first = drawn(EpochBatches(order(40), 4), 1)[0]
+    assert drawn(EpochBatches(order(40), 4), 1)[0] == first
+    assert Counter(draw.index for draw in first) == Counter(range(40))
+    for other in (drawn(EpochBatches(order(40), 4), 2)[0], drawn(EpochBatches(order(40, seed=4), 4), 1)[0]):
+        assert [draw.index for draw in other] != [draw.index for draw in first]
+        assert not set(other) & set(first)
+
+
+def test_balanced_weights_draw_each_class_equally_often():
+    labels = [0] * 900 + [1] * 100
+    images = type('Images', (list,), {'targets': labels})(labels)
+    draws, _ = drawn(EpochBatches(order(1000, weights=balanced_weights(images)), 10), 0)
+    share = np.mean([labels[draw.index] for draw in draws])
+    assert share == pytest.approx(0.5, abs=0.06)  # four standard deviations
+
+    several = Annotations(['a', 'b'], ['0', '1', '2', '3'], [0, 1, 1, 2], [0, 0, 1, 1], [1, 1, 1, 0])
+    assert balanced_weights(MultiLabelDataset(several)).tolist() == [0.5, 1.5, 0.5, 0.5]
+
+
+def test_the_balanced_sampler_is_used(data, tmp_path):
+    few = shutil.copytree(data, tmp_path / 'few')
+    for path in sorted((few / 'train' / 'class_1').iterdir())[1:]:
+        path.unlink()
+    targets = []
+    run = build(few, tmp_path, '--epochs', '8', '--sampler', 'balanced', '--val-split', '')
+    run.state.task.register_forward_pre_hook(lambda _, inputs: targets.extend(inputs[1].tolist()))
+    fit(run)
+    assert targets.count(1) / len(targets) == pytest.approx(1 / 3, abs=0.16)  # four standard deviations; 1/17 otherwise
+
+
+def random_states(content, where=''):
+    """Return the places of a checkpoint that look like the state of a generator of torch, numpy or python."""
+    if isinstance(content, torch.Tensor):
+        return [where] if content.dtype == torch.uint8 else []
+    if isinstance(content, dict):
+        return [found for name, value in content.items() for found in random_states(value, f'{where}.{name}')]
+    if isinstance(content, (list, tuple)):
+        if len(content) > 600 and all(isinstance(value, int) for value in content):
+            return [where]
+        return [found for index, value in enumerate(content) for found in random_states(value, f'{where}[{index}]')]
+    return [where] if isinstance(content, np.ndarray) else []
+
+
+@pytest.mark.parametrize(('flags', 'states'), [((), []), (('--opt', 'adahessian'), [f'.{RUN}.optimizer_generator'])])
+def test_a_checkpoint_has_the_keys_of_the_schema_and_no_rng_state(undisturbed, flags, states):
+    content = last(undisturbed(0, *flags))
+    assert content.keys() <= ENTRIES.keys()
+    assert content[RUN].keys() == RUN_ENTRIES.keys()
+    assert random_states(content) == states
 
 
 def test_history_and_best_metric_survive(data, tmp_path):
@@ -146,11 +219,10 @@ def test_history_and_best_metric_survive(data, tmp_path):
 
 
 def save(checkpoints, epoch, metric):
-    checkpoints.save_epoch(
-        epoch,
-        metric,
-        lambda: dict(epoch=epoch, metric=metric, weight=torch.tensor(float(epoch)), saver=checkpoints.state_dict()),
-    )
+    is_best, dropped = checkpoints.rank(epoch, metric)
+    weight = torch.tensor(float(epoch))
+    content = dict(epoch=epoch, metric=metric, weight=weight, saver=checkpoints.state_dict())
+    checkpoints.save_epoch(epoch, content, is_best, dropped)
 
 
 @pytest.mark.parametrize(('decreasing', 'worse'), [(False, 10.0), (True, 90.0), (False, float('nan'))])
@@ -175,24 +247,38 @@ def test_a_nan_ranks_last_even_where_it_came_first(tmp_path):
     assert kept == ['checkpoint-1.pth.tar', 'checkpoint-3.pth.tar']
 
 
-def test_another_batch_size_is_told_between_epochs_and_refused_within(data, tmp_path, caplog):
+def test_another_batch_size_warns_and_resumes_within_an_epoch_too(data, tmp_path, caplog):
     folder = train(data, tmp_path, *MOVING, '--stop-epoch', '1')
     train(data, tmp_path, *MOVING, '-b', '6', '--resume', 'auto', '--stop-epoch', '2')
-    assert 'Resumed with a change: batch_size was 4 and is 6' in caplog.text
+    assert 'batch_size was 4 and is 6' in caplog.text
     assert last(folder)[RUN]['batch_size'] == 6
 
     run = build(data, tmp_path, *MOVING, '-b', '6', '--resume', 'auto')
     stop_at(run, 2)
     assert fit_until_stopped(run) == 143
-    with pytest.raises(ValueError, match='batch_size was 6 and is 4.*use the same'):
-        build(data, tmp_path, *MOVING, '--resume', 'auto')
+    resumed = build(data, tmp_path, *MOVING, '--resume', 'auto')
+    assert 'batch_size was 6 and is 4' in caplog.text
+    images = []
+    resumed.state.task.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    fit(resumed)
+    assert images == [4, 4, 4], 'twelve of 24 images are left'
+    assert resumed.state.loss.samples == 0 and [row['epoch'] for row in summary(folder)] == ['0', '1', '2']
+
+
+@pytest.mark.parametrize('flags', [('--train-img-sizes', '24', '32')])
+def test_scheduled_sizes_are_not_divided_anew(data, tmp_path, flags):
+    run = build(data, tmp_path, '--epochs', '1', *flags)
+    stop_at(run, 2)
+    assert fit_until_stopped(run) == 143
+    with pytest.raises(ValueError, match='batch_size was 4 and is 6.*--train-img-sizes'):
+        build(data, tmp_path, '--epochs', '1', *flags, '-b', '6', '--resume', 'auto')
 
 
 def test_another_model_or_optimizer_is_refused(data, tmp_path):
     folder = train(data, tmp_path, '--epochs', '1')
-    with pytest.raises(ValueError, match='another optimizer than --opt.*betas'):
+    with pytest.raises(ValueError, match='--opt .*betas'):
         build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--opt', 'adamw')
-    with pytest.raises(ValueError, match='holds another model.*fc.embed.weight'):
+    with pytest.raises(ValueError, match='fc.embed.weight'):
         build(data, tmp_path, '--resume', str(folder / 'last.pth.tar'), '--use-ml-decoder-head', '1')
 
 
@@ -206,12 +292,12 @@ def test_a_fresh_start_is_refused_the_folder_of_another_run(data, tmp_path, monk
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for restarts in ('0', '1'):  # torchrun starts it again after it was refused
         monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', restarts)
-        with pytest.raises(ValueError, match=f'{folder} holds .*--resume auto.*--experiment, or remove'):
+        with pytest.raises(ValueError, match=f'{folder} .*--resume auto.*--experiment'):
             build(data, tmp_path, *fresh)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+def test_a_run_that_torchrun_starts_again_resumes(data, tmp_path, monkeypatch):
     flags = ['--epochs', '2', '--recovery-interval', '2']
     run = build(data, tmp_path, *flags)
     stop_at(run, BATCHES + 3)
@@ -221,7 +307,7 @@ def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
     assert (again.state.epoch, again.state.batch) == (1, 3)
 
 
-def test_what_a_run_goes_back_from_is_set_aside(data, tmp_path, caplog):
+def test_checkpoints_ahead_of_a_resumed_one_are_set_aside(data, tmp_path, caplog):
     flags = ['--epochs', '4', '--eval-metric', 'loss', '--lr', '0.02']
     run = build(data, tmp_path, *flags, '--save-epochs', '1', '3')
     stop_at(run, 3 * BATCHES + 2)
@@ -234,7 +320,7 @@ def test_what_a_run_goes_back_from_is_set_aside(data, tmp_path, caplog):
     ahead = {'last', 'model_best', 'checkpoint-1', 'checkpoint-2', 'milestone-3', 'recovery-3-2'}
     assert checkpoints(folder / 'set-aside-1') == ahead
     assert len(summary(folder / 'set-aside-1')) == 3 and len(summary(folder)) == 2
-    assert f'Moved to {folder}/set-aside-1' in caplog.text
+    assert f'{folder}/set-aside-1' in caplog.text
     assert build(data, tmp_path, *flags, '--resume', 'auto').state.epoch == 2
 
     # the best so far is again the one of its time; another run's checkpoint finds none of this one's
@@ -251,7 +337,7 @@ def test_what_a_run_goes_back_from_is_set_aside(data, tmp_path, caplog):
 def test_the_position_just_saved_is_never_removed(tmp_path):
     for number in range(3):
         (tmp_path / f'recovery-7-{number}.pth.tar').touch()
-    saved = CheckpointFolder(tmp_path).save_recovery(0, 2, dict)
+    saved = CheckpointFolder(tmp_path).save_recovery(0, 2, {})
     assert saved.exists()
     assert checkpoints(tmp_path) == {'recovery-0-2', 'recovery-7-2'}
 
@@ -267,14 +353,14 @@ def test_start_epoch_leaves_each_epoch_in_the_summary_once(data, tmp_path):
     assert fit_until_stopped(run) == 143
     (recovery,) = folder.glob('recovery-*')
     resumed = build(data, tmp_path, '--epochs', '4', '-b', '6', '--resume', str(recovery), '--start-epoch', '3')
-    assert (resumed.state.epoch, resumed.state.batch) == (3, 0), 'another batch size is no matter then'
+    assert (resumed.state.epoch, resumed.state.batch) == (3, 0), 'another batch size does not matter then'
 
 
 @pytest.mark.parametrize('flags', [(), ('--sched', 'plateau')])
 def test_another_metric_starts_the_ranking_anew(data, tmp_path, caplog, flags):
     folder = train(data, tmp_path, '--epochs', '2', *flags)
     train(data, tmp_path, '--epochs', '3', *flags, '--resume', 'auto', '--eval-metric', 'loss')
-    assert 'ranked by top1, those to come by loss: the ranking starts anew' in caplog.text
+    assert 'ranked by top1, new ones by loss' in caplog.text
     saver = last(folder)['saver']
     loss = float(summary(folder)[-1]['eval_loss'])
     assert (saver['best_epoch'], saver['best_metric']) == (2, loss)
@@ -282,7 +368,7 @@ def test_another_metric_starts_the_ranking_anew(data, tmp_path, caplog, flags):
     assert {'checkpoint-0', 'checkpoint-1'} < checkpoints(folder)
 
 
-def test_files_of_other_names_are_no_checkpoints(data, tmp_path):
+def test_files_of_other_names_are_not_checkpoints(data, tmp_path):
     folder = train(data, tmp_path, '--epochs', '1')
     for name in ('checkpoint-old', 'checkpoint-1-2', 'recovery-x-1', 'recovery-9', 'mine'):
         (folder / f'{name}.pth.tar').touch()
@@ -295,7 +381,7 @@ def test_other_classes_are_refused(data, tmp_path):
     for split in ('train', 'validation'):
         (renamed / split / 'class_1').rename(renamed / split / 'dogs')
     for source in ('auto', str(folder / 'last.pth.tar')):
-        with pytest.raises(ValueError, match="class 1 of the data is 'class_2', of the checkpoint 'class_1'"):
+        with pytest.raises(ValueError, match="class 1 is 'class_2' in the data and 'class_1' in the checkpoint"):
             build(renamed, tmp_path, '--resume', source)
 
 
@@ -303,3 +389,18 @@ def test_milestones_are_saved_between_validations(data, tmp_path):
     folder = train(data, tmp_path, '--epochs', '4', '--val-interval', '2', '--save-epochs', '1', '3')
     assert {'milestone-1', 'milestone-3'} < checkpoints(folder)
     assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2', '3']
+
+
+def test_names_in_a_ranking_that_are_not_those_of_checkpoints_are_ignored(tmp_path):
+    """What drops out of the ranking is deleted, so a name must not lead anywhere else."""
+    (tmp_path / 'outside.pth.tar').touch()
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'mine.pth.tar').touch()
+    checkpoints = CheckpointFolder(folder, max_history=1)
+    names = ['../outside.pth.tar', 'mine.pth.tar', str(tmp_path / 'outside.pth.tar')]
+    checkpoints.load_state_dict(dict(checkpoint_files=[(name, 0.0) for name in names]), folder)
+    assert checkpoints.ranked == []
+    for epoch in range(3):
+        save(checkpoints, epoch, float(epoch))
+    assert (tmp_path / 'outside.pth.tar').exists() and (folder / 'mine.pth.tar').exists()

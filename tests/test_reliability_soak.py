@@ -2,15 +2,15 @@
 
 import os
 import random
+import shlex
 import signal
 import time
 
 import pytest
 from runs import MODEL, MOVING, assert_same_run, last, start, train, write_data
 
-from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
 from timm_mldecoder.engine.checkpoint.resume import newest
-from timm_mldecoder.engine.checkpoint.state import RUN
 
 KILLS = 50
 LIFE = 2.0  # seconds after the first log line of a step, at most
@@ -34,12 +34,7 @@ def test_fifty_kills(tmp_path):
         *flags,
         '--output',
         folder.parent,
-        '--experiment',
-        'run',
-        '--resume',
-        'auto',
-        '--recovery-interval',
-        '1',
+        *shlex.split('--experiment run --resume auto --recovery-interval 1'),
     ]
     random.seed(0)
     kills = lost = failed = 0

@@ -1,20 +1,19 @@
-"""Sharpness-aware minimisation: the updates of a plain loop, and nothing left of a step that does not count."""
+"""Sharpness-aware minimisation: the steps of a plain loop, and no trace of a skipped one."""
 
 import copy
 import os
 import shlex
 import signal
-import subprocess
 
 import pytest
 import timm
 import torch
-from runs import BATCHES, MOVING, assert_same_run, build, command, environment, fit_until_stopped, train, write_data
+from runs import BATCHES, MOVING, assert_same_run, build, call, fit_until_stopped, train, write_data
 from torch import nn
 
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.sam import ascended
+from timm_mldecoder.engine.train.sam import perturbed
 
 RHO, RATE, DECAY = 0.05, 0.02, 0.8
 PLAIN = shlex.split(f"""
@@ -28,8 +27,8 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp('data'))
 
 
-def sam_update(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of) -> None:
-    """An update of the paper's algorithm 1, on a copy of the model in place of the model itself."""
+def sam_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of) -> None:
+    """A step of the paper's algorithm 1, on a copy of the model in place of the model itself."""
     loss_of(model).backward()
     norm = sum(parameter.grad.double().pow(2).sum() for parameter in model.parameters()).sqrt()
     worse = copy.deepcopy(model)
@@ -47,11 +46,12 @@ def sam_update(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of) -> N
 def assert_close(model: nn.Module, reference: nn.Module) -> None:
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-6)
+        # the norm of all gradients and the sums of two ranks are rounded in another order
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('scaler', [False, True])
-def test_updates_are_those_of_a_plain_loop(data, tmp_path, scaler):
+def test_steps_are_those_of_a_plain_loop(data, tmp_path, scaler):
     run = build(data, tmp_path, *PLAIN)
     if scaler:  # float16 is scaled on a GPU only; the scaler does the same anywhere
         run.state.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
@@ -63,20 +63,20 @@ def test_updates_are_those_of_a_plain_loop(data, tmp_path, scaler):
     assert len(batches) == 2 * BATCHES
     optimizer = torch.optim.SGD(reference.parameters(), lr=RATE, momentum=0.9)
     reference.train()
-    for update, ((images, target), again) in enumerate(zip(batches[::2], batches[1::2], strict=True)):
+    for step, ((images, target), again) in enumerate(zip(batches[::2], batches[1::2], strict=True)):
         assert torch.equal(images, again[0]) and torch.equal(target, again[1])
 
         def loss_of(model, images=images, target=target):
             return nn.functional.cross_entropy(model(images), target)
 
-        sam_update(reference, optimizer, loss_of)
+        sam_step(reference, optimizer, loss_of)
         with torch.no_grad():
             for average, parameter in zip(averaged.parameters(), reference.parameters(), strict=True):
-                average.lerp_(parameter, 1 - DECAY if update else 1)  # timm's begins with a copy
+                average.lerp_(parameter, 1 - DECAY if step else 1)  # timm's begins with a copy
     assert_close(model, reference)
     assert_close(run.state.task.get_trainable_module(ema=True).module, averaged)
     for name, buffer in reference.named_buffers():  # running statistics are those of the first pass alone
-        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
 
 
 def test_both_passes_are_in_mixed_precision(data, tmp_path):
@@ -89,26 +89,26 @@ def test_both_passes_are_in_mixed_precision(data, tmp_path):
     assert model.fc.weight.dtype == torch.float32 and not torch.equal(model.fc.weight, before)
 
 
-@pytest.mark.parametrize('spoilt', ['first loss', 'second loss', 'first gradient', 'second gradient'])
-def test_an_update_left_out_leaves_no_trace(data, tmp_path, spoilt):
+@pytest.mark.parametrize('nonfinite', ['first loss', 'second loss', 'first gradient', 'second gradient'])
+def test_a_skipped_step_leaves_no_trace(data, tmp_path, nonfinite):
     run = build(data, tmp_path, *PLAIN)
     task, model, states = run.state.task, run.state.task.get_trainable_module(), []
-    passes = {'first': 3, 'second': 4}  # of the second update
-    when, what = spoilt.split()
+    passes = {'first': 3, 'second': 4}  # of the second step
+    when, what = nonfinite.split()
 
     def snapshot(*_):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    def spoil_loss(module, inputs, result):
+    def nonfinite_loss(module, inputs, result):
         if what == 'loss' and len(states) == passes[when]:
             result['loss'] = result['loss'] * float('nan')
 
-    def spoil_gradient(gradient):
+    def nonfinite_gradient(gradient):
         return gradient / 0 if what == 'gradient' and len(states) == passes[when] else gradient
 
     task.register_forward_pre_hook(snapshot)
-    task.register_forward_hook(spoil_loss)
-    next(model.parameters()).register_hook(spoil_gradient)
+    task.register_forward_hook(nonfinite_loss)
+    next(model.parameters()).register_hook(nonfinite_gradient)
     fit(run)
     first, second, third, fourth = states[:7:2]
     assert all(torch.equal(second[name], third[name]) for name in second)
@@ -118,21 +118,21 @@ def test_an_update_left_out_leaves_no_trace(data, tmp_path, spoilt):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_weights_come_back_to_the_last_bit_whatever_happens(dtype):
+def test_weights_are_restored_to_the_last_bit_whatever_happens(dtype):
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).to(dtype)
     model[1].bias.requires_grad_(False)
     model(torch.randn(6, 5, dtype=dtype)).square().sum().backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(RuntimeError, match='within'), ascended(model, 3.0):
+    with pytest.raises(RuntimeError, match='within'), perturbed(model, 3.0):
         moved = [(new.detach() - old).float() for new, old in zip(model.parameters(), before, strict=True)]
         length = torch.cat([step.flatten() for step in moved]).norm().item()
         assert length == pytest.approx(3.0, rel=2 * torch.finfo(dtype).eps)
-        assert not moved[-1].any(), 'what is not trained stays'
+        assert not moved[-1].any(), 'what is not trained does not move'
         raise RuntimeError('within')
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
     model(torch.zeros(1, 5, dtype=dtype)).mul(0).sum().backward()
-    with ascended(model, 3.0):
-        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True)), 'nowhere to go'
+    with perturbed(model, 3.0):
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True)), 'no gradient'
 
 
 def test_a_run_stopped_between_the_two_passes_resumes_to_the_last_bit(data, tmp_path):
@@ -151,51 +151,11 @@ def test_a_run_stopped_between_the_two_passes_resumes_to_the_last_bit(data, tmp_
     assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), whole)
 
 
-RANK = """
-import sys
-import torch
-from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.train.setup import set_up
-from timm_mldecoder.engine.runtime.distributed import join_world
-
-*flags, told = sys.argv[1:]
-options = parse_train(flags)
-with join_world(options) as world:
-    run = set_up(options, world)
-    model, batches = run.eval_model, []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    run.state.task.register_forward_pre_hook(lambda _, inputs: batches.append([x.clone() for x in inputs]))
-    fit(run)
-    torch.save(dict(before=before, after=model.state_dict(), batches=batches), f'{told}.{world.rank}')
-"""
-
-
-def test_two_processes_make_the_updates_of_one(data, tmp_path):
-    (tmp_path / 'rank.py').write_text(RANK)
-    flags = [
-        data,
-        '--model',
-        'test_vit',
-        '--img-size',
-        '160',
-        '--num-classes',
-        '3',
-        '--device',
-        'cpu',
-        '-j',
-        '0',
-        '-b',
-        '3',
-        *PLAIN,
-        '--val-split',
-        '',
-        '--output',
-        tmp_path,
-        tmp_path / 'told',
-    ]
-    subprocess.run(command(tmp_path / 'rank.py', *flags, processes=2), env=environment(), check=True, timeout=300)
-    first, second = (torch.load(tmp_path / f'told.{rank}') for rank in range(2))
+def test_two_ranks_make_the_steps_of_one(data, tmp_path):
+    flags = shlex.split('--model test_vit --img-size 160 --num-classes 3 --device cpu -j 0 -b 3')
+    flags += [*PLAIN, '--val-split', '', '--output', tmp_path, tmp_path / 'saved']
+    call('tests/programs/sam_rank.py', data, *flags, processes=2).check_returncode()
+    first, second = (torch.load(tmp_path / f'saved.{rank}') for rank in range(2))
     assert all(torch.equal(value, second['after'][name]) for name, value in first['after'].items())
 
     reference = timm.create_model('test_vit', num_classes=3).train()
@@ -203,7 +163,7 @@ def test_two_processes_make_the_updates_of_one(data, tmp_path):
     optimizer = torch.optim.SGD(reference.parameters(), lr=RATE, momentum=0.9)
     for one, two in zip(first['batches'][::2], second['batches'][::2], strict=True):
         images, target = (torch.cat(pair) for pair in zip(one, two, strict=True))
-        sam_update(reference, optimizer, lambda model, x=images, y=target: nn.functional.cross_entropy(model(x), y))
+        sam_step(reference, optimizer, lambda model, x=images, y=target: nn.functional.cross_entropy(model(x), y))
     finished = timm.create_model('test_vit', num_classes=3)
     finished.load_state_dict(first['after'])
     assert_close(finished, reference)
@@ -215,9 +175,9 @@ def test_two_processes_make_the_updates_of_one(data, tmp_path):
         ('--sam 0.05 --grad-accum-steps 2', '--sam .*--grad-accum-steps 2'),
         ('--sam 0.05 --opt adahessian', '--sam .*--opt adahessian'),
         ('--sam 0.05 --opt lookahead_adahessian', '--opt lookahead_adahessian'),
-        ('--sam -1', '--sam -1.0 is below 0'),
+        ('--sam -1', '--sam -1'),
     ],
 )
-def test_what_it_does_not_go_with_is_refused(flags, message):
+def test_flags_that_contradict_it_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', *flags.split()])

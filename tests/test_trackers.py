@@ -1,6 +1,9 @@
-"""The packages that keep curves get every epoch's row."""
+"""Experiment trackers get the row of every epoch."""
 
+import json
+import shlex
 import sqlite3
+import struct
 import sys
 
 import pytest
@@ -9,24 +12,10 @@ from runs import call, summary, write_data
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.trackers import create_trackers
 
-FLAGS = [
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '-b',
-    '4',
-    '-j',
-    '0',
-    '--epochs',
-    '2',
-    '--experiment',
-    'run',
-]
+FLAGS = shlex.split("""
+    --model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --epochs 2 --experiment run
+    --log-tensorboard --log-trackio --log-wandb --wandb-project project
+""")
 
 
 def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
@@ -38,18 +27,7 @@ def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'trackio'))
     data = write_data(tmp_path / 'data')
-    process = call(
-        'train.py',
-        data,
-        *FLAGS,
-        '--output',
-        tmp_path,
-        '--log-tensorboard',
-        '--log-trackio',
-        '--log-wandb',
-        '--wandb-project',
-        'project',
-    )
+    process = call('train.py', data, *FLAGS, '--output', tmp_path)
     assert process.returncode == 0, process.stderr
     losses = [float(row['train_loss']) for row in summary(tmp_path / 'run')]
     assert len(losses) == 2
@@ -64,11 +42,34 @@ def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
     assert [float(loss) for (loss,) in rows] == pytest.approx(losses)
 
     (recorded,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
-    assert b'train_loss' in recorded.read_bytes()
+    assert [row['train_loss'] for row in wandb_rows(recorded)] == pytest.approx(losses)
+
+
+def wandb_rows(path):
+    """Return the history that wandb recorded offline: a LevelDB log of protobuf records, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, data, rows = path.read_bytes(), 7, b'', []
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # the rest of a block
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from('<IHB', content, place)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind not in (1, 4):  # a whole record, or its last part
+            continue
+        record, data = Record.FromString(data), b''
+        if record.WhichOneof('record_type') == 'history':
+            items = record.history.item
+            rows.append({item.key or '.'.join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
 
 
 @pytest.mark.parametrize('package', ['tensorboard', 'trackio', 'wandb'])
-def test_a_missing_tracker_says_what_to_install(tmp_path, monkeypatch, package):
+def test_a_missing_tracker_is_named_with_the_remedy(tmp_path, monkeypatch, package):
+    pytest.importorskip(package)
+    options = parse_train(['data', f'--log-{package}'])
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"--log-{package} needs .*pip install 'timm-mldecoder\[trackers\]'"):
-        create_trackers(parse_train(['data', f'--log-{package}']), tmp_path)
+    with pytest.raises(ValueError, match=rf'--log-{package}.*timm-mldecoder\[trackers\]'):
+        create_trackers(options, tmp_path)

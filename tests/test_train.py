@@ -2,46 +2,29 @@
 
 import csv
 import json
+import shlex
 import shutil
 
+import matplotlib.figure
 import pytest
 import timm
 import torch
 import yaml
 from image_folders import write_images
-from PIL import Image
-from timm.data import create_loader
+from runs import build, fit, summary
 
 import train
 import validate
-from timm_mldecoder import plot
+from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.engine.eval import validate as sweep
 from timm_mldecoder.engine.eval.score import score_model
 from timm_mldecoder.engine.input import loaders
-from timm_mldecoder.engine.runtime.failure import RunFailed
+from timm_mldecoder.engine.runtime.errors import RunFailed
 
-SMALL = [
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '-b',
-    '12',
-    '-j',
-    '0',
-    '--epochs',
-    '3',
-    '--opt',
-    'adamw',
-    '--lr',
-    '2e-3',
-    '--warmup-epochs',
-    '0',
-]
+SMALL = shlex.split("""
+    --num-classes 3 --device cpu --model test_resnet --img-size 32 -b 12 -j 0 --epochs 3 --opt adamw --lr 2e-3
+    --warmup-epochs 0
+""")
 HEAD = ['--use-ml-decoder-head', '1', '--decoder-embedding', '64']
 
 
@@ -52,34 +35,17 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(images, tmp_path_factory):
-    """The folder of a run with an ML-Decoder head and averaged weights."""
+    """The folder of a run with an ML-Decoder head and EMA weights, which rank its checkpoints."""
     folder = tmp_path_factory.mktemp('output')
-    train.main(
-        [
-            images,
-            *SMALL,
-            *HEAD,
-            '--lr',
-            '4e-3',
-            '--no-aug',
-            '--model-ema',
-            '--model-ema-decay',
-            '0.2',
-            '--checkpoint-hist',
-            '2',
-            '--save-epochs',
-            '2',
-            '--output',
-            str(folder),
-            '--experiment',
-            'run',
-        ]
-    )
+    flags = '--lr 4e-3 --no-aug --model-ema --model-ema-decay 0.2 --checkpoint-hist 2 --save-epochs 2'
+    run_train(images, folder, *HEAD, *shlex.split(flags))
     return folder / 'run'
 
 
-def summary(folder):
-    return list(csv.DictReader((folder / 'summary.csv').open()))
+def run_train(images, output, *flags, experiment='run'):
+    """Train a small model, and return the rows of the summary."""
+    train.main([images, *SMALL, *flags, '--output', str(output), '--experiment', experiment])
+    return summary(output / experiment)
 
 
 def result(capsys):
@@ -111,21 +77,10 @@ def test_timm_loads_the_checkpoints(finished):
 
 
 def test_validation_scores_a_checkpoint_as_training_did(finished, images, capsys):
-    """No flag but the head's: size, crop, classes and precision come with the checkpoint."""
+    """Size, crop, classes, precision and the choice of EMA weights come with the checkpoint."""
     best = torch.load(finished / 'model_best.pth.tar', weights_only=False)
-    validate.main(
-        [
-            images,
-            '--model',
-            'test_resnet',
-            '--use-ml-decoder-head=1',
-            '--use-ema',
-            '-j',
-            '0',
-            '--checkpoint',
-            str(finished / 'model_best.pth.tar'),
-        ]
-    )
+    flags = shlex.split('--model test_resnet --use-ml-decoder-head=1 -j 0')
+    validate.main([images, *flags, '--checkpoint', str(finished / 'model_best.pth.tar')])
     scored = result(capsys)
     assert scored['top1'] == best['metric']
     assert scored['img_size'] == 32
@@ -134,11 +89,26 @@ def test_validation_scores_a_checkpoint_as_training_did(finished, images, capsys
 @pytest.mark.parametrize(('batch', 'precision'), [('5', []), ('64', ['--model-dtype', 'float32'])])
 def test_the_score_does_not_depend_on_the_batch(finished, images, capsys, batch, precision):
     last = str(finished / 'last.pth.tar')
-    validate.main([images, '--checkpoint', last, '--use-ema', '-j', '0', '-b', batch, *precision])
+    validate.main([images, '--checkpoint', last, '-j', '0', '-b', batch, *precision])
     row = summary(finished)[-1]
     scored = result(capsys)
     assert scored['top1'] == float(row['eval_top1'])
-    assert scored['model'] == 'test_resnet', 'the checkpoint knows its model'
+    assert scored['model'] == 'test_resnet', 'the model comes with the checkpoint'
+
+
+def test_raw_weights_are_scored_with_a_flag(finished, images, capsys):
+    """Of a checkpoint with EMA weights, whose raw weights are others."""
+    content = read_checkpoint(finished / 'last.pth.tar')
+    raw, ema = (next(iter(content[key].values())) for key in ('state_dict', 'state_dict_ema'))
+    assert not torch.equal(raw, ema)
+    flags = [images, '-j', '0', '--checkpoint']
+    for ema, key in (([], 'state_dict_ema'), (['--use-ema'], 'state_dict_ema'), (['--no-use-ema'], 'state_dict')):
+        bare = {'state_dict': content[key], **{name: content[name] for name in content if 'state_dict' not in name}}
+        torch.save(bare, finished.parent / 'bare.pth.tar')
+        validate.main([*flags, str(finished / 'last.pth.tar'), *ema])
+        ours = result(capsys)
+        validate.main([*flags, str(finished.parent / 'bare.pth.tar')])
+        assert ours['top1'] == result(capsys)['top1']
 
 
 def test_a_folder_of_checkpoints_is_scored_into_a_table(finished, images, tmp_path, capsys):
@@ -163,14 +133,14 @@ def three(finished, tmp_path):
     return folder
 
 
-def test_one_checkpoint_of_several_that_fails_is_left_out_and_named(three, images, tmp_path, capsys, caplog):
+def test_one_checkpoint_of_several_that_fails_is_skipped_and_named(three, images, tmp_path, capsys, caplog):
     table = tmp_path / 'results.csv'
     with pytest.raises(RunFailed, match=r'1 of 3 could not be scored: .*b\.pth\.tar'):
         validate.main([images, '--checkpoint', str(three), '-j', '0', '--results-file', str(table)])
     rows = list(csv.DictReader(table.open()))
     assert [row['checkpoint'] for row in rows] == [str(three / name) for name in ('a.pth.tar', 'c.pth.tar')]
     assert len(result(capsys)) == 2
-    assert [record for record in caplog.records if 'b.pth.tar is left out: ' in record.getMessage()]
+    assert f'skipped {three}/b.pth.tar' in caplog.text
 
 
 def test_what_was_scored_before_an_interruption_is_kept(three, images, tmp_path, capsys, monkeypatch):
@@ -198,10 +168,10 @@ def test_what_was_scored_before_an_interruption_is_kept(three, images, tmp_path,
         (['--checkpoint', '{last}', '--split', 'test'], "has no folder 'test'"),
         (['--checkpoint', '{last}', '--test-pool'], '--test-pool'),
         (['--checkpoint', '{last}', '--valid-labels', 'none.txt'], '--valid-labels none.txt'),
-        (['--model', 'resnet51'], 'resnet51: no such model'),
+        (['--model', 'resnet51'], '--model resnet51'),
     ],
 )
-def test_what_validation_cannot_do_is_named(finished, images, flags, message):
+def test_mistakes_of_validation_are_named(finished, images, flags, message):
     flags = [flag.replace('{last}', str(finished / 'last.pth.tar')) for flag in flags]
     with pytest.raises(ValueError, match=message):
         validate.main([images, '-j', '0', *flags])
@@ -221,74 +191,28 @@ def test_valid_labels_select_outputs(finished, images, tmp_path, capsys):
 def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkeypatch):
     weights, seen = tmp_path / 'weights.pth', []
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
-    monkeypatch.setattr(
-        loaders,
-        'create_loader',
-        lambda *args, **kwargs: (seen.append(kwargs['crop_pct']), create_loader(*args, **kwargs))[1],
-    )
-    validate.main(
-        [
-            images,
-            '--model',
-            'test_resnet',
-            '--num-classes',
-            '3',
-            '--checkpoint',
-            str(weights),
-            '-j',
-            '0',
-            '--img-size',
-            '320',
-            '--test-pool',
-        ]
-    )
+
+    def create_transform(*args, **settings):
+        seen.append(settings['crop_pct'])
+        return timm.data.create_transform(*args, **settings)
+
+    monkeypatch.setattr(loaders, 'create_transform', create_transform)
+    flags = shlex.split('--model test_resnet --num-classes 3 -j 0 --img-size 320 --test-pool --checkpoint')
+    validate.main([images, *flags, str(weights)])
     assert seen == [result(capsys)['crop_pct']] == [1.0]
 
 
 def test_the_colours_of_images_come_with_the_checkpoint(images, tmp_path, capsys):
-    train.main(
-        [
-            images,
-            *SMALL,
-            '--epochs',
-            '1',
-            '--in-chans',
-            '4',
-            '--input-img-mode',
-            'CMYK',
-            '--mean',
-            '0.5',
-            '--std',
-            '0.5',
-            '--output',
-            str(tmp_path),
-            '--experiment',
-            'run',
-        ]
-    )
+    flags = '--epochs 1 --in-chans 4 --input-img-mode CMYK --mean 0.5 --std 0.5'
+    run_train(images, tmp_path, *shlex.split(flags))
     capsys.readouterr()
     validate.main([images, '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
     assert result(capsys)['top1'] == float(summary(tmp_path / 'run')[-1]['eval_top1'])
 
 
 def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
-    flags = [flag for flag in SMALL if flag not in ('--lr', '2e-3')]
-    train.main(
-        [
-            images,
-            *flags,
-            '--epochs',
-            '1',
-            '--opt',
-            'lamb',
-            '--mixup',
-            '0.2',
-            '--output',
-            str(tmp_path),
-            '--experiment',
-            'first',
-        ]
-    )
+    flags = shlex.join(SMALL).replace('--lr 2e-3', '--epochs 1 --opt lamb --mixup 0.2')
+    train.main([images, *shlex.split(flags), '--output', str(tmp_path), '--experiment', 'first'])
     written = tmp_path / 'first' / 'args.yaml'
     assert yaml.safe_load(written.read_text())['lr'] == pytest.approx(0.1 * (12 / 256) ** 0.5)
     train.main(['--config', str(written), '--experiment', 'second'])
@@ -298,8 +222,7 @@ def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
 
 
 def test_val_interval_skips_scores_and_checkpoints(images, tmp_path):
-    train.main([images, *SMALL, '--val-interval', '2', '--output', str(tmp_path), '--experiment', 'run'])
-    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['1', '2']
+    assert [row['epoch'] for row in run_train(images, tmp_path, '--val-interval', '2')] == ['1', '2']
 
 
 def test_without_a_validation_split_the_loss_ranks(images, tmp_path):
@@ -319,7 +242,7 @@ def test_without_a_validation_split_the_loss_ranks(images, tmp_path):
         ['--model-ema', '--drop-path', '0.2', '--mixup', '0.2', '-j', '2'],
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(images, tmp_path, flags):
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(images, tmp_path, flags):
     run = [images, *SMALL, *HEAD, *flags, '--output', str(tmp_path)]
     train.main([*run, '--experiment', 'whole'])
     train.main([*run, '--experiment', 'parts', '--resume', 'auto', '--stop-epoch', '1'])
@@ -333,29 +256,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(images, tmp_path, f
 
 
 def test_image_sizes_change_within_an_epoch(images, tmp_path):
-    train.main(
-        [
-            images,
-            *SMALL,
-            '--epochs',
-            '1',
-            '--train-img-sizes',
-            '24',
-            '32',
-            '48',
-            '--train-batch-sizes',
-            '16',
-            '12',
-            '8',
-            '--variable-batch-loss-scale',
-            'sqrt',
-            '--output',
-            str(tmp_path),
-            '--experiment',
-            'run',
-        ]
-    )
-    assert len(summary(tmp_path / 'run')) == 1
+    sizes = {24: 16, 32: 12, 48: 8}
+    flags = ['--train-img-sizes', *map(str, sizes), '--train-batch-sizes', *map(str, sizes.values())]
+    run = build(images, tmp_path, *SMALL, *flags, '--epochs', '1', '--variable-batch-loss-scale', 'sqrt')
+    seen, scales = [], []
+    run.state.task.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    scale = run.loss_scale
+    run.loss_scale = lambda images: scales.append(scale(images)) or scales[-1]
+    fit(run)
+    assert len({height for _, _, height, _ in seen}) > 1
+    assert all(height == width and batch == sizes[height] for batch, _, height, width in seen)
+    assert scales == [pytest.approx((batch / 12) ** 0.5) for batch, *_ in seen]
 
 
 def test_multi_epochs_loader_changes_the_time_not_the_numbers(images, tmp_path):
@@ -367,25 +278,8 @@ def test_multi_epochs_loader_changes_the_time_not_the_numbers(images, tmp_path):
 
 def test_mixup_ends_at_its_off_epoch(images, tmp_path):
     """With the model held still, mixed and plain batches differ in their loss alone."""
-    run = [
-        images,
-        *SMALL,
-        '--epochs',
-        '2',
-        '--lr',
-        '1e-12',
-        '--smoothing',
-        '0',
-        '--no-aug',
-        '--bn-momentum',
-        '0',
-        '--model',
-        'test_efficientnet',
-        '-j',
-        '2',
-        '--output',
-        str(tmp_path),
-    ]
+    flags = '--epochs 2 --lr 1e-12 --smoothing 0 --no-aug --bn-momentum 0 --model test_efficientnet -j 2'
+    run = [images, *SMALL, *shlex.split(flags), '--output', str(tmp_path)]
     train.main([*run, '--experiment', 'plain'])
     train.main([*run, '--experiment', 'mixed', '--mixup', '8', '--mixup-off-epoch', '1'])
     plain, mixed = ([float(row['train_loss']) for row in summary(tmp_path / name)] for name in ('plain', 'mixed'))
@@ -403,13 +297,20 @@ def test_compiled_and_plain_training_agree(images, tmp_path):
     assert not any('_orig_mod' in name for name in (*saved['state_dict'], *saved['state_dict_ema']))
 
 
-def test_the_curves_of_runs_are_drawn(finished, tmp_path):
-    picture = tmp_path / 'curves.png'
-    plot.main([str(finished), str(finished / 'summary.csv'), '--output', str(picture)])
-    width, height = Image.open(picture).size
-    assert width > 3 * height, 'loss, top1, top5 and lr side by side'
-    with pytest.raises(ValueError, match='nothing/summary.csv: no epochs'):
-        (tmp_path / 'nothing').mkdir()
+def test_the_curves_of_runs_are_drawn(finished, tmp_path, monkeypatch):
+    from timm_mldecoder import plot
+
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
+    plot.main([str(finished), str(finished / 'summary.csv'), '--output', str(tmp_path / 'curves.png')])
+    (figure,) = figures
+    rows = summary(finished)
+    drawn = [list(map(float, line.get_ydata())) for axes in figure.axes for line in axes.get_lines()]
+    for column in ('train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'):
+        values = [float(row[column]) for row in rows]
+        assert sum(curve == pytest.approx(values) for curve in drawn) >= 2, f'{column} of both runs'
+    (tmp_path / 'nothing').mkdir()
+    with pytest.raises(ValueError, match='nothing/summary.csv'):
         plot.main([str(tmp_path / 'nothing')])
 
 
@@ -417,8 +318,8 @@ def test_flags_that_need_more_than_bare_weights(images, tmp_path):
     weights = tmp_path / 'bare.pth'
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
     flags = [images, '--model', 'test_resnet', '--num-classes', '3', '-j', '0', '--checkpoint', str(weights)]
-    with pytest.raises(ValueError, match='holds no averaged weights'):
+    with pytest.raises(ValueError, match='--use-ema'):
         validate.main([*flags, '--use-ema'])
-    with pytest.raises(ValueError, match='--write-thresholds writes into a checkpoint of train.py'):
+    with pytest.raises(ValueError, match='--write-thresholds'):
         validate.main([*flags, '--task', 'multilabel', '--write-thresholds'])
     assert 'thresholds' not in torch.load(weights)

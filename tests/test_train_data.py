@@ -2,39 +2,22 @@
 
 import io
 import json
+import shlex
 import tarfile
 
 import numpy as np
 import pytest
 from image_folders import write_images
 from PIL import Image
-from runs import last, summary
+from runs import build, fit, last, summary
 
 import train
 import validate
 
-SMALL = [
-    '--num-classes',
-    '3',
-    '--device',
-    'cpu',
-    '--model',
-    'test_resnet',
-    '--img-size',
-    '32',
-    '-b',
-    '6',
-    '-j',
-    '0',
-    '--epochs',
-    '2',
-    '--warmup-epochs',
-    '0',
-    '--opt',
-    'adamw',
-    '--lr',
-    '2e-3',
-]
+SMALL = shlex.split("""
+    --num-classes 3 --device cpu --model test_resnet --img-size 32 -b 6 -j 0 --epochs 2 --warmup-epochs 0 --opt adamw
+    --lr 2e-3
+""")
 
 
 def write_shards(folder, labels):
@@ -51,8 +34,10 @@ def write_shards(folder, labels):
         with tarfile.open(folder / shard, 'w') as tar:
             for index in range(count):
                 pixels = io.BytesIO()
-                Image.fromarray(random.randint(0, 256, (40, 40, 3)).astype(np.uint8)).save(pixels, 'JPEG')
-                for extension, content in {'jpg': pixels.getvalue(), **labels(index)}.items():
+                image = random.randint(0, 256, (40, 40, 3)).astype(np.uint8)
+                image[..., 2] = 10 * index
+                Image.fromarray(image).save(pixels, 'PNG')
+                for extension, content in {'png': pixels.getvalue(), **labels(index)}.items():
                     entry = tarfile.TarInfo(f'{index:04d}.{extension}')
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
@@ -84,34 +69,35 @@ def test_webdataset_shards_train_resume_and_score(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ('flags', 'labels'),
+    ('flags', 'labels', 'target'),
     [
-        (['--target-key', 'tags'], lambda index: {'tags': [index % 3, (index + 1) % 3]}),
-        (['--target-key', 'tags', '--target-format', 'multihot'], lambda index: {'tags': [1, int(index % 3 == 1), 0]}),
-        (['--target-key', 'cat,dog,car'], lambda index: {'cat': index % 2, 'dog': 1, 'car': 0}),
+        ('--target-key tags', lambda i: {'tags': [i % 3, (i + 1) % 3]}, lambda i: {i % 3, (i + 1) % 3}),
+        (
+            '--target-key tags --target-format multihot',
+            lambda i: {'tags': [1, int(i % 3 == 1), 0]},
+            lambda i: {0, 1} if i % 3 == 1 else {0},
+        ),
+        (
+            '--target-key cat,dog,car',
+            lambda i: {'cat': i % 2, 'dog': 1, 'car': int(i < 5)},
+            lambda i: {number for number, given in enumerate((i % 2, 1, i < 5)) if given},
+        ),
     ],
 )
-def test_multi_label_targets_of_records(tmp_path, flags, labels):
-    """Indices, values a class, and one field a class."""
+def test_multi_label_targets_of_records(tmp_path, flags, labels, target):
+    """Indices, one value per class, and one field per class; the blue of an image is its number in the shard."""
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda index: {'json': json.dumps(labels(index)).encode()})
-    train.main(
-        [
-            str(shards),
-            '--dataset',
-            'wds/small',
-            '--task',
-            'multilabel',
-            *flags,
-            *SMALL,
-            '--epochs',
-            '1',
-            '--output',
-            str(tmp_path),
-            '--experiment',
-            'run',
-        ]
-    )
+    extra = '--dataset wds/small --task multilabel --epochs 1 --no-aug --mean 0 --std 1'
+    run = build(shards, tmp_path, *SMALL, *shlex.split(f'{extra} {flags}'))
+    seen = []
+    run.state.task.register_forward_pre_hook(lambda _, inputs: seen.extend(zip(*inputs, strict=True)))
+    fit(run)
+    numbers = [round(image[2].mean().item() * 255 / 10) for image, _ in seen]
+    assert set(numbers) == set(range(10)) and len(seen) >= 18
+    for number, (_, values) in zip(numbers, seen, strict=True):
+        expected = [float(name in target(number)) for name in range(3)]
+        assert values.tolist() == expected
     (row,) = summary(tmp_path / 'run')
     assert 0 < float(row['eval_map']) <= 100
 
@@ -120,22 +106,7 @@ def test_hugging_face_data_on_disk(tmp_path, monkeypatch):
     pytest.importorskip('datasets')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     images = write_images(tmp_path / 'images', train=8, validation=4)
-    train.main(
-        [
-            '--data-dir',
-            str(tmp_path / 'cache'),
-            '--dataset',
-            f'hfds/{images}',
-            *SMALL,
-            '--input-key',
-            'image',
-            '--target-key',
-            'label',
-            '--output',
-            str(tmp_path),
-            '--experiment',
-            'run',
-        ]
-    )
+    flags = f'--data-dir {tmp_path}/cache --dataset hfds/{images} --input-key image --target-key label'
+    train.main([*shlex.split(flags), *SMALL, '--output', str(tmp_path), '--experiment', 'run'])
     assert len(summary(tmp_path / 'run')) == 2
     assert last(tmp_path / 'run')['class_names'] == ['class_0', 'class_1', 'class_2']

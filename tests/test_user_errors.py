@@ -1,6 +1,7 @@
 """A user's mistake ends with exit code 2 and one line that names it."""
 
 import re
+import shlex
 import shutil
 import socket
 
@@ -9,7 +10,7 @@ import torch
 from runs import MODEL, ROOT, build, call, train, write_data
 
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime import cli
+from timm_mldecoder.engine.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
 
@@ -25,20 +26,20 @@ def checkpoint(data, tmp_path_factory):
 
 
 @pytest.fixture
-def told(tmp_path, capsys, monkeypatch):
-    """What a script says of a mistake, in the one line after its log."""
+def line_of(tmp_path, capsys, monkeypatch):
+    """Run a script that ends with exit code 2, and return the line of its error."""
     monkeypatch.chdir(tmp_path)
 
     def run(main, *flags):
         capsys.readouterr()
         try:
-            code = cli.run(lambda: main([str(flag) for flag in flags]))
+            code = run_command(lambda: main([str(flag) for flag in flags]))
         except SystemExit as end:  # argparse ends the process itself
             code = end.code
-        said = capsys.readouterr().err
-        assert code == 2, said
-        assert 'Traceback' not in said
-        line = said.splitlines()[-1]
+        output = capsys.readouterr().err
+        assert code == 2, output
+        assert 'Traceback' not in output
+        line = output.splitlines()[-1]
         assert re.search(r': error: ', line)
         return line
 
@@ -54,42 +55,42 @@ def without(data, tmp_path, *names):
     return copy
 
 
-def test_data_that_is_not_there(data, tmp_path, told):
-    assert 'nowhere: no such folder' in told(train_main, 'nowhere', *MODEL)
-    assert "has no folder 'testing'" in told(train_main, data, *MODEL, '--val-split', 'testing')
+def test_data_that_is_not_there(data, tmp_path, line_of):
+    assert 'nowhere: no such folder' in line_of(train_main, 'nowhere', *MODEL)
+    assert "has no folder 'testing'" in line_of(train_main, data, *MODEL, '--val-split', 'testing')
     (tmp_path / 'empty').mkdir()
-    assert 'empty' in told(train_main, tmp_path / 'empty', *MODEL)
+    assert 'empty' in line_of(train_main, tmp_path / 'empty', *MODEL)
 
 
-def test_a_class_without_images(data, tmp_path, told):
-    assert 'class_1' in told(train_main, without(data, tmp_path, 'validation/class_1/*'), *MODEL)
+def test_a_class_without_images(data, tmp_path, line_of):
+    assert 'class_1' in line_of(train_main, without(data, tmp_path, 'validation/class_1/*'), *MODEL)
 
 
-def test_another_number_of_classes(data, tmp_path, told, checkpoint):
-    assert 'has 3 classes, the model 5; pass --num-classes 3' in told(train_main, data, *MODEL, '--num-classes', '5')
+def test_another_number_of_classes(data, tmp_path, line_of, checkpoint):
+    assert '--num-classes 3' in line_of(train_main, data, *MODEL, '--num-classes', '5')
     fewer = without(data, tmp_path, '*/class_2/*')
-    line = told(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
-    assert "class 2 of the data is missing, of the checkpoint 'class_2'" in line
-    line = told(train_main, data, *MODEL, '--use-ml-decoder-head', '1', '--resume', checkpoint)
-    assert 'another model' in line and 'fc.layers.0' in line
-    line = told(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
-    assert 'another model' in line and str(checkpoint) in line
+    line = line_of(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
+    assert "class 2 is missing in the data and 'class_2' in the checkpoint" in line
+    line = line_of(train_main, data, *MODEL, '--use-ml-decoder-head', '1', '--resume', checkpoint)
+    assert 'fc.layers.0' in line
+    line = line_of(validate_main, data, '--checkpoint', checkpoint, '--device', 'cpu', '--num-classes', '4')
+    assert f'--checkpoint {checkpoint}' in line and 'fc' in line
 
 
-def test_a_class_that_has_no_image_anywhere_is_named(data, tmp_path, told, caplog):
+def test_a_class_that_has_no_image_anywhere_is_named(data, tmp_path, line_of, caplog):
     fewer = without(data, tmp_path, '*/class_1/*')
-    assert 'or put images into class_1' in told(train_main, fewer, *MODEL)
+    assert 'or put images into class_1' in line_of(train_main, fewer, *MODEL)
     build(fewer, tmp_path, '--num-classes', '2')
-    assert [record for record in caplog.records if 'for want of images: class_1' in record.getMessage()]
+    assert any('class_1' in record.getMessage() for record in caplog.records if record.levelname == 'WARNING')
 
 
-def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, told, checkpoint):
+def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, line_of, checkpoint):
     flags = ['--checkpoint', checkpoint, '--device', 'cpu', '-j', '0']
     fewer = without(data, tmp_path, 'validation/class_1/*')
-    line = told(validate_main, fewer, *flags)
-    assert "class 1 of the data is 'class_2', of the checkpoint 'class_1'" in line and '--class-map' in line
+    line = line_of(validate_main, fewer, *flags)
+    assert "class 1 is 'class_2' in the data and 'class_1' in the checkpoint" in line and '--class-map' in line
     fewest = without(data, tmp_path / 'last', 'validation/class_2/*')
-    assert "class 2 of the data is missing, of the checkpoint 'class_2'" in told(validate_main, fewest, *flags)
+    assert "class 2 is missing in the data and 'class_2'" in line_of(validate_main, fewest, *flags)
     names = tmp_path / 'names.txt'
     names.write_text('class_0\nclass_1\nclass_2')
     validate_main([str(flag) for flag in (fewer, *flags, '--class-map', names)])
@@ -102,27 +103,28 @@ def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, told, chec
         (['--model', 'dla34', '--grad-checkpointing'], '--model dla34: gradient checkpointing not supported'),
         (['--model', 'resnetblur18', '--pretrained'], '--model resnetblur18: No pretrained weights exist'),
         (['--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'], 'img_size=64'),
-        (['--in-chans', '4'], 'takes 4 channels, images are read as L, with 1'),
+        (['--in-chans', '4'], '--in-chans'),
         (['--input-img-mode', 'XYZ'], '--input-img-mode XYZ'),
     ],
 )
-def test_what_a_model_does_not_take(data, told, flags, named):
-    assert named in told(train_main, data, *MODEL, *flags)
+def test_what_a_model_does_not_take(data, line_of, flags, named):
+    assert named in line_of(train_main, data, *MODEL, *flags)
 
 
-def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, told, checkpoint):
+def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, checkpoint):
     flags = [data, '--device', 'cpu', '-j', '0']
-    assert 'No pretrained weights exist' in told(validate_main, *flags, '--model', 'resnetblur18')
-    assert 'Invalid pool type: foo' in told(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
+    assert 'No pretrained weights exist' in line_of(validate_main, *flags, '--model', 'resnetblur18')
+    assert 'Invalid pool type: foo' in line_of(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
     labels = tmp_path / 'labels.txt'
     for text, named in (
-        ('0 7', '7 is none of the 3 classes'),
-        ('-1', '-1 is none of'),
-        ('', 'has 0 classes'),
-        ('2 0', 'has 2 classes, the data 3'),
+        ('0 7', ' 7 '),
+        ('-1', ' -1 '),
+        ('', ' 0 classes'),
+        ('2 0', ' 2 classes'),
     ):
         labels.write_text(text)
-        assert named in told(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
+        line = line_of(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
+        assert f'--valid-labels {labels}' in line and named in line
 
 
 def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(data, tmp_path):
@@ -130,72 +132,63 @@ def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(dat
     folder = train(
         data,
         tmp_path,
-        '--model',
-        'swin_tiny_patch4_window7_224',
-        '--img-size',
-        '32',
-        '--epochs',
-        '1',
-        '--model-kwargs',
-        'img_size=32',
-        'window_size=2',
-        'embed_dim=8',
-        'depths=(1,1)',
-        'num_heads=(1,1)',
+        *shlex.split(
+            '--model swin_tiny_patch4_window7_224 --img-size 32 --epochs 1 --model-kwargs img_size=32 '
+            'window_size=2 embed_dim=8 depths=(1,1) num_heads=(1,1)'
+        ),
     )
     validate_main([str(data), '--device', 'cpu', '-j', '0', '--checkpoint', str(folder / 'last.pth.tar')])
 
 
-def test_files_that_do_not_serve(data, tmp_path, told, checkpoint):
+def test_files_that_are_missing_or_wrong(data, tmp_path, line_of, checkpoint):
     (tmp_path / 'bad.yaml').write_text('a: [')
-    assert 'bad.yaml is not readable YAML' in told(train_main, data, *MODEL, '--config', 'bad.yaml')
+    assert 'bad.yaml' in line_of(train_main, data, *MODEL, '--config', 'bad.yaml')
     (tmp_path / 'typo.yaml').write_text('wieght_decay: 1')
-    assert "did you mean 'weight_decay'" in told(train_main, data, *MODEL, '--config', 'typo.yaml')
+    assert 'weight_decay' in line_of(train_main, data, *MODEL, '--config', 'typo.yaml')
     for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--config'):
-        assert 'nothing.pth' in told(train_main, data, *MODEL, flag, 'nothing.pth')
+        assert 'nothing.pth' in line_of(train_main, data, *MODEL, flag, 'nothing.pth')
     torch.save({'state_dict': {'other.weight': torch.ones(3)}}, tmp_path / 'other.pth')
-    assert '--initial-checkpoint other.pth: ' in told(train_main, data, *MODEL, '--initial-checkpoint', 'other.pth')
-    assert 'nothing.txt' in told(train_main, data, *MODEL, '--class-map', 'nothing.txt')
+    assert '--initial-checkpoint other.pth: ' in line_of(train_main, data, *MODEL, '--initial-checkpoint', 'other.pth')
+    assert 'nothing.txt' in line_of(train_main, data, *MODEL, '--class-map', 'nothing.txt')
 
 
-def test_class_statistics_and_reassessed_labels_that_are_none(data, tmp_path, told):
+def test_files_of_statistics_and_labels_that_are_not(data, tmp_path, line_of):
     (tmp_path / 'stats.json').write_text('nothing')
-    assert '--class-stats stats.json: ' in told(
-        train_main, data, *MODEL, '--loss', 'bce', '--loss-pos-weight', 'inverse', '--class-stats', 'stats.json'
+    assert '--class-stats stats.json: ' in line_of(
+        train_main, data, *MODEL, '--loss', 'bce', '--loss-class-weight', 'inv_freq', '--class-stats', 'stats.json'
     )
-    assert '--real-labels none.json: no such file' in told(validate_main, data, '--real-labels', 'none.json')
+    assert '--real-labels none.json: no such file' in line_of(validate_main, data, '--real-labels', 'none.json')
 
 
-def test_an_output_that_cannot_be_written(data, tmp_path, told):
+def test_an_output_that_cannot_be_written(data, tmp_path, line_of):
     (tmp_path / 'file').touch()
-    assert '--output: cannot write to file/run' in told(
+    assert '--output: cannot write to file/run' in line_of(
         train_main, data, *MODEL, '--output', 'file', '--experiment', 'run'
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is there')
-def test_cuda_where_there_is_none(data, told):
-    line = told(train_main, data, *MODEL, '--device', 'cuda')
-    assert '--device cuda: there is no such device' in line and '--device cpu' in line
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+def test_cuda_where_there_is_none(data, line_of):
+    line = line_of(train_main, data, *MODEL, '--device', 'cuda')
+    assert '--device cuda' in line and '--device cpu' in line
 
 
-def test_a_batch_larger_than_the_data(data, told):
-    assert 'only 24 images' in told(train_main, data, *MODEL, '-b', '25')
+def test_a_batch_larger_than_the_data(data, line_of):
+    assert '--batch-size 25' in line_of(train_main, data, *MODEL, '-b', '25')
 
 
 @pytest.mark.parametrize(
     ('flags', 'named'),
     [
-        (['--epochs', 'ten'], "--epochs: invalid int value: 'ten'"),
-        (['--task', 'detection'], "--task: invalid choice: 'detection'"),
+        (['--epochs', 'ten'], "--epochs.*'ten'"),
+        (['--task', 'detection'], "--task.*'detection'"),
         (['--no-such-flag'], '--no-such-flag'),
-        (['--nonfinite-limit', '0'], '--nonfinite-limit 0 is below 1'),
-        (['--tta', '2', '--val-bad-image', 'skip'], '--val-bad-image abort'),
+        (['--nonfinite-limit', '0'], '--nonfinite-limit 0'),
         (['--sched', 'plateau', '--sched-on-updates'], '--sched plateau'),
     ],
 )
-def test_flags(data, told, flags, named):
-    assert named in told(train_main, data, *MODEL, *flags)
+def test_flags(data, line_of, flags, named):
+    assert re.search(named, line_of(train_main, data, *MODEL, *flags))
 
 
 def test_every_shipped_recipe_parses():
@@ -221,8 +214,8 @@ def test_one_line_of_a_real_process_and_a_port_that_is_taken(data, tmp_path, mon
     assert line.startswith('train.py: error: ') and port in line and 'free port' in line
 
 
-def test_every_test_that_the_table_of_promises_names_is_there():
-    """docs/reliability.md claims nothing that no test shows."""
+def test_every_test_that_the_table_of_promises_names_exists():
+    """Each row of docs/reliability.md names its tests."""
     table = (ROOT / 'docs' / 'reliability.md').read_text()
     named = re.findall(r'`(test_\w+)\.py`', table), re.findall(r'`(test_\w+)`', table)
     assert all(named)
@@ -230,4 +223,4 @@ def test_every_test_that_the_table_of_promises_names_is_there():
     for test in named[1]:
         assert any(f'def {test}(' in text for text in code.values()), test
     rows = [int(row) for row in re.findall(r'^\| (\d+) \|', table, re.MULTILINE)]
-    assert len(rows) >= 18 and rows == list(range(1, len(rows) + 1))
+    assert rows == list(range(1, 22))

@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from torch import nn
 from torchvision import transforms
 
 from timm_mldecoder import MLDecoder, convert, convert_state_dict
-from timm_mldecoder.checkpoints.published import head_options, read_checkpoint
+from timm_mldecoder.checkpoints.published import head_options
+from timm_mldecoder.checkpoints.schema import read_checkpoint
 
 TRESNETS = {
     'M': dict(blocks=(3, 4, 11, 3), width=64, bottlenecks=False),
@@ -157,7 +157,7 @@ class TestConvertStateDict:
         [
             ({'fc.weight': torch.zeros(1)}, small_model, 'no ML-Decoder head in the checkpoint'),
             ({'a.group_fc.weight': torch.zeros(1), 'b.group_fc.weight': torch.zeros(1)}, small_model, '2 ML-Decoder'),
-            ({'weights': {'fc.weight': torch.zeros(1)}}, small_model, 'not a state dict: weights'),
+            ({'weights': {'fc.weight': torch.zeros(1)}}, small_model, 'weights is not a tensor'),
             ({'group_fc.weight': torch.zeros(1)}, lambda: nn.Linear(2, 2), 'Linear has 0 ML-Decoder heads'),
         ],
     )
@@ -168,7 +168,7 @@ class TestConvertStateDict:
     @pytest.mark.parametrize(
         'tensors, message',
         [
-            ({'duplicate_pooling': torch.zeros(4, 8, 1)}, 'lacks group_fc.bias, layers.0.linear1.weight'),
+            ({'duplicate_pooling': torch.zeros(4, 8, 1)}, 'missing group_fc.bias, layers.0.linear1.weight'),
             (
                 {
                     'group_fc.weight': torch.zeros(8, 1),
@@ -176,11 +176,11 @@ class TestConvertStateDict:
                     'layers.0.linear1.weight': torch.zeros(4, 8),
                     'vocabulary.embeddings': torch.zeros(3, 5),
                 },
-                'word queries',
+                'grouping',
             ),
         ],
     )
-    def test_options_that_cannot_be_told(self, tensors, message):
+    def test_options_that_no_shape_shows_are_an_error(self, tensors, message):
         with pytest.raises(ValueError, match=message):
             head_options(tensors)
 
@@ -199,7 +199,7 @@ class TestReadCheckpoint:
         mark = tmp_path / 'mark'
         content = {'model': {'fc.weight': torch.zeros(1)}, 'extra': Bomb(mark)}
         torch.save(content, tmp_path / 'file.pth', _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=r'file.pth is refused: it holds \S+open, which could run code'):
+        with pytest.raises(ValueError, match=r'file.pth .*\S+open'):
             read_checkpoint(tmp_path / 'file.pth')
         assert not mark.exists()
         torch.load(tmp_path / 'file.pth', weights_only=False)  # the bomb is one
@@ -238,22 +238,19 @@ def write(folder, content):
 
 
 class TestCommand:
-    def test_published_tresnet(self, tmp_path, python):
+    def test_published_tresnet(self, tmp_path, program):
         torch.manual_seed(0)
         reference = ReferenceTResNet(**TRESNETS['M'], classes=80, queries=80)
         names = {index: f'class {index}' for index in reversed(range(80))}
         write(tmp_path, {'model': reference.state_dict(), 'idx_to_class': names})
-        said = python(
-            'import runpy, sys; sys.argv[1:] = ["file.pth", "folder"]; '
-            'runpy.run_module("timm_mldecoder.convert", run_name="__main__")'
-        ).stdout
+        printed = program('run_module.py', 'timm_mldecoder.convert', 'file.pth', 'folder').stdout
         for line in (
             'layout        the reference repository\n',
             'architecture  tresnet_m\n',
             'classes       80, class 0, class 1, class 2, ...\n',
             'groups        80\n',
         ):
-            assert line in said
+            assert line in printed
 
         model = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True)
         assert_same_logits(model, reference)
@@ -286,7 +283,7 @@ class TestCommand:
         file = write(tmp_path, {'model': SmallReference().published(), 'arch': 'resnet10t'})
         convert.main([str(file), str(tmp_path / 'folder'), '--input-size', '96', '--mean', '0.5', '0.5', '0.5'])
         stored = json.loads((tmp_path / 'folder' / 'config.json').read_text())
-        assert stored['model_args']['ml_decoder'] == {'num_of_groups': CLASSES}
+        assert stored['model_args']['ml_decoder'] == {'num_of_groups': CLASSES, 'global_pool': 'avg'}
         config = resolve_data_config({}, model=timm.create_model(f'local-dir:{tmp_path / "folder"}'))
         assert config['input_size'] == (3, 96, 96)
         assert tuple(config['mean']) == (0.5, 0.5, 0.5)
@@ -301,24 +298,26 @@ class TestCommand:
     @pytest.mark.parametrize(
         'content, arguments, message',
         [
-            ({}, [], 'the file does not show its backbone: say --model'),
-            ({'arch': 'resnet10t'}, [], 'does not show the size of its images: say --input-size'),
-            ({'arch': 'resnet1'}, ['--input-size', '64'], 'resnet1 is no model of timm'),
+            ({}, [], 'pass --model'),
+            ({'arch': 'resnet10t'}, [], 'pass --input-size'),
+            ({'arch': 'resnet1'}, ['--input-size', '64'], '--model resnet1'),
             ({}, ['--model', 'resnet18', '--input-size', '64'], 'does not fit ResNet'),
         ],
     )
-    def test_refusal_writes_nothing(self, tmp_path, capsys, content, arguments, message):
+    def test_refusal_writes_nothing(self, tmp_path, content, arguments, message):
         file = write(tmp_path, {'model': SmallReference().published(), **content})
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(ValueError, match=message):
             convert.main([str(file), str(tmp_path / 'folder'), *arguments])
-        assert caught.value.code == 2
-        assert message in capsys.readouterr().err
         assert not (tmp_path / 'folder').exists()
 
-    def test_folder_in_use_is_kept(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            convert.main([sys.executable, str(tmp_path.parent)])
-        assert 'choose another one' in capsys.readouterr().err
+    def test_folder_in_use_is_kept(self, tmp_path):
+        folder = tmp_path / 'folder'
+        folder.mkdir()
+        (folder / 'notes.txt').write_text('kept')
+        file = write(tmp_path, {'model': SmallReference().published(), 'arch': 'resnet10t'})
+        with pytest.raises(ValueError, match='notes.txt|not empty|empty folder'):
+            convert.main([str(file), str(folder), '--input-size', '64'])
+        assert [path.name for path in folder.iterdir()] == ['notes.txt']
 
     def test_class_names(self):
         assert convert.class_names({1: 'b', 0: 'a'}, 2) == ['a', 'b']

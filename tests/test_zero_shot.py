@@ -50,7 +50,7 @@ def test_number_of_classes_follows_the_embeddings_wherever_they_come_from(name, 
     assert model.num_classes == 3 and model(x).shape == (2, 3) and model.get_classifier().class_names is None
     again = timm_mldecoder.add_ml_decoder_head(model, word_embeddings=words(5), **HEAD)
     assert again.num_classes == 5
-    with pytest.raises(ValueError, match='of 8 classes, num_classes is 7'):
+    with pytest.raises(ValueError, match='8 classes, num_classes is 7'):
         timm.create_model(name, num_classes=7, ml_decoder=dict(HEAD, word_embeddings=words()))
 
 
@@ -71,7 +71,7 @@ def test_embeddings_are_read_from_a_file_and_picked_by_name(tmp_path, x):
 def test_checkpoint_of_many_classes_loads_into_a_model_with_others(way, x):
     trained = create(words(60), class_names=None, **WAYS[way] and {**WAYS[way], 'num_of_groups': 12})
     head = trained.get_classifier()
-    grouping = dict(num_of_groups=head.plan.num_queries, group_size=head.plan.group_size)
+    grouping = dict(num_of_groups=head.config.num_queries, group_size=head.config.group_size)
     others = create(**{**WAYS[way], **grouping})
     others.load_state_dict(trained.state_dict())
     head.set_word_embeddings(words(), NAMES)
@@ -159,7 +159,7 @@ def test_a_fresh_head_for_as_many_classes_is_for_the_same_ones(x):
     model.reset_classifier(8)
     assert model.get_classifier().class_names == NAMES and not torch.equal(model(x), before)
     model.reset_classifier(3)
-    with pytest.raises(RuntimeError, match='does not know its classes'):
+    with pytest.raises(RuntimeError, match='does not have its classes'):
         model(x)
     model.get_classifier().set_word_embeddings(words(4))
     assert model(x).shape == (2, 4)

@@ -8,8 +8,10 @@ __version__ = '0.1.0'
 # plugin.py), and must not pay for, or fail on, anything that the plug-in does not need.
 _PUBLIC = {
     'CosineClassifier': 'timm_mldecoder.models.cosine',
+    'GraphClassifier': 'timm_mldecoder.models.graph',
     'MLDecoder': 'timm_mldecoder.head',
     'add_cosine_classifier': 'timm_mldecoder.models.cosine',
+    'add_graph_classifier': 'timm_mldecoder.models.graph',
     'add_ml_decoder_head': 'timm_mldecoder.models.attach',
     'convert_state_dict': 'timm_mldecoder.checkpoints.published',
 }

@@ -1,35 +1,46 @@
-"""Turn a downloaded ML-Decoder checkpoint into a folder that timm loads.
+"""Turn a checkpoint into a folder that timm, transformers and the Hugging Face hub load.
 
-    python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l
+    python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
+    python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
-The published TResNets are recognised. For another backbone say which timm model it is (``--model``) and at which size
-it was trained (``--input-size``). docs/checkpoints.md tells the rest.
+A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
+ones the TResNets are recognised; for another backbone say which timm model it is (`--model`) and at which size it was
+trained (`--input-size`). docs/checkpoints.md has the details.
 """
 
 import argparse
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import resolve_model_input_args, save_for_hf
+from timm.models import resolve_model_input_args
 from torch import Tensor
 
-from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options, read_checkpoint, unwrap
+from timm_mldecoder.checkpoints.folders import save_folder
+from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options
+from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.flags import train_options
+from timm_mldecoder.engine.flags.config import as_arguments
+from timm_mldecoder.engine.flags.parse import flags
+from timm_mldecoder.engine.model import load_trained
+from timm_mldecoder.engine.runtime.errors import run_command
 
 
 class Architecture(NamedTuple):
-    """A timm model: its name, and the arguments that make it what the checkpoint was made with."""
+    """A timm model: its name, and the arguments that the checkpoint was trained with."""
 
     model: str
     arguments: Mapping[str, Any] = {}
 
 
 class TResNetShape(NamedTuple):
-    """What tells one TResNet from another."""
+    """What distinguishes one TResNet from another."""
 
     blocks: tuple[int, ...]  # of each stage
     width: int  # channels of the stem
@@ -63,53 +74,133 @@ INPUT_SIZES = {
 }
 
 
+# How the published checkpoints expect images, under the names of timm's data configuration.
+PUBLISHED = dict(crop_mode='squash', crop_pct=1.0, interpolation='bilinear', mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        convert(**vars(args))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def convert(
-    file: Path, folder: Path, model: str | None, input_size: int | None, word_embeddings: Path | None, **preprocessing
-) -> None:
-    """Read ``file``, say what it is, and write ``folder``.
-
-    Args:
-        file: a checkpoint in one of the layouts of `timm_mldecoder.checkpoints.published`.
-        folder: a new or empty folder, for ``config.json`` and ``model.safetensors``.
-        model: timm's name of the backbone, where the file does not show it.
-        input_size: height and width of the images in pixels, where the checkpoint is not a published one.
-        word_embeddings: label embeddings for a head of word queries, which is published without any; see
-            `timm_mldecoder.data.word_embeddings`.
-        **preprocessing: how images are prepared, under the names of timm's data config.
+    """Convert the checkpoint that the command line names.
 
     Raises:
-        ValueError: the file is not what `convert_state_dict` reads, something is to be said that only the user knows,
-            or the folder is not empty.
+        ValueError: For a user's mistake.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f'{folder} is not an empty folder: choose another one')
-    checkpoint = read_checkpoint(file)
-    tensors = unwrap(checkpoint)
+    arguments = vars(_parse(argv))
+    content = read_checkpoint(arguments['file'])
+    convert = convert_run if RUN in content else convert_published
+    for line in convert(content, **arguments):
+        print(line)
+
+
+def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: bool | None, **others: Any) -> list[str]:
+    """Write a checkpoint of train.py as a folder that scores what validate.py scores on the checkpoint.
+
+    Args:
+        content: What the file holds.
+        file: The checkpoint.
+        folder: New or empty folder.
+        use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
+        **others: Flags for published checkpoints, which must not be given.
+
+    Returns:
+        Lines that describe the folder.
+
+    Raises:
+        ValueError: If a flag is given that the checkpoint already decides.
+    """
+    given = [f'--{name.replace("_", "-")}' for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(f'{", ".join(given)}: {file} is a checkpoint of train.py, which says this itself')
+    trained = load_trained(str(file), use_ema=use_ema)
+    task = vars(content['args'])['task']
+    save_folder(
+        trained.model,
+        folder,
+        class_names=trained.class_names,
+        data_config=trained.data_config,
+        task=task,
+        thresholds=content.get('thresholds'),
+        facts=run_facts(content, use_ema),
+    )
+    return [
+        f'architecture  {content["arch"]}',
+        f'classes       {trained.model.num_classes}, {_describe_names(trained.class_names, content)}',
+        f'task          {task}',
+        'images        ' + ', '.join(f'{key} {value}' for key, value in trained.data_config.items()),
+        f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
+    ]
+
+
+def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, str]:
+    """Return the lines of a model card for a checkpoint of train.py: metrics, and the command that trained it.
+
+    Args:
+        content: What the file holds.
+        use_ema: The weights taken; metrics are those of the weights that the checkpoint was ranked by.
+    """
+    rows = content[RUN]['rows'] if use_ema in (None, ranked_by_ema(content)) else []
+    row = {name: value for name, value in (rows[-1] if rows else {}).items() if name != 'eval_ema'}
+    metrics = [f'{name[5:]} {value:.3f}' for name, value in row.items() if name.startswith('eval_')]
+    command = shlex.join(['train.py', 'DATA', *chosen_flags(vars(content['args']))])
+    return {'Metrics of the validation split': ', '.join(metrics) or 'unknown', 'Training': f'`{command}`'}
+
+
+def chosen_flags(options: Mapping[str, Any]) -> list[str]:
+    """Return the flags of a run that decide its result and differ from the defaults."""
+    where = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'workers', 'device', 'log_interval'}
+    defaults, rows = train_options(data_dir='.').to_dict(), flags('train')
+    arguments = []
+    for name, row in rows.items():
+        if name not in where and name in options and options[name] != defaults[name]:
+            arguments += as_arguments(row, options[name])
+    return arguments
+
+
+def convert_published(
+    content: Mapping[str, Any],
+    file: Path,
+    folder: Path,
+    model: str | None,
+    input_size: int | None,
+    word_embeddings: Path | None,
+    use_ema: bool | None = None,
+    **preprocessing: Any,
+) -> list[str]:
+    """Write a checkpoint of another program as a folder.
+
+    Args:
+        content: What the file holds.
+        file: Checkpoint in one of the layouts of `timm_mldecoder.checkpoints.published`.
+        folder: New or empty folder.
+        model: timm's name of the backbone, where the file does not show it.
+        input_size: Height and width of the images in pixels, where the checkpoint is not a published one.
+        word_embeddings: Label embeddings for a head with text queries, which is published without any; see
+            `timm_mldecoder.data.word_embeddings`.
+        use_ema: Whether to take the EMA weights; None takes them if there are any.
+        **preprocessing: How images are prepared, under the names of timm's data configuration.
+
+    Returns:
+        Lines that describe the folder.
+
+    Raises:
+        ValueError: If the file is not what `convert_state_dict` reads, or a required flag is missing.
+    """
+    tensors = weights_of(content, use_ema)
     options = head_options(tensors)
     names = None
     if 'word_embeddings' in options:
         options['word_embeddings'], names = _word_embeddings(word_embeddings)
         options['class_names'] = names
     elif word_embeddings:
-        raise ValueError(f'{file} has no word queries: leave --word-embeddings out')
+        raise ValueError(f'{file} has no text queries: leave --word-embeddings out')
     num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
-    architecture = Architecture(model) if model else _architecture(shape, checkpoint.get('arch'))
+    architecture = Architecture(model) if model else _architecture(shape, content.get('arch'))
     input_size = input_size or INPUT_SIZES.get((shape, num_classes))
     if input_size is None:
-        raise ValueError(f'{file} does not show the size of its images: say --input-size')
+        raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
-        raise ValueError(f'{architecture.model} is no model of timm: see timm.list_models()')
-    names = names or class_names(checkpoint.get('idx_to_class'), num_classes)
+        raise ValueError(f'--model {architecture.model} is not a model of timm: see timm.list_models()')
+    names = names or class_names(content.get('idx_to_class'), num_classes)
 
     target = resolve_model_input_args(
         architecture.model,
@@ -120,25 +211,31 @@ def convert(
     )
     network = timm.create_model(**target)
     network.load_state_dict(convert_state_dict(tensors, network))
-    data_config = {'input_size': (3, input_size, input_size), **preprocessing}
-    save_for_hf(network, folder, model_config={'label_names': names}, data_config=data_config, safe_serialization=True)
-
-    print(f'layout        {find_head(tensors).layout}')
-    print(f'architecture  {architecture.model}', *(f'{key}={value}' for key, value in architecture.arguments.items()))
-    print(f'classes       {num_classes}, {_say_names(names, checkpoint)}')
-    print(f'groups        {network.get_classifier().plan.num_queries}')
-    print('images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()))
-    print(f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
+    given = {name: value for name, value in preprocessing.items() if value is not None}
+    data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
+    # the published single-label checkpoint is that of Stanford-Cars
+    task = 'classification' if (shape, num_classes) == (L, 196) else 'multilabel'
+    save_folder(network, folder, class_names=names, data_config=data_config, task=task)
+    arguments = (f'{key}={value}' for key, value in architecture.arguments.items())
+    return [
+        f'layout        {find_head(tensors).layout}',
+        ' '.join([f'architecture  {architecture.model}', *arguments]),
+        f'classes       {num_classes}, {_describe_names(names, content)}',
+        f'groups        {network.get_classifier().config.num_queries}',
+        f'task          {task}',
+        'images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()),
+        f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
+    ]
 
 
 def _word_embeddings(path: Path | None) -> tuple[Tensor, list[str] | None]:
     if path is None:
-        raise ValueError('the file has word queries: give its classes, --word-embeddings FILE')
+        raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
     return read_word_embeddings(path)
 
 
 def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
-    """The shape of the TResNet that the tensors belong to, None if they are not of a TResNet with in-place ABN."""
+    """Return the shape of the TResNet of the tensors, None if they are not of a TResNet with in-place ABN."""
     stem = tensors.get('body.conv1.0.weight')
     if stem is None:
         return None
@@ -149,10 +246,10 @@ def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
 
 
 def class_names(idx_to_class: Mapping | None, num_classes: int) -> list[str] | None:
-    """The names of the outputs in their order, None if the file does not name each.
+    """Return the names of the outputs in order, None if the file does not name each.
 
-    Keys that are not 0 to C - 1 (the identifiers of a dataset) are taken in the file's order, as the reference's own
-    demonstration does.
+    Keys other than 0 to C - 1 (identifiers of a dataset) are taken in the file's order, as in the reference's
+    demonstration.
     """
     if not idx_to_class or len(idx_to_class) != num_classes:
         return None
@@ -162,39 +259,45 @@ def class_names(idx_to_class: Mapping | None, num_classes: int) -> list[str] | N
 
 
 def _architecture(shape: TResNetShape | None, named: str | None) -> Architecture:
-    """The backbone that the tensors show, or that a training run of timm noted in its checkpoint."""
+    """Return the backbone that the tensors show, or that a training run of timm recorded."""
     if shape in TRESNETS:
         return TRESNETS[shape]
     if shape is not None:
-        raise ValueError(f'no published TResNet is like the one in the file ({shape}): say --model')
+        raise ValueError(f'the TResNet in the file ({shape}) is not a published one: pass --model')
     if named is None:
-        raise ValueError('the file does not show its backbone: say --model')
+        raise ValueError('cannot infer the backbone: pass --model')
     return Architecture(named)
 
 
-def _say_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> str:
+def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> str:
     if names:
         return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
     found = len(checkpoint.get('idx_to_class') or ())
     return f'names left out (the file has {found})' if found else 'without names'
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter)
     parser.add_argument('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
     parser.add_argument('folder', type=Path, help='folder to write, new or empty')
-    parser.add_argument('--model', help="timm's name of the backbone, where the file does not show it")
-    parser.add_argument('--input-size', type=int, help='pixels a side, where the checkpoint is not a published one')
-    parser.add_argument('--word-embeddings', type=Path, help='label embeddings, for a head of word queries')
-    images = parser.add_argument_group('how images are prepared, by default as the published checkpoints expect them')
-    images.add_argument('--crop-mode', default='squash', choices=['squash', 'center', 'border'], help='[%(default)s]')
-    images.add_argument('--crop-pct', default=1.0, type=float, help='[%(default)s]')
-    images.add_argument('--interpolation', default='bilinear', help='[%(default)s]')
-    images.add_argument('--mean', default=(0.0, 0.0, 0.0), type=float, nargs=3, help='[%(default)s]')
-    images.add_argument('--std', default=(1.0, 1.0, 1.0), type=float, nargs=3, help='[%(default)s]')
-    return parser
+    parser.add_argument(
+        '--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)'
+    )
+    other = parser.add_argument_group('checkpoints of other programs')
+    other.add_argument('--model', help="timm's name of the backbone, where the file does not show it")
+    other.add_argument(
+        '--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one'
+    )
+    other.add_argument('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
+    for name, default in PUBLISHED.items():
+        several = dict(nargs=3) if isinstance(default, tuple) else {}
+        choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
+        kind = str if isinstance(default, str) else float
+        flag = f'--{name.replace("_", "-")}'
+        other.add_argument(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

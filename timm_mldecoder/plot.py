@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
-from timm_mldecoder.engine.runtime import cli
-from timm_mldecoder.engine.runtime.report import Metrics, read_summary
+from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.engine.runtime.summary import Metrics, read_summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,4 +64,4 @@ def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

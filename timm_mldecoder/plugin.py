@@ -1,28 +1,26 @@
 """The plug-in: ``timm.create_model(name, ml_decoder=...)``. The only file that touches timm's factory.
 
 torch calls the entry points of its group ``torch.backends`` at the end of ``import torch``; ours is `autoload`. It must
-cost next to nothing and can never fail, so this file imports neither timm nor torch, and waits for timm's factory with
+cost next to nothing and must not fail, so this file imports neither timm nor torch, and waits for timm's factory with
 an import hook. ``create_model`` looks ``model_entrypoint`` up in its own module when it is called: replacing that one
 name reaches every ``from timm import create_model`` made before.
 """
 
 import functools
 import os
-import re
 import sys
 import warnings
 
+from timm_mldecoder.models import CLASSIFIER_OPTIONS
+
 ENTRY_POINT_SWITCH = 'TIMM_MLDECODER_AUTOLOAD'
-OLDEST_TIMM = (1, 0, 31)
-# Where timm's factory is: today's place, and the one before timm 0.8, watched only to say that it is too old.
-FACTORIES = ('timm.models._factory', 'timm.models.factory')
+FACTORY = 'timm.models._factory'
 
 
 def activate() -> None:
-    """Make ``timm.create_model`` understand ``ml_decoder``, now or when timm is imported. Twice is the same as once."""
-    for name in FACTORIES:
-        if name in sys.modules:
-            _hook(sys.modules[name])
+    """Make ``timm.create_model`` understand ``ml_decoder``, now or when timm is imported. Idempotent."""
+    if FACTORY in sys.modules:
+        _hook(sys.modules[FACTORY])
     if not _active():
         sys.meta_path.insert(0, _FactoryFinder())
 
@@ -36,12 +34,12 @@ def autoload() -> None:
             # torch has just imported the package for us. Forget it, so that the user's own import still activates.
             for name in [name for name in sys.modules if name.partition('.')[0] == __package__]:
                 del sys.modules[name]
-    except Exception as error:  # whatever it is, `import torch` has to succeed
-        warnings.warn(f'timm_mldecoder could not start: {error!r}. timm works without ml_decoder.', stacklevel=2)
+    except Exception as error:  # `import torch` must succeed, whatever the error
+        warnings.warn(f'timm_mldecoder could not start: {error!r}. timm works without ml_decoder', stacklevel=2)
 
 
 def loaded_by_torch() -> bool:
-    """Whether torch is being imported right now, so that importing this package is its doing and not the user's."""
+    """Return whether torch is being imported right now, so that torch and not the user imports this package."""
     spec = getattr(sys.modules.get('torch'), '__spec__', None)
     return bool(getattr(spec, '_initializing', False))
 
@@ -51,10 +49,10 @@ def _active() -> bool:
 
 
 class _FactoryFinder:
-    """Finds timm's factory as any import would, and hooks it once it has run."""
+    """Finds timm's factory as any import would, and hooks it after it has run."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in FACTORIES:
+        if name != FACTORY:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, 'find_spec'))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
@@ -79,59 +77,58 @@ class _HookedLoader:
 def _hook(factory) -> None:
     if getattr(factory, '_ml_decoder_hook', False):
         return
-    if hasattr(factory, 'model_entrypoint'):
-        find = factory.model_entrypoint
-        factory.model_entrypoint = functools.wraps(find)(lambda *args, **kwargs: _with_option(find(*args, **kwargs)))
-    elif hasattr(factory, 'create_model'):  # a timm we do not know: leave it as it is, but say so when asked
-        factory.create_model = _refusing(factory.create_model)
+    wrappers = {
+        'model_entrypoint': _taking_options,
+        'load_model_config_from_path': _telling_pool,
+        'load_model_config_from_hf': _telling_pool,
+    }
+    for name, wrap in wrappers.items():
+        if hasattr(factory, name):  # else an unknown timm, which must work without us
+            setattr(factory, name, wrap(getattr(factory, name)))
     factory._ml_decoder_hook = True
 
 
-def _with_option(entrypoint):
-    """A timm model function that also takes ``ml_decoder``."""
+def _taking_options(model_entrypoint):
+    """Wrap timm's lookup: the functions it returns also take the options of this package."""
 
-    @functools.wraps(entrypoint)
-    def create(*args, ml_decoder=None, **kwargs):
-        stored = (kwargs.get('pretrained_model_args') or {}).get('ml_decoder')
-        if not (ml_decoder or isinstance(ml_decoder, dict)):
-            if stored and kwargs.get('pretrained'):
-                raise ValueError(
-                    'this checkpoint holds an ML-Decoder head: leave ml_decoder out, or load it without pretrained=True'
-                )
-            return entrypoint(*args, **kwargs)
-        return _factory_module().create_with_head(
-            functools.partial(entrypoint, *args), ml_decoder, stored_head=bool(stored), **kwargs
-        )
+    @functools.wraps(model_entrypoint)
+    def lookup(*args, **kwargs):
+        entrypoint = model_entrypoint(*args, **kwargs)
 
-    return create
+        @functools.wraps(entrypoint)
+        def create(*args, **kwargs):
+            options = {**(kwargs.get('pretrained_model_args') or {}), **kwargs}
+            if not any(name in options for name in CLASSIFIER_OPTIONS):
+                return entrypoint(*args, **kwargs)
+            return _our_factory().create_model(functools.partial(entrypoint, *args), **kwargs)
 
+        return create
 
-def _refusing(create_model):
-    @functools.wraps(create_model)
-    def create(*args, **kwargs):
-        if kwargs.get('ml_decoder'):
-            _refuse('its model factory has changed')
-        return create_model(*args, **kwargs)
-
-    return create
+    return lookup
 
 
-def _factory_module():
-    """Our part of the work, or one clear word about why it cannot be had."""
-    if tuple(int(part) for part in re.findall(r'\d+', _timm_version())[:3]) < OLDEST_TIMM:
-        _refuse(f'it needs timm {".".join(map(str, OLDEST_TIMM))} or newer')
+def _telling_pool(load_config):
+    """Wrap timm's reading of a stored model: report the pooling of the backbone, where timm recorded it as removed.
+
+    Otherwise nobody could tell what timm recorded from a ``global_pool=''`` of the user.
+    """
+
+    @functools.wraps(load_config)
+    def load(*args, **kwargs):
+        pretrained_cfg, name, model_args = load_config(*args, **kwargs)
+        head = (model_args or {}).get('ml_decoder')
+        if head:
+            pool = head.get('global_pool') if isinstance(head, dict) else None
+            others = {name: value for name, value in model_args.items() if name != 'global_pool'}
+            model_args = {**others, 'global_pool': pool} if pool else others
+        return pretrained_cfg, name, model_args
+
+    return load
+
+
+def _our_factory():
     try:
         from timm_mldecoder.models import factory
-    except Exception as error:  # timm or this package is broken: say so once, where the option was asked for
-        _refuse(f'it could not be loaded: {error!r}', error)
+    except Exception as error:  # timm or this package is damaged
+        raise RuntimeError(f'timm_mldecoder does not work with the installed timm: {error!r}') from error
     return factory
-
-
-def _timm_version() -> str:
-    return getattr(sys.modules['timm'], '__version__', '(unknown version)')
-
-
-def _refuse(reason: str, cause: BaseException | None = None) -> None:
-    message = f'ml_decoder does not work with the installed timm {_timm_version()}: {reason}'
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
-    raise RuntimeError(message) from cause

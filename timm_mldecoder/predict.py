@@ -1,247 +1,228 @@
-"""Labels of images: a file or a folder of them in, CSV or JSON out, and pictures with what each label looks at.
+"""Labels, scores and features of images, with a trained model.
 
-    python -m timm_mldecoder.predict IMAGES --checkpoint output/train/RUN/model_best.pth.tar
-    python -m timm_mldecoder.predict IMAGES --model local-dir:FOLDER --pictures PICTURES --out labels.json
-    python -m timm_mldecoder.predict IMAGES --model local-dir:FOLDER --classes "zebra,traffic light" \\
-        --word-embeddings words.safetensors
+    python -m timm_mldecoder.predict IMAGES --checkpoint output/train/RUN/model_best.pth.tar --out labels.csv
+    torchrun --nproc_per_node=8 -m timm_mldecoder.predict IMAGES --model local-dir:FOLDER --amp --out labels.parquet
+    python -m timm_mldecoder.predict IMAGES --model local-dir:FOLDER --classes classes.txt \\
+        --word-embeddings words.safetensors --out labels.jsonl --pictures PICTURES
 
-A checkpoint of train.py is used as it was trained. A file from elsewhere becomes a folder for `local-dir:` by
-`python -m timm_mldecoder.convert`. A model with word queries takes any classes (`--classes`) that a file of label
-embeddings has, or picks among its own.
+IMAGES is an image, a folder, a tar file or a folder of them (WebDataset shards), or a CSV or Parquet list with a column
+`path`. The output is written in finished parts: the same command continues after a kill. Images that cannot be read are
+listed in errors.csv beside the output. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a
+folder for `local-dir:` with `python -m timm_mldecoder.convert`.
 """
 
 import argparse
-import csv
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.utils import setup_default_logging
-from torch import Tensor, nn
+from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.eval.score import create_model, take_checkpoint
-from timm_mldecoder.engine.flags import parse_validate
-from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.models.attention_maps import attention_maps
-
-SUFFIXES = tuple(Image.registered_extensions())
-MAPS = 4  # most attention maps in a picture
-
-
-class Predictor(NamedTuple):
-    """A model and what goes with it.
-
-    Attributes:
-        model: In eval mode.
-        config: timm's data configuration.
-        names: Names of the outputs in their order.
-        thresholds: Probabilities from which a label is given, a scalar or [C]; None for one label an image.
-    """
-
-    model: nn.Module
-    config: dict[str, Any]
-    names: list[str]
-    thresholds: Tensor | None
-
-
-class Label(NamedTuple):
-    """A label of an image, and its probability."""
-
-    index: int
-    name: str
-    score: float
+from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.data import create_dataset
+from timm_mldecoder.engine.eval.evaluate import autocast_context
+from timm_mldecoder.engine.input.images import Placement
+from timm_mldecoder.engine.model import Trained, load_trained, set_classes, thresholds_for
+from timm_mldecoder.engine.predict.parts import Parts, fingerprint
+from timm_mldecoder.engine.predict.pictures import draw_pictures
+from timm_mldecoder.engine.predict.run import Predictor, predict
+from timm_mldecoder.engine.predict.sources import SourceDataset, dataset_source, open_source
+from timm_mldecoder.engine.runtime.distributed import World, join_world
+from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.head import MLDecoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Predict as the command line says."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.use_ema and not options.checkpoint:
-        parser.error('--use-ema takes the averaged weights of a --checkpoint')
-    setup_default_logging()
-    try:
-        files = find_images(options.images)
-        predictor = load(options)
-        found = dict(predict(predictor, files, options))
-        write(options.out, found, options.images)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def find_images(path: Path) -> list[Path]:
-    """The image, or every image in the folder and the folders in it, sorted."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f'{path}: no image there')
-    return files
-
-
-def load(options: argparse.Namespace) -> Predictor:
-    """The model that the options name, asked for the classes that they name.
+    """Predict with the options of a command line.
 
     Raises:
-        ValueError: For whatever the user got wrong.
+        ValueError: For a user's mistake.
+        RunFailed: If an image cannot be read and --bad-image is abort.
     """
-    thresholds, content, config = None, {}, {}
-    if options.checkpoint:
-        asked, explicit = parse_validate(
-            [
-                '.',
-                '--checkpoint',
-                str(options.checkpoint),
-                '--device',
-                options.device,
-                *(['--use-ema'] if options.use_ema else []),
-            ]
+    arguments = _parse(argv)
+    device = arguments.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    with join_world(device) as world:
+        _predict(arguments, world)
+
+
+def _predict(arguments: argparse.Namespace, world: World) -> None:
+    predictor = load_predictor(arguments, world.device)
+    outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
+    if arguments.dataset:
+        source = dataset_source(
+            create_dataset(arguments.dataset, str(arguments.images), arguments.split), arguments.images
         )
-        content, config = take_checkpoint(asked, explicit)
-        model = create_model(asked, content, World(torch.device(options.device)))
-        multilabel, thresholds = asked.task == 'multilabel', content.get('thresholds')
     else:
-        model = timm.create_model(options.model, pretrained=True)
-        multilabel = not options.single_label
-    config = {**resolve_data_config({}, model=model), **config}
-    names = content.get('class_names') or model.pretrained_cfg.get('label_names')
-    vocabulary = getattr(model.get_classifier(), 'vocabulary', None)
-    if options.classes or options.word_embeddings:
-        thresholds = None  # they are those of the old classes
-        names = _change_classes(model, options)
-    elif vocabulary is not None:
-        names = vocabulary.class_names
-    names = names or range(model.num_classes)
-    if options.threshold is None and thresholds is not None and len(thresholds) != len(names):
-        raise ValueError(
-            f'{options.checkpoint} holds thresholds of {len(thresholds)} classes, and {len(names)} are '
-            f'asked for: pass --threshold'
-        )
-    if multilabel and (options.threshold is not None or thresholds is None):
-        thresholds = torch.tensor(0.5 if options.threshold is None else options.threshold)
+        source = open_source(arguments.images, exclude=outputs)
+    channels = predictor.data_config['input_size'][0]
+    mode = {1: 'L', 3: 'RGB', 4: 'CMYK'}.get(channels, 'RGB')
+    transform = create_transform(**{**predictor.data_config, 'is_training': False})
+    dataset = SourceDataset(source, transform, mode)
+    arrays = {'scores': arguments.scores, 'features': arguments.features}
+    setup = dict(
+        model=arguments.model or str(arguments.checkpoint),
+        weights=fingerprint(*(float(tensor.double().sum()) for tensor in predictor.model.state_dict().values())),
+        source=fingerprint(bytes(source.names.tobytes()) if hasattr(source.names, 'tobytes') else tuple(source.names)),
+        classes=predictor.class_names,
+        thresholds=None if predictor.thresholds is None else predictor.thresholds.tolist(),
+        top_k=arguments.top_k,
+        features=predictor.features,
+        amp=arguments.amp,
+    )
+    parts = Parts(
+        arguments.out, len(dataset), arguments.part_size, setup, {name: path for name, path in arrays.items() if path}
+    )
+    if arguments.torchcompile:
+        predictor = predictor._replace(model=torch.compile(predictor.model))
+    errors = predict(
+        predictor,
+        dataset,
+        parts,
+        world,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        autocast=autocast_context(world.device, arguments.amp_dtype if arguments.amp else None),
+        placement=Placement(world.device, channels_last=arguments.channels_last),
+        bad_image=arguments.bad_image,
+    )
+    if world.primary:
+        if arguments.pictures:
+            draw_pictures(predictor, dataset, arguments.pictures)
+        found = f'{len(dataset) - errors} images in {arguments.out}'
+        print(found + (f', {errors} unreadable ones in {arguments.out.with_name("errors.csv")}' if errors else ''))
+
+
+def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:
+    """Load the model that the arguments name, with the classes that they name.
+
+    Raises:
+        ValueError: For a user's mistake.
+    """
+    trained = _load(arguments, str(device))
+    model, content = trained.model, trained.content
+    if arguments.pictures and not isinstance(model.get_classifier(), MLDecoder):
+        raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
+    names = trained.class_names
+    if arguments.classes or arguments.word_embeddings:
+        head = model.get_classifier()
+        if not isinstance(head, MLDecoder) or head.vocabulary is None:
+            raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
+        set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
+        names = head.class_names
+    names = [str(name) for name in names or range(model.num_classes)]
+    if arguments.features and arguments.feature_kind == 'queries' and not isinstance(model.get_classifier(), MLDecoder):
+        raise ValueError('--feature-kind queries needs an ML-Decoder head: pass pooled')
+    if arguments.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     return Predictor(
-        model.eval().to(options.device), config, [str(name) for name in names], thresholds if multilabel else None
+        model.eval().to(device),
+        {**resolve_data_config({}, model=model), **trained.data_config},
+        names,
+        _thresholds(arguments, content, names),
+        arguments.top_k,
+        arguments.feature_kind if arguments.features else '',
     )
 
 
-def _change_classes(model: nn.Module, options: argparse.Namespace) -> list[str]:
-    """Ask a model with word queries for the classes of the options; their names."""
-    head = model.get_classifier()
-    if getattr(head, 'vocabulary', None) is None:
-        raise ValueError('the classes of this model are fixed: --classes and --word-embeddings are for word queries')
-    wanted = [name.strip() for name in options.classes.split(',') if name.strip()] if options.classes else None
-    if options.word_embeddings:
-        embeddings, names = read_word_embeddings(options.word_embeddings, wanted)
-    else:
-        own = {name: index for index, name in enumerate(head.class_names or ())}
-        missing = [name for name in wanted if name not in own]
-        if missing:
-            raise ValueError(f'the model has no embedding of {", ".join(missing)}: give --word-embeddings')
-        embeddings, names = head.vocabulary.embeddings[[own[name] for name in wanted]], wanted
-    head.set_word_embeddings(embeddings, names)
-    return names
-
-
-def predict(
-    predictor: Predictor, files: Sequence[Path], options: argparse.Namespace
-) -> Iterator[tuple[Path, list[Label]]]:
-    """Each image and its labels, the likeliest first; draws pictures where the options ask for them."""
-    transform = create_transform(**{**predictor.config, 'is_training': False})
-    mode = 'L' if predictor.config['input_size'][0] == 1 else 'RGB'
-    for start in range(0, len(files), options.batch_size):
-        batch = files[start : start + options.batch_size]
-        images = [Image.open(file).convert(mode) for file in batch]
-        inputs = torch.stack([transform(image) for image in images]).to(options.device)
-        with torch.inference_mode():
-            logits = predictor.model(inputs).float()
-        for file, image, row, values in zip(batch, images, logits, inputs, strict=True):
-            labels = choose(predictor, row, options.top_k)
-            if options.pictures:
-                picture = options.pictures / file.relative_to(_root(options.images)).with_suffix('.png')
-                draw(predictor.model, image, values, labels[:MAPS], picture)
-            yield file, labels
-
-
-def choose(predictor: Predictor, logits: Tensor, top_k: int | None) -> list[Label]:
-    """The labels of one image: the `top_k` likeliest, or all above their threshold, or the one."""
-    single = predictor.thresholds is None
-    scores = (logits.softmax(0) if single else logits.sigmoid()).cpu()
-    order = scores.argsort(descending=True)
-    order = order[: top_k or 1] if top_k or single else order[(scores >= predictor.thresholds)[order]]
-    return [Label(index, predictor.names[index], scores[index].item()) for index in order.tolist()]
-
-
-def draw(model: nn.Module, image: Image.Image, values: Tensor, labels: Sequence[Label], path: Path) -> None:
-    """The image, and beside it what the head looks at for each label."""
+def _load(arguments: argparse.Namespace, device: str) -> Trained:
+    if arguments.checkpoint:
+        return load_trained(arguments.checkpoint, device=device, use_ema=arguments.use_ema)
+    if arguments.use_ema is not None:
+        raise ValueError('--use-ema and --no-use-ema choose weights of a --checkpoint')
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--pictures needs matplotlib: pip install 'timm-mldecoder[demo]'") from error
-    image = image.resize(values.shape[:0:-1])
-    figure = Figure(figsize=(3 * (1 + len(labels)), 3.3), layout='constrained')
-    axes = figure.subplots(1, 1 + len(labels), squeeze=False)[0]
-    axes[0].imshow(np.asarray(image), cmap='gray')
-    axes[0].set_title(path.stem)
-    if labels:
-        classes = torch.tensor([label.index for label in labels], device=values.device)
-        maps = attention_maps(model, values.expand(len(labels), -1, -1, -1), classes).cpu()
-        for place, label, attention in zip(axes[1:], labels, maps, strict=True):
-            place.imshow(np.asarray(image.convert('L')), cmap='gray')
-            place.imshow(attention, cmap='inferno', alpha=0.6, extent=(0, image.width, image.height, 0))
-            place.set_title(f'{label.name} {label.score:.2f}')
-    for place in axes:
-        place.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+        model = timm.create_model(arguments.model, pretrained=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f'--model {arguments.model}: {error}') from error
+    return Trained(model, None, {}, {})
 
 
-def write(out: Path | None, found: dict[Path, list[Label]], images: Path) -> None:
-    """Write a row a label (CSV), or an object with a list an image (JSON); CSV to the screen without a file."""
-    named = {str(file.relative_to(_root(images))): labels for file, labels in found.items()}
-    if out is not None and out.suffix == '.json':
-        content = {
-            name: [{'label': label.name, 'score': label.score} for label in labels] for name, labels in named.items()
-        }
-        out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        return
-    rows = [(name, label.name, f'{label.score:.6f}') for name, labels in named.items() for label in labels]
-    with out.open('w', newline='', encoding='utf-8') if out else _screen() as file:
-        csv.writer(file).writerows([('image', 'label', 'score'), *rows])
+def _thresholds(arguments: argparse.Namespace, content: dict[str, Any], names: list[str]) -> Tensor | None:
+    """Return the threshold of each class, None for a single-label model."""
+    stored = folder_settings(arguments.model) if arguments.model else content
+    task = arguments.task or (
+        stored.get('task', 'classification') if arguments.model else vars(content['args'])['task']
+    )
+    if task != 'multilabel':
+        if arguments.threshold is not None:
+            raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
+        return None
+    if arguments.threshold is not None or not stored.get('thresholds'):
+        return torch.full((len(names),), 0.5 if arguments.threshold is None else arguments.threshold)
+    tuned = thresholds_for(stored, names)
+    if tuned is None:
+        missing = next(name for name in names if name not in stored['thresholds'])
+        raise ValueError(f'the tuned thresholds do not include class {missing!r}: pass --threshold')
+    return tuned
 
 
-def _screen():
-    return open(sys.stdout.fileno(), 'w', newline='', encoding='utf-8', closefd=False)
+def _read_classes(classes: str | None) -> list[str] | None:
+    """Return the names in a file, one per line, or in a comma-separated list."""
+    if not classes:
+        return None
+    lines = (
+        Path(classes).read_text(encoding='utf-8-sig').splitlines() if Path(classes).is_file() else classes.split(',')
+    )
+    return [line.strip() for line in lines if line.strip()]
 
 
-def _root(images: Path) -> Path:
-    return images if images.is_dir() else images.parent
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is below 1')
+    return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _probability(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a probability in [0, 1]')
+    return value
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.predict', description=__doc__, formatter_class=formatter)
-    parser.add_argument('images', type=Path, help='an image, or a folder of them')
+    add = parser.add_argument
+    add('images', type=Path, help='image, folder, tar file, or CSV or Parquet list')
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument('--model', help='a pretrained timm model, as in local-dir:FOLDER')
-    model.add_argument('--checkpoint', type=Path, help='a checkpoint of train.py')
-    parser.add_argument('--use-ema', action='store_true', help='the averaged weights of the checkpoint')
-    parser.add_argument('--classes', help='classes to ask a model with word queries for, separated by commas')
-    parser.add_argument('--word-embeddings', type=Path, help='label embeddings of the classes')
-    parser.add_argument('--out', type=Path, help='.csv or .json; CSV on the screen if left out')
-    parser.add_argument('--pictures', type=Path, help='folder for a picture an image, with attention maps')
-    parser.add_argument('--top-k', type=int, help='so many labels an image, whatever their scores')
-    parser.add_argument('--threshold', type=float, help='probability of a label [those of the checkpoint, or 0.5]')
-    parser.add_argument('--single-label', action='store_true', help='one label an image (a checkpoint knows)')
-    parser.add_argument('--device', default='cpu', help='[%(default)s]')
-    parser.add_argument('-b', '--batch-size', type=int, default=32, help='[%(default)s]')
-    return parser
+    model.add_argument('--model', help='pretrained timm model, such as local-dir:FOLDER')
+    model.add_argument('--checkpoint', type=Path, help='checkpoint of train.py')
+    add('--dataset', default='', help='dataset in the folder IMAGES, as in train.py: coco2014, csv, ...')
+    add('--split', default='validation', help='split of the --dataset (default: %(default)s)')
+    add(
+        '--use-ema',
+        action=argparse.BooleanOptionalAction,
+        help='EMA weights (default: as it was ranked)',
+    )
+    add('--task', choices=['classification', 'multilabel'], help='task of a --model that does not know its own')
+    add('--classes', help='classes of a model with text queries: a file with one per line, or a comma-separated list')
+    add('--word-embeddings', type=Path, help='label embeddings of the classes')
+    add('--out', type=Path, required=True, help='file to write: .csv, .jsonl or .parquet')
+    add('--top-k', type=_positive, help='largest number of labels per image')
+    add('--threshold', type=_probability, help='probability of a label (default: the tuned ones, else 0.5)')
+    add('--scores', type=Path, help='.npz for the scores of all classes, float16')
+    add('--features', type=Path, help='.npz for features, float16')
+    add('--feature-kind', choices=['pooled', 'queries'], default='pooled', help='mean of the tokens, or query outputs')
+    add('--pictures', type=Path, help='folder for a picture per image, with attention maps')
+    add('--bad-image', choices=['skip', 'abort'], default='skip', help='unreadable images (default: %(default)s)')
+    add('--part-size', type=_positive, default=4096, help='images per part (default: %(default)s)')
+    add('-b', '--batch-size', type=_positive, default=64, help='batch size per rank (default: %(default)s)')
+    add('-j', '--workers', type=int, default=4, help='data loader workers per rank (default: %(default)s)')
+    add('--device', default='auto', help='device; auto takes the GPU if there is one (default: %(default)s)')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--torchcompile', action='store_true', help='compile the model')
+    arguments = parser.parse_args(argv)
+    if not 0 <= arguments.workers <= 256:
+        parser.error(f'--workers {arguments.workers} is not in [0, 256]')
+    return arguments
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

@@ -1,4 +1,4 @@
-"""Datasets in the formats they are published in, beside timm's own."""
+"""Datasets in the formats they are published in, beside those of timm."""
 
 from functools import partial
 from pathlib import Path
@@ -9,57 +9,112 @@ from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
 from timm_mldecoder.data.formats import torchvision_sets
 from timm_mldecoder.data.formats.coco import read_coco
 from timm_mldecoder.data.formats.csv_list import read_csv
+from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
 from timm_mldecoder.data.formats.voc import read_voc
+from timm_mldecoder.data.missing import apply_policy
+from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
 
-# name: reader of (root, split) that gives the annotations of one split
+# name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
-    'coco2014': partial(read_coco, year=2014),
-    'coco2017': partial(read_coco, year=2017),
-    'voc2007': partial(read_voc, year=2007),
-    'voc2012': partial(read_voc, year=2012),
-    'openimages': read_open_images,
-    'nuswide': read_nus_wide,
-    'csv': read_csv,
+    'coco2014': (partial(read_coco, year=2014), {'instances'}),
+    'coco2017': (partial(read_coco, year=2017), {'instances'}),
+    'voc2007': (partial(read_voc, year=2007), {'instances', 'difficult'}),
+    'voc2012': (partial(read_voc, year=2012), {'instances', 'difficult'}),
+    'openimages': (read_open_images, set()),
+    'nuswide': (read_nus_wide, set()),
+    'json': (read_json, {'instances'}),
+    'csv': (read_csv, {'class_map'}),
 }
-# Options of timm.data.create_dataset: how its streaming readers shuffle and batch, without a meaning for files on disk,
-_MEANINGLESS = {'search_split', 'batch_size', 'seed', 'repeats', 'trust_remote_code'}
-# those for the reader of one format,
-_READER_OPTIONS = {'csv': {'class_map'}}
-# and the rest, which it is better to refuse than to ignore.
-_REFUSED = {'class_map', 'download', 'load_bytes', 'num_samples', 'input_key', 'target_key'}
+# Datasets of timm: an image folder or tar file, and the prefixes of its other readers.
+TIMM_FOLDERS = ('', 'folder', 'imagefolder', 'image_folder', 'tar', 'imagetar', 'image_tar')
+TIMM_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+DATASET_OPTIONS = {'transform', 'target_transform', 'input_img_mode'}
+# Options of timm.data.create_dataset that steer its streaming readers, without a meaning for files on disk.
+STREAMING_OPTIONS = {'search_split', 'batch_size', 'seed', 'repeats', 'trust_remote_code'}
 
-__all__ = ['FORMATS', 'Annotations', 'MultiLabelDataset', 'create_dataset']
+__all__ = [
+    'FORMATS',
+    'Annotations',
+    'DatasetSummary',
+    'MultiLabelDataset',
+    'class_to_index',
+    'cooccurrence',
+    'create_dataset',
+    'overlap',
+    'summarize',
+]
 
 
-def create_dataset(name: str, root: str | None = None, split: str = 'validation', is_training: bool = False, **kwargs):
-    """`timm.data.create_dataset` with this package's multi-label formats added.
+def create_dataset(
+    name: str,
+    root: str | None = None,
+    split: str = 'validation',
+    is_training: bool = False,
+    missing: str | None = 'error',
+    **kwargs,
+):
+    """`timm.data.create_dataset` with the multi-label formats of this package added.
 
     Args:
-        name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; anything else is passed to timm.
-        root: Folder of the data.
-        split: `train`, `validation`, or what else the format has; `val` is short for `validation`.
+        name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; timm's names are passed to timm.
+        root: Folder of the dataset.
+        split: `train`, `validation`, or another that the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
-        **kwargs: Options of `timm.data.create_dataset`.
+        missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
+            out with a warning, None does not check.
+        **kwargs: Options of `timm.data.create_dataset`; those of a format (`instances`, `difficult`, `class_map`).
 
     Raises:
-        ValueError: If the folder does not exist, the split is unknown, an annotation file is malformed, or an option
-            has no meaning for the format.
+        ValueError: If the name, the folder or the split does not exist, an annotation file is malformed, images are
+            missing, or an option has no meaning for the format.
     """
-    if name in torchvision_sets.FILES and not kwargs.get('download'):
-        torchvision_sets.check_files(name, root, split)
-    if name == 'torch/stanford_cars':
-        return torchvision_sets.create_stanford_cars(root, split)
+    if name in torchvision_sets.CIFAR:
+        return _create_cifar(name, root, split, is_training, **kwargs)
+    if name == torchvision_sets.CARS:
+        return torchvision_sets.create_stanford_cars(root, split, kwargs.get('download', False))
     if name not in FORMATS:
-        return timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        prefix, slash, _ = name.lower().partition('/')
+        if prefix not in (TIMM_PREFIXES if slash else TIMM_FOLDERS):
+            readers = ', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)
+            raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
+        if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
+            raise ValueError(f'dataset {name!r} lacks a name after the slash')
+        dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        if prefix == 'hfds':
+            _check_columns(name, dataset.reader)
+        return dataset
 
-    options = {option: value for option, value in kwargs.items() if value and option not in _MEANINGLESS}
-    reader_options = {option: options.pop(option) for option in _READER_OPTIONS.get(name, ()) if option in options}
-    refused = sorted(_REFUSED & options.keys())
+    reader, known = FORMATS[name]
+    options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
+    refused = sorted(options.keys() - DATASET_OPTIONS - known)
     if refused:
-        raise ValueError(f'Dataset {name!r} has no option {refused}: its files are read as they are distributed.')
+        raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
     if root is None or not Path(root).is_dir():
-        raise ValueError(f'Dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder.')
+        raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
     split = {'val': 'validation'}.get(split, split)
-    return MultiLabelDataset(FORMATS[name](Path(root), split, **reader_options), root, **options)
+    annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
+    if missing is not None:
+        annotations = apply_policy(annotations, root, missing)
+    return MultiLabelDataset(annotations, root, **options)
+
+
+def _check_columns(name: str, reader) -> None:
+    """Raise a ValueError if a Hugging Face dataset lacks the columns of images or targets; timm fails at an image."""
+    columns = [column for column in reader.dataset.column_names if column != reader.image_key]
+    # timm's cast to images adds a column of None
+    if len(reader) and reader.dataset[0][reader.image_key] is None:
+        raise ValueError(f'dataset {name!r} has no column {reader.image_key!r}: pass --input-key, one of {columns}')
+    missing = [key for key in reader.target_keys or [reader.label_key] if key.partition('/')[0] not in columns]
+    if missing:
+        raise ValueError(f'dataset {name!r} has no column {missing}: pass --target-key, of {columns}')
+
+
+def _create_cifar(name: str, root: str | None, split: str, is_training: bool, **kwargs):
+    try:
+        return timm.data.create_dataset(name, root=root or '', split=split, is_training=is_training, **kwargs)
+    except (RuntimeError, OSError):  # torchvision does not say which file is missing or damaged
+        if not kwargs.get('download'):
+            torchvision_sets.check_cifar(name, root)
+        raise

@@ -1,96 +1,186 @@
-"""What every multi-label format is read into: image files, class names and a sparse table of labels."""
+"""Annotations of a multi-label dataset: image files, class names and a sparse table of labels."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_mldecoder.data import cache
+
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
 
+def make_table(
+    paths: Sequence[str | Path] | np.ndarray,
+    image: Sequence[int],
+    label: Sequence[int],
+    value: Sequence[int],
+    instances: Sequence[int] | None = None,
+) -> cache.Table:
+    """Sort annotations by image and class, one entry per image and class.
+
+    Returns:
+        `paths` [N] bytes, `start` [N + 1] (the entries of image i are start[i] up to start[i + 1]), `label` [A],
+        `value` [A] and, if given, `instances` [A].
+    """
+    # One flat byte array instead of a list of str: workers would otherwise copy the whole list page by page as
+    # reference counts change.
+    if not isinstance(paths, np.ndarray):
+        paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+    label = np.asarray(label, dtype=np.int64)
+    bits = int(label.max(initial=1)).bit_length() + 2
+    # One integer per entry sorts by image, then class, then value.
+    key = (np.asarray(image, dtype=np.int64) << bits) | (label << 2) | (np.asarray(value, dtype=np.int64) + 1)
+    table = {'paths': paths}
+    if instances is None:
+        key.sort()
+    else:
+        order = np.argsort(key)
+        key = key[order]
+        first = np.flatnonzero(np.diff(key >> 2, prepend=-1))
+        if len(key):
+            table['instances'] = np.add.reduceat(np.asarray(instances, dtype=np.int32)[order], first)
+        else:
+            table['instances'] = np.zeros(0, dtype=np.int32)
+    key = key[np.append(np.diff(key >> 2) != 0, True)] if len(key) else key  # the largest value of each image and class
+    table['start'] = np.concatenate([[0], np.cumsum(np.bincount(key >> bits, minlength=len(paths)))])
+    table['label'] = ((key >> 2) & ((1 << (bits - 2)) - 1)).astype(np.min_scalar_type(1 << (bits - 2)))
+    table['value'] = ((key & 3) - 1).astype(np.int8)
+    return table
+
+
 class Annotations:
-    """Labels of a set of images, kept sparse so that millions of images by thousands of classes fit in memory.
+    """Labels of a set of images, sparse, so that millions of images by thousands of classes fit in memory.
 
     Args:
         class_names: Name of each class, in the order of the target vector.
-        paths: One image file per image, relative to the root of the data.
+        paths: One file per image, relative to the root of the dataset.
         image: Image index of each annotation, [A].
         label: Class index of each annotation, [A].
-        value: POSITIVE, NEGATIVE or IGNORED for each annotation, [A]; of several values for one image and class the
-            largest holds.
-        unlisted: Value of the classes an image has no annotation for: NEGATIVE where the annotation is exhaustive
+        value: POSITIVE, NEGATIVE or IGNORED for each annotation, [A]. If an image has several annotations of a class,
+            the largest value counts.
+        unlisted: Value of the classes that an image has no annotation of: NEGATIVE where the annotation is exhaustive
             (COCO, VOC), IGNORED where it is partial (Open Images).
+        instances: Number of objects of each annotation, [A], if the dataset has objects. Those of one image and class
+            are added up.
     """
 
     def __init__(
         self,
         class_names: Sequence[str],
-        paths: Sequence[str | Path],
+        paths: Sequence[str | Path] | np.ndarray,
         image: Sequence[int],
         label: Sequence[int],
         value: Sequence[int],
         unlisted: int = NEGATIVE,
+        instances: Sequence[int] | None = None,
     ):
+        self._set(class_names, make_table(paths, image, label, value, instances), unlisted, None)
+
+    @classmethod
+    def from_table(
+        cls, class_names: Sequence[str], table: cache.Table, unlisted: int = NEGATIVE, folder: Path | None = None
+    ) -> 'Annotations':
+        """Annotations from the arrays of `make_table`; `folder` is the cache that they are mapped from, if any."""
+        annotations = cls.__new__(cls)
+        annotations._set(class_names, table, unlisted, folder)
+        return annotations
+
+    def _set(self, class_names: Sequence[str], table: cache.Table, unlisted: int, folder: Path | None) -> None:
         self.class_names = list(class_names)
         self.unlisted = unlisted
-        # One flat byte array instead of a list of str: worker processes would otherwise copy the whole list page by
-        # page as reference counts change.
-        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        image = np.asarray(image, dtype=np.int64)
-        value = np.asarray(value, dtype=np.int8)
-        order = np.lexsort((value, image))  # by image, then rising value: the largest is written last
-        self._label = np.asarray(label, dtype=np.int32)[order]
-        self._value = value[order]
-        self._start = np.searchsorted(image[order], np.arange(len(self._paths) + 1))
+        self._table = table
+        self._folder = folder
+        self._images: np.ndarray | None = None  # of a subset: indices into the table
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out arrays that the receiver, a data loader worker, can map itself."""
+        return {**self.__dict__, '_table': None if self._folder else self._table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._table is None:
+            self._table = cache.load(self._folder)
+            if self._table is None:
+                raise ValueError(f'{self._folder}: this cache of annotations was removed or damaged; start again')
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._table['paths'] if self._images is None else self._images)
 
     @property
     def has_ignored(self) -> bool:
         """Whether any target holds a label to ignore: then losses must know of it, and targets must not be mixed."""
-        return self.unlisted == IGNORED or bool((self._value == IGNORED).any())
+        return self.unlisted == IGNORED or bool((self._table['value'] == IGNORED).any())
+
+    @property
+    def paths(self) -> np.ndarray:
+        """File of each image, relative to the root of the dataset, as bytes, [N]."""
+        return self._table['paths'] if self._images is None else self._table['paths'][self._images]
+
+    @property
+    def instances(self) -> np.ndarray | None:
+        """Number of objects of each of the `entries`, [A]; None if the dataset has no objects."""
+        counts = self._table.get('instances')
+        return counts if counts is None or self._images is None else counts[self._rows()]
 
     def path(self, index: int) -> str:
-        """File of image `index`, relative to the root of the data."""
-        return os.fsdecode(self._paths[index])
+        """File of image `index`, relative to the root of the dataset."""
+        return os.fsdecode(self._table['paths'][self._row(index)])
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image index, class index and value of every annotation, each [A]."""
-        image = np.repeat(np.arange(len(self)), np.diff(self._start))
-        return image, self._label, self._value
+        """Image index, class index and value of every annotation, each [A], sorted by image and class."""
+        label, value, counts = self._table['label'], self._table['value'], np.diff(self._table['start'])
+        if self._images is not None:
+            rows = self._rows()
+            label, value, counts = label[rows], value[rows], counts[self._images]
+        return np.repeat(np.arange(len(self)), counts), label, value
 
     def target(self, index: int) -> torch.Tensor:
         """Dense float32 target of image `index`, [num_classes], of 1, 0 and -1 (ignored)."""
-        listed = slice(self._start[index], self._start[index + 1])
-        target = torch.full((len(self.class_names),), float(self.unlisted))
-        # one by one, in order: for a repeated class, assignment by an index array leaves the winner undefined
-        for label, value in zip(self._label[listed].tolist(), self._value[listed].tolist(), strict=True):
-            target[label] = value
-        return target
+        row = self._row(index)
+        listed = slice(self._table['start'][row], self._table['start'][row + 1])
+        target = np.full(len(self.class_names), self.unlisted, dtype=np.float32)
+        target[self._table['label'][listed]] = self._table['value'][listed]
+        return torch.from_numpy(target)
+
+    def subset(self, images: np.ndarray) -> 'Annotations':
+        """Some of the images, [N] indices, without a copy of the labels."""
+        part = copy.copy(self)
+        part._images = np.asarray(images) if self._images is None else self._images[images]
+        return part
+
+    def _row(self, index: int) -> int:
+        return index if self._images is None else int(self._images[index])
+
+    def _rows(self) -> np.ndarray:
+        """Indices of the annotations of a subset."""
+        start, counts = self._table['start'][self._images], np.diff(self._table['start'])[self._images]
+        return np.repeat(start - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 class MultiLabelDataset(Dataset):
-    """Images with dense multi-label targets, in the form `timm.data.create_loader` expects.
+    """Images with dense multi-label targets, in the form that `timm.data.create_loader` expects.
 
-    Yields `(image, target)`: a PIL image, or what `transform` makes of it, and a float32 tensor [num_classes].
+    Yields `(image, target)`: a PIL image, or the result of `transform`, and a float32 tensor [num_classes].
 
-    Unlike `timm.data.ImageDataset` an unreadable image is an error and not a warning and the next image in its place:
-    a silently repeated image would change the metrics.
+    Unlike in `timm.data.ImageDataset`, an unreadable image is an error. timm uses the next image in its place, which
+    changes the metrics.
 
     Args:
         annotations: Images and their labels.
-        root: Folder that the images' paths are relative to.
+        root: Folder that the paths of the images are relative to.
         transform: Applied to the PIL image.
         target_transform: Applied to the target.
         input_img_mode: PIL mode of the images.
 
     Attributes:
-        num_seen: Of how many classes, the first, the model has seen images in training; None where it is of all.
+        num_seen: Number of classes, the first ones, that the model was trained on; None if it was trained on all.
     """
 
     num_seen: int | None = None
@@ -130,11 +220,11 @@ class MultiLabelDataset(Dataset):
         try:
             with Image.open(path) as file:
                 return file.convert(self.input_img_mode)
-        except Exception as error:  # damaged files make decoders raise whatever they stumble over
-            raise OSError(f'Cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
+        except Exception as error:  # decoders raise many types of exceptions on damaged files
+            raise OSError(f'cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """File of image `index`: as timm's, relative to the root unless asked otherwise."""
+        """File of image `index`, as in timm: relative to the root, or only its name, or with the root."""
         path = self.annotations.path(index)
         if basename:
             return os.path.basename(path)

@@ -1,14 +1,18 @@
 """Real images small enough to embed: scikit-learn's digits, alone and composed into multi-label scenes.
 
-    python -m timm_mldecoder.data.digits FOLDER             1,797 single digits, an image folder
-    python -m timm_mldecoder.data.digits FOLDER --scenes    scenes of several digits, a CSV data set
+    python -m timm_mldecoder.data.digits FOLDER                    1,797 single digits, an image folder
+    python -m timm_mldecoder.data.digits FOLDER --scenes           scenes of several digits, a CSV dataset
+    python -m timm_mldecoder.data.digits FOLDER --scenes --kind pairs --clutter 12 --size 96
 
 The 8 x 8 grey images are those of `sklearn.datasets.load_digits` (UCI optical recognition of handwritten digits).
-Nothing is downloaded and every pixel is determined by the arguments.
+Nothing is downloaded, and the arguments determine every pixel. Training, validation and test have disjoint digits.
 """
 
 import argparse
 import csv
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +20,47 @@ from PIL import Image
 
 from timm_mldecoder.data.formats.csv_list import SEPARATOR
 
-SPLITS = ('train', 'validation')
+SPLITS = ('train', 'validation', 'test')
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
-VALIDATION_EVERY = 5  # every fifth image of each class is held out
+# the classes of each kind of scene
+KINDS = {
+    'digits': NAMES,  # a class is a digit
+    'pairs': tuple(f'{a} and {b}' for a, b in zip(NAMES, (*NAMES[1:], NAMES[0]), strict=True)),  # ... both digits
+}
+PLACEMENT_TRIES = 20
 
 
 def load_split(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of one split: uint8 images [N, 8, 8] and their classes [N].
+    """Load the digits of one split: four fifths of each class for training, a tenth each for validation and test.
+
+    Args:
+        split: 'train', 'validation' or 'test'.
+
+    Returns:
+        uint8 images [N, 8, 8] and their classes [N].
 
     Raises:
+        ValueError: If there is no such split.
         ImportError: If scikit-learn is missing.
     """
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("The digits come with scikit-learn: pip install 'timm-mldecoder[demo]'.") from error
+        raise ImportError("the digits come with scikit-learn: pip install 'timm-mldecoder[demo]'") from error
     images, classes = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    rank = np.empty(len(classes), dtype=int)  # the how-manieth of its class each image is
+    rank = np.empty(len(classes), dtype=int)  # rank of each image within its class
     for digit in range(10):
         members = np.flatnonzero(classes == digit)
         rank[members] = np.arange(len(members))
-    held_out = rank % VALIDATION_EVERY == VALIDATION_EVERY - 1
-    chosen = held_out if split == 'validation' else ~held_out
+    chosen = {'validation': rank % 10 == 4, 'test': rank % 10 == 9, 'train': rank % 5 != 4}[split]
     return images[chosen], classes[chosen]
 
 
 def write_digits(root: str | Path) -> Path:
-    """Write the digits as an image folder, `root/{train,validation}/{0..9}/NNNN.png`, and return `root`."""
+    """Write the digits as an image folder, `root/{train,validation,test}/{0..9}/NNNN.png`, and return `root`."""
     root = Path(root)
     for split in SPLITS:
         images, classes = load_split(split)
@@ -55,95 +72,185 @@ def write_digits(root: str | Path) -> Path:
     return root
 
 
+@dataclass(frozen=True)
+class SceneOptions:
+    """What a scene looks like.
+
+    Attributes:
+        kind: What the classes are: 'digits', or 'pairs' of successive digits that are both in the scene, anywhere.
+            The evidence for a pair lies in two places, of which each alone does not tell the class.
+        size: Side of the scene in pixels.
+        sides: Smallest and largest side of a digit in pixels.
+        min_digits: Least digits to place. One that finds no free place is left out.
+        max_digits: Most digits to place.
+        max_classes: Most distinct digits in a scene.
+        clutter: Number of scrambled digits to place: a digit cut in four, whose parts are permuted and rotated.
+
+    Raises:
+        ValueError: If the digits do not fit, or another option is out of range.
+    """
+
+    kind: str = 'digits'
+    size: int = 64
+    sides: tuple[int, int] = (10, 28)
+    min_digits: int = 1
+    max_digits: int = 6
+    max_classes: int = 10
+    clutter: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f'kind must be one of {", ".join(KINDS)}, got {self.kind!r}')
+        if not 0 < self.sides[0] <= self.sides[1] <= self.size:
+            raise ValueError(f'sides must be 0 < smallest <= largest <= size ({self.size}), got {self.sides}')
+        if not 1 <= self.min_digits <= self.max_digits:
+            raise ValueError(f'1 <= min_digits <= max_digits is needed, got {self.min_digits} and {self.max_digits}')
+        if not 1 <= self.max_classes <= 10 or self.clutter < 0:
+            raise ValueError(
+                f'max_classes must be in 1 to 10 and clutter at least 0, got {self.max_classes} and {self.clutter}'
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return KINDS[self.kind]
+
+
 def compose_scene(
-    images: np.ndarray, rng: np.random.Generator, size: int, sides: tuple[int, int], max_digits: int
+    images: np.ndarray, classes: np.ndarray, rng: np.random.Generator, options: SceneOptions
 ) -> tuple[np.ndarray, list[int]]:
-    """One scene of digits that do not overlap.
+    """Compose one scene of digits that do not overlap.
 
     Args:
         images: Digits to draw from, uint8 [N, 8, 8].
+        classes: Their classes [N].
         rng: Source of every random choice.
-        size: Side of the scene in pixels.
-        sides: Smallest and largest side of a digit in pixels.
-        max_digits: Between one and so many digits are placed; one that finds no free place in 20 tries is left out.
+        options: What the scene looks like.
 
     Returns:
-        The uint8 scene [size, size] and the index in `images` of each digit in it.
+        The uint8 scene [size, size], and the index in `images` of each digit in it.
     """
+    size = options.size
     scene = np.zeros((size, size), dtype=np.uint8)
     taken = np.zeros((size, size), dtype=bool)
-    placed = []
-    for index in rng.integers(len(images), size=rng.integers(1, max_digits + 1)):
-        side = int(rng.integers(sides[0], sides[1] + 1))
-        digit = np.asarray(Image.fromarray(images[index]).resize((side, side), Image.Resampling.BILINEAR))
-        for top, left in rng.integers(size - side + 1, size=(20, 2)):
-            place = np.s_[top : top + side, left : left + side]
-            if not taken[place].any():
-                scene[place], taken[place] = digit, True
-                placed.append(int(index))
-                break
+
+    def place(image: np.ndarray) -> bool:
+        side = int(rng.integers(options.sides[0], options.sides[1] + 1))
+        for top, left in rng.integers(size - side + 1, size=(PLACEMENT_TRIES, 2)):
+            window = np.s_[top : top + side, left : left + side]
+            if not taken[window].any():
+                scene[window] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+                taken[window] = True
+                return True
+        return False
+
+    kinds = rng.permutation(np.unique(classes))[: rng.integers(1, options.max_classes + 1)]
+    candidates = np.flatnonzero(np.isin(classes, kinds)) if options.max_classes < 10 else np.arange(len(images))
+    chosen = rng.choice(candidates, size=rng.integers(options.min_digits, options.max_digits + 1))
+    placed = [int(index) for index in chosen if place(images[index])]
+    for index in rng.integers(len(images), size=options.clutter):
+        place(_scramble(images[index], rng))
     return scene, placed
+
+
+def _scramble(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A digit with its quarters moved (each to another place) and rotated."""
+    half = len(image) // 2
+    quarters = [image[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+    shift = int(rng.integers(1, 4))
+    a, b, c, d = (np.rot90(quarters[(i + shift) % 4], rng.integers(4)) for i in range(4))
+    return np.block([[a, b], [c, d]])
+
+
+def scenes(split: str, count: int, options: SceneOptions, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Generate `count` scenes of a split.
+
+    Args:
+        split: 'train', 'validation' or 'test'; scenes of different splits share no digit.
+        count: Number of scenes. A smaller number gives the first scenes of a larger one.
+        options: What the scenes look like.
+        seed: Determines every scene.
+
+    Yields:
+        A uint8 scene [size, size] and its multi-hot target [C], uint8.
+    """
+    images, classes = load_split(split)
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    for _ in range(count):
+        scene, placed = compose_scene(images, classes, rng, options)
+        present = np.isin(np.arange(10), classes[placed])
+        target = present & np.roll(present, -1) if options.kind == 'pairs' else present
+        yield scene, target.astype(np.uint8)
 
 
 def write_digit_scenes(
     root: str | Path,
     num_train: int = 2000,
     num_validation: int = 500,
+    num_test: int = 0,
     *,
-    size: int = 64,
-    sides: tuple[int, int] = (10, 28),
-    max_digits: int = 6,
     seed: int = 0,
+    **options,
 ) -> Path:
-    """Write multi-label scenes as a CSV data set (see `csv_list`) and return `root`.
-
-    The labels of a scene are the names of the digits in it. Digits of the training scenes and of the validation
-    scenes are disjoint.
+    """Write multi-label scenes as a CSV dataset (see `csv_list`) and return `root`.
 
     Args:
         root: Folder to write.
         num_train: Number of training scenes.
         num_validation: Number of validation scenes.
-        size: Side of a scene in pixels.
-        sides: Smallest and largest side of a digit in pixels.
-        max_digits: Most digits in a scene.
+        num_test: Number of test scenes; 0 writes no test split.
         seed: Determines every scene.
+        **options: Attributes of `SceneOptions`.
 
     Raises:
-        ValueError: If the largest digit does not fit a scene.
+        ValueError: If an option is out of range.
     """
-    if not 0 < sides[0] <= sides[1] <= size:
-        raise ValueError(f'Digits with sides {sides} do not fit a scene of {size} pixels: 0 < smallest <= largest.')
+    scene_options = SceneOptions(**options)
+    names = scene_options.class_names
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    (root / 'classes.txt').write_text('\n'.join(NAMES) + '\n', encoding='utf-8')
-    for stream, (split, count) in enumerate(zip(SPLITS, (num_train, num_validation), strict=True)):
-        rng = np.random.default_rng([seed, stream])
-        images, classes = load_split(split)
+    (root / 'classes.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
+    for split, count in zip(SPLITS, (num_train, num_validation, num_test), strict=True):
+        if not count:
+            continue
         (root / split).mkdir(exist_ok=True)
         with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(['path', 'labels'])
-            for number in range(count):
-                scene, placed = compose_scene(images, rng, size, sides, max_digits)
+            for number, (scene, target) in enumerate(scenes(split, count, scene_options, seed)):
                 path = f'{split}/{number:05d}.png'
                 Image.fromarray(scene).save(root / path)
-                writer.writerow([path, SEPARATOR.join(NAMES[digit] for digit in np.unique(classes[placed]))])
+                writer.writerow([path, SEPARATOR.join(names[index] for index in np.flatnonzero(target))])
     return root
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write one of the two data sets."""
+    """Write single digits or scenes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--scenes', action='store_true', help='multi-label scenes instead of single digits')
     parser.add_argument('--seed', type=int, default=0, help='determines the scenes (default: 0)')
-    options = parser.parse_args(arguments)
-    if options.scenes:
-        write_digit_scenes(options.folder, seed=options.seed)
+    fields = {field.name: field for field in dataclasses.fields(SceneOptions)}
+    for name, field in fields.items():
+        parser.add_argument(
+            f'--{name.replace("_", "-")}',
+            type=field.type if field.type in (int, str) else int,
+            nargs=2 if name == 'sides' else None,
+            choices=tuple(KINDS) if name == 'kind' else None,
+            help=f'see SceneOptions (default: {field.default})',
+        )
+    given = vars(parser.parse_args(arguments))
+    folder, seed, is_scenes = (given.pop(name) for name in ('folder', 'seed', 'scenes'))
+    options = {name: tuple(value) if name == 'sides' else value for name, value in given.items() if value is not None}
+    if options and not is_scenes:
+        parser.error(f'{", ".join("--" + name.replace("_", "-") for name in options)} need --scenes')
+    if is_scenes:
+        try:
+            write_digit_scenes(folder, num_test=500, seed=seed, **options)
+        except ValueError as error:
+            parser.error(str(error))
     else:
-        write_digits(options.folder)
-    print(f'wrote {sum(1 for _ in options.folder.rglob("*.png"))} images to {options.folder}')
+        write_digits(folder)
+    print(f'wrote {sum(1 for _ in folder.rglob("*.png"))} images to {folder}')
 
 
 if __name__ == '__main__':

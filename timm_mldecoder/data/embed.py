@@ -1,33 +1,34 @@
-"""The command that makes a file of label embeddings from class names.
+"""Make a file of label embeddings from class names.
 
     python -m timm_mldecoder.data.embed NAMES OUT.safetensors --text-vectors glove.6B.300d.txt
     python -m timm_mldecoder.data.embed NAMES OUT.safetensors --sentence-transformer FOLDER
     python -m timm_mldecoder.data.embed NAMES OUT.safetensors --clip MODEL --clip-weights FILE
     python -m timm_mldecoder.data.embed ROOT OUT.safetensors --nus-wide
 
-NAMES is a text file with one class a line, optionally followed by a tab and the words to embed in place of the name
-(`tv`, tab, `television`). OUT holds the embeddings [C, E], and as metadata the names, what embedded them and by which
-rule. Nothing is downloaded. `--nus-wide` takes the word vectors that the data set in the folder ROOT brings along.
+NAMES is a text file with one class per line, optionally followed by a tab and the text to embed instead of the name
+(`tv`, tab, `television`). OUT holds the embeddings [C, E] and, as metadata, the names, the source and the rule. Nothing
+is downloaded. `--nus-wide` uses the word vectors that come with the dataset in the folder ROOT.
 
-The rule for text vectors (GloVe, fastText, word2vec in their text form; one token and its numbers a line): a text is
-looked up as it stands, then in lower case, each also with its blanks as `-` and as `_`. Otherwise it is the mean of the
-vectors of its words (split at blanks, `-`, `_`, `/` and `'`), each looked up as it stands, then in lower case; words
-without a vector are left out and reported. A text none of whose words has one is an error, which lists all of them.
+The rule for text vectors (GloVe, fastText, word2vec in text form; one token and its numbers per line): a text is looked
+up unchanged, then in lower case, each also with `-` and with `_` for its blanks. Otherwise its embedding is the mean of
+the vectors of its words (split at blanks, `-`, `_`, `/` and `'`), each looked up unchanged, then in lower case; words
+without a vector are left out and logged. Texts without any known word are an error that lists all of them.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from timm_mldecoder.data.formats.names import read_names
 from timm_mldecoder.data.formats.nus_wide import read_word_vectors
+from timm_mldecoder.data.text_files import read_names
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 _logger = logging.getLogger(__name__)
@@ -38,32 +39,34 @@ WORD_BREAKS = re.compile(r"[\s\-_/']+")
 
 @dataclass(frozen=True)
 class Label:
-    """A class and the text that stands for it."""
+    """A class and the text that describes it."""
 
     name: str
     text: str
 
 
 def read_labels(path: Path) -> list[Label]:
-    """Classes of a text file, one a line, each with the text after its tab, or else itself.
+    """Classes of a text file, one per line, each with the text after its tab, or else its name.
 
     Raises:
-        ValueError: a name is repeated, or there is none.
+        ValueError: If the file is missing, or a name is repeated or empty.
     """
+    if not path.is_file():
+        raise ValueError(f'{path} is missing: expected a file of class names, one per line')
     lines = [line.split('\t', 1) for line in read_names(path)]
     labels = [Label(parts[0].strip(), parts[-1].strip()) for parts in lines]
     names = [label.name for label in labels]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated or not all(label.name and label.text for label in labels):
-        raise ValueError(f'{path}: every line needs a name of its own, and a text after a tab; repeated: {repeated}')
+        raise ValueError(f'{path}: every line needs a distinct name, and a text after a tab; repeated: {repeated}')
     return labels
 
 
 def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
-    """Vectors [C, E] of texts by a file of word vectors and the rule above.
+    """Vectors [C, E] of texts by a file of word vectors and the rule of the module.
 
     Raises:
-        ValueError: the file is malformed, or has no word of some of the texts.
+        ValueError: If the file is malformed, or a text has no known word.
     """
     wanted = {form for text in texts for part in (text, *_words(text)) for form in _forms(part)}
     vectors = _read_vectors(path, wanted)
@@ -81,9 +84,11 @@ def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
         if not known:
             unknown.append(text)
     if unknown:
-        raise ValueError(f'{path} has no word of {unknown}: give them other words, after a tab, in the file of names')
+        raise ValueError(
+            f'{path} has no vector for {unknown}: add a text with known words, after a tab, in the file of names'
+        )
     if left_out:
-        _logger.warning(f'Without a vector and left out: {", ".join(left_out)}.')
+        _logger.warning(f'left out, without a vector: {", ".join(left_out)}')
     return torch.stack(rows)
 
 
@@ -96,9 +101,9 @@ def _words(text: str) -> list[str]:
 
 
 def _read_vectors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted ones of a text file of word vectors, which may be many gigabytes."""
+    """The wanted vectors of a text file, which may have many gigabytes."""
     if not path.is_file():
-        raise ValueError(f'there is no file of word vectors {path}')
+        raise ValueError(f'--text-vectors {path}: no such file')
     vectors: dict[str, Tensor] = {}
     with path.open(encoding='utf-8', errors='replace') as file:
         for number, line in enumerate(file, start=1):
@@ -108,41 +113,80 @@ def _read_vectors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
             try:
                 vectors[token] = torch.tensor([float(value) for value in numbers])
             except ValueError as error:
-                raise ValueError(f'{path}, line {number}: not a token and its numbers: {line[:80]!r}') from error
+                raise ValueError(
+                    f'{path}, line {number}: expected a token and its numbers, got {line[:80]!r}'
+                ) from error
     widths = sorted({len(vector) for vector in vectors.values()})
     if len(widths) > 1:
-        raise ValueError(f'{path}: vectors of different widths {widths}')
+        raise ValueError(f'{path}: expected vectors of one width, got {widths}')
     return vectors
 
 
 def embed_with_sentence_transformer(texts: Sequence[str], path: Path) -> Tensor:
-    """Embeddings [C, E] of texts by a sentence-transformers model on disk."""
+    """Embeddings [C, E] of texts by a sentence-transformers model on disk.
+
+    Raises:
+        ValueError: If the folder does not hold such a model.
+        ImportError: If sentence-transformers is not installed.
+    """
     if not path.is_dir():
-        raise ValueError(f'there is no folder of a sentence-transformers model {path}')
+        raise ValueError(f'--sentence-transformer {path}: no such folder')
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ImportError("this needs sentence-transformers: pip install 'timm-mldecoder[text]'") from error
-    model = SentenceTransformer(str(path), device='cpu', local_files_only=True)
+        raise ImportError("--sentence-transformer: pip install 'timm-mldecoder[text]'") from error
+    with _loading(f'--sentence-transformer {path}'):
+        model = SentenceTransformer(str(path), device='cpu', local_files_only=True)
     return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
 
 
 def embed_with_clip(texts: Sequence[str], model_name: str, weights: str | None, template: str = TEMPLATE) -> Tensor:
-    """Embeddings [C, E] of texts in a template by the text tower of a CLIP model, each of length 1."""
+    """Embeddings [C, E] of texts in a template by the text tower of a CLIP model, each of length 1.
+
+    Raises:
+        ValueError: If there is no such model or it does not load the weights.
+        ImportError: If open_clip is not installed.
+    """
     if not model_name.startswith('local-dir:') and not Path(weights or '').is_file():
-        raise ValueError(f'there is no file of weights {weights!r} for CLIP {model_name}: give --clip-weights')
+        raise ValueError(f'--clip {model_name}: pass a file of its weights as --clip-weights, got {weights!r}')
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError("this needs open_clip: pip install 'timm-mldecoder[text]'") from error
-    model = open_clip.create_model(model_name, pretrained=weights).eval()
-    tokens = open_clip.get_tokenizer(model_name)([template.format(text) for text in texts])
+        raise ImportError("--clip: pip install 'timm-mldecoder[text]'") from error
+    with _loading(f'--clip {model_name} --clip-weights {weights}'):
+        model = open_clip.create_model(model_name, pretrained=weights).eval()
+        tokenizer = open_clip.get_tokenizer(model_name)
+    tokens = tokenizer([template.format(text) for text in texts])
     with torch.no_grad():
         return model.encode_text(tokens, normalize=True).float()
 
 
+@contextlib.contextmanager
+def _loading(flags: str) -> Iterator[None]:
+    """Turn any error while a model is loaded into one line that names the flags."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types of exceptions on files that are not models
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{flags}: cannot load the model: {reason:.300}') from error
+
+
+def check_output(path: Path) -> None:
+    """Raise a ValueError if embeddings cannot be written to a path, before anything is computed."""
+    if path.suffix != '.safetensors':
+        raise ValueError(f'{path}: the file to write must end in .safetensors')
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f'{path}: expected a file in an existing folder')
+
+
+def check_template(template: str) -> None:
+    """Raise a ValueError if a template has no place for a name, or more than one."""
+    if template.count('{}') != 1 or template.count('{') != 1 or template.count('}') != 1:
+        raise ValueError(f'--template {template!r}: expected one {{}} for the name')
+
+
 def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str]]:
-    """What the options ask for: embeddings [C, E], class names, and what made them."""
+    """Embeddings [C, E], class names, and metadata on how they were made, from the options of the command."""
     if options.nus_wide:
         embeddings, class_names = read_word_vectors(options.names)
         return embeddings, class_names, dict(made_by='NUS-WIDE wordvec_array.pth', rule='as distributed')
@@ -162,20 +206,24 @@ def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make a file of label embeddings."""
+    """Make a file of label embeddings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', type=Path, help='file of class names, one a line; for --nus-wide its folder')
+    parser.add_argument(
+        'names', type=Path, help='file of class names, one per line; for --nus-wide the folder of the dataset'
+    )
     parser.add_argument('out', type=Path, help='safetensors file to write')
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument('--text-vectors', type=Path, metavar='FILE', help='word vectors in text form')
     way.add_argument('--sentence-transformer', type=Path, metavar='FOLDER', help='sentence-transformers model on disk')
-    way.add_argument('--clip', metavar='MODEL', help='a model of open_clip, by name or as local-dir:FOLDER')
+    way.add_argument('--clip', metavar='MODEL', help='model of open_clip, by name or as local-dir:FOLDER')
     way.add_argument('--nus-wide', action='store_true', help='the word vectors that come with NUS-WIDE')
-    parser.add_argument('--clip-weights', metavar='FILE', help='weights of --clip (local-dir: brings them)')
-    parser.add_argument('--template', default=TEMPLATE, help='sentence around a name, for --clip [%(default)s]')
+    parser.add_argument('--clip-weights', metavar='FILE', help='weights of --clip; not for local-dir:')
+    parser.add_argument('--template', default=TEMPLATE, help='text around a name, for --clip (default: %(default)s)')
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
+        check_output(options.out)
+        check_template(options.template)
         embeddings, class_names, about = embed(options)
         write_word_embeddings(options.out, embeddings, class_names, **about)
     except (ValueError, ImportError, OSError) as error:

@@ -1,11 +1,11 @@
-"""A compositional multi-label set to learn zero-shot recognition on, drawn here: shape x colour x texture.
+"""A synthetic multi-label dataset for zero-shot recognition: objects of every shape, colour and texture.
 
     python -m timm_mldecoder.data.shapes FOLDER
 
 A class is one combination, such as `striped red ring`; a scene holds a few objects of different classes. The label
-embedding of a class is made of the embeddings of its three attributes, so that a combination never seen in training is
-still described. FOLDER is a CSV data set (see `csv_list`) with two files more: `split.json` says which classes are seen
-(see `class_split`) and `words.safetensors` holds the label embeddings. Unseen classes are in no training scene.
+embedding of a class consists of the embeddings of its three attributes, so that it also describes combinations that are
+not in the training scenes. FOLDER is a CSV dataset (see `csv_list`) with two more files: `split.json` names the seen
+classes (see `class_split`) and `words.safetensors` holds the label embeddings. No training scene shows an unseen class.
 
 Every pixel is computed with numpy and determined by the arguments; nothing is downloaded.
 """
@@ -24,10 +24,10 @@ from timm_mldecoder.data.formats.csv_list import SEPARATOR
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 SIDE = 48  # of a scene, in pixels
-SIDES = (16, 22)  # smallest and largest of an object
-ATTRIBUTE_WIDTH = 16  # of an attribute's embedding; that of a label is three times as wide
+SIDES = (16, 22)  # smallest and largest side of an object, in pixels
+ATTRIBUTE_WIDTH = 16  # of the embedding of an attribute; that of a label is three times as wide
 
-# Inside or outside of a shape, in coordinates of -1 to 1 around its centre; `r` is the distance from it.
+# Whether a point is inside of a shape, in coordinates from -1 to 1 around its centre; `r` is the distance from it.
 SHAPES = {
     'disc': lambda x, y, r: r < 0.9,
     'ring': lambda x, y, r: (r < 0.95) & (r > 0.5),
@@ -42,7 +42,7 @@ COLOURS = {
     'yellow': (235, 215, 50),
     'white': (245, 245, 245),
 }
-# Lit or dark, by pixel within the object.
+# Whether a pixel of the object is bright or dark.
 TEXTURES = {
     'plain': lambda row, column: np.ones_like(row, dtype=bool),
     'striped': lambda row, column: row // 3 % 2 == 0,
@@ -54,18 +54,22 @@ UNSEEN_EVERY = 5
 
 
 def split_classes(seed: int = 0) -> tuple[list[str], list[str]]:
-    """Seen and unseen classes: every fifth of a random order is unseen; each attribute stays among the seen."""
+    """Seen and unseen classes: every fifth of a random order is unseen; every attribute occurs in a seen class.
+
+    Raises:
+        ValueError: If the seed leaves an attribute out of the seen classes.
+    """
     order = np.random.default_rng(seed).permutation(len(CLASSES))
     unseen = {CLASSES[index] for index in order[::UNSEEN_EVERY]}
     seen = [name for name in CLASSES if name not in unseen]
     missing = {*itertools.chain(*ATTRIBUTES)} - {word for name in seen for word in name.split()}
     if missing:
-        raise ValueError(f'seed {seed} leaves no seen class with {sorted(missing)}: take another seed')
+        raise ValueError(f'seed {seed} leaves no seen class with {sorted(missing)}: pass another seed')
     return seen, [name for name in CLASSES if name in unseen]
 
 
 def embed_classes(seed: int = 0) -> torch.Tensor:
-    """Label embeddings [C, 3 * ATTRIBUTE_WIDTH] of `CLASSES`: those of the three attributes side by side."""
+    """Label embeddings [C, 3 * ATTRIBUTE_WIDTH] of `CLASSES`: those of the three attributes, concatenated."""
     rng = np.random.default_rng([seed, 1])
     vectors = {word: rng.standard_normal(ATTRIBUTE_WIDTH) for word in itertools.chain(*ATTRIBUTES)}
     rows = [np.concatenate([vectors[word] for word in name.split()]) for name in CLASSES]
@@ -73,7 +77,7 @@ def embed_classes(seed: int = 0) -> torch.Tensor:
 
 
 def draw_object(name: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One object of a class: its pixels, float [side, side, 3] in 0..255, and where it is, bool [side, side]."""
+    """One object of a class: its pixels, float [side, side, 3] in 0..255, and its mask, bool [side, side]."""
     texture, colour, shape = name.split()
     row, column = np.mgrid[:side, :side]
     x, y = (2 * column + 1) / side - 1, (2 * row + 1) / side - 1
@@ -86,7 +90,7 @@ def draw_object(name: str, side: int, rng: np.random.Generator) -> tuple[np.ndar
 
 
 def compose_scene(names: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """A uint8 scene [SIDE, SIDE, 3] of objects that do not overlap, and the classes that found a place in it."""
+    """A uint8 scene [SIDE, SIDE, 3] of objects that do not overlap, and the classes of those that fitted in."""
     scene = rng.uniform(60, 130) + rng.normal(0, 12, size=(SIDE, SIDE, 3))
     taken = np.zeros((SIDE, SIDE), dtype=bool)
     placed = []
@@ -94,10 +98,10 @@ def compose_scene(names: list[str], rng: np.random.Generator) -> tuple[np.ndarra
         side = int(rng.integers(SIDES[0], SIDES[1] + 1))
         pixels, inside = draw_object(name, side, rng)
         for top, left in rng.integers(SIDE - side + 1, size=(20, 2)):
-            place = np.s_[top : top + side, left : left + side]
-            if not taken[place].any():
-                scene[place] = np.where(inside[..., None], pixels, scene[place])
-                taken[place] = True
+            area = np.s_[top : top + side, left : left + side]
+            if not taken[area].any():
+                scene[area] = np.where(inside[..., None], pixels, scene[area])
+                taken[area] = True
                 placed.append(name)
                 break
     return scene.clip(0, 255).astype(np.uint8), placed
@@ -113,19 +117,19 @@ def draw_scenes(
 
 
 def write_shapes(root: str | Path, num_train: int = 4000, num_validation: int = 1000, *, seed: int = 0) -> Path:
-    """Write the data set, its split of the classes and their embeddings, and return `root`."""
+    """Write the dataset, its class split and its label embeddings, and return `root`."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     seen, unseen = split_classes(seed)
     (root / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
     (root / 'split.json').write_text(json.dumps({'seen': seen, 'unseen': unseen}, indent=1) + '\n', encoding='utf-8')
     write_word_embeddings(
-        root / 'words.safetensors', embed_classes(seed), CLASSES, made_by='shapes', rule='attributes side by side'
+        root / 'words.safetensors', embed_classes(seed), CLASSES, made_by='shapes', rule='attributes, concatenated'
     )
-    for stream, (split, classes, count) in enumerate(
+    for number_of_split, (split, classes, count) in enumerate(
         [('train', seen, num_train), ('validation', CLASSES, num_validation)]
     ):
-        images, labels = draw_scenes(classes, count, np.random.default_rng([seed, 2, stream]))
+        images, labels = draw_scenes(classes, count, np.random.default_rng([seed, 2, number_of_split]))
         (root / split).mkdir(exist_ok=True)
         with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
@@ -138,12 +142,12 @@ def write_shapes(root: str | Path, num_train: int = 4000, num_validation: int = 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the data set."""
+    """Write the dataset from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--num-train', type=int, default=4000, help='training scenes (default: %(default)s)')
     parser.add_argument('--num-validation', type=int, default=1000, help='validation scenes (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='determines everything (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='determines every pixel (default: %(default)s)')
     options = parser.parse_args(arguments)
     write_shapes(options.folder, options.num_train, options.num_validation, seed=options.seed)
     print(f'wrote {options.num_train} + {options.num_validation} scenes of {len(CLASSES)} classes to {options.folder}')

@@ -1,26 +1,37 @@
-"""Training transforms of the multi-label recipes that timm lacks: squash-resize and Cutout in a random colour."""
+"""Training transforms of the multi-label recipes that are not in timm: squash-resize and Cutout in a random colour."""
 
 import random
 
 from PIL import Image
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
+from timm.data.transforms import (
+    MaybePILToTensor,
+    MaybeToTensor,
+    RandomResizedCropAndInterpolation,
+    ToNumpy,
+    ToTensor,
+    str_to_interp_mode,
+)
 from torchvision.transforms import Compose, RandomChoice, Resize
 
 
 class Cutout:
-    """Paint a rectangle over an image, of a random colour and at a random place (arXiv 1708.04552).
+    """Paint a rectangle of a random colour at a random position (arXiv 1708.04552).
 
-    The rectangle has the sides of the image times `fraction`. Its centre is any pixel, so some of it may fall outside.
+    The sides of the rectangle are those of the image times `fraction`. Its centre is a random pixel, so that a part of
+    it may lie outside of the image.
 
     Args:
-        fraction: Sides of the rectangle as a fraction of the image's, in (0, 1].
-        probability: How often to paint at all, in [0, 1].
+        fraction: Sides of the rectangle as a fraction of those of the image, in (0, 1].
+        probability: Probability to paint a rectangle, in [0, 1].
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, fraction: float, probability: float = 1.0):
         if not 0 < fraction <= 1 or not 0 <= probability <= 1:
             raise ValueError(
-                f'Cutout takes a fraction in (0, 1] and a probability in [0, 1], got {fraction} and {probability}.'
+                f'Cutout takes a fraction in (0, 1] and a probability in [0, 1], got {fraction} and {probability}'
             )
         self.fraction = fraction
         self.probability = probability
@@ -41,10 +52,10 @@ class Cutout:
 
 
 def squash(transform: Compose, interpolation: str = 'bilinear') -> Compose:
-    """timm's training transform with the random resized crop replaced: the whole image, its aspect not kept.
+    """Replace the random resized crop of a training transform of timm: resize the whole image, ignoring its aspect.
 
     Args:
-        transform: What `timm.data.create_transform` returns for training.
+        transform: Result of `timm.data.create_transform` for training.
         interpolation: timm's name of a filter, or 'random' for bilinear or bicubic.
 
     Raises:
@@ -52,13 +63,21 @@ def squash(transform: Compose, interpolation: str = 'bilinear') -> Compose:
     """
     crop, *rest = transform.transforms
     if not isinstance(crop, RandomResizedCropAndInterpolation):
-        raise ValueError(f'Squashing takes the place of a random resized crop; the transform begins with {crop}.')
+        raise ValueError(f'squash replaces a random resized crop, the transform begins with {crop}')
     filters = ('bilinear', 'bicubic') if interpolation == 'random' else (interpolation,)
     resizes = [Resize(crop.size, str_to_interp_mode(name)) for name in filters]
     return Compose([RandomChoice(resizes) if len(resizes) > 1 else resizes[0], *rest])
 
 
-def cut_out(transform: Compose, cutout: Cutout) -> Compose:
-    """A training transform with Cutout after its first step, the crop or resize."""
-    first, *rest = transform.transforms
-    return Compose([first, cutout, *rest])
+def cut_out(transform: Compose, cutout: Cutout, place: str = 'before') -> Compose:
+    """Insert Cutout into a training transform of timm.
+
+    Args:
+        transform: The transform.
+        cutout: Cutout.
+        place: 'before' the other augmentations, after the crop or resize; or 'after' them, on the last PIL image.
+    """
+    steps = list(transform.transforms)
+    to_tensor = [isinstance(step, (MaybeToTensor, ToNumpy, ToTensor, MaybePILToTensor)) for step in steps]
+    steps.insert(1 if place == 'before' else to_tensor.index(True), cutout)
+    return Compose(steps)

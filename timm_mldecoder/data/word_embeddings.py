@@ -1,4 +1,4 @@
-"""Label embeddings on disk: tensors [C, E] with the names of the classes."""
+"""Files of label embeddings: tensors [C, E] with the names of the classes."""
 
 import json
 from collections.abc import Sequence
@@ -9,25 +9,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from timm_mldecoder.data.text_files import normalize_name
 from timm_mldecoder.head.vocabulary import check_embeddings
 
 
 def read_word_embeddings(path: str | Path, class_names: Sequence[str] | None = None) -> tuple[Tensor, list[str] | None]:
-    """Label embeddings [C, E] of a file, and the class names it gives them.
+    """Read label embeddings [C, E] and their class names.
 
     Args:
         path: `.safetensors` as `timm_mldecoder.data.embed` writes it; `.pt` or `.pth` with a tensor [C, E], or a
             dictionary of `embeddings` and `class_names`.
-        class_names: the classes to pick, in this order; all in the order of the file if not given. To a file without
-            names these are the names.
+        class_names: The classes to pick, in this order; default: all, in the order of the file. For a file without
+            names, the names of its rows.
+
+    Returns:
+        The embeddings, float [C, E], and the class names; None if neither the file nor the caller names them.
 
     Raises:
-        ValueError: the file cannot be read safely, or holds something else; repeated names or embeddings that are not
-            finite; names that the file lacks, all of them listed.
+        ValueError: If the file cannot be read safely or holds something else, names are repeated, embeddings are not
+            finite, or classes are missing from the file (all of them are listed).
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'there is no file of label embeddings {path}')
+        raise ValueError(f'{path} is missing: expected a file of label embeddings')
     embeddings, names = READERS.get(path.suffix, _read_torch)(path)
     try:
         check_embeddings(embeddings, embeddings.shape[-1] if embeddings.dim() else 0, names)
@@ -37,18 +41,18 @@ def read_word_embeddings(path: str | Path, class_names: Sequence[str] | None = N
         return embeddings, names
     if names is None:
         return embeddings, list(class_names)
-    row = {name: index for index, name in enumerate(names)}
-    missing = [name for name in class_names if name not in row]
+    row = {normalize_name(name): index for index, name in enumerate(names)}
+    missing = [name for name in class_names if normalize_name(name) not in row]
     if missing:
-        raise ValueError(f'{path} has no embedding of {missing}; it has {len(names)} classes, {names[0]!r} and so on')
-    return embeddings[[row[name] for name in class_names]], list(class_names)
+        raise ValueError(f'{path} has no embedding of {missing}; it has {len(names)} classes: {names[:3]} ...')
+    return embeddings[[row[normalize_name(name)] for name in class_names]], list(class_names)
 
 
 def write_word_embeddings(path: str | Path, embeddings: Tensor, class_names: Sequence[str], **about: str) -> None:
-    """Write label embeddings [C, E] and their names; `about` says what made them.
+    """Write label embeddings [C, E] and their names; `about` is metadata on how they were made.
 
     Raises:
-        ValueError: names or embeddings that no reader would take.
+        ValueError: If names are repeated or embeddings are not finite.
     """
     check_embeddings(embeddings, embeddings.shape[-1], class_names)
     metadata = {'class_names': json.dumps(list(class_names)), **about}
@@ -73,19 +77,19 @@ def _read_torch(path: Path) -> tuple[Tensor, list[str] | None]:
         return content.float(), None
     if isinstance(content, dict) and isinstance(content.get('embeddings'), Tensor):
         return content['embeddings'].float(), content.get('class_names')
-    raise ValueError(f"{path} holds a {type(content).__name__}, and not a tensor or a dict with 'embeddings'")
+    raise ValueError(f"{path}: expected a tensor or a dict with 'embeddings', got a {type(content).__name__}")
 
 
 def load_tensors(path: Path):
-    """What a file of `torch.save` holds, if it is tensors and plain containers.
+    """Load a file of `torch.save` that holds only tensors and plain containers.
 
     Raises:
-        ValueError: there is more in it, or it is something else.
+        ValueError: If it holds anything else, or is damaged.
     """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises what the broken or unsafe bytes happen to lead to
-        raise ValueError(f'{path} cannot be read as tensors and plain containers only: {error!s:.300}') from error
+    except Exception as error:  # torch raises many types of exceptions on broken or unsafe bytes
+        raise ValueError(f'{path} does not hold only tensors and plain containers ({type(error).__name__})') from error
 
 
 READERS = {'.safetensors': _read_safetensors}

@@ -1,4 +1,4 @@
-"""Group fully-connected: each query's output gives the logits of its own group of classes."""
+"""Classifiers: from query outputs [B, K, D] to class logits [B, C]."""
 
 import math
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.queries import in_groups
+from timm_mldecoder.head.queries import into_groups
 
 
 class GroupFullyConnected(nn.Module):
-    """K query outputs to C class logits (arXiv 2111.12933, section 2.3.2 and appendix B).
+    """Group fully-connected layer (arXiv 2111.12933, section 2.3.2 and appendix B).
 
-    ``out[b, k, :] = x[b, k, :] @ weight[k]``, flattened, cut to the first C, plus a bias. Class ``c`` is read from
-    query ``c // group_size``.
+    ``out[b, k, :] = x[b, k, :] @ weight[k]``, flattened, cut to the first C, plus a bias. Class ``c`` belongs to query
+    ``c // group_size``.
 
     Args:
-        num_classes: number of classes C.
-        num_queries: number of queries K, at most C.
-        dim: width D of a query's output.
+        num_classes: Number of classes C.
+        num_queries: Number of queries K, at most C.
+        dim: Width D of a query's output.
 
     Shapes:
         weight [K, D, group_size], bias [C]; input [B, K, D], output [B, C].
@@ -33,13 +33,13 @@ class GroupFullyConnected(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Xavier-normal of the 3-D tensor, as published: the fans count the other two dimensions together.
+        # Xavier-normal of the 3-D tensor, as published: each fan also counts the other two dimensions
         num_queries, dim, group_size = self.weight.shape
         nn.init.normal_(self.weight, std=math.sqrt(2.0 / (dim * group_size + num_queries * group_size)))
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return read_groups(x, self.weight, self.num_classes) + self.bias
+    def forward(self, x: Tensor, label_embeddings: None = None) -> Tensor:
+        return grouped_matmul(x, self.weight, self.num_classes) + self.bias
 
     def extra_repr(self) -> str:
         num_queries, dim, group_size = self.weight.shape
@@ -47,9 +47,9 @@ class GroupFullyConnected(nn.Module):
 
 
 class CosineGroupFullyConnected(GroupFullyConnected):
-    """Group fully-connected on the angle alone, for metric learning (arXiv 2209.06585, section 3).
+    """Normalized group fully-connected layer, for metric learning (arXiv 2209.06585, section 3).
 
-    Query outputs and the weight column of each class are L2-normalised; a learned bias is added to the cosine; the sum
+    Query outputs and the weight column of each class are L2-normalized; a learned bias is added to the cosine; the sum
     is multiplied by `scale`. Not clamped.
     """
 
@@ -59,18 +59,18 @@ class CosineGroupFullyConnected(GroupFullyConnected):
         super().__init__(num_classes, num_queries, dim, device, dtype)
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        cosine = read_groups(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1), self.num_classes)
+    def forward(self, x: Tensor, label_embeddings: None = None) -> Tensor:
+        cosine = grouped_matmul(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1), self.num_classes)
         return self.scale * (cosine + self.bias)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, scale={self.scale}'
 
 
-class WordClassifier(nn.Module):
-    """Outputs of word queries [B, K, D] and label embeddings [C, E] to logits [B, C].
+class TextClassifier(nn.Module):
+    """Base of the classifiers for text queries: outputs [B, K, D] and label embeddings [C, E] to logits [B, C].
 
-    The bias [1] is shared by all labels, as nothing here may depend on how many there are.
+    The bias [1] is shared by all classes, so that the number of classes may change.
     """
 
     def __init__(self, weight_shape: tuple[int, ...], group_size: int, device=None, dtype=None) -> None:
@@ -88,41 +88,41 @@ class WordClassifier(nn.Module):
         return f'weight={list(self.weight.shape)}, group_size={self.group_size}'
 
 
-class SharedPooling(WordClassifier):
-    """One weight [D, group_size] for all groups: only its query tells a label from another (section 2.3.3)."""
+class SharedTextClassifier(TextClassifier):
+    """One weight [D, group_size] shared by all groups: only the query depends on the class (section 2.3.3)."""
 
     def __init__(self, dim: int, group_size: int, device=None, dtype=None) -> None:
         super().__init__((dim, group_size), group_size, device, dtype)
 
-    def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        return (x @ self.weight).flatten(1)[:, : len(words)] + self.bias
+    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
+        return (x @ self.weight).flatten(1)[:, : len(label_embeddings)] + self.bias
 
 
-class WordPooling(WordClassifier):
-    """Group fully-connected factorised through the label embeddings (appendix B, equation 11): W_k = W_a N_k.
+class FactorizedTextClassifier(TextClassifier):
+    """Group fully-connected weights made from the label embeddings (appendix B, equation 11): W_k = W_a N_k.
 
-    N_k [E, group_size] holds the embeddings of the group's labels; `weight` is the learned W_a [D, E].
+    N_k [E, group_size] has the embeddings of the group's classes; `weight` is the learned W_a [D, E].
     """
 
-    def __init__(self, dim: int, group_size: int, width: int, device=None, dtype=None) -> None:
-        super().__init__((dim, width), group_size, device, dtype)
+    def __init__(self, dim: int, group_size: int, embedding_width: int, device=None, dtype=None) -> None:
+        super().__init__((dim, embedding_width), group_size, device, dtype)
 
-    def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        weight = in_groups(F.linear(words, self.weight), self.group_size).transpose(1, 2)  # W_k [K, D, group_size]
-        return read_groups(x, weight, len(words)) + self.bias
+    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
+        weight = into_groups(F.linear(label_embeddings, self.weight), self.group_size).transpose(1, 2)
+        return grouped_matmul(x, weight, len(label_embeddings)) + self.bias
 
 
-class LearnedPooling(WordClassifier):
-    """An ablation of appendix B: a trained weight [D, group_size] for each group, blind to which labels it holds."""
+class LearnedTextClassifier(TextClassifier):
+    """One learned weight [D, group_size] per group: an ablation of appendix B that ignores the group's classes."""
 
     def __init__(self, num_queries: int, dim: int, group_size: int, device=None, dtype=None) -> None:
         super().__init__((num_queries, dim, group_size), group_size, device, dtype)
 
-    def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        return read_groups(x, self.weight[: x.shape[1]], len(words)) + self.bias
+    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
+        return grouped_matmul(x, self.weight[: x.shape[1]], len(label_embeddings)) + self.bias
 
 
-def read_groups(x: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """``x[:, k] @ weight[k]`` of outputs [B, K, D] and weights [K, D, group_size], side by side: [B, num_classes]."""
+def grouped_matmul(x: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """``x[:, k] @ weight[k]`` of x [B, K, D] and weight [K, D, group_size], concatenated and cut: [B, num_classes]."""
     logits = torch.bmm(x.transpose(0, 1), weight)  # [K, B, group_size]
     return logits.transpose(0, 1).flatten(1)[:, :num_classes]

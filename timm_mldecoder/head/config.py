@@ -1,122 +1,130 @@
-"""From a head's options to its parts: what the options must be, how classes fall into groups, what is built of them."""
+"""Options of `MLDecoder`: checked, with their defaults resolved, and turned into queries and a classifier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from timm_mldecoder.head.classifiers import (
     CosineGroupFullyConnected,
+    FactorizedTextClassifier,
     GroupFullyConnected,
-    LearnedPooling,
-    SharedPooling,
-    WordPooling,
+    LearnedTextClassifier,
+    SharedTextClassifier,
 )
-from timm_mldecoder.head.queries import LearnedGroupQueries, Queries, WordGroupQueries, WordQueries
+from timm_mldecoder.head.queries import LearnedGroupQueries, Queries, TextGroupQueries, TextQueries
 
 DEFAULT_NUM_QUERIES = 100
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the classes are asked for and read.
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """How classes are divided into queries, and which queries and classifier the head has.
 
     Attributes:
-        num_classes: classes C at the start.
-        num_queries: queries K at the start.
-        group_size: classes a query stands for.
-        dim: width D of a query.
-        word_width: width E of label embeddings, None for fixed and learned queries.
-        learned_queries: whether queries are trained vectors.
-        classifier: a key of `build_classifier`'s table.
-        cosine_scale: factor of the cosine classifier's logits.
+        num_classes: Number of classes C that the head is built with.
+        num_queries: Number of queries K that the head is built with.
+        group_size: Classes per query.
+        dim: Width D of a query.
+        embedding_width: Width E of label embeddings, None without text queries.
+        learned_queries: Whether queries are trained vectors.
+        classifier: A key of the table in `build_classifier`.
+        cosine_scale: Factor of the cosine classifier's logits.
     """
 
     num_classes: int
     num_queries: int
-    group_size: int
+    group_size: int | None = None
     dim: int
-    word_width: int | None
-    learned_queries: bool
-    classifier: str
-    cosine_scale: float
+    embedding_width: int | None = None
+    learned_queries: bool = False
+    classifier: str | None = None
+    cosine_scale: float = 1.0
+
+    @classmethod
+    def resolve(cls, *, num_of_groups: int, **options) -> 'HeadConfig':
+        """Resolve the defaults of `MLDecoder`'s options.
+
+        Args:
+            num_of_groups: Option of `MLDecoder`, -1 for the default.
+            **options: Attributes of this class except num_queries; group_size and classifier may be None.
+
+        Raises:
+            ValueError: If the classifier does not go with the queries, or the classes do not fit the groups.
+        """
+        config = cls(num_queries=num_of_groups, **options)
+        grouping = config._text_groups() if config.embedding_width is not None else config._groups()
+        config = replace(config, **grouping)
+        choices = config._classifier_choices()
+        if config.classifier is None:
+            config = replace(config, classifier=choices[0])
+        if config.classifier not in choices:
+            kind = 'fixed and learned' if config.embedding_width is None else 'text'
+            raise ValueError(
+                f'classifier must be one of {sorted(set(choices))} with {kind} queries, got {config.classifier!r}'
+            )
+        if config.cosine_scale <= 0 or (config.cosine_scale != 1 and config.classifier != 'cosine'):
+            raise ValueError(f"cosine_scale must be above 0, and needs classifier='cosine', got {config.cosine_scale}")
+        if config.max_classes is not None and config.num_classes > config.max_classes:
+            raise ValueError(
+                f'{config.num_classes} classes do not fit {config.num_queries} groups of {config.group_size}: '
+                f'raise num_of_groups or group_size'
+            )
+        return config
+
+    def _groups(self) -> dict[str, int]:
+        if self.group_size is not None:
+            raise ValueError('group_size is an option of text queries: give word_embeddings, or num_of_groups')
+        num_queries = min(self.num_classes, DEFAULT_NUM_QUERIES if self.num_queries == -1 else self.num_queries)
+        return dict(num_queries=num_queries, group_size=-(-self.num_classes // num_queries))
+
+    def _text_groups(self) -> dict[str, int]:
+        """With text queries the group size is what the weights depend on, and may be given."""
+        group_size = self.group_size
+        if group_size is None:
+            groups = self.num_classes if self.num_queries == -1 else min(self.num_classes, self.num_queries)
+            group_size = -(-self.num_classes // groups)
+        if not 1 <= group_size <= self.dim:
+            raise ValueError(f'group_size must be in 1 to decoder_embedding ({self.dim}), got {group_size}')
+        num_queries = -(-self.num_classes // group_size) if self.num_queries == -1 else self.num_queries
+        return dict(num_queries=num_queries, group_size=group_size)
+
+    def _classifier_choices(self) -> tuple[str, ...]:
+        """Classifiers that go with the queries, the default first."""
+        if self.embedding_width is None:
+            return 'group', 'cosine'
+        return 'shared' if self.group_size == 1 else 'word', 'shared', 'word', 'learned'
 
     @property
-    def most_classes(self) -> int | None:
-        """So many classes fit the parts that know their groups; None where any number does."""
-        learned = self.learned_queries or self.classifier == 'learned'
-        return self.num_queries * self.group_size if learned or self.word_width is None else None
+    def max_classes(self) -> int | None:
+        """Most classes that the learned weights have room for; None if any number fits."""
+        limited = self.embedding_width is None or self.learned_queries or self.classifier == 'learned'
+        return self.num_queries * self.group_size if limited else None
 
+    def build_queries(self, **factory) -> nn.Module:
+        """Build the module that gives the queries [K, D]; `factory` is device and dtype."""
+        if self.embedding_width is None:
+            return Queries(self.num_queries, self.dim, self.learned_queries, **factory)
+        if self.learned_queries:
+            return LearnedGroupQueries(self.num_queries, self.dim, self.group_size, **factory)
+        if self.group_size == 1:
+            return TextQueries(self.embedding_width, self.dim, **factory)
+        return TextGroupQueries(self.embedding_width, self.dim, self.group_size, **factory)
 
-def make_plan(
-    num_classes: int,
-    num_of_groups: int,
-    group_size: int | None,
-    dim: int,
-    word_width: int | None,
-    learned_queries: bool,
-    classifier: str | None,
-    cosine_scale: float,
-) -> Plan:
-    """Resolve defaults, see `MLDecoder` for the arguments.
-
-    Raises:
-        ValueError: a classifier that does not go with the queries, or classes that do not fit.
-    """
-    if word_width is None:
-        if group_size is not None:
-            raise ValueError('group_size is an option of word queries: give word_embeddings, or num_of_groups')
-        num_queries = min(num_classes, DEFAULT_NUM_QUERIES if num_of_groups == -1 else num_of_groups)
-        group_size = -(-num_classes // num_queries)
-        choices = ('group', 'cosine')
-    else:
-        if group_size is None:
-            group_size = -(-num_classes // (num_classes if num_of_groups == -1 else min(num_classes, num_of_groups)))
-        if group_size < 1 or group_size > dim:
-            raise ValueError(f'group_size must be in 1 to decoder_embedding ({dim}), got {group_size}')
-        num_queries = -(-num_classes // group_size) if num_of_groups == -1 else num_of_groups
-        choices = ('shared' if group_size == 1 else 'word', 'shared', 'word', 'learned')
-    classifier = classifier or choices[0]
-    if classifier not in choices:
-        kind = 'fixed and learned' if word_width is None else 'word'
-        raise ValueError(f'classifier must be one of {sorted(set(choices))} with {kind} queries, got {classifier!r}')
-    if cosine_scale != 1 and classifier != 'cosine' or cosine_scale <= 0:
-        raise ValueError(f"cosine_scale must be above 0, and needs classifier='cosine', got {cosine_scale}")
-    plan = Plan(num_classes, num_queries, group_size, dim, word_width, learned_queries, classifier, float(cosine_scale))
-    if plan.most_classes is not None and num_classes > plan.most_classes:
-        raise ValueError(
-            f'{num_classes} classes do not fit {num_queries} groups of {group_size}: raise num_of_groups or group_size'
-        )
-    return plan
-
-
-def build_queries(plan: Plan, **factory) -> nn.Module:
-    """The module that makes the queries, from nothing or from label embeddings."""
-    if plan.word_width is None:
-        return Queries(plan.num_queries, plan.dim, plan.learned_queries, **factory)
-    if plan.learned_queries:
-        return LearnedGroupQueries(plan.num_queries, plan.dim, plan.group_size, **factory)
-    if plan.group_size == 1:
-        return WordQueries(plan.word_width, plan.dim, **factory)
-    return WordGroupQueries(plan.word_width, plan.dim, plan.group_size, **factory)
-
-
-def build_classifier(plan: Plan, **factory) -> nn.Module:
-    """The module that reads logits from the queries' outputs, and from label embeddings if there are."""
-    builders = {
-        'group': lambda: GroupFullyConnected(plan.num_classes, plan.num_queries, plan.dim, **factory),
-        'cosine': lambda: CosineGroupFullyConnected(
-            plan.num_classes, plan.num_queries, plan.dim, plan.cosine_scale, **factory
-        ),
-        'shared': lambda: SharedPooling(plan.dim, plan.group_size, **factory),
-        'word': lambda: WordPooling(plan.dim, plan.group_size, plan.word_width, **factory),
-        'learned': lambda: LearnedPooling(plan.num_queries, plan.dim, plan.group_size, **factory),
-    }
-    return builders[plan.classifier]()
+    def build_classifier(self, **factory) -> nn.Module:
+        """Build the module that computes the logits; `factory` is device and dtype."""
+        build, arguments = {
+            'group': (GroupFullyConnected, (self.num_classes, self.num_queries, self.dim)),
+            'cosine': (CosineGroupFullyConnected, (self.num_classes, self.num_queries, self.dim, self.cosine_scale)),
+            'shared': (SharedTextClassifier, (self.dim, self.group_size)),
+            'word': (FactorizedTextClassifier, (self.dim, self.group_size, self.embedding_width)),
+            'learned': (LearnedTextClassifier, (self.num_queries, self.dim, self.group_size)),
+        }[self.classifier]
+        return build(*arguments, **factory)
 
 
 def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence[int], num_heads: int) -> None:
-    """Raise ValueError for a number of classes or groups, or a width, that no head can have."""
+    """Raise ValueError for an invalid number of classes, groups or heads, or an invalid width."""
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}')
     if num_of_groups == 0 or num_of_groups < -1:
@@ -131,8 +139,10 @@ def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence
 
 
 def check_layers(dim_feedforward: int, dropout: float, num_layers: int) -> None:
-    """Raise ValueError for decoder layers that cannot be built."""
-    if dim_feedforward < 1 or num_layers < 1:
-        raise ValueError(f'dim_feedforward and num_layers must be at least 1, got {dim_feedforward} and {num_layers}')
+    """Raise ValueError for invalid options of the decoder layers."""
+    if dim_feedforward < 0:
+        raise ValueError(f'dim_feedforward must be at least 1, or 0 for no feed-forward network, got {dim_feedforward}')
+    if num_layers < 1:
+        raise ValueError(f'num_layers must be at least 1, got {num_layers}')
     if not 0 <= dropout < 1:
         raise ValueError(f'dropout must be in [0, 1), got {dropout}')

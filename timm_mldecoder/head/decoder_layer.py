@@ -1,87 +1,185 @@
-"""The decoder layer: queries attend to the image's tokens; no self-attention among queries."""
+"""The decoder layer of ML-Decoder: queries attend to the image tokens, then pass a feed-forward network."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.dropout import Dropout, ReLUDropout
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` that saves one byte per element for the backward pass; torch's saves four on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, train=True)[0] if self.training and self.p > 0 else x
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries [B or 1, K, D] to memory [B, N, D]; output [B, K, D].
+class ReLUDropout(Dropout):
+    """ReLU followed by dropout. Saves one mask for both, one byte per element, and neither input nor output."""
 
-    A mask [B, N] is False where no query may look.
-    The input projections of query, key and value are stacked in that order, as in ``torch.nn.MultiheadAttention``.
+    def forward(self, x: Tensor) -> Tensor:
+        return _relu_dropout(x, self.p) if self.training and self.p > 0 else F.relu(x)
+
+
+@torch.fx.wrap  # one node to an fx tracer, which cannot trace an autograd function
+def _relu_dropout(x: Tensor, p: float) -> Tensor:
+    return _ReLUDropout.apply(x, p)
+
+
+class _ReLUDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        output = F.relu_(F.dropout(x, p))  # the two commute; dropout's output is a copy, safe to overwrite
+        ctx.save_for_backward(output <= 0)
+        ctx.scale = 1 / (1 - p)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (blocked,) = ctx.saved_tensors
+        return (grad * ctx.scale).masked_fill_(blocked, 0), None  # multiplying by the mask would convert it to float
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [B or 1, K, D] to tokens [B, N, D]; output [B, K, D].
+
+    The parameters have the names and layout of `torch.nn.MultiheadAttention`: the query, key and value projections are
+    stacked in this order.
+
+    Args:
+        dim: Width D.
+        num_heads: Number of heads, a divisor of D.
+        dropout: Dropout probability of the attention weights.
+        projections: Whether queries, keys, values and the output are projected. Without, the module has no parameters:
+            each head compares its slice of the queries with its slice of the tokens, and averages the latter.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, dropout: float, projections: bool = True, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, device=device, dtype=dtype))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, device=device, dtype=dtype))
-        self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.projections = projections
+        if projections:
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, device=device, dtype=dtype))
+            self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, device=device, dtype=dtype))
+            self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.in_proj_bias)
-        self.out_proj.reset_parameters()
-        nn.init.zeros_(self.out_proj.bias)
+        if self.projections:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+            nn.init.zeros_(self.in_proj_bias)
+            self.out_proj.reset_parameters()
+            nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as [B or 1, heads, K or N, D / heads]; key and value in one matrix product."""
-        dim = queries.shape[-1]
-        query_weight, memory_weight = self.in_proj_weight.split([dim, 2 * dim])
-        query_bias, memory_bias = self.in_proj_bias.split([dim, 2 * dim])
-        query = F.linear(queries, query_weight, query_bias)
-        key, value = F.linear(memory, memory_weight, memory_bias).chunk(2, dim=-1)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return query, key, value
+    def project_queries(self, queries: Tensor) -> Tensor:
+        """Project and split queries [B or 1, K, D] into [B or 1, heads, K, D / heads]."""
+        if self.projections:
+            dim = queries.shape[-1]
+            queries = _project(queries, self.in_proj_weight, self.in_proj_bias, 0, dim)
+        return self._split_heads(queries)
 
-    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        query, key, value = self.project(queries, memory)
-        query = query.expand(memory.shape[0], -1, -1, -1)  # key's batch size is a constant to timm's ONNX exporter
+    def project_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Project and split tokens [B, N, D] into keys and values, each [B, heads, N, D / heads]."""
+        if not self.projections:
+            return self._split_heads(tokens), self._split_heads(tokens)
+        dim = tokens.shape[-1]
+        keys, values = _project(tokens, self.in_proj_weight, self.in_proj_bias, dim, 3 * dim).chunk(2, dim=-1)
+        return self._split_heads(keys), self._split_heads(values)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend; a mask [B, N] is False at tokens to leave out."""
+        return self.attend(self.project_queries(queries), tokens, mask)
+
+    def attend(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend with queries that `project_queries` has already projected."""
+        keys, values = self.project_tokens(tokens)
+        # batch size taken from the tokens: timm's ONNX exporter turns that of the keys into a constant
+        queries = queries.expand(tokens.shape[0], -1, -1, -1)
         mask = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(output.transpose(1, 2).flatten(2))
+        output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        output = output.transpose(1, 2).flatten(2)
+        return self.out_proj(output) if self.projections else output
 
-    def attention_weights(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """What each query looks at, [B, K, N], the mean over heads; rows sum to 1."""
-        query, key, _ = self.project(queries, memory)
-        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    def attention_weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Attention weights of projected queries, [B, K, N]: mean over heads, rows sum to 1."""
+        keys, _ = self.project_tokens(tokens)
+        scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
         return scores.softmax(dim=-1).mean(dim=1)
 
 
-class DecoderLayer(nn.Module):
-    """Post-norm decoder layer without self-attention (arXiv 2111.12933, figure 3): queries to [B, K, D].
+@torch.fx.wrap  # one node to an fx tracer: FX quantisation cannot convert a product with a part of a weight
+def _project(x: Tensor, weight: Tensor, bias: Tensor, start: int, end: int) -> Tensor:
+    return F.linear(x, weight[start:end], bias[start:end])
 
-    Dropout acts on the residual branches, inside the feed-forward and on the attention weights.
+
+class DecoderLayer(nn.Module):
+    """Post-norm decoder layer (arXiv 2111.12933, figure 3): queries [B or 1, K, D] to [B, K, D].
+
+    ML-Decoder adds each query to itself where a transformer decoder has self-attention among the queries (section
+    2.3.1). Dropout acts on the residual branches, inside the feed-forward network and on the attention weights.
+    Parameter names are those of `torch.nn.TransformerDecoderLayer`.
+
+    Args:
+        dim: Width D.
+        num_heads: Attention heads.
+        dim_feedforward: Hidden width of the feed-forward network; 0 leaves it and its norm out.
+        dropout: Probability of every dropout.
+        self_attention: Whether queries attend to each other, as in a transformer decoder.
+        attention_projections: See `Attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        self_attention: bool = False,
+        attention_projections: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         factory = dict(device=device, dtype=dtype)
+        self.self_attn = Attention(dim, num_heads, dropout, **factory) if self_attention else None
         self.norm1 = nn.LayerNorm(dim, **factory)
-        self.multihead_attn = CrossAttention(dim, num_heads, dropout, **factory)
+        self.multihead_attn = Attention(dim, num_heads, dropout, attention_projections, **factory)
         self.norm2 = nn.LayerNorm(dim, **factory)
-        self.linear1 = nn.Linear(dim, dim_feedforward, **factory)
-        self.linear2 = nn.Linear(dim_feedforward, dim, **factory)
-        self.norm3 = nn.LayerNorm(dim, **factory)
+        self.linear1 = self.linear2 = self.norm3 = None
+        if dim_feedforward:
+            self.linear1 = nn.Linear(dim, dim_feedforward, **factory)
+            self.linear2 = nn.Linear(dim_feedforward, dim, **factory)
+            self.norm3 = nn.LayerNorm(dim, **factory)
         self.dropout = Dropout(dropout)
         self.activation = ReLUDropout(dropout)
 
     def reset_parameters(self) -> None:
-        for module in (self.norm1, self.multihead_attn, self.norm2, self.linear1, self.linear2, self.norm3):
-            module.reset_parameters()
+        for module in self.children():
+            if not isinstance(module, Dropout):
+                module.reset_parameters()
 
-    def ask(self, queries: Tensor) -> Tensor:
-        """What stands where a decoder has self-attention: the query added to itself, normalised."""
-        return self.norm1(queries + self.dropout(queries))
+    def normalize_queries(self, queries: Tensor) -> Tensor:
+        """The first residual block: queries that attend to the tokens, [B or 1, K, D]."""
+        residual = queries if self.self_attn is None else self.self_attn(queries, queries)
+        return self.norm1(queries + self.dropout(residual))
 
-    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.ask(queries)
-        x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, mask)))
+    def query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """All that does not depend on the tokens: normalized queries, and the same projected for the attention."""
+        queries = self.normalize_queries(queries)
+        return queries, self.multihead_attn.project_queries(queries)
+
+    def decode(self, queries: Tensor, projected: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The rest of the layer, given `query_side`."""
+        x = self.norm2(queries + self.dropout(self.multihead_attn.attend(projected, tokens, mask)))
+        if self.linear1 is None:
+            return x
         hidden = self.activation(self.linear1(x))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
+
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.decode(*self.query_side(queries), tokens, mask)

@@ -1,4 +1,4 @@
-"""ML-Decoder: embed the image's tokens, let queries attend to them, read each group of classes from its query."""
+"""ML-Decoder: embed the image tokens, let queries attend to them, compute each group of logits from its query."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.config import build_classifier, build_queries, check_layers, check_sizes, make_plan
+from timm_mldecoder.head.config import HeadConfig, check_layers, check_sizes
 from timm_mldecoder.head.decoder_layer import DecoderLayer
 from timm_mldecoder.head.vocabulary import Vocabulary
 
@@ -18,35 +18,41 @@ ACTIVATIONS = {'relu': F.relu, 'leaky_relu': partial(F.leaky_relu, negative_slop
 class MLDecoder(nn.Module):
     """ML-Decoder classification head (arXiv 2111.12933), in place of global pooling and a linear classifier.
 
+    docs/head.md has a table of the options with their shapes and sources.
+
     Args:
-        num_classes: number of classes C.
-        num_of_groups: number of queries K, each of which gives ceil(C / K) classes; -1 means 100, and with word queries
-            C. Never more than C.
-        decoder_embedding: width D of queries and embedded tokens; -1 means 768.
-        initial_num_features: width F of the backbone's features; a sequence of widths for features of several scales,
+        num_classes: Number of classes C.
+        num_of_groups: Number of queries K, each of which gives ceil(C / K) logits; -1 means 100, or C with text
+            queries. Never more than C.
+        decoder_embedding: Width D of queries and embedded tokens; -1 means 768.
+        initial_num_features: Width F of the backbone's features; a sequence of widths for features of several scales,
             each of which gets its own embedding.
-        num_heads: attention heads; must divide D.
-        dim_feedforward: hidden width of the feed-forward layer.
-        dropout: probability of every dropout of the decoder.
-        num_layers: decoder layers, one as published.
-        learnable_queries: train the queries instead of keeping the vectors drawn at the start.
-        memory_activation: what follows the embedding of the tokens: 'relu', or 'leaky_relu' (slope 0.2).
-        classifier: 'group' fully-connected, or 'cosine' for its normalised form. With word queries 'shared' (default in
-            full decoding), 'word' (factorised through the label embeddings, default in group decoding) or 'learned'
-            (an ablation that knows the groups of its training only).
-        cosine_scale: factor of the logits of the cosine classifier.
-        word_embeddings: label embeddings [C, E], which make the queries (zero-shot: the classes may change later); or
-            their width E, for a head that gets its classes from a state dict or `set_word_embeddings`.
-        class_names: names of the classes of `word_embeddings`.
-        group_size: labels a word query stands for, instead of ceil(C / K).
-        random_queries: random word queries added in training, see `Vocabulary`; they give C + random_queries logits.
-        query_noise: noise on the word embeddings in training, relative to their root mean square.
+        num_heads: Attention heads; must divide D.
+        dim_feedforward: Hidden width of the feed-forward network; 0 leaves it out.
+        dropout: Probability of every dropout of the decoder.
+        num_layers: Number of decoder layers, 1 as published.
+        learnable_queries: Train the queries instead of keeping their initial values.
+        memory_activation: Activation after the token embedding: 'relu', or 'leaky_relu' (slope 0.2).
+        self_attention: Self-attention among the queries in place of ML-Decoder's residual, as in a transformer decoder:
+            the baseline of the paper's section 2.2.
+        attention_projections: Whether the cross-attention projects queries, keys, values and its output. Without, the
+            token embedding is the only projection.
+        classifier: 'group' fully-connected, or 'cosine' for its normalized form. With text queries 'shared' (default
+            in full decoding), 'word' (made from the label embeddings; default in group decoding) or 'learned' (an
+            ablation that is limited to the groups it was trained with).
+        cosine_scale: Factor of the logits of the cosine classifier.
+        word_embeddings: Label embeddings [C, E], from which text queries are made (zero-shot: the classes may change
+            later); or their width E, for a head that gets its classes from a state dict or `set_word_embeddings`.
+        class_names: Names of the classes of `word_embeddings`.
+        group_size: Classes per text query, instead of ceil(C / K).
+        random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
+        query_noise: Noise on the label embeddings in training, relative to their root mean square.
 
     Shapes:
-        features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
+        Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
 
     Raises:
-        ValueError: for an option out of range, or features that are pooled or of another width.
+        ValueError: If an option is out of range, or features are pooled or of another width.
     """
 
     def __init__(
@@ -62,6 +68,8 @@ class MLDecoder(nn.Module):
         num_layers: int = 1,
         learnable_queries: bool = False,
         memory_activation: str = 'relu',
+        self_attention: bool = False,
+        attention_projections: bool = True,
         classifier: str | None = None,
         cosine_scale: float = 1.0,
         word_embeddings: Tensor | int | None = None,
@@ -87,116 +95,173 @@ class MLDecoder(nn.Module):
                 word_embeddings, num_classes, class_names, random_queries, query_noise, **factory
             )
         elif class_names is not None or random_queries or query_noise:
-            raise ValueError('class_names, random_queries and query_noise need word queries: give word_embeddings')
-        word_width = None if self.vocabulary is None else self.vocabulary.width
-        self.plan = make_plan(
-            num_classes, num_of_groups, group_size, dim, word_width, learnable_queries, classifier, cosine_scale
+            raise ValueError('class_names, random_queries and query_noise need text queries: give word_embeddings')
+        self.config = HeadConfig.resolve(
+            num_classes=num_classes,
+            num_of_groups=num_of_groups,
+            group_size=group_size,
+            dim=dim,
+            embedding_width=None if self.vocabulary is None else self.vocabulary.width,
+            learned_queries=learnable_queries,
+            classifier=classifier,
+            cosine_scale=float(cosine_scale),
         )
-        if random_queries and self.plan.most_classes is not None:
-            raise ValueError('random_queries need queries and a classifier that take any number of words')
+        if random_queries and self.config.max_classes is not None:
+            raise ValueError('random_queries need queries and a classifier that take any number of classes')
 
         self.dropout = dropout
         self.memory_activation = memory_activation
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
         self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
-        self.queries = build_queries(self.plan, **factory)
+        self.queries = self.config.build_queries(**factory)
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, num_heads, dim_feedforward, dropout, **factory) for _ in range(num_layers)
+            DecoderLayer(dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections, **factory)
+            for _ in range(num_layers)
         )
-        self.group_fc = build_classifier(self.plan, **factory)
+        self.group_fc = self.config.build_classifier(**factory)
+        for name in ('folded_queries', 'folded_projection'):
+            self.register_buffer(name, None, persistent=False)
 
     @property
     def num_classes(self) -> int:
         """Number of classes C, which `set_word_embeddings` may change."""
-        return self.plan.num_classes if self.vocabulary is None else self.vocabulary.num_classes
+        return self.config.num_classes if self.vocabulary is None else self.vocabulary.num_classes
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes of word queries, None where none were given."""
+        """Class names of a head with text queries, None if none were given."""
         return None if self.vocabulary is None else self.vocabulary.class_names
-
-    def set_word_embeddings(self, embeddings: Tensor, class_names: Sequence[str] | None = None) -> None:
-        """Change the classes of a head with word queries: their number, order and identity.
-
-        Args:
-            embeddings: label embeddings [C, E] of the width E of the old ones.
-            class_names: a distinct name for each class.
-
-        Raises:
-            ValueError: embeddings or names that do not fit, see `Vocabulary`; or a head without word queries.
-        """
-        if self.vocabulary is None:
-            raise ValueError('the classes of this head are fixed: build it with word_embeddings to change them later')
-        most = self.plan.most_classes
-        if most is not None and len(embeddings) > most:
-            raise ValueError(f'{len(embeddings)} classes do not fit the {most} that the learned parts of the head know')
-        self.vocabulary.set(embeddings, class_names)
 
     @property
     def weight(self) -> nn.Parameter:
-        """The classifier's weight ([K, D, ceil(C / K)] if not of words), where code for ``nn.Linear`` looks for it."""
+        """The classifier's weight, [K, D, ceil(C / K)] without text queries, where ``nn.Linear`` has its own."""
         return self.group_fc.weight
 
     @property
     def bias(self) -> nn.Parameter:
-        """The classifier's bias, [C], or [1] with word queries."""
+        """The classifier's bias, [C], or [1] with text queries."""
         return self.group_fc.bias
 
-    def reset_parameters(self) -> None:
-        """Draw every tensor anew, the fixed queries too; also what fills a head built on the meta device."""
-        embeds = self.embed if isinstance(self.embed, nn.ModuleList) else [self.embed]
-        for module in (*embeds, self.queries, *self.layers, self.group_fc):
-            module.reset_parameters()
-
-    def forward(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """Features to logits [B, C].
+    def set_word_embeddings(self, embeddings: Tensor, class_names: Sequence[str] | None = None) -> None:
+        """Change the classes of a head with text queries: their number, order and identity.
 
         Args:
-            x: features of the image, see the class.
-            mask: [B, N], False for padding tokens that no query may look at.
+            embeddings: Label embeddings [C, E] of the width E that the head was built with.
+            class_names: A distinct name for each class.
+
+        Raises:
+            ValueError: If embeddings or names do not fit, see `Vocabulary`; or if the head has no text queries.
         """
-        memory = self._memory(x)
-        words = self._words()
-        queries = self._queries(words, memory.shape[0])
-        for layer in self.layers:
-            queries = layer(queries, memory, mask)
-        return self.group_fc(queries, *words)
+        if self.vocabulary is None:
+            raise ValueError('the classes of this head are fixed: build it with word_embeddings to change them later')
+        limit = self.config.max_classes
+        if limit is not None and len(embeddings) > limit:
+            raise ValueError(f'{len(embeddings)} classes do not fit the {limit} that the head has learned weights for')
+        self.vocabulary.set(embeddings, class_names)
+        self.unfold()
+
+    def reset_parameters(self) -> None:
+        """Initialize every tensor again, buffers included; also fills a head built on the meta device.
+
+        The label embeddings of known classes are not learned and stay.
+        """
+        self.unfold()
+        for module in self.children():
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                part.reset_parameters()
+
+    def fold(self) -> 'MLDecoder':
+        """Compute the query side of the first layer once, for faster inference; returns the head.
+
+        In eval mode normalized and projected queries are the same for every image. Undone by ``train()``, `unfold`,
+        loading a state dict, moving or casting the head, `set_word_embeddings` and `reset_parameters`. After changing
+        weights in another way, call it again.
+
+        Raises:
+            ValueError: If the head is in training mode.
+        """
+        if self.training:
+            raise ValueError('fold() is for inference: call eval() first')
+        self.unfold()
+        with torch.no_grad():
+            self.folded_queries, self.folded_projection = self._query_side(self._label_embeddings(), 1)
+        return self
+
+    def unfold(self) -> None:
+        """Undo `fold`."""
+        self.folded_queries = self.folded_projection = None
+
+    def train(self, mode: bool = True) -> 'MLDecoder':
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> 'MLDecoder':
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args)
+
+    def forward(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """Compute logits [B, C].
+
+        Args:
+            x: Features of the images, see the class.
+            mask: [B, N], False at padding tokens, which are left out of the attention.
+        """
+        tokens = self._embed_tokens(x)
+        label_embeddings = self._label_embeddings()
+        first, *others = self.layers
+        queries, projected = self._query_side(label_embeddings, tokens.shape[0])
+        queries = first.decode(queries, projected, tokens, mask)
+        for layer in others:
+            queries = layer(queries, tokens, mask)
+        return self.group_fc(queries, label_embeddings)
 
     def attention_weights(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Where each query looks in the last layer: [B, K, N], mean over heads, rows sum to 1.
+        """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
 
         Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row.
         """
-        memory = self._memory(x)
-        queries = self._queries(self._words(), memory.shape[0])
-        for layer in self.layers[:-1]:
-            queries = layer(queries, memory)
-        last = self.layers[-1]
-        return last.multihead_attn.attention_weights(last.ask(queries), memory)
+        tokens = self._embed_tokens(x)
+        queries, projected = self._query_side(self._label_embeddings(), tokens.shape[0])
+        for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
+            queries, projected = following.query_side(layer.decode(queries, projected, tokens))
+        return self.layers[-1].multihead_attn.attention_weights(projected, tokens)
 
-    def _memory(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Features to embedded tokens [B, N, D]; the tokens of several scales one after the other."""
+    def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
         activate = ACTIVATIONS[self.memory_activation]
         if not isinstance(self.embed, nn.ModuleList):
-            return activate(self.embed(_tokens(x, self.embed.in_features)))
+            return activate(self.embed(_as_tokens(x, self.embed.in_features)))
         if len(x) != len(self.embed):
             raise ValueError(f'MLDecoder was built for {len(self.embed)} scales of features, got {len(x)}')
-        scales = [embed(_tokens(scale, embed.in_features)) for embed, scale in zip(self.embed, x, strict=True)]
+        scales = [embed(_as_tokens(scale, embed.in_features)) for embed, scale in zip(self.embed, x, strict=True)]
         return activate(torch.cat(scales, dim=1))
 
-    def _words(self) -> tuple[Tensor, ...]:
-        """The label embeddings [C, E], where the head has any."""
-        return () if self.vocabulary is None else (self.vocabulary(),)
+    def _label_embeddings(self) -> Tensor | None:
+        """Label embeddings [C, E], None without text queries."""
+        return None if self.vocabulary is None else self.vocabulary()
 
-    def _queries(self, words: tuple[Tensor, ...], batch_size: int) -> Tensor:
-        """Queries [B, K, D] where dropout makes them differ from image to image, else [1, K, D]."""
-        queries = self.queries(*words).unsqueeze(0)
+    def _query_side(self, label_embeddings: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Normalized and projected queries of the first layer; per image only if dropout makes them differ."""
+        if self.folded_queries is not None:
+            return self.folded_queries, self.folded_projection
+        queries = self.queries(label_embeddings).unsqueeze(0)
         if self.training and self.dropout > 0:
-            queries = queries.expand(batch_size, -1, -1)
-        return queries
+            queries = _expand(queries, batch_size)
+        return self.layers[0].query_side(queries)
 
 
-def _tokens(x: Tensor, width: int) -> Tensor:
+@torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size
+def _expand(queries: Tensor, batch_size: int) -> Tensor:
+    return queries.expand(batch_size, -1, -1)
+
+
+@torch.fx.wrap  # one node to an fx tracer, which cannot follow a branch on a shape
+def _as_tokens(x: Tensor, width: int) -> Tensor:
     """A feature map [B, F, H, W] or tokens [B, N, F] as tokens [B, N, F]."""
     if x.dim() == 4:
         x = x.flatten(2).transpose(1, 2)

@@ -1,15 +1,15 @@
 """Multi-label metrics beside timm's: ignored labels, class-wise and overall precision and recall, tuned thresholds.
 
-Everything is exact, also across ranks, where no metric is a mean of per-rank metrics. What grows with the data is one
-float32 score and one int8 target an entry, in main memory on the rank that saw the image: 5 bytes, so 2.0 GB for 41,686
-images by the 9,605 classes of Open Images, divided among the ranks. What is computed from them is computed a few
-classes at a time (see `CHUNK`). Measured: 2.4 GiB in all; timm's evaluator takes 2.4 GiB for an eighth of the images.
+All metrics are exact, also across ranks: none is a mean of per-rank metrics. Memory grows by one float32 score and one
+int8 target per entry, in main memory of the rank that saw the image: 5 bytes, so 2.0 GB for the 41,686 images and 9,605
+classes of Open Images, divided among the ranks. Metrics are computed a few classes at a time (see `CHUNK`). Measured:
+2.4 GiB in all; timm's evaluator takes 2.4 GiB for an eighth of the images.
 """
 
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,15 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 22  # entries sorted at once; a sort and its cumulative sums need about 60 bytes an entry, 0.25 GB in all
+CHUNK = 1 << 22  # entries sorted at once; a sort and its cumulative sums need about 60 bytes per entry, 0.25 GB in all
+PRECISION_RECALL = ('cp', 'cr', 'cf1', 'op', 'or', 'of1')  # names of the values of `precision_recall`
 
 
 def average_precision(scores: Tensor, target: Tensor) -> Tensor:
-    """Non-interpolated average precision of each class.
+    """Return the non-interpolated average precision of each class.
 
-    As `sklearn.metrics.average_precision_score`: equal scores are one threshold, and a class without positives gets 0.
-    A class with a NaN score gets NaN.
+    Equal to `sklearn.metrics.average_precision_score`: equal scores share one threshold, and a class without positives
+    has AP 0. A class with a NaN score has AP NaN.
 
     Args:
         scores: Scores or logits, [N, C].
@@ -44,9 +45,9 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Tensor:
-    """Threshold of each class that gives the highest F1 when `score >= threshold` is positive.
+    """Return the threshold of each class with the highest F1 when `score >= threshold` is positive.
 
-    It lies midway between the scores it separates. Of equally good ones the highest is taken.
+    It lies midway between the scores it separates; of equally good thresholds the highest.
 
     Args:
         scores: Scores, [N, C].
@@ -67,7 +68,7 @@ def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Ten
 
 
 def _operating_points(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a threshold at each rank gives.
+    """Return the counts for a threshold at each rank.
 
     Returns:
         All [N, C], from the highest score down: the scores, the number of positives and of annotated entries so far,
@@ -81,7 +82,7 @@ def _operating_points(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def precision_recall(counts: Tensor) -> dict[str, float]:
-    """Class-wise and overall precision, recall and F1, in [0, 1] (arXiv 1904.03582, section 4.1).
+    """Return class-wise and overall precision, recall and F1, in [0, 1] (arXiv 1904.03582, section 4.1).
 
     CP and CR are means over classes and CF1 is their harmonic mean; OP, OR and OF1 count all classes together. 0 / 0
     counts as 0.
@@ -92,30 +93,29 @@ def precision_recall(counts: Tensor) -> dict[str, float]:
     true_positives, predicted, positive = counts.double()
     cp, cr = _ratio(true_positives, predicted).mean(), _ratio(true_positives, positive).mean()
     op, recall = _ratio(true_positives.sum(), predicted.sum()), _ratio(true_positives.sum(), positive.sum())
-    values = {'cp': cp, 'cr': cr, 'cf1': _ratio(2 * cp * cr, cp + cr)}
-    values |= {'op': op, 'or': recall, 'of1': _ratio(2 * op * recall, op + recall)}
-    return {name: value.item() for name, value in values.items()}
+    values = cp, cr, _ratio(2 * cp * cr, cp + cr), op, recall, _ratio(2 * op * recall, op + recall)
+    return {name: value.item() for name, value in zip(PRECISION_RECALL, values, strict=True)}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient of counts, where 0 / 0 is 0."""
+    """Return the quotient of counts, with 0 / 0 = 0."""
     return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 class MultiLabelEvaluator(ClassificationEvaluator):
-    """timm's multi-label metrics and more, for labels that may be ignored; stands in for timm's evaluator.
+    """timm's multi-label metrics and more, with ignored labels; a replacement of timm's evaluator.
 
-    All in per cent: `map`; `cp`, `cr`, `cf1`, `op`, `or`, `of1` (see `precision_recall`) at the threshold, and with the
+    All in percent: `map`; `cp`, `cr`, `cf1`, `op`, `or`, `of1` (see `precision_recall`) at the threshold, and with the
     suffix `_top3` for the three highest scores of each image; timm's `micro_f1`, `macro_f1`, `sample_f1`. As in timm,
     a class without positives has AP 0. `loss` is the binary cross-entropy, the mean over annotated entries.
 
-    Labels below 0 are ignored: left out before the highest scores are picked, and neither right nor wrong. Soft
+    Labels below 0 are ignored: removed before the highest scores are selected, and neither right nor wrong. Soft
     targets are positive from 0.5.
 
     Args:
-        device: Where the model's outputs are; sums are kept, and collectives done, there.
-        max_samples: Leave predictions beyond so many images out (padding of distributed samplers).
-        threshold: Probability from which a class is predicted, one for all or one for each class [C].
+        device: The device of the model's outputs, also for sums and collectives.
+        max_samples: Ignore predictions beyond this number of images (padding of distributed samplers).
+        threshold: Probability from which a class is predicted, one for all classes or one per class [C].
         top_k: Numbers of highest scores to predict.
     """
 
@@ -131,34 +131,33 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     ):
         self.threshold = torch.as_tensor(threshold, dtype=torch.float32, device=device)
         if not ((self.threshold >= 0) & (self.threshold <= 1)).all():
-            raise ValueError(f'Thresholds are probabilities in [0, 1], got {threshold}.')
+            raise ValueError(f'thresholds are probabilities in [0, 1], got {threshold}')
         if any(k < 1 for k in top_k):
-            raise ValueError(f'top_k must be 1 or more, got {list(top_k)}.')
+            raise ValueError(f'top_k must be at least 1, got {list(top_k)}')
         self.top_k = tuple(top_k)
         super().__init__(device, max_samples=max_samples)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Every metric that `compute` gives, in its order."""
-        names = tuple(precision_recall(torch.zeros(3, 1)))
-        at_top_k = tuple(f'{name}_top{k}' for k in self.top_k for name in names)
-        return ('loss', 'map', *names, *at_top_k, 'micro_f1', 'macro_f1', 'sample_f1')
+        """Names of the metrics that `compute` returns, in its order."""
+        at_top_k = tuple(f'{name}_top{k}' for k in self.top_k for name in PRECISION_RECALL)
+        return ('loss', 'map', *PRECISION_RECALL, *at_top_k, 'micro_f1', 'macro_f1', 'sample_f1')
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Discard all images."""
         super().reset()
-        self.class_ap: Tensor | None = None  # per cent, float64 [C], once computed
+        self.class_ap: Tensor | None = None  # percent, float64 [C], once computed
         self._scores: list[Tensor] = []  # float32 logits [B, C], on the CPU
         self._targets: list[Tensor] = []  # int8 1, 0 or -1, [B, C], on the CPU
-        self._class_counts: Tensor | int = 0  # int64 [1 + len(top_k), 3, C], see precision_recall
+        self._class_counts: Tensor | None = None  # int64 [1 + len(top_k), 3, C]
         self._sample_f1 = torch.zeros_like(self.loss_sum)
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Take in logits and targets, both [B, C]."""
+        """Add logits and targets, both [B, C]."""
         if output.dim() != 2 or target.shape != output.shape:
             raise ValueError(
-                f'Expected logits and targets of one shape [B, C], got {list(output.shape)} and {list(target.shape)}.'
+                f'logits and targets must have one shape [B, C], got {list(output.shape)} and {list(target.shape)}'
             )
         output, target = self._prepare(output, target)
         if not len(output):
@@ -182,7 +181,8 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         # counts
         predicted = torch.stack(predicted) & annotated
         right = predicted & positive
-        self._class_counts += torch.stack([right.sum(1), predicted.sum(1), positive.sum(0).expand_as(right[:, 0])], 1)
+        counts = torch.stack([right.sum(1), predicted.sum(1), positive.sum(0).expand_as(right[:, 0])], 1)
+        self._class_counts = counts if self._class_counts is None else self._class_counts + counts
         sample_f1 = _ratio(2 * right[0].sum(1), predicted[0].sum(1) + positive.sum(1))
         self._sample_f1 += sample_f1.sum(dtype=self._sample_f1.dtype)
 
@@ -190,23 +190,25 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         return OrderedDict(loss=loss_sum.item() / max(int(counts[0]), 1))
 
     def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
-        """Every metric, over all images of all ranks.
+        """Return every metric over all images of all ranks.
 
         Raises:
             ValueError: If no rank has seen an image.
         """
         rows, num_classes = self._extent(distributed)
         if not sum(rows):
-            raise ValueError('There is no image to evaluate: the validation set is empty.')
-        class_counts = torch.zeros(1 + len(self.top_k), 3, num_classes, dtype=torch.int64, device=self.device)
-        class_counts += self._class_counts
+            raise ValueError('no image to evaluate: the validation set is empty')
+        class_counts = self._class_counts  # None on a rank without images
+        if class_counts is None:
+            class_counts = torch.zeros(1 + len(self.top_k), 3, num_classes, dtype=torch.int64, device=self.device)
         sample_f1 = self._sample_f1.clone()
         if distributed:
+            class_counts = class_counts.clone()
             dist.all_reduce(class_counts)
             dist.all_reduce(sample_f1)
         class_counts = class_counts.cpu()
         if without := int((class_counts[0, 2] == 0).sum()):
-            _logger.info(f'{without} of {num_classes} classes have no positive image and count as AP 0.')
+            _logger.info(f'{without} of {num_classes} classes have no positive image and count as AP 0')
 
         metrics = super().compute(distributed)
         self.class_ap = 100 * self.per_class(average_precision, distributed)
@@ -220,31 +222,59 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         return metrics
 
     def tune_thresholds(self, distributed: bool = False) -> Tensor:
-        """Threshold of each class with the highest F1 on the images seen, [C]; see `best_thresholds`."""
+        """Return the threshold of each class with the highest F1 on the images seen, [C]; see `best_thresholds`."""
         return self.per_class(lambda logits, target: best_thresholds(logits.sigmoid(), target), distributed)
 
-    def per_class(self, function: Callable[[Tensor, Tensor], Tensor], distributed: bool = False) -> Tensor:
-        """Apply a function of all images' logits and targets [N, c] to [c], a few classes at a time; float64 [C].
+    def class_counts(self, thresholds: Tensor | None = None, distributed: bool = False) -> Tensor:
+        """Return true positives, predictions and positives of each class over all images, int64 [3, C].
 
-        The ranks take turns: each gathers the columns of its classes from the others and computes them.
+        Args:
+            thresholds: Probabilities from which classes are predicted, [C] or one value; None for `threshold`.
+            distributed: Whether to sum over the ranks.
         """
-        rows, num_classes = self._extent(distributed)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        step = max(1, CHUNK // sum(rows))
-        result = torch.zeros(num_classes, dtype=torch.float64)
-        for turn, start in enumerate(range(0, num_classes, step)):
-            columns, owner = slice(start, min(start + step, num_classes)), turn % world_size
-            logits = self._columns(self._scores, columns, torch.float32, rows, owner, distributed)
-            target = self._columns(self._targets, columns, torch.int8, rows, owner, distributed)
-            if rank == owner:
-                result[columns] = function(logits, target).double().cpu()
+        _, num_classes = self._extent(distributed)
+        thresholds = self.threshold if thresholds is None else thresholds.to(self.device)
+        counts = torch.zeros(3, num_classes, dtype=torch.int64, device=self.device)
+        for logits, target in zip(self._scores, self._targets, strict=True):
+            positive = target.to(self.device) == 1
+            predicted = (logits.to(self.device).sigmoid() >= thresholds) & (target.to(self.device) >= 0)
+            counts += torch.stack([(predicted & positive).sum(0), predicted.sum(0), positive.sum(0)])
+        if distributed:
+            dist.all_reduce(counts)
+        return counts.cpu()
+
+    def per_class(self, function: Callable[[Tensor, Tensor], Tensor], distributed: bool = False) -> Tensor:
+        """Apply a function of all images' logits and targets [N, c] to [c], a few classes at a time; float64 [C]."""
+        result = torch.zeros(self._extent(distributed)[1], dtype=torch.float64)
+        for columns, logits, target in self.class_chunks(distributed):
+            result[columns] = function(logits, target).double().cpu()
         if distributed:
             result = result.to(self.device)
             dist.all_reduce(result)
         return result.cpu()
 
+    def class_chunks(self, distributed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield a few classes at a time, with the logits and targets [N, c] of all images of all ranks.
+
+        The ranks take turns: each chunk is gathered and yielded on one rank only. Every rank must exhaust the iterator,
+        which makes collective calls.
+        """
+        rows, num_classes = self._extent(distributed)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        step = max(1, CHUNK // max(1, sum(rows)))
+        for turn, start in enumerate(range(0, num_classes, step)):
+            columns, owner = slice(start, min(start + step, num_classes)), turn % world_size
+            logits = self._columns(self._scores, columns, torch.float32, rows, owner, distributed)
+            target = self._columns(self._targets, columns, torch.int8, rows, owner, distributed)
+            if rank == owner:
+                yield columns, logits, target
+
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield float32 logits and int8 targets [B, C] of the images of this rank, batch by batch in their order."""
+        yield from zip(self._scores, self._targets, strict=True)
+
     def _extent(self, distributed: bool) -> tuple[list[int], int]:
-        """Number of images of each rank, and number of classes (a rank without images does not know it)."""
+        """Return the number of images of each rank and the number of classes (unknown to a rank without images)."""
         num_classes = self._scores[0].shape[1] if self._scores else 0
         extent = torch.tensor([[self.num_samples, num_classes]], device=self.device)
         if distributed:
@@ -256,44 +286,13 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def _columns(
         self, parts: list[Tensor], columns: slice, dtype: torch.dtype, rows: list[int], owner: int, distributed: bool
     ) -> Tensor | None:
-        """Columns of all ranks' images [N, c], on the rank `owner` only."""
+        """Return the columns of all ranks' images [N, c] on the rank `owner`, None on the others."""
         width = columns.stop - columns.start
         local = torch.cat([part[:, columns] for part in parts] or [torch.empty(0, width, dtype=dtype)]).to(self.device)
         if not distributed:
             return local
-        padded = F.pad(local, (0, 0, 0, max(rows) - len(local)))  # collectives want one shape
+        padded = F.pad(local, (0, 0, 0, max(rows) - len(local)))  # collectives need one shape
         is_owner = dist.get_rank() == owner
         gathered = [torch.empty_like(padded) for _ in rows] if is_owner else None
         dist.gather(padded, gathered, dst=owner)
         return torch.cat([part[:count] for part, count in zip(gathered, rows, strict=True)]) if is_owner else None
-
-
-class MeanProbability:
-    """Mean predicted probability of each class over all images of all ranks: the class prior that CSL asks for.
-
-    Args:
-        num_classes: Number of classes C.
-        device: Where the model's outputs are.
-        max_samples: Leave predictions beyond so many images out (padding of distributed samplers).
-    """
-
-    def __init__(self, num_classes: int, device: torch.device | str | None = None, *, max_samples: int | None = None):
-        self.sums = torch.zeros(num_classes + 1, dtype=torch.float64, device=device)  # of each class; last, the images
-        self.max_samples = max_samples
-        self.num_samples = 0
-
-    @torch.no_grad()
-    def update(self, output: Tensor) -> None:
-        """Take in logits [B, C]."""
-        if self.max_samples is not None:
-            output = output[: max(0, self.max_samples - self.num_samples)]
-        self.num_samples += len(output)
-        self.sums[:-1] += output.float().sigmoid().sum(0, dtype=torch.float64)
-        self.sums[-1] += len(output)
-
-    def compute(self, distributed: bool = False) -> Tensor:
-        """Means, float64 [C] on the CPU."""
-        sums = self.sums.clone()
-        if distributed:
-            dist.all_reduce(sums)
-        return (sums[:-1] / sums[-1]).cpu()

@@ -16,17 +16,17 @@ REPORTED = {'map': 'map'} | {
 
 
 class ZeroShotEvaluator(MultiLabelEvaluator):
-    """Metrics over two sets of columns of the same logits, all in per cent (arXiv 2111.12933, section 3.2).
+    """Metrics over two sets of columns of the same logits, all in percent (arXiv 2111.12933, section 3.2).
 
     `zsl_map` is the mAP of the unseen classes; `zsl_p_top3`, `zsl_r_top3` and `zsl_f1_top3` are precision, recall and
     F1 over all labels when the 3 highest scores of each image are predicted, and so on for the top 5. `gzsl_...` are
-    the same of all classes. `loss` is that of all classes.
+    the same for all classes. `loss` is that of all classes.
 
     Args:
         num_seen: Number of seen classes, the first columns; the others are unseen.
-        device: Where the model's outputs are.
-        max_samples: Leave predictions beyond so many images out (padding of distributed samplers).
-        **options: Of `MultiLabelEvaluator`.
+        device: The device of the model's outputs.
+        max_samples: Ignore predictions beyond this number of images (padding of distributed samplers).
+        **options: Options of `MultiLabelEvaluator`.
     """
 
     default_metric = 'zsl_map'
@@ -40,21 +40,21 @@ class ZeroShotEvaluator(MultiLabelEvaluator):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Every metric that `compute` gives, in its order."""
+        """Names of the metrics that `compute` returns, in its order."""
         return ('loss', *(f'{kind}_{name}' for kind in ('zsl', 'gzsl') for name in REPORTED))
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Discard all images."""
         super().reset()
         self._zsl.reset()
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Take in logits and targets of all classes, both [B, C]."""
+        """Add logits and targets of all classes, both [B, C]."""
         super().update(output, target)
         self._zsl.update(output[:, self._num_seen :], target[:, self._num_seen :])
 
     def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
-        """Every metric, over all images of all ranks."""
+        """Return every metric over all images of all ranks."""
         found = {'zsl': self._zsl.compute(distributed), 'gzsl': super().compute(distributed)}
         metrics = OrderedDict(loss=found['gzsl']['loss'])
         for kind, values in found.items():

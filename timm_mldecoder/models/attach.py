@@ -1,25 +1,34 @@
-"""ML-Decoder onto a timm model that one holds.
+"""Put an ML-Decoder head on a timm model.
 
-The model becomes an instance of a subclass of its own class: its forward, its tensor names and what else it can do
-stay, and `MLDecoderModel` answers for the head. How a family's features are read stands in families.py.
+The model becomes an instance of a subclass of its own class: its forward and its tensor names stay, and
+`MLDecoderModel` replaces the methods that deal with the classifier. families.py says how the features of each timm
+family are read.
 """
 
 import functools
 import inspect
+import logging
 from os import PathLike
 
 import torch
+from timm.layers import register_notrace_function, register_notrace_module
+from timm.models._input import _get_global_pool
 from torch import Tensor, nn
 
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class
 from timm_mldecoder.models.families import Family, family_of
 
-# MLDecoder's options that a user chooses; classes and feature width come from the model.
-HEAD_OPTIONS = tuple(
-    name
-    for name in inspect.signature(MLDecoder).parameters
+_logger = logging.getLogger(__name__)
+
+register_notrace_module(MLDecoder)  # to timm's fx tracer the head is one node
+
+# MLDecoder's options that a user chooses, with their defaults; classes and feature width come from the model.
+HEAD_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(MLDecoder).parameters.items()
     if name not in ('num_classes', 'initial_num_features', 'device', 'dtype')
-)
+}
 
 
 def add_ml_decoder_head(
@@ -28,125 +37,142 @@ def add_ml_decoder_head(
     """Replace the pooling and classifier of a timm model by an ML-Decoder head, in place.
 
     Args:
-        model: a timm classification model, pretrained or not; backbone tensors keep their names and values.
-        num_classes: classes of the new head; -1 keeps the model's.
-        num_of_groups: queries of the head, see `MLDecoder`.
-        decoder_embedding: width of the head, see `MLDecoder`.
-        **options: further keyword options of `MLDecoder`. ``word_embeddings`` may also be a file, see
-            `timm_mldecoder.data.word_embeddings`; ``class_names`` then pick and order its classes.
+        model: A timm classification model, pretrained or not; backbone tensors keep their names and values.
+        num_classes: Number of classes C of the new head; -1 keeps the model's.
+        num_of_groups: Number of queries, see `MLDecoder`.
+        decoder_embedding: Width of the head, see `MLDecoder`.
+        **options: Further keyword options of `MLDecoder`. ``word_embeddings`` may also be a file, see
+            `timm_mldecoder.data.word_embeddings`; ``class_names`` then select and order its classes.
 
     Returns:
-        The same model. ``forward`` gives logits [B, num_classes].
+        The same model. ``forward`` returns logits [B, C].
 
     Raises:
-        ValueError: the model is not timm's, cannot give image features, or has no classes; an unknown option; label
-            embeddings of another number of classes.
+        ValueError: If the model is not a timm model with image features and classes, an option is unknown or out of
+            range, or the label embeddings are for another number of classes.
     """
     options = {'num_of_groups': num_of_groups, 'decoder_embedding': decoder_embedding, **options}
     check_options(options)
-    words, class_names = _take_words(options)
-    if words is not None:
-        if num_classes not in (-1, len(words)):
-            raise ValueError(f'word_embeddings are of {len(words)} classes, num_classes is {num_classes}')
-        num_classes = len(words)
-    num_classes = _check_model(model, num_classes)
-    MLDecoder(num_classes, **options, device='meta')  # a wrong value is said before the model is touched
-    if not isinstance(model, MLDecoderModel):
-        _take_head_off(model)
-        model.__class__ = ml_decoder_class(type(model))
-    defaults = inspect.signature(MLDecoder).parameters
-    model.ml_decoder_options = {name: value for name, value in options.items() if value != defaults[name].default}
-    model.reset_classifier(num_classes)
-    if words is not None:
-        head = model.get_classifier()
-        head.set_word_embeddings(words, class_names)
-        # what is learned depends on the grouping, which must not follow the number of classes
-        model.ml_decoder_options |= {'num_of_groups': head.plan.num_queries, 'group_size': head.plan.group_size}
-    model._model_args = dict(model._model_args)  # notes the head for save_for_hf
+    options = _read_label_embeddings(options)
+    _check_model(model)
+    if num_classes == -1:
+        embeddings = options.get('word_embeddings')
+        num_classes = len(embeddings) if isinstance(embeddings, Tensor) else model.num_classes
+    if num_classes < 1:
+        raise ValueError(f'num_classes is {num_classes}: an ML-Decoder head needs at least 1 class')
+
+    # the head is built first: a wrong option must leave the model as it was
+    has_head = isinstance(model, MLDecoderModel)
+    features = model.ml_decoder_features if has_head else _feature_widths(model)
+    head = _build_head(model, num_classes, features, options)
+    if num_of_groups > num_classes:
+        _logger.warning(f'num_of_groups {num_of_groups} is reduced to the number of classes, {num_classes}')
+    if not has_head:
+        _remove_classifier(model, features)
+        change_class(model, MLDecoderModel)
+    model.ml_decoder_options = _stored_options(options, head)
+    model.set_submodule(model.ml_decoder_slot, head)
     return model
 
 
-def _take_words(options: dict) -> tuple[Tensor | None, list[str] | None]:
-    """The label embeddings and class names of a word-query head, if any.
-
-    Leaves the width of the embeddings behind: the options are written as JSON, and the embeddings travel with the
-    weights.
-    """
-    words, class_names = options.get('word_embeddings'), options.pop('class_names', None)
-    if isinstance(words, (str, PathLike)):
-        from timm_mldecoder.data.word_embeddings import read_word_embeddings
-
-        words, class_names = read_word_embeddings(words, class_names)
-    if isinstance(words, Tensor):
-        if words.dim() != 2:
-            raise ValueError(f'word_embeddings must be [C, E], got a tensor of shape {tuple(words.shape)}')
-        options['word_embeddings'] = words.shape[1]
-        return words, class_names
-    if class_names is not None:
-        raise ValueError('class_names need word_embeddings, a tensor or a file')
-    return None, None
-
-
-def _keep_words(old: nn.Module, new: MLDecoder) -> None:
-    """A fresh head for as many classes is for the same ones."""
-    words, place = getattr(old, 'vocabulary', None), new.vocabulary
-    if words is not None and place is not None and words.known and words.width == place.width:
-        new.set_word_embeddings(words.embeddings, words.class_names)
-
-
 def check_options(options: dict) -> None:
-    """Raise ValueError for a name that `MLDecoder` has no option of."""
+    """Raise ValueError for a name that is not an option of `MLDecoder`."""
     unknown = sorted(set(options) - set(HEAD_OPTIONS))
     if unknown:
         raise ValueError(f'unknown ML-Decoder option {", ".join(unknown)}; valid options: {", ".join(HEAD_OPTIONS)}')
 
 
-class MLDecoderModel:
-    """What a timm model with an ML-Decoder head answers differently; mixed in before the model's own class."""
+def _read_label_embeddings(options: dict) -> dict:
+    """Return the options with the tensor of a ``word_embeddings`` file and its class names."""
+    if not isinstance(options.get('word_embeddings'), (str, PathLike)):
+        return options
+    from timm_mldecoder.data.word_embeddings import read_word_embeddings
 
-    ml_decoder_options: dict
-    ml_decoder_slot: str  # where the head is registered, the place of the classifier it replaced
+    embeddings, names = read_word_embeddings(options['word_embeddings'], options.get('class_names'))
+    return {**options, 'word_embeddings': embeddings, 'class_names': names}
+
+
+def _stored_options(options: dict, head: MLDecoder) -> dict:
+    """Return the options in JSON form, without defaults; label embeddings and class names travel with the weights."""
+    stored = {name: options[name] for name in options if name != 'class_names'}
+    if head.vocabulary is not None:
+        stored['word_embeddings'] = head.vocabulary.width
+    if isinstance(options.get('word_embeddings'), Tensor):
+        # learned tensors depend on the grouping, which must not follow a later number of classes
+        stored['group_size'] = head.group_fc.group_size
+        if stored['num_of_groups'] == -1:
+            stored['num_of_groups'] = -(-head.num_classes // stored['group_size'])
+    return {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
+
+
+def _build_head(model: nn.Module, num_classes: int, features, options: dict) -> MLDecoder:
+    """Return a head on the model's device, with its dtype and training mode."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    head = MLDecoder(num_classes, initial_num_features=features, **options, device=like.device, dtype=like.dtype)
+    return head.train(model.training)
+
+
+class MLDecoderModel(ClassifierModel):
+    """A timm model with an ML-Decoder head.
+
+    Attributes:
+        ml_decoder_options: Options of `MLDecoder` other than defaults, in JSON form.
+        ml_decoder_slot: Name of the submodule that is the head.
+        ml_decoder_features: Width of the features the head reads; a sequence for several scales.
+        ml_decoder_pool: The pooling that the backbone was built with, which decides where some ViTs have a norm.
+    """
+
+    classifier_option = 'ml_decoder'
+    ml_decoder_pooled = True  # without a head: whether `forward` returns the mean of the tokens, or the tokens
+
+    @classmethod
+    def class_members(cls, model_class: type) -> dict:
+        family = family_of(model_class)
+        replaced = {} if family.features is None else {'forward_features': family.features}
+        return {'ml_decoder_family': family, **replaced}
 
     @property
     def num_classes(self) -> int:
-        """Classes of the head, which a head with word queries may change; 0 without a head."""
+        """Number of classes of the head, which a head with text queries may change; 0 without a head."""
         return getattr(self.get_classifier(), 'num_classes', 0)
 
     @num_classes.setter
     def num_classes(self, num_classes: int) -> None:
-        if num_classes != self.num_classes:  # timm's own code sets it after it has taken a classifier away
+        if num_classes != self.num_classes:  # timm's own code sets it after removing a classifier
             raise AttributeError(f'the model has {self.num_classes} classes: change them with reset_classifier')
 
     def get_classifier(self) -> nn.Module:
         try:
             return self.get_submodule(self.ml_decoder_slot)
-        except AttributeError:  # timm's pruning has taken the place away with the head
+        except AttributeError:  # timm's pruning removes the parent of the slot with the head
             return nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs) -> None:
-        """A fresh ML-Decoder for ``num_classes``; 0 takes it off, and leaves the mean of the tokens.
+        """Build a fresh ML-Decoder for `num_classes` with the same options.
 
-        ``global_pool=''`` with 0 classes leaves the tokens themselves, [B, N, F].
+        A head with text queries keeps its label embeddings if the number of classes does not change.
+
+        Args:
+            num_classes: Number of classes; 0 removes the head, and ``forward`` returns the mean of the tokens [B, F].
+            global_pool: '' with 0 classes makes ``forward`` return the tokens themselves, [B, N, F].
+            **kwargs: Ignored, as by timm's models.
+
+        Raises:
+            ValueError: If `global_pool` is given together with classes.
         """
         if num_classes and global_pool:
-            raise ValueError(f'global_pool={global_pool!r} has no meaning with an ML-Decoder head: leave it out')
-        place = next(p for p in self.parameters() if p.is_floating_point())
-        old, head = self.get_classifier(), nn.Identity()
+            raise ValueError(f'global_pool={global_pool!r} has no effect with an ML-Decoder head: leave it out')
+        head: nn.Module = nn.Identity()
         if num_classes:
-            head = MLDecoder(
-                num_classes,
-                initial_num_features=self.ml_decoder_features,
-                **self.ml_decoder_options,
-                device=place.device,
-                dtype=place.dtype,
-            )
-            if self.num_classes == num_classes:
-                _keep_words(old, head)
-        self.set_submodule(self.ml_decoder_slot, head.train(self.training))
+            head = _build_head(self, num_classes, self.ml_decoder_features, self.ml_decoder_options)
+            old = getattr(self.get_classifier(), 'vocabulary', None)
+            if old is not None and old.known and self.num_classes == num_classes:
+                head.set_word_embeddings(old.embeddings, old.class_names)
+        self.set_submodule(self.ml_decoder_slot, head)
         self.ml_decoder_pooled = global_pool != ''
 
     def forward_head(self, x=None, pre_logits: bool = False, patch_valid: Tensor | None = None, **kwargs) -> Tensor:
-        """Features of ``forward_features`` to logits [B, C], or with ``pre_logits`` to their mean [B, F]."""
+        """Return logits [B, C] for the output of ``forward_features``; with `pre_logits` the mean token [B, F]."""
         tokens = self._image_tokens(kwargs['patches'] if x is None else x)
         if patch_valid is not None and patch_valid.shape[1] != tokens.shape[1]:
             patch_valid = None  # the encoder has pooled the padding away (timm's gemma4 soft pooling)
@@ -158,91 +184,80 @@ class MLDecoderModel:
         return head(tokens) if patch_valid is None else head(tokens, mask=patch_valid)
 
     def _image_tokens(self, x):
-        """The image's tokens [B, N, F] (a list of them for several scales), without class and register tokens."""
+        """Return the image tokens [B, N, F] without class and register tokens; a list for several scales."""
         family = self.ml_decoder_family
         if not family.read_features:
             x = super().forward_head(x, pre_logits=True)
+        prefix = family.prefix_tokens
+        layout = (
+            getattr(self, 'output_fmt', 'NCHW') == 'NHWC',
+            family.channels_first,
+            (getattr(self, 'num_prefix_tokens', None) or 0) if prefix is None else prefix,
+        )
         if isinstance(x, (list, tuple)):
-            return [self._as_tokens(scale) for scale in x]
-        return self._as_tokens(x)
+            return [_as_tokens(scale, *layout) for scale in x]
+        return _as_tokens(x, *layout)
 
-    def _as_tokens(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            return x.flatten(1, 2) if getattr(self, 'output_fmt', 'NCHW') == 'NHWC' else x.flatten(2).transpose(1, 2)
-        if self.ml_decoder_family.channels_first:
-            return x.transpose(1, 2)
-        prefix = self.ml_decoder_family.prefix_tokens
-        return x[:, (getattr(self, 'num_prefix_tokens', None) or 0) if prefix is None else prefix :]
+    def classifier_options(self) -> dict | None:
+        # timm records the pooling as it is now, none; the backbone must be built with the pooling it had
+        return {**self.ml_decoder_options, 'global_pool': self.ml_decoder_pool} if self.num_classes else None
 
-    @property
-    def _model_args(self) -> dict:
-        """What ``save_for_hf`` writes so that ``create_model`` builds this model again."""
-        return self.__dict__.get('_model_args', {})
+    def reset_classifier_tensors(self) -> None:
+        super().reset_classifier_tensors()
+        vocabulary = self.get_classifier().vocabulary
+        if vocabulary is not None:
+            nn.init.zeros_(vocabulary.embeddings)
 
-    @_model_args.setter
-    def _model_args(self, args: dict) -> None:
-        # timm records the pooling as it is now, which is none; how the backbone was built travels with the head.
-        head, built_as = dict(self.ml_decoder_options), args.get('global_pool')
-        if built_as:
-            head['global_pool'] = built_as
-        self.__dict__['_model_args'] = {**args, 'ml_decoder': head or True}
-
-    def __reduce_ex__(self, protocol):
-        # The class is made on the fly, so copies and pickles name the model's own class and make it again.
-        return _empty_instance, (type(self).__mro__[2],), self.__getstate__()
+    def __prepare_scriptable__(self):
+        raise ValueError(
+            f'torch.jit.script cannot compile {type(self).__name__}: use torch.compile, torch.export or torch.jit.trace'
+        )
 
 
-@functools.cache
-def ml_decoder_class(model_class: type) -> type:
-    """The subclass of a timm class that holds an ML-Decoder head."""
-    family = family_of(model_class)
-    members = {'ml_decoder_family': family, '__doc__': model_class.__doc__, '__module__': __name__}
-    if family.features is not None:
-        members['forward_features'] = family.features
-    return type(f'{model_class.__name__}MLDecoder', (MLDecoderModel, model_class), members)
+ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
 
 
-def _empty_instance(model_class: type) -> nn.Module:
-    cls = ml_decoder_class(model_class)
-    return cls.__new__(cls)
-
-
-def _check_model(model: nn.Module, num_classes: int) -> int:
+def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     refuse = family_of(type(model)).refuse
     if refuse:
         raise ValueError(
             f'{name} cannot take an ML-Decoder head: {refuse}. Use the classifier of the same family '
-            f'(timm.list_models), or put timm_mldecoder.MLDecoder on its forward_features yourself'
+            f'(timm.list_models), or apply timm_mldecoder.MLDecoder to its forward_features yourself'
         )
     missing = [what for what in ('forward_features', 'forward_head', 'reset_classifier') if not hasattr(model, what)]
     if missing:
         raise ValueError(
             f'{name} is not a timm classification model (it has no {", ".join(missing)}): '
-            f'put timm_mldecoder.MLDecoder on its feature map yourself'
+            f'apply timm_mldecoder.MLDecoder to its feature map yourself'
         )
-    num_classes = model.num_classes if num_classes == -1 else num_classes
-    if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}: an ML-Decoder head needs classes')
-    return num_classes
 
 
-def _take_head_off(model: nn.Module) -> None:
-    """Take pooling, classifier and classifier dropout away, and note where the head goes and what it will see."""
+def _feature_widths(model: nn.Module):
+    """Width of the features that the head will read; a sequence for several scales."""
+    family = family_of(type(model))
+    return family.widths(model) or (model.num_features if family.read_features else model.head_hidden_size)
+
+
+def _remove_classifier(model: nn.Module, features) -> None:
+    """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need."""
     family = family_of(type(model))
     slot, *others = _classifier_paths(model, family)
+    model.ml_decoder_pool = _get_global_pool(model)
     for name, value in family.clear.items():
-        setattr(model, name, value() if isinstance(value, type) else value)
+        setattr(model, name, value)
+    for name in family.bypass:
+        setattr(model, name, nn.Identity())
     model.reset_classifier(0, **family.unpool)
-    if family.read_features and family.widths(model) is None:
-        model.head_hidden_size = model.num_features
-    _switch_off_dropout(model, slot)
-    model.ml_decoder_features = family.widths(model) or model.head_hidden_size
-    model.ml_decoder_slot = _nearest(model, slot)
+    if family.read_features and isinstance(features, int):
+        model.head_hidden_size = features
+    _disable_dropout(model, slot)
+    model.ml_decoder_features = features
+    model.ml_decoder_slot = _longest_module_path(model, slot)
     for path in others:
-        beside = _nearest(model, path)
-        if beside and path.partition('.')[0] != slot.partition('.')[0]:
-            model.set_submodule(beside, nn.Identity())
+        sibling = _longest_module_path(model, path)
+        if sibling and path.partition('.')[0] != slot.partition('.')[0]:
+            model.set_submodule(sibling, nn.Identity())
     model.pretrained_cfg = model.default_cfg = {
         **getattr(model, 'pretrained_cfg', {}),
         'classifier': model.ml_decoder_slot,
@@ -250,7 +265,7 @@ def _take_head_off(model: nn.Module) -> None:
 
 
 def _classifier_paths(model: nn.Module, family: Family) -> list[str]:
-    """Where the classifier is; two for a distilled model."""
+    """Paths of the classifier's modules; two for a distilled model."""
     paths = getattr(model, 'pretrained_cfg', {}).get('classifier')
     paths = list(paths) if isinstance(paths, (list, tuple)) else [paths] if paths else []
     if not paths:  # built from its class, without timm's factory
@@ -259,16 +274,16 @@ def _classifier_paths(model: nn.Module, family: Family) -> list[str]:
     return [family.slot, *paths] if family.slot else paths
 
 
-def _nearest(model: nn.Module, path: str) -> str:
-    """The longest part of a module path that the model has, '' if it has none of it."""
+def _longest_module_path(model: nn.Module, path: str) -> str:
+    """The longest beginning of a module path that exists in the model, '' if none does."""
     names = dict(model.named_modules())
     while path not in names:
         path = path.rpartition('.')[0]
     return path
 
 
-def _switch_off_dropout(model: nn.Module, slot: str) -> None:
-    """The classifier's own dropout: ML-Decoder has its own, and the published code does the same."""
+def _disable_dropout(model: nn.Module, slot: str) -> None:
+    """Disable the classifier's own dropout: ML-Decoder has its own, and the published code does the same."""
     if hasattr(model, 'drop_rate'):
         model.drop_rate = 0.0
     for name, module in model.named_modules():
@@ -276,12 +291,23 @@ def _switch_off_dropout(model: nn.Module, slot: str) -> None:
             module.p = 0.0
 
 
+@torch.fx.wrap  # one node to any fx tracer, which cannot follow a branch on a number of dimensions
+def _as_tokens(x: Tensor, channels_last: bool, channels_first: bool, prefix_tokens: int) -> Tensor:
+    """A feature map ([B, H, W, F] if `channels_last`) or tokens ([B, F, N] if `channels_first`) to tokens [B, N, F]."""
+    if x.dim() == 4:
+        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
+    return x.transpose(1, 2) if channels_first else x[:, prefix_tokens:]
+
+
+register_notrace_function(_as_tokens)
+
+
 def _mean(tokens: Tensor | list[Tensor], valid: Tensor | None, width: int) -> Tensor:
-    """Mean over the (valid) tokens, [B, F]; of several scales side by side, or their mean where the model says so."""
+    """Mean over the (valid) tokens, [B, F]; of several scales side by side, or their mean if `width` is that of one."""
     if isinstance(tokens, list):
         means = [scale.mean(dim=1) for scale in tokens]
-        together = torch.cat(means, dim=1)
-        return together if together.shape[1] == width else torch.stack(means).mean(dim=0)
+        joined = torch.cat(means, dim=1)
+        return joined if joined.shape[1] == width else torch.stack(means).mean(dim=0)
     if valid is None:
         return tokens.mean(dim=1)
     weight = valid.unsqueeze(-1).to(tokens.dtype)

@@ -1,4 +1,4 @@
-"""What a class's query looks at in an image, as a map over the image."""
+"""Attention maps: where in an image the query of a class attends."""
 
 import math
 
@@ -10,18 +10,18 @@ from timm_mldecoder.head import MLDecoder
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Attention of the query of one class an image, mean over heads.
+    """Return the attention of the query of one class per image, the mean over heads.
 
     Args:
-        model: a timm model with an ML-Decoder head, in eval mode.
-        images: [B, C, H, W], preprocessed as for the model.
-        classes: [B], a class index an image.
+        model: A timm model with an ML-Decoder head, in eval mode.
+        images: Preprocessed images, [B, C, H, W].
+        classes: A class index per image, [B].
 
     Returns:
-        [B, h, w], the grid of the head's tokens; each map sums to 1.
+        Maps [B, h, w] over the grid of the head's tokens; each sums to 1.
 
     Raises:
-        ValueError: the model has no ML-Decoder head, or sees several scales or no grid.
+        ValueError: If the model has no ML-Decoder head, reads several scales, or its tokens form no grid.
     """
     head = model.get_classifier()
     if not isinstance(head, MLDecoder):
@@ -35,7 +35,7 @@ def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         handle.remove()
     tokens = seen[0]
     if not isinstance(tokens, Tensor):
-        raise ValueError('attention maps are for one scale of features; this model gives several')
+        raise ValueError('attention maps need one scale of features; this model has several')
     weights = head.attention_weights(tokens)  # [B, K, N]
     query = classes // head.group_fc.group_size
     rows = weights[torch.arange(len(classes), device=query.device), query]
@@ -43,7 +43,7 @@ def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
 
 def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:
-    """Rows and columns of the tokens."""
+    """Return the number of rows and columns of the tokens."""
     if features.dim() == 4:
         shape = features.shape[1:3] if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else features.shape[2:]
         if shape.numel() == num_tokens:
@@ -51,5 +51,5 @@ def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch
     height, width = image_size
     rows = round(math.sqrt(num_tokens * height / width))
     if rows == 0 or num_tokens % rows or rows * (num_tokens // rows) != num_tokens:
-        raise ValueError(f'{num_tokens} tokens make no grid over an image of {height} x {width}')
+        raise ValueError(f'{num_tokens} tokens form no grid over an image of {height} x {width}')
     return rows, num_tokens // rows

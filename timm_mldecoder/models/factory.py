@@ -1,135 +1,309 @@
-"""What ``timm.create_model`` does when ``ml_decoder`` is asked for; plugin.py leads here."""
+"""What ``timm.create_model`` does for the options that choose a classifier of this package; called by plugin.py."""
 
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from timm.models import _builder
-from torch import nn
+from torch import Tensor, nn
 
-from timm_mldecoder.models.attach import add_ml_decoder_head, check_options
+from timm_mldecoder.head.config import DEFAULT_NUM_QUERIES
+from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
+from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
+from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.graph import empty_graph_classifier
 
 _logger = logging.getLogger(__name__)
-_one_at_a_time = threading.RLock()
+
+# Options of the head that change no trained tensor and nothing about what the trained tensors compute.
+_TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'class_names')
 
 
-def create_with_head(
-    entrypoint: Callable[..., nn.Module],
-    ml_decoder: bool | Mapping,
-    stored_head: bool = False,
-    pretrained: bool = False,
-    global_pool: str | None = None,
-    **kwargs,
-) -> nn.Module:
-    """Build a timm model with an ML-Decoder head.
+@dataclass(frozen=True)
+class Classifier:
+    """What the factory needs to know about a kind of classifier.
+
+    Attributes:
+        attach: Put it on a timm model in place: ``attach(model, num_classes, **options)``.
+        parse: The option of ``create_model`` to a dict of options.
+        contradictions: Given and stored options, and whether the classes differ, to a list of contradictions.
+        any_classes: Whether the classifier on this model loads tensors that were trained on other classes.
+        class_independent: Beginnings of the names of its tensors that belong to no class.
+    """
+
+    attach: Callable[..., nn.Module]
+    parse: Callable[[object], dict]
+    contradictions: Callable[[dict, dict, bool], list[str]]
+    any_classes: Callable[[nn.Module], bool] = lambda model: False
+    class_independent: tuple[str, ...] = ()
+
+
+def _parse_ml_decoder(value: object) -> dict:
+    if value is True:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f'ml_decoder must be True, False or a dict of options, got {value!r}')
+    check_options({name: value[name] for name in value if name not in ('global_pool', 'fresh_head')})
+    return dict(value)
+
+
+def _parse_graph(value: object) -> dict:
+    if not isinstance(value, Mapping) or not {'num_classes', 'width'} <= set(value):
+        raise ValueError(f'graph_classifier must be the options of timm_mldecoder.models.graph_options, got {value!r}')
+    return dict(value)
+
+
+def _attach_graph(model: nn.Module, requested: int, /, **options) -> nn.Module:
+    if requested not in (-1, options['num_classes']):
+        raise ValueError(f'a label graph of {options["num_classes"]} classes does not fit num_classes={requested}')
+    return empty_graph_classifier(model, **options)
+
+
+def _ml_decoder_contradictions(given: dict, stored: dict, other_classes: bool) -> list[str]:
+    queries = {} if stored.get('word_embeddings') else {'num_of_groups': DEFAULT_NUM_QUERIES}
+    defaults = HEAD_OPTIONS | {'decoder_embedding': DEFAULT_EMBEDDING} | queries
+    ignored = (*_TRAINING_OPTIONS, *(('num_of_groups', 'group_size') if other_classes else ()))
+    found = []
+    for name in sorted(set(given) & set(defaults) - set(ignored)):
+        ours, theirs = (defaults[name] if _is_default(value) else value for value in (given[name], stored.get(name)))
+        if name == 'word_embeddings':
+            if not isinstance(ours, (Tensor, int)):
+                continue  # a file, which is read later
+            ours = ours.shape[-1] if isinstance(ours, Tensor) else ours
+        if ours != theirs:
+            found.append(f'{name} is {ours!r}, the stored head has {theirs!r}')
+    return found
+
+
+CLASSIFIERS = {
+    'ml_decoder': Classifier(
+        add_ml_decoder_head,
+        _parse_ml_decoder,
+        _ml_decoder_contradictions,
+        any_classes=lambda model: model.get_classifier().vocabulary is not None,
+        class_independent=('embed.', 'layers.'),
+    ),
+    'cosine_classifier': Classifier(
+        lambda model, num_classes, scale: add_cosine_classifier(model, scale),
+        lambda value: {'scale': value},
+        lambda given, stored, other_classes: (
+            [] if given == stored else [f'the scale is {given["scale"]}, the stored classifier has {stored["scale"]}']
+        ),
+    ),
+    'graph_classifier': Classifier(
+        _attach_graph,
+        _parse_graph,
+        lambda given, stored, other_classes: [
+            f'{name} is {given[name]!r}, the stored classifier has {stored.get(name)!r}'
+            for name in given
+            if given[name] != stored.get(name)
+        ],
+    ),
+}
+
+
+def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kwargs) -> nn.Module:
+    """Build a timm model, with a classifier of this package if an option of `CLASSIFIERS` asks for one.
+
+    A model without a classifier (``num_classes=0`` or ``features_only=True``) is timm's own, whatever the option.
+
+    From a folder of ``save_for_hf`` (``local-dir:``, ``hf-hub:``) with one of these classifiers, ``pretrained=True``
+    loads every tensor strictly. A classifier for other classes keeps the tensors that belong to no class and draws the
+    others anew; so does, for all its tensors, ``fresh_head=True`` in the dict of ``ml_decoder``. With ``False`` or
+    another kind of classifier, only the backbone is loaded.
 
     Args:
-        entrypoint: timm's model function.
-        ml_decoder: True, or keyword options of `MLDecoder`.
-        stored_head: the pretrained weights hold an ML-Decoder head too (``local-dir:``, ``hf-hub:``).
-        pretrained: load the weights of the backbone, and of the head if it is stored and has the same classes.
-        global_pool: the pooling the backbone is built with (it decides where some ViTs have their last norm).
-        **kwargs: timm's own.
+        build: timm's model function.
+        pretrained: Load the weights.
+        **kwargs: Arguments of ``timm.create_model``, with those of the stored model filled in by timm.
 
     Raises:
-        ValueError: an unknown option, or a model without classes or un-pooled features.
+        ValueError: If an option is unknown, has a wrong value, or contradicts the stored classifier.
+        RuntimeError: If a tensor of the file is missing, unexpected or of another shape.
     """
-    options = _as_options(ml_decoder)
-    stored_pool = options.pop('global_pool', None)
-    check_options(options)
-    saved = (kwargs.get('pretrained_model_args') or {}).get('num_classes')
-    for name, value in (('features_only', True), ('num_classes', 0)):
-        if kwargs.get(name) == value and not stored_head:
-            raise ValueError(f'{name}={value} gives a model without a classifier: leave ml_decoder out')
-    # An un-pooled model with classes is no model to timm; the head takes the pooling away after the weights are in.
-    pool = global_pool or stored_pool
-    if pool:
-        kwargs['global_pool'] = pool
+    stored_args = kwargs.get('pretrained_model_args') or {}
+    stored = next((name for name in CLASSIFIERS if _is_on(stored_args.get(name))), None)
+    given = {name: kwargs.pop(name, None) for name in CLASSIFIERS}
+    chosen = _chosen({name: value for name, value in given.items() if _is_on(value)}, stored, stored_args)
+    options = CLASSIFIERS[chosen].parse(given[chosen]) if chosen else {}
+    fresh = options.pop('fresh_head', False)
+    pool = options.pop('global_pool', None)
+    if pool and not stored_args and kwargs.get('global_pool') == '':
+        kwargs['global_pool'] = pool  # from transformers, which passes on what timm recorded for the un-pooled model
 
-    # Of a folder with a head, also its backbone may be had.
-    if kwargs.get('features_only'):
-        return entrypoint(pretrained=pretrained, **kwargs)
-    if kwargs.get('num_classes') == 0:
-        kwargs['num_classes'] = saved
-        model = create_with_head(entrypoint, ml_decoder, stored_head, pretrained, **kwargs)
-        model.reset_classifier(0)
-        return model
+    if chosen is None or kwargs.get('features_only') or kwargs.get('num_classes') == 0:
+        if not (pretrained and stored):
+            return build(pretrained=pretrained, **kwargs)
+        with _loading_by(_BackboneLoader(build, stored, stored_args, kwargs)):
+            return build(pretrained=True, **kwargs)
 
-    # the number of classes that a stored model was saved with is nobody's wish, where new word embeddings come
-    asked = kwargs.get('num_classes')
-    options['num_classes'] = -1 if asked is None or asked == saved else asked
-    if not (pretrained and stored_head):
-        return add_ml_decoder_head(entrypoint(pretrained=pretrained, **kwargs), **options)
-    with _held_back_load() as loads:
-        model = entrypoint(pretrained=True, **kwargs)
-    add_ml_decoder_head(model, **options)
-    for load in loads:
-        load_with_head(model, **load)
+    if not kwargs.get('global_pool'):
+        kwargs.pop('global_pool', None)  # timm has no un-pooled models with classes; the head removes the pooling
+    kind, requested = CLASSIFIERS[chosen], kwargs.get('num_classes')
+    # timm passes on the number of classes of a stored model, which must not win over that of new label embeddings
+    num_classes = -1 if requested in (None, stored_args.get('num_classes')) else requested
+    if chosen == stored:
+        stored_options = kind.parse(stored_args[stored])
+        stored_options.pop('global_pool', None)
+        options = {name: value for name, value in options.items() if not _is_default(value)}
+        if pretrained and not fresh:
+            found = kind.contradictions(options, stored_options, num_classes != -1)
+            if found:
+                raise ValueError(
+                    f'{chosen} contradicts the stored classifier: {"; ".join(found)}. Leave the option out, '
+                    f'or build without pretrained=True'
+                )
+        options = stored_options | options
+    if pretrained and stored and (chosen != stored or fresh):
+        with _loading_by(_BackboneLoader(build, stored, stored_args, kwargs)):
+            model = build(pretrained=True, **kwargs)
+        return kind.attach(model, num_classes, **options)
+    if not (pretrained and stored):
+        return kind.attach(build(pretrained=pretrained, **kwargs), num_classes, **options)
+    deferred: list[tuple[nn.Module, dict]] = []
+    with _loading_by(lambda model, **load_args: deferred.append((model, load_args))):
+        model = build(pretrained=True, **kwargs)
+    kind.attach(model, num_classes, **options)
+    for part, load_args in deferred:
+        _load_with_classifier(part, kind, **load_args) if part is model else _timm_load(part, **load_args)
     return model
 
 
-def _as_options(ml_decoder: bool | Mapping) -> dict:
-    if ml_decoder is True:
-        return {}
-    if not isinstance(ml_decoder, Mapping):
-        raise ValueError(f'ml_decoder must be True, False or a dict of options, got {ml_decoder!r}')
-    return dict(ml_decoder)
+def _is_on(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _is_default(value: object) -> bool:
+    return value is None or (isinstance(value, int) and value == -1)
+
+
+def _chosen(wanted: dict, stored: str | None, stored_args: Mapping) -> str | None:
+    """Return the option that was requested, or else the stored one."""
+    if len(wanted) > 1 and stored in wanted and wanted[stored] == stored_args[stored]:
+        del wanted[stored]  # timm filled it in
+    if len(wanted) > 1:
+        raise ValueError(f'a model has one classifier: choose one of {", ".join(wanted)}')
+    return next(iter(wanted), None)
+
+
+# A function that loads instead of timm's within one `create_model`: per thread and asyncio task, so that models which
+# are built at the same time elsewhere load as ever.
+_replacement: ContextVar[Callable | None] = ContextVar('timm_mldecoder_load_pretrained', default=None)
+_timm_load = _builder.load_pretrained
+
+
+@wraps(_timm_load)
+def _load_pretrained(model: nn.Module, *args, **kwargs) -> None:
+    return (_replacement.get() or _timm_load)(model, *args, **kwargs)
+
+
+# Only timm's builder knows the arguments of a load (the filter that resizes position embeddings, the input channels).
+# Replaced once, when this module is imported; without a replacement for the caller it is timm's function.
+_builder.load_pretrained = _load_pretrained
 
 
 @contextmanager
-def _held_back_load():
-    """Note what timm would load into the model it builds, to load it once the head is on.
-
-    A stored ML-Decoder fits no linear classifier, and only timm's builder knows the arguments of the load (the filter
-    that resizes position embeddings, the input channels).
-    """
-    loads: list[dict] = []
-    with _one_at_a_time:
-        load, _builder.load_pretrained = _builder.load_pretrained, lambda model, **kwargs: loads.append(kwargs)
-        try:
-            yield loads
-        finally:
-            _builder.load_pretrained = load
+def _loading_by(function: Callable):
+    token = _replacement.set(function)
+    try:
+        yield
+    finally:
+        _replacement.reset(token)
 
 
-def load_with_head(model: nn.Module, filter_fn: Callable | None = None, **kwargs) -> None:
-    """timm's ``load_pretrained`` for weights that hold an ML-Decoder head; strict, also where classes differ.
-
-    Raises:
-        RuntimeError: a tensor of the backbone is missing, unexpected or mis-shaped, or one of the head is and the
-            classes are the same.
-    """
-    head_prefix = model.ml_decoder_slot + '.'
-    # word queries fit any classes, and know whether they have their own
-    has_words = model.get_classifier().vocabulary is not None
-    same_classes = has_words or kwargs['num_classes'] == kwargs['pretrained_cfg']['num_classes']
-
-    def filter_backbone(state_dict: dict, model: nn.Module) -> dict:
-        head = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(head_prefix)}
-        if filter_fn is not None:
-            # timm's filters tell its own files from others' by the classifier
-            stand_ins = {head_prefix + name: torch.zeros(0) for name in ('weight', 'bias')}
-            state_dict = {**state_dict, **stand_ins}
-            takes_model = len(inspect.signature(filter_fn).parameters) > 1
-            state_dict = filter_fn(state_dict, model) if takes_model else filter_fn(state_dict)
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(head_prefix)}
-        if not same_classes:
-            _logger.warning(
-                f'The weights are for {kwargs["pretrained_cfg"]["num_classes"]} classes, the model has '
-                f'{model.num_classes}: the ML-Decoder head starts fresh.'
+def _load_with_classifier(model: nn.Module, kind: Classifier, filter_fn: Callable | None = None, **load_args) -> None:
+    """Load stored weights into a model with the classifier they were stored with."""
+    prefix = _classifier_path(model) + '.'
+    stored_classes = load_args['pretrained_cfg']['num_classes']
+    own = set(model.state_dict())
+    if kind.any_classes(model) or load_args['num_classes'] == stored_classes:
+        loaded = own
+    else:
+        kept = tuple(prefix + name for name in kind.class_independent)
+        loaded = {name for name in own if not name.startswith(prefix) or (kept and name.startswith(kept))}
+        fresh = sorted({name.removeprefix(prefix).partition('.')[0] for name in own - loaded})
+        _logger.warning(
+            f'the weights are for {stored_classes} classes, the model has {model.num_classes}: {", ".join(fresh)} of '
+            f'{prefix}* start fresh'
+            + (
+                f'; {", ".join(kind.class_independent)}* are loaded (fresh_head=True draws them anew too)'
+                if kept
+                else ''
             )
-            _check_backbone(model, state_dict, head_prefix)
-            return state_dict
-        return {**state_dict, **head}
+        )
 
-    _builder.load_pretrained(model, filter_fn=filter_backbone, **kwargs)
+    def select(backbone: dict, classifier: dict) -> dict:
+        if loaded != own:
+            classifier = {name: value for name, value in classifier.items() if name in loaded}
+        _check_names({*backbone, *classifier}, loaded)
+        return backbone | classifier
+
+    _load_selected(model, prefix, select, filter_fn, **load_args)
 
 
-def _check_backbone(model: nn.Module, state_dict: dict, head_prefix: str) -> None:
-    wanted = {name for name in model.state_dict() if not name.startswith(head_prefix)}
-    missing, unexpected = sorted(wanted - set(state_dict)), sorted(set(state_dict) - wanted)
-    if missing or unexpected:
-        raise RuntimeError(f'the weights do not fit the backbone: missing {missing}, unexpected {unexpected}')
+class _BackboneLoader:
+    """Loads the backbone of a stored model into a timm model with another classifier, or without one."""
+
+    def __init__(self, build: Callable, stored: str, stored_args: Mapping, kwargs: Mapping) -> None:
+        kind = CLASSIFIERS[stored]
+        options = kind.parse(stored_args[stored])
+        pool = options.pop('global_pool', None)
+        changed = ('features_only', 'out_indices', 'feature_cls', 'num_classes', 'global_pool', 'device')
+        like = {name: value for name, value in kwargs.items() if name not in changed}
+        with torch.device('meta'):  # names alone
+            model = kind.attach(
+                build(pretrained=False, **like, **({'global_pool': pool} if pool else {})), -1, **options
+            )
+        self.prefix = _classifier_path(model) + '.'
+        self.stored = stored
+        self.names = {name for name in model.state_dict() if not name.startswith(self.prefix)}
+
+    def __call__(self, model: nn.Module, filter_fn: Callable | None = None, **load_args) -> None:
+        own = set(model.state_dict())
+
+        def select(backbone: dict, classifier: dict) -> dict:
+            _check_names(set(backbone), self.names)
+            _logger.info(f'the stored {self.stored} classifier is left out')
+            fresh, unused = sorted(own - set(backbone)), sorted(set(backbone) - own)
+            if fresh or unused:
+                _logger.warning(
+                    f'the weights were stored with {self.stored}: these tensors of the model start fresh: {fresh}; '
+                    f'these tensors of the backbone are not used: {unused}'
+                )
+            return {name: value for name, value in backbone.items() if name in own}
+
+        _load_selected(model, self.prefix, select, filter_fn, **load_args)
+
+
+def _load_selected(model: nn.Module, prefix: str, select: Callable, filter_fn: Callable | None, **load_args) -> None:
+    """timm's ``load_pretrained`` with what `select` returns for the tensors of the backbone and of the classifier."""
+
+    def filter_weights(state_dict: dict, model: nn.Module) -> dict:
+        classifier = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        backbone = {name: value for name, value in state_dict.items() if name not in classifier}
+        if filter_fn is not None:
+            # some filters of timm recognise its own files by the classifier
+            stand_ins = {prefix + name: torch.zeros(0) for name in ('weight', 'bias')}
+            takes_model = len(inspect.signature(filter_fn).parameters) > 1
+            backbone = filter_fn(backbone | stand_ins, *([model] if takes_model else []))
+            backbone = {name: value for name, value in backbone.items() if not name.startswith(prefix)}
+        return select(backbone, classifier)
+
+    _timm_load(model, **load_args | {'filter_fn': filter_weights, 'strict': False})  # `select` is strict about names
+
+
+def _classifier_path(model: nn.Module) -> str:
+    classifier = model.get_classifier()
+    return next(name for name, module in model.named_modules() if module is classifier)
+
+
+def _check_names(found: set[str], wanted: set[str]) -> None:
+    if found != wanted:
+        raise RuntimeError(
+            f'the weights do not fit: missing {sorted(wanted - found)}, unexpected {sorted(found - wanted)}'
+        )

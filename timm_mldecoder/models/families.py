@@ -1,7 +1,7 @@
-"""How each timm family gives its un-pooled features to the head: the one table in which families differ.
+"""How the un-pooled features of each timm family are read: the one table in which families differ.
 
-Most of timm needs no entry: ``reset_classifier(0, '')`` switches the pooling off, and what ``forward_head`` then gives
-as pre-logits is what a pooling head would have pooled, with the norms and convolutions that stand before it.
+Most timm models need no entry: ``reset_classifier(0, '')`` disables the pooling, and the pre-logits of ``forward_head``
+are then what the pooling would have pooled, after the norms and convolutions in front of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,32 +11,34 @@ from torch import Tensor, nn
 
 
 def last_stage_map(model: nn.Module, x: Tensor) -> Tensor:
-    """The last map [B, F, H, W] of a model whose ``forward_features`` keeps only class tokens."""
+    """Return the last feature map [B, F, H, W] of a model whose ``forward_features`` returns class tokens only."""
     return model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs from the rule.
+    """How a family differs from `RULE`.
 
     Attributes:
-        read_features: take what ``forward_features`` returns, because what stands between it and the classifier pools.
-        unpool: the arguments of ``reset_classifier`` that take the pooling away.
-        clear: attributes to set, for modules that nothing would use any more (as timm's own pruning of a head does);
-            DistributedDataParallel refuses parameters without a gradient.
-        slot: where the head goes, if not where ``pretrained_cfg['classifier']`` says.
-        widths: the widths of several scales, for a model whose ``forward_features`` gives a list.
-        prefix_tokens: class and register tokens in front of the image's, where the model does not say.
-        channels_first: tokens come as [B, F, N].
-        features: stands in for ``forward_features``.
-        why: what makes the family differ, for the documentation.
-        refuse: why the family cannot take the head.
+        why: What makes the family differ, for the documentation.
+        read_features: Read the output of ``forward_features``, because what follows it pools.
+        unpool: Arguments of ``reset_classifier`` that disable the pooling.
+        clear: Attributes to set, for modules that nothing uses without the classifier (as timm's own pruning of a head
+            does): DistributedDataParallel refuses parameters without a gradient.
+        bypass: Attributes to replace by ``nn.Identity``, for the same reason.
+        slot: Path of the head's module, if other than ``pretrained_cfg['classifier']``.
+        widths: Widths of several scales, for a model whose ``forward_features`` returns a list.
+        prefix_tokens: Number of class and register tokens in front of the image's, where the model does not say.
+        channels_first: Tokens are [B, F, N].
+        features: Replacement for ``forward_features``.
+        refuse: Why the family cannot take the head.
     """
 
     why: str = ''
     read_features: bool = False
     unpool: Mapping[str, object] = field(default_factory=lambda: {'global_pool': ''})
     clear: Mapping[str, object] = field(default_factory=dict)
+    bypass: Sequence[str] = ()
     slot: str = ''
     widths: Callable[[nn.Module], Sequence[int] | None] = lambda model: None
     prefix_tokens: int | None = None
@@ -46,13 +48,13 @@ class Family:
 
 
 RULE = Family(
-    'un-pooled with `reset_classifier(0, "")`; the head reads what `forward_head` gives before the classifier'
+    'un-pooled with `reset_classifier(0, "")`; the head reads what `forward_head` returns before the classifier'
 )
-_CLASS_ATTENTION = 'class attention runs after the image tokens are done; nothing but the class token would feel it'
+_CLASS_ATTENTION = 'class attention runs after the image tokens are final and changes the class token only; removed'
 _TWO_TOKENS = 'two class tokens with a classifier each; the head reads the image tokens'
 _POOLED_STAGE = 'a stage between features and classifier works on the pooled vector only; the head reads the features'
-_SCALES = 'several scales with a classifier each; the head reads the tokens of all, with an embedding a scale'
-_PARTS = 'the classifier is a module of several parts; the head takes its place'
+_SCALES = 'several scales with a classifier each; the head reads the tokens of all, with one embedding per scale'
+_PARTS = 'the classifier is a module of several parts; the head replaces it'
 _MLP_HEAD = Family(_POOLED_STAGE, read_features=True, unpool={'reset_other': True})
 _ENCODER = Family(refuse='it is the encoder of a larger model and was never a classifier')
 
@@ -82,10 +84,10 @@ FAMILIES: dict[str, Family] = {
     ),
     'VisionTransformerDistilled': Family(_TWO_TOKENS, read_features=True, unpool={}, prefix_tokens=2),
     'PoolingVisionTransformer': Family(
-        '`forward_features` gives class tokens only; the head reads the last map of `forward_intermediates`',
+        '`forward_features` returns class tokens only; the head reads the last map of `forward_intermediates`',
         read_features=True,
         unpool={},
-        clear={'norm': nn.Identity},
+        bypass=('norm',),
         features=last_stage_map,
     ),
     'RepVit': Family(_PARTS, slot='head'),
@@ -93,7 +95,7 @@ FAMILIES: dict[str, Family] = {
     'EfficientVit': _MLP_HEAD,
     'EfficientVitLarge': _MLP_HEAD,
     'MetaNeXt': _MLP_HEAD,
-    'VGG': Family(_POOLED_STAGE, read_features=True, clear={'pre_logits': nn.Identity}),
+    'VGG': Family(_POOLED_STAGE, read_features=True, bypass=('pre_logits',)),
     'DeepseekVitEncoder': _ENCODER,
     'Gemma4VitEncoder': _ENCODER,
     'MobileNetV5Encoder': _ENCODER,
@@ -102,5 +104,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_class: type) -> Family:
-    """The table's entry for a timm class or its nearest ancestor that has one, else the rule."""
+    """Return the entry of a timm class or of its nearest ancestor that has one, else `RULE`."""
     return next((FAMILIES[cls.__name__] for cls in model_class.__mro__ if cls.__name__ in FAMILIES), RULE)

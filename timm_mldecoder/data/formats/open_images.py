@@ -1,28 +1,48 @@
-"""Open Images (V4 to V7) as distributed: image-level labels verified by people, most classes not annotated.
+"""Open Images (V4 to V7): image-level labels verified by people, most classes of an image not annotated.
+
+As distributed:
 
     ROOT/*SPLIT-annotations-human-imagelabels.csv   columns ImageID, Source, LabelName and Confidence (1 or 0)
     ROOT/*class-descriptions.csv                    LabelName and display name, with or without a header
     ROOT/*classes-trainable.txt                     optional: the LabelNames to use, in order (9,605 in V6)
     ROOT/SPLIT/ImageID.jpg                          SPLIT is train, validation or test
 
-The star stands for the version some files are named by (`oidv6-`). Without a list of trainable classes all described
-ones are used. A class is positive (1), verified to be absent (0), or, most often, not annotated: -1.
+The star stands for the version that some files are named by (`oidv6-`); V7 writes `val` for the validation split.
+Without a list of trainable classes all described ones are used.
+
+As distributed for the class-aware selective loss (CSL, arXiv 2110.10955):
+
+    ROOT/data.csv               image path, present and absent LabelNames as two lists, ..., split (train, val, test)
+    ROOT/mid_to_classes.pth     dictionary of LabelName and display name, in the order of the classes
+
+A class is positive (1), verified to be absent (0), or, most often, not annotated (-1). The labels (57 million for
+training) are read with pyarrow, which is about five times as fast as Python's csv module, and kept in a memory-mapped
+cache, see `cache`. Without pyarrow the csv module is used; both give the same table.
 """
 
-import csv
 import logging
+import re
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
-from timm_mldecoder.data.formats.names import read_names
+import numpy as np
+
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, make_table
+from timm_mldecoder.data.cache import Table, load_or_build
+from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows
+from timm_mldecoder.data.word_embeddings import load_tensors
 
 _logger = logging.getLogger(__name__)
 
-SPLITS = ('train', 'validation', 'test')
+SPLITS = {'train': ['train'], 'validation': ['validation', 'val'], 'test': ['test']}
 COLUMNS = ['ImageID', 'Source', 'LabelName', 'Confidence']
+USED = ['ImageID', 'LabelName', 'Confidence']
 MEANINGS = {'1': POSITIVE, '0': NEGATIVE, '1.0': POSITIVE, '0.0': NEGATIVE}
+CSL_FILES = ('data.csv', 'mid_to_classes.pth')
+SKIPPED, UNKNOWN = -1, -2  # class index of a label that is not trainable, or not described
 
 
 def read_open_images(root: Path, split: str) -> Annotations:
@@ -33,67 +53,214 @@ def read_open_images(root: Path, split: str) -> Annotations:
             unknown label.
     """
     if split not in SPLITS:
-        raise ValueError(f'Open Images has no split {split!r}, choose one of {sorted(SPLITS)}.')
+        raise ValueError(f'Open Images has no split {split!r}, choose one of {sorted(SPLITS)}')
+    if all((root / name).is_file() for name in CSL_FILES):
+        return _read_csl(root, split)
+    patterns = [f'*{name}-annotations-human-imagelabels.csv' for name in SPLITS[split]]
+    path = _find(root, *patterns)
     descriptions_path = _find(root, '*class-descriptions.csv')
     descriptions = read_descriptions(descriptions_path)
     trainable = _find(root, '*classes-trainable.txt', optional=True)
     labels = read_names(trainable) if trainable else list(descriptions)
     unknown = [label for label in labels if label not in descriptions]
     if unknown:
-        raise ValueError(f'{trainable}: no description in {descriptions_path} for {unknown}.')
-    label_index = {label: index for index, label in enumerate(labels)}
+        raise ValueError(f'{trainable}: no description in {descriptions_path} for {unknown}')
+    class_index = dict.fromkeys(descriptions, SKIPPED) | {label: index for index, label in enumerate(labels)}
+    folder = next((name for name in SPLITS[split] if (root / name).is_dir()), split)
 
+    def build() -> Table:
+        table = read_labels(path, class_index, folder)
+        _logger.info(f'{path}: read {len(table["label"])} labels of {len(table["paths"])} images')
+        return table
+
+    files = [path, descriptions_path, *([trainable] if trainable else [])]
+    table, cache = load_or_build(root, f'openimages-{split}', files, build)
+    return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
+
+
+def read_labels(path: Path, class_index: dict[str, int], folder: str) -> Table:
+    """Table of a file of labels, see `annotations.make_table`.
+
+    Args:
+        path: CSV file with `COLUMNS`.
+        class_index: Class of every known LabelName; SKIPPED to leave it out.
+        folder: Folder of the images.
+
+    Raises:
+        ValueError: If a line is malformed or names an unknown label.
+    """
+    columns = _read_with_pyarrow(path, class_index, folder)
+    # The csv module is also the one that names the line of a mistake.
+    paths, image, label, value = columns or _read_with_csv(path, class_index, folder)
+    if not len(label):
+        raise ValueError(f'{path}: no label is one of the {len(class_index)} classes')
+    return make_table(paths, image, label, value)
+
+
+def _read_with_csv(path: Path, class_index: dict[str, int], folder: str) -> tuple[Sequence, array, array, array]:
     image_index: dict[str, int] = {}
-    image, label, value = array('i'), array('i'), array('b')  # tens of millions of entries
-    skipped = 0
-    path = _find(root, f'*{split}-annotations-human-imagelabels.csv')
-    with path.open(newline='', encoding='utf-8') as file:
-        reader = csv.reader(file)
-        header = next(reader, None)
-        if header != COLUMNS:
-            raise ValueError(f'{path}, line 1: expected the header {COLUMNS}, got {header}.')
-        for row in reader:
-            name, confidence = row[2:] if len(row) == len(COLUMNS) else (None, None)
-            if name not in descriptions or confidence not in MEANINGS:
+    image, label, value = array('i'), array('i'), array('b')
+    rows = read_rows(path)
+    _, header = next(rows, (1, []))
+    if header != COLUMNS:
+        raise ValueError(f'{path}, line 1: expected the header {COLUMNS}, got {header}')
+    for line, row in rows:
+        name, confidence = row[2:] if len(row) == len(COLUMNS) else ('', '')
+        if name not in class_index or confidence not in MEANINGS:
+            raise ValueError(f'{path}, line {line}: expected a described label and a confidence of 0 or 1, got {row}')
+        if class_index[name] == SKIPPED:
+            continue
+        image.append(image_index.setdefault(row[0], len(image_index)))
+        label.append(class_index[name])
+        value.append(MEANINGS[confidence])
+    return [f'{folder}/{identifier}.jpg' for identifier in image_index], image, label, value
+
+
+def _read_with_pyarrow(
+    path: Path, class_index: dict[str, int], folder: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """The same as `_read_with_csv`, vectorized; None without pyarrow or if anything in the file is not as expected."""
+    try:
+        import pyarrow
+        from pyarrow import csv as arrow_csv
+    except ImportError:
+        _logger.info("reading Open Images without pyarrow is slow: pip install 'timm-mldecoder[data]'")
+        return None
+    coded = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    try:
+        rows = arrow_csv.read_csv(
+            path,
+            read_options=arrow_csv.ReadOptions(block_size=1 << 23),
+            convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(USED, coded), include_columns=USED),
+        )
+    except pyarrow.ArrowException:
+        return None
+    if next(read_rows(path))[1] != COLUMNS or not len(rows):
+        return None
+    rows = rows.unify_dictionaries()  # values in the order of their first occurrence, as in `_read_with_csv`
+    (images, image), (labels, label), (confidences, value) = (_codes(rows[name]) for name in USED)
+    del rows
+    label = np.array([class_index.get(name, UNKNOWN) for name in labels.to_pylist()], dtype=np.int32)[label]
+    meanings = [MEANINGS.get(name) for name in confidences.to_pylist()]
+    if None in meanings or (label == UNKNOWN).any():
+        return None
+    value = np.array(meanings, dtype=np.int8)[value]
+    kept = label != SKIPPED
+    if not kept.all():
+        image, label, value = image[kept], label[kept], value[kept]
+    paths = _fixed_width(images, f'{folder}/'.encode(), b'.jpg')
+    used = np.zeros(len(paths), dtype=bool)
+    used[image] = True
+    if not used.all():  # images without any of the classes, and the order in which those with one come first
+        first = np.full(len(paths), len(image))
+        np.minimum.at(first, image, np.arange(len(image)))
+        order = np.argsort(first, kind='stable')[: used.sum()]
+        new = np.empty(len(paths), dtype=np.int32)
+        new[order] = np.arange(len(order))
+        paths, image = paths[order], new[image]
+    return paths, image, label, value
+
+
+def _codes(column: Any) -> tuple[Any, np.ndarray]:
+    """Distinct values of a dictionary-encoded Arrow column, and the index of the value of each row."""
+    return column.chunk(0).dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
+
+
+def _fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:
+    """Strings of an Arrow array between `prefix` and `suffix`, as a bytes array, without a Python object each."""
+    _, offsets, data = strings.buffers()
+    offsets = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
+    content = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
+    lengths = np.diff(offsets)
+    width = len(prefix) + int(lengths.max(initial=0)) + len(suffix)
+    result = np.zeros((len(strings), width), dtype=np.uint8)
+    result[:, : len(prefix)] = np.frombuffer(prefix, dtype=np.uint8)
+    if (lengths == lengths[0]).all():
+        result[:, len(prefix) : width - len(suffix)] = content.reshape(len(strings), -1)
+        result[:, width - len(suffix) :] = np.frombuffer(suffix, dtype=np.uint8)
+    else:
+        column = np.arange(width) - len(prefix)
+        result[(column >= 0) & (column < lengths[:, None])] = content
+        for index, byte in enumerate(suffix):
+            result[np.arange(len(strings)), len(prefix) + lengths + index] = byte
+    return result.view(f'S{width}').ravel()
+
+
+def _read_csl(root: Path, split: str) -> Annotations:
+    path, names_path = (root / name for name in CSL_FILES)
+    names = load_tensors(names_path)
+    if not isinstance(names, dict) or not all(isinstance(text, str) for item in names.items() for text in item):
+        raise ValueError(f'{names_path}: expected a dictionary of LabelName and display name')
+    descriptions = _distinct({label: normalize_name(name.strip('\'" ')) for label, name in names.items()})
+    trainable = _find(root, '*classes-trainable.txt', optional=True)
+    labels = read_names(trainable) if trainable else list(descriptions)
+    unknown = [label for label in labels if label not in descriptions]
+    if unknown:
+        raise ValueError(f'{trainable}: not in {names_path}: {unknown}')
+    class_index = {label: index for index, label in enumerate(labels)}
+
+    def build() -> Table:
+        paths, image, label, value = [], array('i'), array('i'), array('b')
+        skipped: Counter[str] = Counter()
+        rows = read_rows(path)
+        next(rows, None)  # the header
+        for line, row in rows:
+            if len(row) < 4 or row[-1] not in ('train', 'val', 'test') or not all(_is_list(row[i]) for i in (1, 2)):
                 raise ValueError(
-                    f'{path}, line {reader.line_num}: expected a label of {descriptions_path.name} and a confidence of '
-                    f'0 or 1, got {row}.'
+                    f'{path}, line {line}: expected a path, two lists of labels and train, val or test, got {row}'
                 )
-            if name not in label_index:
-                skipped += 1
+            if row[-1] not in SPLITS[split]:
                 continue
-            image.append(image_index.setdefault(row[0], len(image_index)))
-            label.append(label_index[name])
-            value.append(MEANINGS[confidence])
-    if skipped:
-        _logger.info(f'{path.name}: left {skipped} labels out that are not in {trainable.name}.')
-    paths = [f'{split}/{identifier}.jpg' for identifier in image_index]
-    return Annotations([descriptions[name] for name in labels], paths, image, label, value, unlisted=IGNORED)
+            for field, meaning in ((row[1], POSITIVE), (row[2], NEGATIVE)):
+                for name in re.findall(r'[^\[\]\'",\s]+', field):
+                    if name not in class_index:
+                        skipped[name] += 1
+                        continue
+                    image.append(len(paths))
+                    label.append(class_index[name])
+                    value.append(meaning)
+            paths.append(row[0])
+        if not paths:
+            raise ValueError(f'{path} has no image of split {split!r}')
+        if skipped:
+            _logger.info(f'{path}: left out {skipped.total()} labels of {len(skipped)} other classes')
+        return make_table(paths, image, label, value)
+
+    files = [path, names_path, *([trainable] if trainable else [])]
+    table, cache = load_or_build(root, f'openimages-csl-{split}', files, build)
+    return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
+
+
+def _is_list(field: str) -> bool:
+    return field[:1] + field[-1:] == '[]'
 
 
 def read_descriptions(path: Path) -> dict[str, str]:
-    """Class name of each LabelName: the display name, with the LabelName where several share it.
+    """Class name of each LabelName: the display name, with the LabelName if several classes share the display name.
 
     Raises:
         ValueError: If a line does not hold two fields.
     """
     names = {}
-    with path.open(newline='', encoding='utf-8') as file:
-        reader = csv.reader(file)
-        for row in reader:
-            if len(row) != 2:
-                raise ValueError(f'{path}, line {reader.line_num}: expected a label and its name, got {row}.')
-            if row[0].startswith('/'):  # not so the header
-                names[row[0]] = row[1]
+    for line, row in read_rows(path):
+        if len(row) != 2:
+            raise ValueError(f'{path}, line {line}: expected a label and its name, got {row}')
+        if row[0].startswith('/'):  # not the header
+            names[row[0]] = normalize_name(row[1])
+    return _distinct(names)
+
+
+def _distinct(names: dict[str, str]) -> dict[str, str]:
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     return {label: f'{name} ({label})' if name in shared else name for label, name in names.items()}
 
 
-def _find(root: Path, pattern: str, optional: bool = False) -> Path | None:
-    """The one file in a folder that fits a pattern."""
-    found = sorted(root.glob(pattern))
+def _find(root: Path, *patterns: str, optional: bool = False) -> Path | None:
+    """The one file in a folder that fits one of the patterns."""
+    found = sorted({path for pattern in patterns for path in root.glob(pattern)})
     if len(found) == 1:
         return found[0]
     if not found and optional:
         return None
-    raise ValueError(f'Expected one file {pattern} in {root}, found {[path.name for path in found]}.')
+    names = [path.name for path in found]
+    raise ValueError(f'expected one file {" or ".join(patterns)} in {root}, found {names}')

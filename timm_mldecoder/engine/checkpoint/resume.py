@@ -1,91 +1,94 @@
-"""Finding the checkpoint to go on from, and taking it up."""
+"""Find the checkpoint to resume from, and resume."""
 
 import logging
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from timm_mldecoder.checkpoints.published import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
 from timm_mldecoder.engine.checkpoint.files import LAST, Progress, checkpoints_in, numbered, progress_by_name
-from timm_mldecoder.engine.checkpoint.state import RUN
-from timm_mldecoder.engine.input.dataset_checks import check_class_names
-from timm_mldecoder.engine.runtime import report
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.engine.checkpoint.state import TrainingState
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.datasets import check_class_names
+from timm_mldecoder.engine.input.images import TrainLoader
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.summary import SUMMARY, read_summary
 
 _logger = logging.getLogger(__name__)
 
 NOTHING: Progress = (-1, 0)  # less than any checkpoint
 
 
-def resume(run: Run, source: str) -> bool:
-    """Take up a checkpoint.
+def resume(
+    source: str, state: TrainingState, options: Options, world: World, loader: TrainLoader, folder: Path | None
+) -> bool:
+    """Resume from a checkpoint; a collective call.
 
     Args:
-        run: The run, on all ranks.
-        source: A path, or 'auto' for the newest checkpoint of the run.
+        source: Path of the checkpoint, or 'auto' for the newest one of the run.
+        state: State of the run, which takes over the checkpoint's.
+        options: Options of the run.
+        world: This rank and the others.
+        loader: Training loader.
+        folder: Folder of the run; None on all ranks but the first.
 
     Returns:
-        Whether there was one: 'auto' is a fresh start where there is none.
+        Whether there was a checkpoint: 'auto' is a fresh start without one.
 
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the run.
     """
-    path, content = _find(run, source)
+    path, content = _find(source, world, folder)
     if path is None:
         return False
-    state = run.state
-    check_class_names(run.train_loader.dataset, content.get('class_names'))
-    state.load_state_dict(content, run.options, run.world.rank, run.world.size)
-    if state.schedule is not None:
-        state.schedule.step_update(run.updates_done())
-    if dist.is_initialized():
-        dist.barrier()  # every rank has read the file, which may be moved now
-    if run.folder is not None:
-        state.rows = state.rows or report.read_summary(path.parent / 'summary.csv', before=state.epoch)
-        if source != 'auto' or run.options.start_epoch is not None:
-            same_run = path.parent.resolve() == run.folder.resolve()
-            _set_aside(run.folder, (state.epoch, state.batch) if same_run else NOTHING)
+    check_class_names(loader.dataset, content.get('class_names'))
+    try:
+        state.restore(content, options, world, loader)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'{path} does not have the entries of a checkpoint to resume from: {error!r}') from error
+    except ValueError as error:
+        raise ValueError(f'--resume {path}: {error}') from error
+    world.barrier()  # every rank has read the file, which may be moved now
+    if folder is not None:
+        state.rows = state.rows or read_summary(path.parent / SUMMARY, before=state.epoch)
+        if source != 'auto' or options.start_epoch is not None:
+            same_run = path.parent.resolve() == folder.resolve()
+            _set_aside(folder, (state.epoch, state.batch) if same_run else NOTHING)
         state.checkpoints.load_state_dict(content.get('saver', {}), path.parent)
         _logger.info(f"Resumed from '{path}' at epoch {state.epoch}, batch {state.batch}")
     return True
 
 
 def _set_aside(folder: Path, reached: Progress) -> None:
-    """Move the checkpoints further than `reached` away: they are no part of this run, but 'auto' would prefer them."""
+    """Move the checkpoints beyond `reached` away: they are not part of this run, but 'auto' would prefer them."""
     ahead = [path for path in checkpoints_in(folder) if (progress_by_name(path) or _progress(_try(path))) > reached]
     if not ahead:
         return
     aside = next(path for path in (folder / f'set-aside-{number}' for number in count(1)) if not path.exists())
     aside.mkdir()
-    for path in [*ahead, *folder.glob('summary.csv')]:
+    for path in [*ahead, *folder.glob(SUMMARY)]:
         path.rename(aside / path.name)
-    _logger.warning(f'Moved to {aside}, as this run goes on from before them: {", ".join(path.name for path in ahead)}')
+    names = ', '.join(path.name for path in ahead)
+    _logger.warning(f'moved to {aside}, because this run resumes from before them: {names}')
 
 
-def _find(run: Run, source: str) -> tuple[Path | None, dict[str, Any]]:
-    """The path and the content of the checkpoint, the same on every rank."""
+def _find(source: str, world: World, folder: Path | None) -> tuple[Path | None, dict[str, Any]]:
+    """Return the path and the content of the checkpoint, the same on every rank."""
     if source != 'auto':
         return _load_or_suggest(Path(source))
-    found: list[Any] = [None]
-    content: dict[str, Any] = {}
-    if run.folder is not None:
-        found[0], content = newest(run.folder)
-        if found[0] is None and numbered(run.folder):
-            raise ValueError(
-                f'--resume auto: no checkpoint in {run.folder} loads, and a fresh start would overwrite '
-                f'them; move them away, or choose another --experiment'
-            )
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if found[0] is not None and not content:
-        content = read_checkpoint(found[0])
-    return found[0], content
+    path, content = newest(folder) if folder is not None else (None, {})
+    unusable = folder is not None and path is None and bool(numbered(folder))
+    path, unusable = world.broadcast((path, unusable))
+    if unusable:
+        raise ValueError(
+            f'--resume auto: no checkpoint in {folder or "the folder"} loads, and a fresh start would overwrite them: '
+            'move them away, or choose another --experiment'
+        )
+    return path, content or (read_checkpoint(path) if path is not None else {})
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint of a run that is furthest, among those that load; (None, {}) where there is none."""
+    """Return the checkpoint of a run that is furthest among those that load; (None, {}) if there is none."""
     path, content = folder / LAST, _try(folder / LAST)
     reached = _progress(content) if content else NOTHING
     for other in numbered(folder):
@@ -98,18 +101,18 @@ def newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _try(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, nothing where there is none or it does not load."""
+    """Return what a checkpoint holds, nothing if there is none or it does not load."""
     if not path.exists():
         return {}
     try:
         return read_checkpoint(path)
     except ValueError as error:
-        _logger.warning('Passed over: %s', error)
+        _logger.warning('skipped: %s', error)
         return {}
 
 
 def _progress(content: dict[str, Any]) -> Progress:
-    """How far a checkpoint is; timm's know only epochs."""
+    """Return how far a checkpoint is; timm's know only epochs."""
     run = content.get(RUN, {})
     return run.get('epoch', content.get('epoch', -1) + 1), run.get('batch', 0)
 

@@ -1,4 +1,4 @@
-"""Everything that a resumed run needs, in one object."""
+"""What changes while a run trains: collected for a checkpoint, and restored from one."""
 
 import logging
 from argparse import Namespace
@@ -6,63 +6,65 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.models import clean_state_dict
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
+from timm_mldecoder.checkpoints.schema import RUN, VERSION
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
-from timm_mldecoder.engine.input.images import BadImage
-from timm_mldecoder.engine.input.resumable import Position
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.images import BadImage, TrainLoader
+from timm_mldecoder.engine.input.randomness import EpochStart
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.early_stop import EarlyStop
+from timm_mldecoder.engine.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
 
 SCALER = 'amp_scaler'  # timm's key
-FORMAT = 2  # timm's: the epoch of a checkpoint is the one it ended
-RankState = dict[str, Any]
-RUN = 'timm_mldecoder'  # the key of what timm's layout has no place for
 
 
 @dataclass
 class RunningLoss:
-    """The sum of the training loss over the samples of an epoch, kept on the device so that no step waits for it.
+    """Sum of the training loss over the samples of an epoch, on the device so that no step waits for it."""
 
-    Attributes:
-        bad_images: Images of the epoch that others had to stand in for.
-    """
-
-    total: torch.Tensor
+    total: Tensor
     samples: int = 0
-    bad_images: list[BadImage] = field(default_factory=list)
 
-    def add(self, loss: torch.Tensor, samples: int) -> None:
+    def add(self, loss: Tensor, samples: int) -> None:
         self.total += loss.detach().to(self.total.dtype) * samples
         self.samples += samples
 
-    def mean(self) -> torch.Tensor:
-        """The mean loss of this process's samples, a scalar on the device."""
-        return self.total / max(self.samples, 1)
+    def reset(self) -> None:
+        self.total.zero_()
+        self.samples = 0
+
+    def mean(self, world: World) -> Tensor:
+        """Return the mean loss over the samples of all ranks, a scalar on the device; a collective call."""
+        total, samples = world.all_reduce_sum(torch.stack([self.total, self.total.new_tensor(self.samples)]))
+        return total / samples.clamp(min=1)
 
 
 @dataclass
 class TrainingState:
-    """The parts of a run that change while it trains, and where it is.
+    """The parts of a run that change while it trains, and its position.
 
     Attributes:
-        task: Model, averaged model, loss.
-        optimizer: Its moments, and the learning rate of each group.
-        schedule: The learning-rate schedule; None for `--sched none`.
-        scaler: The loss scaler of float16, not enabled where there is no need for one.
-        checkpoints: The history of checkpoints and the best metric.
-        epoch: The epoch under way, or the next to begin.
-        batch: Batches of it trained on.
-        skipped: Updates left out in a row, up to now, because they were not finite.
+        task: Model, EMA model, loss.
+        optimizer: The optimizer.
+        schedule: Learning-rate schedule; None for `--sched none`.
+        scaler: Loss scaler of float16, disabled where it is not needed.
+        checkpoints: Ranking of the checkpoints, and the best metric.
         loss: Running loss of the epoch under way.
-        rows: The metrics of every epoch so far, as `summary.csv` shows them.
-        position: Where in the epoch each random stream stood; None at the start of an epoch.
+        epoch: Epoch under way, or the next one.
+        batch: Batches of it that are trained.
+        start: From where the epoch is trained.
+        skipped: Optimizer steps skipped in a row because they were not finite.
+        rows: Metrics of every epoch so far, the rows of `summary.csv`.
+        early_stop: Rule of `--early-stop`, None without it.
     """
 
     task: TrainingTask
@@ -73,171 +75,189 @@ class TrainingState:
     loss: RunningLoss
     epoch: int = 0
     batch: int = 0
+    start: EpochStart = field(default_factory=EpochStart)
     skipped: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
-    position: Position | None = None
+    early_stop: EarlyStop | None = None
 
-    def start_epoch(self, epoch: int) -> None:
-        """Stand at the start of an epoch."""
-        self.epoch, self.batch, self.position = epoch, 0, None
+    def begin_epoch(self, epoch: int) -> None:
+        """Move to the beginning of an epoch."""
+        self.epoch, self.batch, self.start = epoch, 0, EpochStart()
+        self.loss.reset()
 
-    def state_dict(self, options: Namespace, ranks: list[RankState], metric: float | None = None) -> dict[str, Any]:
-        """What a checkpoint holds: timm's keys, and one of ours.
+    def collect(
+        self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
+        class_names: list[str] | None, metric: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return what a checkpoint holds, see `timm_mldecoder.checkpoints.schema`; a collective call.
 
         Args:
-            options: The options of the run.
-            ranks: What `rank_state` returned on each rank.
-            metric: The metric of the epoch that ended, if one did.
+            options: Options of the run.
+            world: This rank and the others.
+            loader: Training loader, which knows how the epoch is divided.
+            data_config: Configuration of evaluation images.
+            class_names: Class names in the order of the outputs, if the data has any.
+            metric: Metric of the epoch that ended; None within an epoch.
         """
+        ranks = world.all_gather(self._rank_state(world, loader))
+        restart = loader.batches and loader.batches.restart(self.start, self.batch)
+        run = dict(
+            epoch=self.epoch,
+            batch=self.batch,
+            start=asdict(self.start),
+            restart=restart and asdict(restart),
+            skipped=self.skipped,
+            rows=self.rows,
+            schedule=_schedule_state(self.schedule),
+            ranks=ranks,
+            world_size=world.size,
+            batch_size=options.batch_size,
+            grad_accum_steps=options.grad_accum_steps,
+            optimizer_generator=_generator_state(self.optimizer),
+            early_stop=self.early_stop.state_dict() if self.early_stop else None,
+            data_config=data_config,
+        )
         content = {
-            'epoch': self.epoch - 1 if self.position is None else self.epoch,
+            'epoch': self.epoch - 1 if metric is not None else self.epoch,
             'arch': options.model,
-            'version': FORMAT,
-            'args': options,
+            'version': VERSION,
+            'args': options.to_namespace(),
             'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
             'saver': self.checkpoints.state_dict(),
-            RUN: dict(
-                epoch=self.epoch,
-                batch=self.batch,
-                skipped=self.skipped,
-                rows=self.rows,
-                schedule=_schedule_state(self.schedule),
-                ranks=ranks,
-                world_size=len(ranks),
-                batch_size=options.batch_size,
-                grad_accum_steps=options.grad_accum_steps,
-                optimizer_stream=_optimizer_stream(self.optimizer),
-            ),
+            RUN: run,
         }
-        if self.scaler.is_enabled():
-            content[SCALER] = self.scaler.state_dict()
-        if metric is not None:
-            content['metric'] = metric
-        return content
+        optional = {
+            SCALER: self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            'class_names': class_names,
+            'metric': metric,
+        }
+        return content | {name: value for name, value in optional.items() if value is not None}
 
-    def rank_state(self) -> RankState:
-        """What differs from rank to rank: random streams, running loss, and buffers such as running statistics."""
-        position = asdict(self.position) if self.position else None
+    def _rank_state(self, world: World, loader: TrainLoader) -> dict[str, Any]:
+        """Return what differs from rank to rank: running loss, unreadable images, and buffers such as BatchNorm's."""
+        models = {False: self.task.get_eval_model()}
+        if self.task.has_ema():
+            models[True] = self.task.get_eval_model(ema=True)
         return dict(
-            position=position,
             loss=self.loss.total.item(),
             samples=self.loss.samples,
-            bad_images=[tuple(image) for image in self.loss.bad_images],
-            buffers={
-                ema: _saved_buffers(self.task.get_eval_model(ema=ema))
-                for ema in (False, True)
-                if dist.is_initialized() and (not ema or self.task.has_ema())
-            },
+            bad_images=[tuple(image) for image in loader.bad_images],
+            buffers={ema: _saved_buffers(model) for ema, model in models.items() if world.distributed},
         )
 
-    def gather_ranks(self) -> list[RankState]:
-        """`rank_state` of every rank; a collective call."""
-        if not dist.is_initialized():
-            return [self.rank_state()]
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, self.rank_state())
-        return states
-
-    def load_state_dict(self, content: dict[str, Any], options: Namespace, rank: int, world_size: int) -> None:
-        """Take over a checkpoint, of this package or of timm.
+    def restore(self, content: dict[str, Any], options: Options, world: World, loader: TrainLoader) -> None:
+        """Take over a checkpoint of this package or of timm.
 
         Raises:
-            ValueError: If it holds another model, or a position within an epoch that cannot be taken up with the
-                present number of processes or batch size.
+            ValueError: If it holds another model or optimizer, or a position that cannot be resumed with the present
+                number of ranks or batch size.
         """
         run = content.get(RUN, {})
-        self._load_models(content)
+        self._restore_models(content)
         if not options.no_resume_opt:
-            self._load_optimizer(content, run.get('optimizer_stream'))
-        self.epoch = run['epoch'] if run else _next_epoch(content)
-        self.batch, self.skipped = run.get('batch', 0), run.get('skipped', 0)
-        if options.start_epoch is not None:
-            self.epoch, self.batch = options.start_epoch, 0
-        self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
+            self._restore_optimizer(content, run.get('optimizer_generator'))
+        self.begin_epoch(run['epoch'] if run else _next_epoch(content))
+        self.skipped = run.get('skipped', 0)
+        now = dict(world_size=world.size, batch_size=options.batch_size, grad_accum_steps=options.grad_accum_steps)
         changed = [
-            f'{name} was {run[name]} and is {now}'
-            for name, now in (
-                ('world_size', world_size),
-                ('batch_size', options.batch_size),
-                ('grad_accum_steps', options.grad_accum_steps),
-            )
-            if run and run[name] != now
+            f'{name} was {run[name]} and is {value}' for name, value in now.items() if run and run[name] != value
         ]
-        if changed and self.batch:
-            raise ValueError(
-                f'{"; ".join(changed)}: a checkpoint within an epoch cannot be resumed so; use the same, '
-                f'or a checkpoint of the end of an epoch'
-            )
-        if changed and rank == 0:
-            _logger.warning('Resumed with a change: %s', '; '.join(changed))
-        if self.batch:
-            self._load_position(run, rank)
-        same_metric = self.checkpoints.ranks_like(content.get('saver', {}))
-        if _is_plateau(self.schedule) and run.get('schedule') and same_metric:
+        if options.start_epoch is not None:
+            self.begin_epoch(options.start_epoch)
+        elif run.get('batch'):
+            self._restore_position(run, world, loader, changed)
+        if changed and world.primary:
+            within = '; the rest of the epoch is divided into other batches' if self.batch else ''
+            _logger.warning(f'resumed with a change: {"; ".join(changed)}{within}')
+        self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
+        if self.early_stop and run.get('early_stop'):
+            self.early_stop.load_state_dict(run['early_stop'])
+        same_metric = self.checkpoints.same_metric(content.get('saver', {}))
+        if isinstance(self.schedule, PlateauLRScheduler) and run.get('schedule') and same_metric:
             self.schedule.lr_scheduler.load_state_dict(run['schedule']['plateau'])
             self.schedule.restore_lr = run['schedule']['restore_lr']
         elif self.schedule is not None:
             self.schedule.step(self.epoch)
 
-    def _load_models(self, content: dict[str, Any]) -> None:
+    def _restore_models(self, content: dict[str, Any]) -> None:
         weights = clean_state_dict(content.get('state_dict', content.get('model', content)))
         try:
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
-                averaged = content.get('state_dict_ema')
-                self.task.load_checkpoint_state(clean_state_dict(averaged) if averaged else weights, ema=True)
-        except RuntimeError as error:  # torch names every key that does not fit
-            raise ValueError(f'the checkpoint holds another model: {" ".join(str(error).split())[:300]}') from error
+                average = content.get('state_dict_ema')
+                self.task.load_checkpoint_state(clean_state_dict(average) if average else weights, ema=True)
+        except (RuntimeError, AttributeError, TypeError) as error:  # torch names every key that does not fit
+            raise ValueError(f'the checkpoint holds another model: {one_line(error, 300)}') from error
 
-    def _load_optimizer(self, content: dict[str, Any], stream: torch.Tensor | None) -> None:
+    def _restore_optimizer(self, content: dict[str, Any], generator: Tensor | None) -> None:
         if 'optimizer' in content:
-            missing = sorted(self.optimizer.defaults.keys() - content['optimizer']['param_groups'][0].keys())
-            if missing:
+            try:
+                missing = sorted(self.optimizer.defaults.keys() - content['optimizer']['param_groups'][0].keys())
+                if missing:
+                    raise ValueError(f'its optimizer has no {", ".join(missing)}')
+                self.optimizer.load_state_dict(content['optimizer'])
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise ValueError(
-                    f'the checkpoint was saved with another optimizer than --opt, one without '
-                    f'{", ".join(missing)}; use the same, or --no-resume-opt'
-                )
-            self.optimizer.load_state_dict(content['optimizer'])
-        if stream is not None:
-            self.optimizer.generator = torch.Generator(self.loss.total.device).set_state(stream)
+                    f'the checkpoint was saved with another optimizer than --opt ({one_line(error, 200)}): use the '
+                    'same, or --no-resume-opt'
+                ) from error
+        if generator is not None:
+            self.optimizer.generator = torch.Generator(self.loss.total.device).set_state(generator)
         if self.scaler.is_enabled() and SCALER in content:
             self.scaler.load_state_dict(content[SCALER])
 
-    def _load_position(self, run: dict[str, Any], rank: int) -> None:
-        own = run['ranks'][rank]
-        self.position = Position(**own['position'])
-        self.loss.total.fill_(own['loss'])
-        self.loss.samples = own['samples']
-        self.loss.bad_images = [BadImage(*image) for image in own['bad_images']]
+    def _restore_position(self, run: dict[str, Any], world: World, loader: TrainLoader, changed: list[str]) -> None:
+        """Move to a position within an epoch; the samples that are left may be divided differently now."""
+        self.batch, self.start = run['batch'], EpochStart(**run['start'])
+        if changed:
+            if run['restart'] is None or loader.batches is None or loader.batches.scheduled:
+                raise ValueError(
+                    f'{"; ".join(changed)}: streams and --train-img-sizes cannot resume within an epoch so; use the '
+                    'same, or a checkpoint of the end of an epoch'
+                )
+            self.start = loader.batches.continued(EpochStart(**run['restart']))
+            self.batch = self.start.batch
+        ranks, own = run['ranks'], run['ranks'][world.rank % run['world_size']]
+        if run['world_size'] == world.size:
+            total, samples, bad = own['loss'], own['samples'], own['bad_images']
+        else:  # the sums of all ranks go to the first
+            total = sum(rank['loss'] for rank in ranks) if world.primary else 0.0
+            samples = sum(rank['samples'] for rank in ranks) if world.primary else 0
+            bad = [image for rank in ranks for image in rank['bad_images']] if world.primary else []
+        self.loss.total.fill_(total)
+        self.loss.samples = samples
+        loader.bad_images = [BadImage(*image) for image in bad]
         for ema, buffers in own['buffers'].items():
             unwrap_model(self.task.get_eval_model(ema=ema)).load_state_dict(buffers, strict=False)
 
 
-def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a state dict holds, on the CPU."""
+def options_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the run that a checkpoint was saved by, by name."""
+    return vars(content['args']) if isinstance(content.get('args'), Namespace) else {}
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a state dict holds, on the CPU."""
     buffers = dict(unwrap_model(model).named_buffers())
     return {name: buffers[name].cpu() for name in unwrap_model(model).state_dict() if name in buffers}
 
 
-def _optimizer_stream(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
-    """Where an optimizer's own generator stands: Adahessian has one, and leaves it out of its state dict."""
+def _generator_state(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return the state of an optimizer's own generator: Adahessian has one, and leaves it out of its state dict."""
     generator = getattr(optimizer, 'generator', None)
     return generator.get_state() if isinstance(generator, torch.Generator) else None
 
 
 def _next_epoch(content: dict[str, Any]) -> int:
-    """The epoch that follows a checkpoint of timm's; 0 for bare weights."""
-    return content['epoch'] + (content.get('version', 1) >= FORMAT) if 'epoch' in content else 0
-
-
-def _is_plateau(schedule: Scheduler | None) -> bool:
-    return isinstance(schedule, PlateauLRScheduler)
+    """Return the epoch that follows a checkpoint of timm's; 0 for bare weights."""
+    return content['epoch'] + (content.get('version', 1) >= VERSION) if 'epoch' in content else 0
 
 
 def _schedule_state(schedule: Scheduler | None) -> dict[str, Any] | None:
-    """The state of the one schedule that is no function of the epoch; timm's own state dict leaves its counters out."""
-    if not _is_plateau(schedule):
+    """Return the state of the plateau schedule, which timm's state dict lacks; the others are functions of the "
+    "epoch."""
+    if not isinstance(schedule, PlateauLRScheduler):
         return None
     return dict(plateau=schedule.lr_scheduler.state_dict(), restore_lr=schedule.restore_lr)

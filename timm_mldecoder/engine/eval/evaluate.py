@@ -1,53 +1,125 @@
-"""One pass over a split, with metrics that are exact for any number of processes."""
+"""One pass over a split, with metrics that are exact for any number of ranks."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
+from torchvision.transforms import functional as F
+
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.images import EvalLoader
+from timm_mldecoder.engine.input.loaders import DataConfig
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.log import EvalLog
+from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
+
+Metrics = OrderedDict[str, float]
+
+
+class Measure(Protocol):
+    """A further measure of the outputs of an evaluation."""
+
+    def update(self, output: Tensor, target: Tensor) -> None: ...
+
+
+def create_autocast(options: Options, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Return the context that the forward passes of a script run in."""
+    return autocast_context(device, options.amp_dtype if options.amp else None)
+
+
+def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], AbstractContextManager]:
+    """Return the context of mixed precision in a dtype, one that does nothing for None."""
+    if dtype is None:
+        return nullcontext
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, dtype))
+
+
+def multilabel_evaluator(num_seen: int | None, **settings: Any) -> MultiLabelEvaluator:
+    """Return the evaluator of multi-label data of which `num_seen` classes were seen in training (None: all)."""
+    return MultiLabelEvaluator(**settings) if num_seen is None else ZeroShotEvaluator(num_seen, **settings)
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    loader: EvalLoader,
     evaluator: ClassificationEvaluator,
+    world: World,
     *,
     autocast: Callable[[], AbstractContextManager],
-    distributed: bool = False,
-    views: int = 0,
+    log: EvalLog,
+    views: Callable[[Tensor], Sequence[Tensor]] | None = None,
     classes: Tensor | None = None,
-    on_batch: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> OrderedDict[str, float]:
-    """Run a model over the batches of a split.
+    measures: Sequence[Measure] = (),
+    until: Callable[[Iterable], Iterable] = iter,
+) -> Metrics:
+    """Score a model on the batches of a split; a collective call.
 
     Args:
         model: The model, put into eval mode.
-        batches: Pairs of images and targets.
-        evaluator: What turns outputs into metrics.
-        autocast: The context of the forward pass.
-        distributed: Whether to add up the counts of all processes.
-        views: Successive outputs that are averaged into one prediction, where above 1.
-        classes: Indices of the outputs that count, all if None.
-        on_batch: Called after each batch with its index, its outputs and its targets.
+        loader: The split.
+        evaluator: Evaluator that turns logits into metrics.
+        world: This rank and the others.
+        autocast: Context of the forward pass.
+        log: Called after every batch.
+        views: Views of a batch whose logits are averaged, see `test_time_views`; None for the batch alone.
+        classes: Indices of the outputs that count; None for all.
+        measures: Further measures of the outputs.
+        until: Cuts the batches off, for a run that was stopped.
 
     Returns:
-        The metrics of the split, accuracies in percent.
+        The metrics of the split, accuracies in percent; with `bad_images` where some could not be read.
     """
     model.eval()
-    for index, (images, target) in enumerate(batches):
+    for index, (images, target) in enumerate(until(loader.batches())):
         with autocast():
-            output = model(images)
-        if isinstance(output, (tuple, list)):
-            output = output[0]
-        if views > 1:
-            output = output.unfold(0, views, views).mean(dim=2)
-            target = target[::views]
+            outputs = [_logits(model(view)) for view in (views(images) if views else [images])]
+        output = outputs[0] if len(outputs) == 1 else torch.stack(outputs).float().mean(dim=0)
         if classes is not None:
             output = output[:, classes]
-        evaluator.update(output, target)
-        if on_batch is not None:
-            on_batch(index, output, target)
-    return evaluator.compute(distributed=distributed)
+        for measure in (evaluator, *measures):
+            measure.update(output, target)
+        log(index)
+    metrics = evaluator.compute(distributed=world.distributed)
+    bad = {image.path for images in world.all_gather(loader.bad_images) for image in images}
+    if bad:
+        metrics['bad_images'] = len(bad)
+    return metrics
+
+
+def _logits(output: Tensor | Sequence[Tensor]) -> Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def test_time_views(number: int, size: tuple[int, int]) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """Return what makes the views of test-time augmentation (`--tta`) of a batch [B, C, H, W].
+
+    Args:
+        number: 2 for a horizontal flip, 5 for the corners and the centre, 10 for those and their flips.
+        size: Height and width of a crop, in pixels.
+    """
+    crops = {5: F.five_crop, 10: F.ten_crop}
+    if number in crops:
+        return lambda images: crops[number](images, size)
+    return (lambda images: [images, images.flip(-1)]) if number == 2 else None
+
+
+def widen(config: DataConfig, number: int) -> DataConfig:
+    """Return the data configuration of images that `--tta 5` and `--tta 10` crop themselves.
+
+    Raises:
+        ValueError: If the configuration crops nothing, so that all crops are the same.
+    """
+    if number not in (5, 10):
+        return config
+    size = tuple(round(side / config['crop_pct']) for side in config['input_size'][1:])
+    if size == tuple(config['input_size'][1:]):
+        raise ValueError(
+            f'--tta {number} crops images, and --crop-pct {config["crop_pct"]} leaves no margin: pass 0.875'
+        )
+    return {**config, 'input_size': (config['input_size'][0], *size), 'crop_pct': 1.0}

@@ -1,41 +1,42 @@
-"""What validate.py can measure beside its evaluators: ReaL labels, and precision, recall and F1."""
+"""Further measures of validate.py: ReaL labels, and scikit-learn's precision, recall and F1."""
 
-from argparse import Namespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data import RealLabelsImagenet
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.runtime.distributed import World
 
-def create_measures(options: Namespace, dataset: Dataset, max_samples: int | None) -> list[Any]:
-    """The further measures that the options ask for, each with `update(output, target)` and `compute()`."""
+
+def create_extra_metrics(options: Options, dataset: Dataset, max_samples: int | None, world: World) -> list[Any]:
+    """Return the measures that the options request, each with `update(output, target)` and `compute()`."""
     measures: list[Any] = []
     if options.real_labels:
-        measures.append(RealLabels(dataset, options.real_labels))
+        measures.append(RealLabels(dataset, options.real_labels, world))
     if options.metrics_avg:
-        measures.append(PrecisionRecall(options.metrics_avg, max_samples))
+        measures.append(PrecisionRecall(options.metrics_avg, max_samples, world))
     return measures
 
 
 class RealLabels:
-    """Accuracy on the reassessed labels of ImageNet's validation split (https://arxiv.org/abs/2006.07159)."""
+    """Accuracy on the reassessed labels of ImageNet's validation split (arXiv 2006.07159)."""
 
-    def __init__(self, dataset: Any, path: str) -> None:
-        if dist.is_initialized():
-            raise ValueError('--real-labels matches images by their order: run it in a single process')
+    def __init__(self, dataset: Any, path: str, world: World) -> None:
+        if world.distributed:
+            raise ValueError('--real-labels matches images by their order: run it on a single rank')
         try:
             self._labels = RealLabelsImagenet(dataset.filenames(basename=True), real_json=path)
-        except AssertionError as error:  # timm asserts that there is one list of labels an image
+        except (AssertionError, ValueError) as error:  # timm asserts that there is one list of labels per image
             raise ValueError(f'--real-labels {path}: not one entry for each of the {len(dataset)} images') from error
 
     def update(self, output: Tensor, target: Tensor) -> None:
         self._labels.add_result(output)
 
     def compute(self) -> dict[str, float]:
-        """Accuracies in percent, in place of those on the original labels."""
+        """Return accuracies in percent, which replace those on the original labels."""
         return {'top1': self._labels.get_accuracy(k=1), 'top5': self._labels.get_accuracy(k=5)}
 
 
@@ -43,11 +44,12 @@ class PrecisionRecall:
     """Precision, recall and F1 of the first prediction, from scikit-learn.
 
     Args:
-        average: micro, macro or weighted.
-        max_samples: Images of this process that are no padding, None for all.
+        average: 'micro', 'macro' or 'weighted'.
+        max_samples: Number of images of this rank that are not padding, None for all.
+        world: This rank and the others.
     """
 
-    def __init__(self, average: str, max_samples: int | None) -> None:
+    def __init__(self, average: str, max_samples: int | None, world: World) -> None:
         try:
             from sklearn.metrics import precision_recall_fscore_support
         except ImportError as error:
@@ -55,19 +57,16 @@ class PrecisionRecall:
         self._score = precision_recall_fscore_support
         self._average = average
         self._max_samples = max_samples
+        self._world = world
         self._pairs: list[Tensor] = []
 
     def update(self, output: Tensor, target: Tensor) -> None:
         self._pairs.append(torch.stack([output.argmax(dim=1), target]).cpu())
 
     def compute(self) -> dict[str, float]:
-        """Percentages over the images of all processes, under the names that timm gives them."""
-        pairs = torch.cat(self._pairs, dim=1)[:, : self._max_samples]
-        if dist.is_initialized():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, pairs)
-            pairs = torch.cat(parts, dim=1)
-        predicted, target = pairs.numpy()
+        """Return percentages over the images of all ranks, under timm's names."""
+        own = torch.cat(self._pairs, dim=1)[:, : self._max_samples]
+        predicted, target = torch.cat(self._world.all_gather(own), dim=1).numpy()
         precision, recall, f1, _ = self._score(target, predicted, average=self._average, zero_division=0)
         scores = {'precision': precision, 'recall': recall, 'f1_score': f1}
         return {f'{self._average}_{name}': 100 * value for name, value in scores.items()}

@@ -1,11 +1,9 @@
-"""Scoring every model that the options of validate.py name: one, a folder of checkpoints, a pattern of models."""
+"""Score every model that the options of validate.py name: one, a folder of checkpoints, a pattern of models."""
 
 import csv
 import json
 import logging
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -13,66 +11,64 @@ from timm.utils import natural_key
 from timm.utils.decay_batch import decay_batch_step
 
 from timm_mldecoder.engine.checkpoint.files import SUFFIX
+from timm_mldecoder.engine.eval.report import report_folder
 from timm_mldecoder.engine.eval.score import Result, score_model
+from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.failure import RunFailed
-from timm_mldecoder.engine.runtime.memory import is_out_of_memory
+from timm_mldecoder.engine.runtime.errors import RunFailed, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
 
 _RANKING = ('top1', 'map', 'zsl_map')
 
 
-def score(options: Namespace, explicit: dict[str, Any], world: World) -> None:
+def validate(options: Options, world: World) -> None:
     """Score every model or checkpoint that the options name, print the results and write them to a file.
 
-    One of several that fails is told and left out; what was scored is kept if the sweep is interrupted, too. Several
-    processes end at the first failure: they cannot go on together once it happened in some of them only.
+    Of several, one that fails is reported and skipped, and results are kept if the sweep is interrupted. Several ranks
+    end at the first failure: they cannot continue together once it happened on some of them only.
 
     Raises:
-        ValueError: For whatever the user got wrong.
+        ValueError: For a user's mistake.
         RunFailed: If some of several models could not be scored.
     """
     candidates = list_candidates(options)
     several = len(candidates) > 1
-    if several:
-        options.results_file = options.results_file or './results-all.csv'
-    results, failed = [], []
+    results: list[Result] = []
+    failed = []
     try:
         for model, checkpoint in candidates:
-            own = Namespace(**{**vars(options), 'model': model, 'checkpoint': checkpoint})
+            one = options.replace(model=model, checkpoint=checkpoint)
+            if several and options.report:
+                one = one.replace(report=str(report_folder(options.report, checkpoint or model)))
             try:
-                results.append(_score_with_retry(own, explicit, world, retry=options.retry or several))
+                results.append(_score_with_retry(one, world, retry=options.retry or several))
             except Exception as error:  # whatever is wrong with one model, the others may be fine
                 if not several or world.distributed:
                     raise
                 failed.append(checkpoint or model)
-                told = isinstance(error, (ValueError, OSError))
-                _logger.error(f'{failed[-1]} is left out: {error}', exc_info=not told)
+                expected = isinstance(error, (ValueError, OSError, RunFailed))
+                _logger.error(f'skipped {failed[-1]}: {error}', exc_info=not expected)
     finally:
         if results and world.primary:
-            _report(results, options, several)
+            path = options.results_file or ('./results-all.csv' if several else '')
+            _report(results, several, path, options.results_format)
     if failed:
         raise RunFailed(f'{len(failed)} of {len(candidates)} could not be scored: {", ".join(failed)}')
 
 
-def _report(results: list[Result], options: Namespace, several: bool) -> None:
-    results.sort(key=lambda result: -next((result[name] for name in _RANKING if name in result), 0.0))
-    print(f'--result\n{json.dumps(results if several else results[0], indent=4)}', flush=True)
-    if options.results_file:
-        _write_results(Path(options.results_file), results, options.results_format)
+def list_candidates(options: Options) -> list[tuple[str, str]]:
+    """Return pairs of model and checkpoint: one, a folder of checkpoints, a pattern of model names, or a file of them.
 
-
-def list_candidates(options: Namespace) -> list[tuple[str, str]]:
-    """Pairs of model and checkpoint: one, a folder of checkpoints, a pattern of model names, or a file of them."""
+    Raises:
+        ValueError: If the options name nothing.
+    """
     folder = Path(options.checkpoint) if options.checkpoint else None
     if folder and folder.is_dir():
-        files = sorted(
-            (str(path) for end in (SUFFIX, '.pth', '.safetensors') for path in folder.glob(f'*{end}')), key=natural_key
-        )
+        files = [str(path) for suffix in (SUFFIX, '.pth', '.safetensors') for path in folder.glob(f'*{suffix}')]
         if not files:
             raise ValueError(f'--checkpoint {folder}: the folder has no checkpoint')
-        return [(options.model, file) for file in files]
+        return [(options.model, file) for file in sorted(files, key=natural_key)]
     if ':' in options.model or timm.is_model(options.model):
         return [(options.model, options.checkpoint)]
     if options.model == 'all':
@@ -81,30 +77,34 @@ def list_candidates(options: Namespace) -> list[tuple[str, str]]:
     if not names and Path(options.model).is_file():
         names = Path(options.model).read_text().split()
     if not names:
-        raise ValueError(f'--model {options.model}: no such model, no pattern of models, no file of names')
+        raise ValueError(f'--model {options.model}: not a model, a pattern of models, or a file of names')
     return [(name, options.checkpoint) for name in names]
 
 
-def _score_with_retry(options: Namespace, explicit: dict[str, Any], world: World, retry: bool) -> Result:
-    """Score one model, with smaller and smaller batches where memory runs out and `retry` says so."""
+def _score_with_retry(options: Options, world: World, retry: bool) -> Result:
+    """Score one model, with smaller and smaller batches if memory runs out and `retry` is set."""
     while True:
         try:
-            return score_model(options, explicit, world)
+            return score_model(options, world)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             smaller = decay_batch_step(options.batch_size)
             if not retry or not smaller:
                 remedy = 'pass --retry, or a smaller -b' if smaller else 'not even one image fits'
-                raise ValueError(f'--batch-size {options.batch_size} does not fit the memory: {remedy}') from error
-        _logger.warning(f'A batch of {options.batch_size} does not fit the memory, trying {smaller}.')
-        options = Namespace(**{**vars(options), 'batch_size': smaller})
+                raise ValueError(f'--batch-size {options.batch_size} does not fit into memory: {remedy}') from error
+        _logger.warning(f'a batch of {options.batch_size} does not fit into memory, trying {smaller}')
+        options = options.replace(batch_size=smaller)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _write_results(path: Path, results: list[Result], kind: str) -> None:
-    """Write results as CSV, one row a model, or as JSON."""
+def _report(results: list[Result], several: bool, path: str, kind: str) -> None:
+    """Print the results as JSON, best first, and write them as CSV, one row per model, or as JSON."""
+    results.sort(key=lambda result: -next((result[name] for name in _RANKING if name in result), 0.0))
+    print(f'--result\n{json.dumps(results if several else results[0], indent=4)}', flush=True)
+    if not path:
+        return
     with open(path, 'w', newline='') as file:
         if kind == 'json':
             json.dump(results, file, indent=4)

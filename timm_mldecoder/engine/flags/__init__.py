@@ -1,11 +1,28 @@
-"""From a command line, and a YAML file, to checked options."""
+"""From a command line and a YAML file, or from values, to checked options."""
 
+from timm_mldecoder.engine.flags.checks import metric_names, scores_both
+from timm_mldecoder.engine.flags.options import Options
 from timm_mldecoder.engine.flags.parse import (
+    inherit,
     parse_train,
     parse_validate,
-    tell_without_effect,
+    train_options,
     train_parser,
+    validate_options,
     validate_parser,
+    warn_no_effect,
 )
 
-__all__ = ['parse_train', 'parse_validate', 'tell_without_effect', 'train_parser', 'validate_parser']
+__all__ = [
+    'Options',
+    'inherit',
+    'metric_names',
+    'parse_train',
+    'parse_validate',
+    'scores_both',
+    'train_options',
+    'train_parser',
+    'validate_options',
+    'validate_parser',
+    'warn_no_effect',
+]

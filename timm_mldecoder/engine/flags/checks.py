@@ -1,193 +1,283 @@
-"""Values that no run could use, found before anything is built."""
+"""Checks of options against each other, before anything is built."""
 
+import importlib.util
+import inspect
 import os
-from argparse import Namespace
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import timm
 import torch
-from timm.optim import get_optimizer_info, list_optimizers
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.loss.class_weights import CLASS_WEIGHT_METHOD_KINDS, load_class_weights
+from timm.optim import list_optimizers
+from timm.task import ClassificationEvaluator
 
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-_DTYPES = ('float32', 'float16', 'bfloat16')
-_CHOICES = {  # options whose choices timm does not put into its parser
-    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'onecycle', 'none'),
-    'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr', 'squash'),
-    'crop_mode': (None, 'squash', 'border', 'center'),
-    'remode': ('const', 'rand', 'pixel'),
-    'interpolation': ('', *_INTERPOLATIONS),
-    'train_interpolation': ('', 'random', *_INTERPOLATIONS),
-    'clip_mode': ('norm', 'value', 'agc'),
-    'mixup_mode': ('batch', 'pair', 'elem'),
-    'dist_bn': ('broadcast', 'reduce', ''),
-    'lr_base_scale': ('', 'linear', 'sqrt'),
-    'worker_seeding': ('all', 'part'),
-    'model_dtype': (None, *_DTYPES),
-    'amp_dtype': _DTYPES[1:],
-    'results_format': ('csv', 'json'),
-    'torchcompile_mode': (None, 'default', 'lite', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'),
-}
-_AT_LEAST = {
-    'batch_size': 1,
-    'validation_batch_size': 1,
-    'num_classes': 1,
-    'epochs': 1,
-    'workers': 0,
-    'log_interval': 1,
-    'log_freq': 1,
-    'val_interval': 1,
-    'checkpoint_hist': 1,
-    'seed': 0,
-    'recovery_interval': 0,
-    'stop_epoch': 1,
-    'start_epoch': 0,
-    'warmup_epochs': 0,
-    'cooldown_epochs': 0,
-    'img_size': 1,
-    'in_chans': 1,
-    'num_gpu': 1,
-    'nonfinite_limit': 1,
-    'aug_repeats': 0,
-    'mixup': 0,
-    'cutmix': 0,
-    'smoothing': 0,
-    'train_batches_per_epoch': 1,
-    'sam': 0,
-    'bias_lr_scale': 0,
-}
-_BELOW = {'smoothing': 1}
+from timm_mldecoder.engine.flags.flag import Flag, show
+from timm_mldecoder.engine.flags.needs import loss_name, optimizer_info
+from timm_mldecoder.engine.flags.options import Options, closest
+from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.losses import LOSSES
+from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
+
+_POLICIES = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}
 _RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
+#: Arguments of the model that have a flag of their own.
+_MODEL_ARGUMENTS = {
+    'pretrained': '--pretrained',
+    'num_classes': '--num-classes',
+    'in_chans': '--in-chans',
+    'global_pool': '--gp',
+    'drop_rate': '--drop',
+    'drop_path_rate': '--drop-path',
+    'drop_block_rate': '--drop-block',
+    'bn_momentum': '--bn-momentum',
+    'bn_eps': '--bn-eps',
+    'checkpoint_path': '--initial-checkpoint',
+    'pretrained_cfg_overlay': '--pretrained-path',
+}
+#: Arguments of the head that have a flag of their own, or that the model sets (None).
+_HEAD_ARGUMENTS = {
+    'num_of_groups': '--num-of-groups',
+    'decoder_embedding': '--decoder-embedding',
+    'word_embeddings': '--word-embeddings',
+    'random_queries': '--random-queries',
+    'query_noise': '--query-noise',
+    'num_classes': '--num-classes',
+    'initial_num_features': None,
+    'class_names': None,
+    'device': None,
+    'dtype': None,
+}
+_PACKAGES = {
+    'log_wandb': ('wandb', "pip install 'timm-mldecoder[trackers]'"),
+    'log_trackio': ('trackio', "pip install 'timm-mldecoder[trackers]'"),
+    'log_tensorboard': ('tensorboard', "pip install 'timm-mldecoder[trackers]'"),
+    'metrics_avg': ('sklearn', 'pip install scikit-learn'),
+}
 
 
-def check_train(options: Namespace) -> None:
-    """Raise a ValueError for options that train.py could not run with."""
-    _check_values(options)
-    optimizer = options.opt.lower().removeprefix('lookahead_')
-    if optimizer not in list_optimizers():
-        raise ValueError(f'--opt {options.opt}: no such optimizer; timm has {", ".join(list_optimizers())}')
-    info = get_optimizer_info(optimizer)
-    if options.opt_betas and info.has_betas and len(options.opt_betas) != info.num_betas:
-        raise ValueError(f'--opt-betas {options.opt_betas}: --opt {options.opt} takes {info.num_betas} of them')
-    if not _is_model(options.model):
-        raise ValueError(_no_such_model(options.model))
-    if options.bce_loss and options.loss not in (None, 'bce'):
-        raise ValueError(f'--bce-loss contradicts --loss {options.loss}; give one of them')
-    if options.mixup or options.cutmix or options.cutmix_minmax:
-        sizes = options.train_batch_sizes or [options.batch_size]
-        odd = [size for size in sizes if size % 2]
-        if odd:
-            raise ValueError(f'batch size {odd[0]}: mixup and CutMix pair images, the batch size must be even')
-    for name in ('cutmix_minmax', 'scale', 'ratio'):
-        values = getattr(options, name)
-        if values is not None and len(values) != 2:
-            raise ValueError(f'--{name.replace("_", "-")} takes the smallest and the largest, got {values}')
-    if options.wandb_resume_id and not options.resume:
-        raise ValueError(f'--wandb-resume-id {options.wandb_resume_id} needs --resume')
-    if options.sched == 'plateau' and options.sched_on_updates:
-        raise ValueError('--sched plateau follows the metric of an epoch; leave --sched-on-updates out')
-    if options.tta > 1 and options.val_bad_image == 'skip':
-        raise ValueError(f'--tta {options.tta} averages images by their order: it needs --val-bad-image abort')
-    for flag, path in (
-        ('--initial-checkpoint', options.initial_checkpoint),
-        ('--pretrained-path', options.pretrained_path),
-        ('--class-stats', options.class_stats),
-    ):
-        if path and not os.path.exists(path):
-            raise ValueError(f'{flag} {path}: no such file')
-    if options.pretrained_path and not options.pretrained:
-        raise ValueError(
-            f'--pretrained-path {options.pretrained_path} takes the place of the pretrained weights: add --pretrained'
-        )
-    if options.sam and options.grad_accum_steps > 1:
-        raise ValueError(
-            f'--sam takes the gradients of one batch twice; leave --grad-accum-steps {options.grad_accum_steps} out'
-        )
-    if options.sam and info.second_order:
-        raise ValueError(f'--sam does not go with --opt {options.opt}, which wants gradients of gradients')
-    _check_scale(options)
-    if options.resume == 'auto' and not options.experiment:
-        raise ValueError('--resume auto needs --experiment, the run to go on with')
+def scores_both(options: Options) -> bool:
+    """Whether an evaluation scores the unseen classes alone, and together with the seen ones."""
+    return bool(options.class_split) and options.score_classes == 'all'
 
 
-def check_validate(options: Namespace) -> None:
-    """Raise a ValueError for options that validate.py could not run with."""
-    _check_values(options)
-    if options.checkpoint and not os.path.exists(options.checkpoint):
-        raise ValueError(f'--checkpoint {options.checkpoint}: no such file or folder')
-    if options.real_labels and options.bad_image == 'skip':
-        raise ValueError('--real-labels matches images by their order: it needs --bad-image abort')
-    if options.real_labels and not os.path.isfile(options.real_labels):
-        raise ValueError(f'--real-labels {options.real_labels}: no such file')
-    for name in ('results_file', 'class_report', 'write_class_priors'):
-        _check_writable(f'--{name.replace("_", "-")}', getattr(options, name))
+def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
+    """Check every option against its row, and the options against each other.
+
+    Raises:
+        ValueError: For unsupported flags, values that are not allowed, and options that contradict each other.
+    """
+    for name, row in rows.items():
+        value = options[name]
+        if not row.supported and value != row.default:
+            raise ValueError(f'{options.flag(name)}: {row.help}')
+        row.check(value, options.flag(name), options.data_dir)
+    for problem in _problems_of_both(options, rows):
+        raise ValueError(problem)
+    for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
+        raise ValueError(problem)
 
 
-def _check_writable(flag: str, path: str) -> None:
-    """A file that is written at the end: it would be too late to find out then."""
-    folder = os.path.dirname(path) or '.'
-    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
-        raise ValueError(f'{flag} {path}: no file can be written there')
+def check_task(options: Options) -> None:
+    """Check that the flags of validate.py go with the task, which a checkpoint may bring.
+
+    Raises:
+        ValueError: For flags of the other task.
+    """
+    multilabel, single = ('write_thresholds', 'write_class_priors', 'class_report'), ('real_labels', 'metrics_avg')
+    for name in single if options.task == 'multilabel' else multilabel:
+        if options[name]:
+            task = 'classification' if options.task == 'multilabel' else 'multilabel'
+            raise ValueError(f'{options.flag(name)} is for --task {task}, the task is {options.task}')
 
 
-def _check_values(options: Namespace) -> None:
-    values = vars(options)
-    for name, choices in _CHOICES.items():
-        if name in values and values[name] not in choices:
-            shown = ', '.join(repr(choice) for choice in choices if choice is not None)
-            raise ValueError(f'--{name.replace("_", "-")} {values[name]!r} is not one of {shown}')
-    for name, least in _AT_LEAST.items():
-        if values.get(name) is not None and values[name] < least:
-            raise ValueError(f'--{name.replace("_", "-")} {values[name]} is below {least}')
-    for name, limit in _BELOW.items():
-        if values.get(name) is not None and values[name] >= limit:
-            raise ValueError(f'--{name.replace("_", "-")} {values[name]} is not below {limit}')
-    if options.target_key and options.dataset.partition('/')[0].lower() not in _RECORDS:
-        raise ValueError(
-            f'--target-key {options.target_key}: only data sets of records have keys '
-            f'(--dataset {"/..., ".join(_RECORDS)}/...)'
-        )
-    if options.torchcompile and options.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        raise ValueError(
-            f'--torchcompile {options.torchcompile}: no such backend; torch has '
-            f'{", ".join(torch.compiler.list_backends())}'
-        )
-    channels = options.input_size[0] if options.input_size else options.in_chans or 3
+def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
+    if not o.data_dir and o.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
+        yield 'no dataset: give its folder, as DIR or --data-dir DIR'
+    if o.target_key and o.dataset.partition('/')[0].lower() not in _RECORDS:
+        yield f'--target-key {o.target_key}: only datasets of records have keys: {"/, ".join(_RECORDS)}/'
+    try:
+        torch.device(o.device)
+    except RuntimeError:
+        if 'device_modules' not in o.given:
+            yield f'--device {o.device!r}: not a device of torch, such as cuda, cuda:0, mps or cpu'
+    if o.torchcompile and o.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        yield f'--torchcompile {o.torchcompile}: choose from {", ".join(torch.compiler.list_backends())}'
+    channels = o.input_size[0] if o.input_size else o.in_chans or 3
     for name in ('mean', 'std'):
-        if values[name] is not None and len(values[name]) not in (1, channels):
-            raise ValueError(f'--{name} takes one value, or one for each of {channels} channels; got {values[name]}')
-    if options.amp and options.model_dtype not in (None, 'float32'):
-        raise ValueError(f'--amp needs float32 weights, --model-dtype is {options.model_dtype}; give one of them')
-    if options.use_ml_decoder_head and 'ml_decoder' in options.model_kwargs:
-        raise ValueError('--model-kwargs ml_decoder=... contradicts --use-ml-decoder-head 1; give one of them')
-    if options.cosine_classifier is not None and options.cosine_classifier <= 0:
-        raise ValueError(f'--cosine-classifier {options.cosine_classifier}: the scale must be above 0')
-    if options.cosine_classifier and options.use_ml_decoder_head:
-        raise ValueError(
+        values = o[name]
+        if values is not None and len(values) not in (1, channels):
+            yield f'--{name} {show(values)}: give one value, or one for each of {channels} channels'
+    if o.amp and o.model_dtype not in (None, 'float32'):
+        yield f'--amp needs float32 weights, --model-dtype is {o.model_dtype}; give one of them'
+    for name in o.model_kwargs:
+        if _MODEL_ARGUMENTS.get(name, '').lstrip('-').replace('-', '_') in rows:
+            yield f'--model-kwargs {name}={o.model_kwargs[name]}: use {_MODEL_ARGUMENTS[name]}'
+    for name, (package, remedy) in _PACKAGES.items():
+        if name in rows and o[name] and importlib.util.find_spec(package) is None:
+            yield f'{o.flag(name)} needs the package {package}: {remedy}'
+    yield from _problems_of_heads(o)
+
+
+def _problems_of_heads(o: Options) -> Iterator[str]:
+    if o.use_ml_decoder_head and 'ml_decoder' in o.model_kwargs:
+        yield '--model-kwargs ml_decoder=... contradicts --use-ml-decoder-head 1; give one of them'
+    if o.cosine_classifier and o.use_ml_decoder_head:
+        yield (
             '--cosine-classifier is for models without an ML-Decoder head; with --use-ml-decoder-head 1 '
-            f'pass --ml-decoder-kwargs classifier=cosine cosine_scale={options.cosine_classifier:g}'
+            f'pass --ml-decoder-kwargs classifier=cosine cosine_scale={o.cosine_classifier:g}'
         )
-    if options.data and options.data != options.data_dir:
-        raise ValueError(f'{options.data} contradicts --data-dir {options.data_dir}; give one of them')
-    if not options.data_dir and options.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
-        raise ValueError('no data: give the folder of the data, as in "DIR" or --data-dir DIR')
+    for name in ('num_of_groups', 'decoder_embedding'):
+        if o[name] == 0:
+            yield f'{o.flag(name)} 0: must be -1 or at least 1'
+    if o.graph:
+        if o.use_ml_decoder_head:
+            yield f'--graph {o.graph} contradicts --use-ml-decoder-head 1; give one of them'
+        if not o.word_embeddings and 'checkpoint' not in o.to_dict():
+            yield f'--graph {o.graph} needs --word-embeddings'
+    yield from head_problems(o.ml_decoder_kwargs)
 
 
-def _check_scale(options: Namespace) -> None:
-    """A head that scales its cosines and a loss that does so too would scale them twice."""
-    scale = options.cosine_classifier or options.ml_decoder_kwargs.get('cosine_scale', 1)
-    told = options.loss_kwargs
-    if options.loss == 'aam' and scale != 1 and not (told.get('scaled_logits') and told.get('scale', 30) == scale):
-        raise ValueError(
-            f'the logits are {scale:g} times the cosine: --loss aam must be told, by --loss-kwargs '
-            f'scale={scale:g} scaled_logits=True'
-        )
+def head_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the names and the types of `--ml-decoder-kwargs`."""
+    known = inspect.signature(MLDecoder.__init__).parameters.keys() - _HEAD_ARGUMENTS.keys() - {'self'}
+    hints = typing.get_type_hints(MLDecoder.__init__)
+    for name, value in arguments.items():
+        if _HEAD_ARGUMENTS.get(name):
+            yield f'--ml-decoder-kwargs {name}={value}: use {_HEAD_ARGUMENTS[name]}'
+        elif name not in known:
+            yield f'--ml-decoder-kwargs {name}={value}: choose from {", ".join(sorted(known))}'
+        elif not _is_a(value, hints.get(name, Any)):
+            hint = hints[name]
+            yield f'--ml-decoder-kwargs {name}={value}: expects {hint.__name__ if isinstance(hint, type) else hint}'
 
 
-def _is_model(name: str) -> bool:
-    return ':' in name or timm.is_model(name.partition('.')[0].rpartition('/')[2])
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an annotation; true for annotations that are not plain types."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return not isinstance(hint, type) or isinstance(value, (int, float) if hint is float else hint)
 
 
-def _no_such_model(name: str) -> str:
-    import difflib
+def _problems_of_train(o: Options) -> Iterator[str]:
+    name = o.opt.lower().removeprefix('lookahead_')
+    if name not in list_optimizers():
+        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(list_optimizers())}'
+    info = optimizer_info(o)
+    if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
+        yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
+    if not (':' in o.model or timm.is_model(o.model.partition('.')[0].rpartition('/')[2])):
+        yield f'--model {o.model}: no such model in timm{closest(o.model, timm.list_models())}'
+    if o.sam and o.grad_accum_steps > 1:
+        yield f'--sam uses the gradients of one batch twice: leave --grad-accum-steps {o.grad_accum_steps} out'
+    if o.sam and info.second_order:
+        yield f'--sam does not work with --opt {o.opt}, which uses second derivatives'
+    if o.pretrained_path and not o.pretrained:
+        yield f'--pretrained-path {o.pretrained_path} replaces the pretrained weights: add --pretrained'
+    if o.resume == 'auto' and not o.experiment:
+        yield '--resume auto needs --experiment, the run to resume'
+    if o.resume not in ('', 'auto') and not os.path.isfile(o.resume):
+        yield f'--resume {o.resume}: no such file'
+    if o.wandb_resume_id and not o.resume:
+        yield f'--wandb-resume-id {o.wandb_resume_id} needs --resume'
+    if o.sampler == 'balanced' and o.aug_repeats:
+        yield f'--sampler balanced contradicts --aug-repeats {o.aug_repeats:g}; give one of them'
+    if o.class_split and o.task != 'multilabel':
+        yield f'--class-split {o.class_split} needs --task multilabel'
+    names = metric_names(o)
+    if o.early_stop and o.eval_metric == 'loss':
+        yield '--early-stop needs a metric in percent, not --eval-metric loss'
+    if o.eval_metric not in names:
+        yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
+    yield from _problems_of_images(o)
+    yield from _problems_of_schedule(o, info)
+    yield from _problems_of_loss(o)
 
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f'--model {name}: no such model' + (f'; did you mean {", ".join(close)}?' if close else ' in timm')
+
+def metric_names(options: Options) -> tuple[str, ...]:
+    """The metrics that `--eval-metric` can name."""
+    if options.task == 'classification':
+        return ClassificationEvaluator.metric_names
+    return (ZeroShotEvaluator(1) if scores_both(options) else MultiLabelEvaluator()).metric_names
+
+
+def _problems_of_images(o: Options) -> Iterator[str]:
+    for name in ('cutmix_minmax', 'scale', 'ratio'):
+        values = o[name]
+        if values is not None and (len(values) != 2 or values[0] > values[1]):
+            yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
+    sizes = o.train_batch_sizes or [o.batch_size]
+    if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
+        yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
+    for name in ('train_batch_sizes', 'train_size_probs'):
+        values = o[name]
+        if o.train_img_sizes and values and len(values) != len(o.train_img_sizes):
+            yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
+    if o.train_size_probs and not sum(o.train_size_probs):
+        yield f'--train-size-probs {show(o.train_size_probs)}: one must be above 0'
+    if o.aa:
+        build = next((build for name, build in _POLICIES.items() if o.aa.startswith(name)), auto_augment_transform)
+        try:
+            build(o.aa, dict(translate_const=100))
+        except (AssertionError, KeyError, ValueError) as error:
+            yield f'--aa {o.aa}: not a policy of timm.data.auto_augment: {error or type(error).__name__}'
+    if o.train_img_sizes and not o.no_aug and (o.cutout or o.train_crop_mode == 'squash'):
+        yield '--train-img-sizes does not work with --cutout and --train-crop-mode squash'
+
+
+def _problems_of_schedule(o: Options, info: Any) -> Iterator[str]:
+    if o.sched == 'plateau' and o.sched_on_updates:
+        yield '--sched plateau follows the metric of an epoch: leave --sched-on-updates out'
+    if o.sched == 'onecycle':
+        if not 0 < o.warmup_epochs < o.epochs:
+            yield f'--sched onecycle needs --warmup-epochs above 0 and below --epochs {o.epochs}, got {o.warmup_epochs}'
+        if not (info.has_momentum or info.has_betas):
+            yield f'--sched onecycle needs an optimizer with momentum or betas, --opt is {o.opt}'
+    if o.lr_noise and len(o.lr_noise) > 2:
+        yield f'--lr-noise {show(o.lr_noise)}: give one or two values'
+
+
+def _problems_of_loss(o: Options) -> Iterator[str]:
+    loss = loss_name(o)
+    if o.bce_loss and o.loss not in (None, 'bce'):
+        yield f'--bce-loss contradicts --loss {o.loss}; give one of them'
+    if loss in LOSSES and loss not in timm.loss.LOSS_TYPES and o.task != 'multilabel':
+        yield f'--loss {loss} needs --task multilabel'
+    if loss in timm.loss.LOSS_TYPES and loss not in timm.loss.MULTI_LABEL_LOSS_TYPES and o.task == 'multilabel':
+        yield f'--loss {loss} needs --task classification'
+    for kind, losses in (('pos_weight', ('bce', 'asl')), ('class_weight', ('ce', 'bce', 'asl'))):
+        value, flag = o[f'loss_{kind}'], o.flag(f'loss_{kind}')
+        if not value:
+            continue
+        if loss not in losses:
+            yield f'{flag} {value}: needs --loss {" or ".join(losses)}, the loss is {loss}'
+        methods = [method for method, use in CLASS_WEIGHT_METHOD_KINDS.items() if use == kind]
+        if value not in methods and not os.path.isfile(value):
+            try:
+                load_class_weights(value)
+            except ValueError:
+                yield f'{flag} {value}: give a number, a list with commas, a file, or {" or ".join(methods)}'
+    # a head that scales its cosines and a loss that does so too would scale them twice
+    scale = o.cosine_classifier or o.ml_decoder_kwargs.get('cosine_scale', 1)
+    kwargs = o.loss_kwargs
+    if loss == 'aam' and scale != 1 and not (kwargs.get('scaled_logits') and kwargs.get('scale', 30) == scale):
+        yield f'--loss aam: for a cosine scale of {scale:g} add --loss-kwargs scale={scale:g} scaled_logits=True'
+
+
+def _problems_of_validate(o: Options) -> Iterator[str]:
+    if o.real_labels and o.bad_image == 'skip':
+        yield '--real-labels matches images by their order: it needs --bad-image abort'
+    if o.write_thresholds and not o.checkpoint:
+        yield '--write-thresholds stores the thresholds in --checkpoint: give one'
+    size = min(o.input_size[1:]) if o.input_size else o.img_size
+    if o.crop_border_pixels and size and 2 * o.crop_border_pixels >= size:
+        yield f'--crop-border-pixels {o.crop_border_pixels} leaves nothing of images of {size} pixels'
+    if not o.checkpoint:
+        check_task(o)

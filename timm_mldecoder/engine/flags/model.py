@@ -1,118 +1,98 @@
-"""Flags of the model, its head, the device it runs on, batch norm and averaged weights."""
+"""Flags of the model: architecture, weights, head, BatchNorm, EMA, device and precision."""
 
-from timm_mldecoder.engine.flags.flag import Group, flag, pairs, switch
+from timm_mldecoder.engine.flags.flag import Group, Need, both, train, validate
+from timm_mldecoder.engine.flags.needs import DISTRIBUTED, NO_HEAD, ON_ACCELERATOR, given
 
-MODEL: Group = (
-    'Model',
-    [
-        flag('--model', type=str, metavar='NAME', default='resnet50', help='timm model to train'),
-        switch('--pretrained', help='start from the pretrained weights of the model'),
-        flag('--pretrained-path', type=str, metavar='FILE', help='file to load as if it were the pretrained weights'),
-        flag(
-            '--initial-checkpoint',
-            type=str,
-            metavar='FILE',
-            default='',
-            help='checkpoint loaded into the model once built',
-        ),
-        flag(
-            '--resume',
-            type=str,
-            metavar='FILE',
-            default='',
-            help='checkpoint to go on from, or "auto" for the newest of --experiment',
-        ),
-        switch('--no-resume-opt', help='resume the weights alone, not the optimizer'),
-        flag('--num-classes', type=int, metavar='N', help='number of classes, the default of the model if not given'),
-        flag('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax'),
-        flag('--img-size', type=int, metavar='N', help='image size, the default of the model if not given'),
-        flag('--in-chans', type=int, metavar='N', help='image channels'),
-        flag(
-            '--input-size',
-            type=int,
-            nargs=3,
-            metavar='N',
-            help='channels, height and width, over --img-size and --in-chans',
-        ),
-        flag('--crop-pct', type=float, metavar='PCT', help='centre crop of evaluation images'),
-        flag('--mean', type=float, nargs='+', metavar='MEAN', help='mean of the pixels'),
-        flag('--std', type=float, nargs='+', metavar='STD', help='standard deviation of the pixels'),
-        flag('--interpolation', type=str, metavar='NAME', default='', help='interpolation of evaluation images'),
-        flag('-b', '--batch-size', type=int, metavar='N', default=128, help='images a batch and process'),
-        flag('-vb', '--validation-batch-size', type=int, metavar='N', help='the same for validation'),
-        switch('--channels-last', help='use the channels-last memory layout'),
-        flag('--grad-accum-steps', type=int, metavar='N', default=1, help='batches an update'),
-        switch('--grad-checkpointing', help='trade computation for memory'),
-        switch('--fast-norm', help="timm's faster norm layers under autocast"),
-        pairs('--model-kwargs', help='further arguments of the model'),
-        flag('--head-init-scale', type=float, metavar='FACTOR', help='scale the fresh classifier'),
-        flag('--head-init-bias', type=float, metavar='BIAS', help='set the bias of the fresh classifier'),
-        flag('--torchcompile-mode', type=str, metavar='MODE', help='mode of torch.compile'),
-        flag('--torchcompile', type=str, nargs='?', const='inductor', metavar='BACKEND', help='compile the model'),
-    ],
-)
+_EMA = given('model_ema')
 
-HEAD: Group = (
-    'Head',
-    [
-        flag(
-            '--use-ml-decoder-head',
-            type=int,
-            default=0,
-            choices=[0, 1],
-            help='1: an ML-Decoder head; 0: the head of the model',
-        ),
-        flag('--num-of-groups', type=int, metavar='K', default=-1, help='queries of the head; -1: min(100, classes)'),
-        flag('--decoder-embedding', type=int, metavar='D', default=768, help='width of the head'),
-        pairs('--ml-decoder-kwargs', help='further options of MLDecoder, as in num_layers=2 learnable_queries=True'),
-        flag(
-            '--cosine-classifier',
-            type=float,
-            metavar='SCALE',
-            help='without an ML-Decoder head: a cosine classifier on the pooled features, its logits times SCALE',
-        ),
-    ],
-)
+# fmt: off
+USES_HEAD = Need(lambda o: bool(o.use_ml_decoder_head), '--use-ml-decoder-head 1')
+BIAS = Need(lambda o: not o.cosine_classifier, 'a classifier with a bias, which --cosine-classifier does not have')
+NO_CHECKPOINT = Need(lambda o: not o.checkpoint, 'no --checkpoint, which replaces the pretrained weights')
+NO_COMPILE = Need(lambda o: not o.torchcompile, 'no --torchcompile, which replaces it')
 
-DEVICE: Group = (
-    'Device and distribution',
-    [
-        flag('--device', type=str, metavar='NAME', default='cuda', help='device to run on'),
-        switch('--amp', help='mixed precision'),
-        flag('--amp-dtype', type=str, metavar='DTYPE', default='float16', help='float16 or bfloat16'),
-        flag('--model-dtype', type=str, metavar='DTYPE', help='dtype of the weights: float32, float16 or bfloat16'),
-        switch('--no-ddp-bb', help='do not broadcast buffers between processes'),
-        switch('--synchronize-step', help='wait for the device after every update'),
-        flag('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch'),
-        flag('--device-modules', type=str, nargs='+', metavar='MODULE', help='modules to import for the device'),
-    ],
-)
+MODEL: Group = ('Model and weights', [
+    both('--model -m', str, 'resnet50', 'timm model to train', inherited=True,
+         in_validate=dict(default='dpn92', help='timm model, a pattern of names, all, or a text file of names')),
+    both('--pretrained', bool, False, 'start from the pretrained weights of the model',
+         in_validate=dict(help='evaluate the pretrained weights', needs=(NO_CHECKPOINT,))),
+    train('--pretrained-path', str, None, 'file with the pretrained weights (with --pretrained)', path='file'),
+    train('--initial-checkpoint', str, '', 'checkpoint loaded into the model after it is created', path='file'),
+    train('--fresh-head', bool, False, 'initialize the whole head; without it, head weights that do not depend on the '
+          'classes are loaded from a checkpoint with other classes'),
+    train('--resume', str, '', 'checkpoint to resume from; auto: the newest one of --experiment', metavar='FILE'),
+    train('--no-resume-opt', bool, False, 'resume the model weights only, not the optimizer', needs=given('resume')),
+    validate('--checkpoint', str, '', 'checkpoint to evaluate, or a folder of them', path='file or folder'),
+    validate('--use-ema', bool, None, 'evaluate the EMA weights, or with --no-use-ema the raw ones. If not given: the '
+             'weights by which training ranked the checkpoint, EMA weights where there are any. The same default holds '
+             'for predict and convert', needs=given('checkpoint')),
+    both('--num-classes', int, None, 'number of classes; the default of the model if not given', range='[1, 10000000]',
+         inherited=True),
+    both('--gp', str, None, 'global pooling: fast, avg, max, avgmax or catavgmax', metavar='POOL', inherited=True,
+         needs=NO_HEAD._replace(text='--use-ml-decoder-head 0: an ML-Decoder head does not pool')),
+    both('--model-kwargs', dict, {}, 'more arguments of the model', nargs='*', inherited=True),
+    train('--freeze-backbone', bool, False, 'train the head only; the backbone stays in evaluation mode'),
+    train('--unfreeze-epoch', int, None, 'epoch from which a frozen backbone is trained', range='[1, inf)',
+          needs=given('freeze_backbone')),
+    train('--head-init-scale', float, None, 'factor of the initial classifier weights', needs=BIAS),
+    train('--head-init-bias', float, None, 'initial bias of the classifier', needs=BIAS),
+    train('--grad-checkpointing', bool, False, 'recompute activations in the backward pass to save memory'),
+    both('--fast-norm', bool, False, "use timm's faster normalization layers under autocast"),
+    both('--channels-last', bool, False, 'use the channels-last memory layout', inherited=True),
+    validate('--reparam', bool, False, 'fuse reparameterizable layers'),
+    both('--torchcompile', str, None, 'compile the model with torch.compile', nargs='?', const='inductor',
+         metavar='BACKEND'),
+    both('--torchcompile-mode', str, None, 'mode of torch.compile', needs=given('torchcompile'),
+         choices=('default', 'lite', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')),
+    validate('--aot-autograd', bool, False, 'compile with the AOT Autograd backend', needs=NO_COMPILE),
+])
 
-BATCH_NORM: Group = (
-    'Batch norm',
-    [
-        flag('--bn-momentum', type=float, metavar='M', help='momentum of batch norm'),
-        flag('--bn-eps', type=float, metavar='EPS', help='epsilon of batch norm'),
-        switch('--sync-bn', help='batch norm over all processes'),
-        flag(
-            '--dist-bn',
-            type=str,
-            metavar='HOW',
-            default='reduce',
-            help='share running statistics after an epoch: broadcast, reduce or ""',
-        ),
-    ],
-)
+HEAD: Group = ('Head', [
+    both('--use-ml-decoder-head', int, 0, '1: ML-Decoder head; 0: the head of the model', choices=(0, 1),
+         inherited=True),
+    both('--num-of-groups', int, -1, 'number of queries K of the head; -1: min(100, classes)', metavar='K',
+         range='[-1, 1000000]', needs=USES_HEAD, inherited=True),
+    both('--decoder-embedding', int, 768, 'width D of the head', metavar='D', range='[-1, 65536]', needs=USES_HEAD,
+         inherited=True),
+    both('--ml-decoder-kwargs', dict, {}, 'more options of MLDecoder, such as num_layers=2 learnable_queries=True',
+         nargs='*', needs=USES_HEAD, inherited=True),
+    both('--cosine-classifier', float, None, 'cosine classifier on the pooled features; its logits are the cosine '
+         'times this scale', metavar='SCALE', range='(0, inf)', inherited=True),
+    both('--graph', str, '', 'label graph of a graph classifier, from timm_mldecoder.label_graph', path='file',
+         inherited=True),
+    both('--graph-layer', str, 'gcn', 'layer of the graph classifier: graph convolution or graph attention',
+         choices=('gcn', 'gat'), needs=given('graph'), inherited=True),
+])
 
-EMA: Group = (
-    'Averaged weights',
-    [
-        switch('--model-ema', help='keep an exponential moving average of the weights'),
-        switch('--model-ema-force-cpu', help='keep it on the CPU; it is then not evaluated'),
-        flag('--model-ema-decay', type=float, metavar='D', default=0.9998, help='decay of the average'),
-        switch('--model-ema-warmup', help='let the decay grow at first'),
-        switch(
-            '--better-of-ema', help='rank an epoch by the better of the weights and their average, not by the average'
-        ),
-    ],
-)
+DEVICE: Group = ('Device and precision', [
+    both('--device', str, 'cuda', 'device, such as cuda, cuda:1 or cpu'),
+    train('--device-modules', str, None, 'Python modules to import for the device', nargs='+', metavar='MODULE'),
+    validate('--num-gpu', int, 1, 'number of GPUs of a single process', range='[1, 1024]'),
+    both('--amp', bool, False, 'automatic mixed precision', inherited=True),
+    both('--amp-dtype', str, 'float16', 'dtype of mixed precision; on a CPU the default is bfloat16',
+         choices=('float16', 'bfloat16'), needs=given('amp'), inherited=True),
+    both('--model-dtype', str, None, 'dtype of the weights and images', choices=('float32', 'float16', 'bfloat16'),
+         inherited=True),
+    train('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks', needs=DISTRIBUTED),
+    train('--synchronize-step', bool, False, 'synchronize with the device after each optimizer step',
+          needs=ON_ACCELERATOR),
+    train('--local_rank --local-rank', int, 0, 'set by torch.distributed.launch', range='[0, 1048576]'),
+])
+
+BATCH_NORM: Group = ('BatchNorm', [
+    train('--bn-momentum', float, None, 'momentum of BatchNorm', range='[0, 1]'),
+    train('--bn-eps', float, None, 'epsilon of BatchNorm', range='[0, inf)'),
+    train('--sync-bn', bool, False, 'compute BatchNorm statistics over all ranks', needs=DISTRIBUTED),
+    train('--dist-bn', str, 'reduce', 'after each epoch, broadcast BatchNorm statistics from rank 0, average them '
+          '(reduce), or keep them ("")', choices=('broadcast', 'reduce', ''), needs=DISTRIBUTED),
+])
+
+EMA: Group = ('EMA weights', [
+    train('--model-ema', bool, False, 'keep an exponential moving average of the weights'),
+    train('--model-ema-force-cpu', bool, False, 'keep the EMA weights on the CPU, without evaluating them', needs=_EMA),
+    train('--model-ema-decay', float, 0.9998, 'decay of the EMA weights per optimizer step', range='[0, 1]',
+          needs=_EMA),
+    train('--model-ema-warmup', bool, False, 'use a smaller decay at first', needs=_EMA),
+    train('--better-of-ema', bool, False, 'rank an epoch by the better of raw and EMA weights, not by the EMA weights',
+          needs=_EMA),
+])

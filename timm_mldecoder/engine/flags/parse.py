@@ -1,119 +1,201 @@
-"""Command line + YAML file -> options, with every mistake found before anything is built."""
+"""From a command line and a YAML file, or from values, to the checked options of a script."""
 
 import logging
-from argparse import ArgumentParser, Namespace
-from collections.abc import Container
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.engine.flags import dataset, model, multilabel, optim, run, unsupported, zero_shot
-from timm_mldecoder.engine.flags.checks import check_train, check_validate
-from timm_mldecoder.engine.flags.config import read_config
-from timm_mldecoder.engine.flags.flag import build_parser, parse_explicit
-from timm_mldecoder.engine.flags.validation import VALIDATE_GROUPS
-from timm_mldecoder.engine.flags.warnings import TRAIN_NEEDS, VALIDATE_NEEDS, Needs, without_effect
+from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
+from timm_mldecoder.engine.flags.checks import check, check_task, scores_both
+from timm_mldecoder.engine.flags.config import as_arguments, find_recipe, read_config
+from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
+from timm_mldecoder.engine.flags.options import Options, closest
 
 _logger = logging.getLogger(__name__)
 
-TRAIN_GROUPS = [
-    dataset.DATASET,
+GROUPS = (
+    data.DATASET,
     model.MODEL,
     model.HEAD,
-    optim.LOSS,
-    optim.OPTIMIZER,
-    optim.SCHEDULE,
-    dataset.AUGMENTATION,
-    dataset.SIZES,
-    multilabel.MULTI_LABEL,
-    zero_shot.ZERO_SHOT,
+    data.CLASSES,
+    data.IMAGES,
+    data.LOADING,
+    optimization.LOSS,
+    optimization.OPTIMIZER,
+    optimization.SCHEDULE,
+    augmentation.AUGMENTATION,
+    augmentation.REGULARIZATION,
+    data.SIZES,
     model.BATCH_NORM,
     model.EMA,
     model.DEVICE,
     run.RUN,
-    *unsupported.TRAIN_REFUSED,
-]
-_FOLDER = {'data', 'data_dir'}  # two names of one thing: a file must not keep the other one
+    run.TRACKERS,
+    run.RESULTS,
+    unsupported.UNSUPPORTED,
+)
+_FOLDER = {'data', 'data_dir'}  # two names of one option
+_PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
 
 
-def train_parser() -> ArgumentParser:
-    """The parser of train.py: timm's flags with timm's defaults, and those of the ML-Decoder head."""
-    return build_parser('Train a timm image classifier, with an ML-Decoder head or its own.', TRAIN_GROUPS)
+def groups(script: str) -> list[Group]:
+    """The groups of flags of a script, `train` or `validate`."""
+    return [(title, [row.of(script) for row in rows if script in row.scripts]) for title, rows in GROUPS]
 
 
-def validate_parser() -> ArgumentParser:
+def flags(script: str) -> dict[str, Flag]:
+    """The flags of a script by the name of their option."""
+    return {row.dest: row for _, rows in groups(script) for row in rows}
+
+
+def train_parser() -> Parser:
+    """The parser of train.py: timm's flags with timm's defaults, and those of this package."""
+    return _parser('train')
+
+
+def validate_parser() -> Parser:
     """The parser of validate.py."""
-    groups = [*VALIDATE_GROUPS, *unsupported.VALIDATE_REFUSED]
-    return build_parser('Evaluate a timm image classifier, with an ML-Decoder head or its own.', groups)
+    return _parser('validate')
 
 
-def parse_train(argv: list[str] | None = None) -> Namespace:
-    """The effective options of a training run: defaults, then the YAML file, then the command line.
+def _parser(script: str) -> Parser:
+    head = 'with an ML-Decoder head or the head of the model'
+    return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
+
+
+def parse_train(argv: Sequence[str] | None = None) -> Options:
+    """The options of a training run: defaults, then the YAML file, then the command line.
 
     Raises:
-        ValueError: For a refused flag, a wrong value in the YAML file, or options that contradict each other.
+        ValueError: For an unknown or unsupported flag, a value that is not allowed, or options that contradict each
+            other.
     """
-    parser = train_parser()
-    options, explicit = parse_explicit(parser, argv)
-    if options.config:
-        from_file = read_config(options.config, parser)
-        if explicit.keys() & _FOLDER:
-            from_file = {name: value for name, value in from_file.items() if name not in _FOLDER}
-        explicit = {**from_file, **explicit}
-        vars(options).update(explicit)
-    unsupported.refuse(options, 'train.py')
-    _resolve_defaults(options, explicit)
-    check_train(options)
-    _tell_without_effect(TRAIN_NEEDS, options, explicit, parser)
-    return options
+    return _parse('train', argv)
 
 
-def parse_validate(argv: list[str] | None = None) -> tuple[Namespace, dict[str, Any]]:
-    """The options of an evaluation and, apart, those the user wrote.
+def parse_validate(argv: Sequence[str] | None = None) -> Options:
+    """The options of an evaluation.
 
     Raises:
         ValueError: As in `parse_train`.
     """
-    options, explicit = parse_explicit(validate_parser(), argv)
-    unsupported.refuse(options, 'validate.py')
-    options.data_dir = options.data_dir or options.data
-    if 'device' not in explicit and not torch.cuda.is_available():
-        options.device = 'cpu'  # scoring on the CPU is slow, not wrong
-        _logger.warning('No CUDA device here: evaluating on the CPU.')
-    resolve_amp_dtype(options, explicit)
-    check_validate(options)
-    return options, explicit
+    return _parse('validate', argv)
 
 
-def tell_without_effect(options: Namespace, explicit: Container[str]) -> None:
-    """Warn of the flags of validate.py in `explicit` that change nothing, given all that is known of the model."""
-    _tell_without_effect(VALIDATE_NEEDS, options, explicit, validate_parser())
+def train_options(**values: Any) -> Options:
+    """The options of a training run from values, with the defaults and the checks of the command line.
 
-
-def _tell_without_effect(needs: Needs, options: Namespace, given: Container[str], parser: ArgumentParser) -> None:
-    _, rank, world_size = world_info_from_env()
-    for reason in without_effect(needs, options, given, parser, world_size) if rank == 0 else ():
-        _logger.warning('No effect: %s', reason)
-
-
-def _resolve_defaults(options: Namespace, explicit: dict[str, Any]) -> None:
-    """Fill in the defaults that depend on other options, as timm does."""
-    options.data_dir = options.data_dir or options.data
-    options.grad_accum_steps = max(1, options.grad_accum_steps)
-    if options.task == 'multilabel':
-        options.smoothing = explicit.get('smoothing', 0.0)
-        options.eval_metric = explicit.get('eval_metric', 'zsl_map' if zero_shot.scores_both(options) else 'map')
-    resolve_amp_dtype(options, explicit)
-    if options.sched in ('wsd', 'rsqrt'):  # 90 epochs are meant for step; these two end with a share of the schedule
-        options.decay_epochs = explicit.get('decay_epochs', 0.2)
-
-
-def resolve_amp_dtype(options: Namespace, explicit: dict[str, Any]) -> None:
-    """On a CPU, mixed precision means bfloat16 unless float16 was asked for.
-
-    There float16 has no loss scaling, and convolutions take some eighty times as long backwards.
+    Raises:
+        ValueError: For an unknown name, and as in `parse_train`.
     """
-    if options.amp and options.device == 'cpu' and 'amp_dtype' not in explicit:
-        options.amp_dtype = 'bfloat16'
-        _logger.info('Mixed precision on a CPU: bfloat16 in place of float16, which --amp-dtype float16 asks for.')
+    return _from_values('train', values)
+
+
+def validate_options(**values: Any) -> Options:
+    """The options of an evaluation from values, with the defaults and the checks of the command line.
+
+    Raises:
+        ValueError: For an unknown name, and as in `parse_train`.
+    """
+    return _from_values('validate', values)
+
+
+def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
+    """Options of validate.py with those that a checkpoint of train.py brings, except where the user gave them.
+
+    Args:
+        options: The options of validate.py.
+        trained: The options of the training run, by name.
+
+    Raises:
+        ValueError: If a flag that the user gave is not for the task of the checkpoint.
+    """
+    kept = options.given | (_PRECISION if options.given & {'amp', 'model_dtype'} else set())
+    names = [name for name, row in flags('validate').items() if row.inherited and name in trained]
+    options = options.replace(**{name: trained[name] for name in names if name not in kept})
+    check_task(options)
+    trained_on_cpu = trained.get('device', '').startswith('cpu')
+    return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
+
+
+def warn_no_effect(options: Options, script: str) -> None:
+    """Warn about each flag that the user gave and that has no effect given the other options."""
+    if world_info_from_env()[1] != 0:  # rank
+        return
+    values = options.to_dict()
+    for name, row in flags(script).items():
+        value = values[name]
+        if name not in options.given or value == row.default:
+            continue
+        failed = next((need for need in row.needs if not need.holds(options)), None)
+        if failed is not None:
+            shown = options.flag(name) if value is True else f'{options.flag(name)} {show(value)}'
+            _logger.warning(f'No effect: {shown} needs {failed.text}')
+
+
+def _parse(script: str, argv: Sequence[str] | None) -> Options:
+    rows, parser = flags(script), _parser(script)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given, spelled = parser.read(argv)
+    path = find_recipe(given.get('config'))
+    if path:
+        rows['config'].check(path, '--config', None)
+        arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())
+        # --config again: a list before the command line must not take in its folder
+        given, _ = parser.read([*(text for texts in arguments.values() for text in texts), f'--config={path}', *argv])
+        spelled = {name: f'--config {path}: {name}' for name, texts in arguments.items() if texts} | spelled
+    return _finish(script, rows, given, spelled)
+
+
+def _from_values(script: str, values: Mapping[str, Any]) -> Options:
+    rows, parser, given = flags(script), _parser(script), {}
+    for name, value in values.items():
+        if name not in rows:
+            raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
+        try:
+            given |= parser.read(as_arguments(rows[name], value))[0]
+        except ValueError as error:
+            raise ValueError(f'{rows[name].label}: {error}') from error
+        if isinstance(value, Mapping):  # may hold what has no literal, such as a class
+            given[name] = dict(value)
+    return _finish(script, rows, given, {name: rows[name].label for name in given})
+
+
+def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
+    values = {name: row.default for name, row in rows.items()} | given
+    if values['data'] and values['data_dir'] and values['data'] != values['data_dir']:
+        raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
+    values['data'] = values['data_dir'] = values['data'] or values['data_dir']
+    options = Options(values, spelled)
+    options = options.replace(**_dependent_defaults(options, script))
+    check(options, rows, script)
+    if script == 'train':
+        warn_no_effect(options, script)
+    return options
+
+
+def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
+    """The defaults that depend on other options, for the options that are not given."""
+    defaults = {}
+    if script == 'validate' and 'device' not in options.given and not torch.cuda.is_available():
+        defaults['device'] = 'cpu'
+        _logger.warning('no CUDA device found: evaluating on the CPU')
+    defaults |= _amp_default(options, defaults.get('device', options.device))
+    if script == 'train':
+        if options.task == 'multilabel':
+            defaults |= dict(smoothing=0.0, eval_metric='zsl_map' if scores_both(options) else 'map')
+        if options.sched in ('wsd', 'rsqrt'):
+            defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
+    changes = {name: value for name, value in defaults.items() if name not in options.given}
+    return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
+
+
+def _amp_default(options: Options, device: str) -> dict[str, str]:
+    """bfloat16 on a CPU: there float16 has no loss scaling, and its convolutions take 80 times as long backwards."""
+    if not options.amp or not device.startswith('cpu') or 'amp_dtype' in options.given:
+        return {}
+    _logger.info('mixed precision on a CPU: using bfloat16; --amp-dtype float16 overrides it')
+    return {'amp_dtype': 'bfloat16'}

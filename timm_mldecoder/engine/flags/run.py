@@ -1,73 +1,58 @@
-"""Flags of the run itself: seed, log, checkpoints, loading, trackers."""
+"""Flags of the run: seed, log, checkpoints, trackers, and the results of an evaluation."""
 
-from timm_mldecoder.engine.flags.flag import Group, flag, switch
+from timm_mldecoder.engine.flags.flag import Group, Need, both, train, validate
+from timm_mldecoder.engine.flags.needs import VALIDATES, given
 
-RUN: Group = (
-    'Run',
-    [
-        flag('-c', '--config', type=str, metavar='FILE', default='', help='YAML file of options; flags win over it'),
-        flag('--seed', type=int, metavar='S', default=42, help='random seed'),
-        flag(
-            '--worker-seeding', type=str, metavar='HOW', default='all', help='what loader processes seed: all or part'
-        ),
-        flag('--log-interval', type=int, metavar='N', default=50, help='updates between log lines'),
-        flag('--val-interval', type=int, metavar='N', default=1, help='epochs between validations and checkpoints'),
-        flag(
-            '--recovery-interval', type=int, metavar='N', default=0, help='updates between checkpoints within an epoch'
-        ),
-        flag('--checkpoint-hist', type=int, metavar='N', default=10, help='checkpoints to keep'),
-        flag('--stop-epoch', type=int, metavar='N', help='stop after N epochs, the schedule unchanged'),
-        flag('--save-epochs', type=int, nargs='+', metavar='N', help='keep milestone-N.pth.tar once N epochs are done'),
-        flag(
-            '--nonfinite',
-            type=str,
-            choices=['skip', 'abort'],
-            default='skip',
-            help='what to do when loss or gradients are not finite: skip the update on all processes, or end the run',
-        ),
-        flag('--nonfinite-limit', type=int, metavar='N', default=20, help='updates skipped in a row that end the run'),
-        flag(
-            '--bad-image',
-            type=str,
-            choices=['skip', 'abort'],
-            default='skip',
-            help='what to do about a training image that cannot be read: take the next one, or end the run',
-        ),
-        flag(
-            '--val-bad-image',
-            type=str,
-            choices=['skip', 'abort'],
-            default='abort',
-            help='the same for validation, where skip scores the others',
-        ),
-        flag('-j', '--workers', type=int, metavar='N', default=4, help='loader processes'),
-        switch('--save-images', help='save a batch of images with every log line'),
-        switch('--pin-mem', help='pin the memory of batches'),
-        switch('--no-prefetcher', help='normalise images in the loader, not on the device'),
-        flag('--output', type=str, metavar='DIR', default='', help='folder of results, output/train if empty'),
-        flag(
-            '--experiment',
-            type=str,
-            metavar='NAME',
-            default='',
-            help='sub-folder of this run, named by time and model if empty',
-        ),
-        flag(
-            '--eval-metric',
-            type=str,
-            metavar='NAME',
-            default='top1',
-            help='metric that ranks checkpoints; map unless given for multilabel',
-        ),
-        flag(
-            '--tta', type=int, metavar='N', default=0, help='average the outputs of N successive images at validation'
-        ),
-        switch('--use-multi-epochs-loader', help='start loading the next epoch while this one is validated'),
-        switch('--log-wandb', help='log to Weights & Biases'),
-        flag('--wandb-project', type=str, metavar='NAME', help='its project'),
-        flag('--wandb-tags', type=str, nargs='+', metavar='TAG', default=[], help='its tags'),
-        flag('--wandb-resume-id', type=str, metavar='ID', default='', help='its run to go on with'),
-        switch('--log-trackio', help='log to trackio'),
-        switch('--log-tensorboard', help='log to TensorBoard, under the folder of the run'),
-    ],
-)
+_WANDB = given('log_wandb')
+
+# fmt: off
+SKIPS = Need(lambda o: o.nonfinite == 'skip', '--nonfinite skip')
+
+RUN: Group = ('Run', [
+    train('-c --config', str, '', 'YAML file of options, or a recipe by name; flags given override it', path='file'),
+    both('--seed', int, 42, 'random seed', range='[0, 2147483647]'),
+    train('--output', str, '', 'folder of all runs; output/train if empty', metavar='DIR'),
+    train('--experiment', str, '', 'folder of this run in --output; date, time and model if empty'),
+    train('--log-interval', int, 50, 'optimizer steps between log lines', range='[1, inf)'),
+    validate('--log-freq', int, 10, 'batches between log lines', range='[1, inf)'),
+    train('--val-interval', int, 1, 'epochs between validations and checkpoints', range='[1, inf)'),
+    train('--eval-metric', str, 'top1', 'metric that ranks checkpoints: loss, top1 or top5; for --task multilabel map '
+          '(the default), loss, micro_f1, macro_f1 and others', needs=VALIDATES),
+    train('--checkpoint-hist', int, 10, 'number of best checkpoints to keep', range='[1, inf)'),
+    train('--recovery-interval', int, 0, 'optimizer steps between checkpoints within an epoch; 0: off',
+          range='[0, inf)'),
+    train('--save-epochs', int, None, 'epochs after which milestone-N.pth.tar is kept', nargs='+', range='[1, inf)'),
+    train('--nonfinite', str, 'skip', 'loss or gradients that are not finite: skip the optimizer step on all ranks, or '
+          'end the run', choices=('skip', 'abort')),
+    train('--nonfinite-limit', int, 20, 'skipped steps in a row that end the run', range='[1, inf)', needs=SKIPS),
+    train('--save-images', bool, False, 'save a batch of images with each log line'),
+    validate('--retry', bool, False, 'halve the batch size until it fits into memory'),
+])
+
+TRACKERS: Group = ('Trackers', [
+    train('--log-wandb', bool, False, 'log to Weights & Biases'),
+    train('--wandb-project', str, None, 'Weights & Biases project', needs=_WANDB),
+    train('--wandb-tags', str, [], 'Weights & Biases tags', nargs='+', metavar='TAG', needs=_WANDB),
+    train('--wandb-resume-id', str, '', 'Weights & Biases run to resume', metavar='ID', needs=_WANDB),
+    train('--log-trackio', bool, False, 'log to trackio'),
+    train('--log-tensorboard', bool, False, 'log to TensorBoard, in the folder of the run'),
+])
+
+RESULTS: Group = ('Results', [
+    validate('--results-file', str, '', 'file for the results', path='output'),
+    validate('--results-format', str, 'csv', 'format of --results-file', choices=('csv', 'json'),
+             needs=given('results_file')),
+    validate('--real-labels', str, '', 'JSON file of ImageNet ReaL labels, scored as well', path='file'),
+    validate('--valid-labels', str, '', 'text file of the class indices that may be predicted, one per line',
+             path='file'),
+    validate('--metrics-avg', str, None, 'add precision, recall and F1 with this average (needs scikit-learn)',
+             choices=('micro', 'macro', 'weighted')),
+    validate('--write-thresholds', bool, False, 'multi-label: find the threshold per class with the best F1 on this '
+             'split and store it in --checkpoint'),
+    validate('--write-class-priors', str, '', 'multi-label: write the mean probability of each class, for '
+             '--class-priors of train.py', path='output'),
+    validate('--class-report', str, '', 'multi-label: write average precision and threshold of each class',
+             path='output'),
+    validate('--report', str, '', 'folder for a page of results, index.html, and the scores per image, scores.csv',
+             path='output folder', metavar='DIR'),
+])

@@ -1,61 +1,35 @@
-"""What timm's scripts do and these do not: accepted by the parser, refused with one sentence."""
+"""Flags of timm's scripts that are parsed and refused; the help text is the reason."""
 
-from argparse import Namespace
+from timm_mldecoder.engine.flags.flag import Group, both, train, validate
 
-from timm_mldecoder.engine.flags.flag import Group, flag, switch
+_NAFLEX = 'NaFlex loaders are not supported; use --img-size, or --train-img-sizes for several sizes'
+_KD = 'knowledge distillation is not supported; leave the flag out'
+_SPLITS = 'augmentation splits with the JSD loss are not supported; leave the flag out'
+_SCRIPT = 'TorchScript is not supported; use --torchcompile'
 
-NAFLEX: Group = (
-    'NaFlex loaders (refused)',
-    [
-        switch('--naflex-loader', help='not here'),
-        flag('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], help='not here'),
-        flag('--naflex-max-seq-len', type=int, default=576, help='not here'),
-        flag('--naflex-patch-sizes', type=int, nargs='+', help='not here'),
-        flag('--naflex-patch-size-probs', type=float, nargs='+', help='not here'),
-        flag('--naflex-loss-scale', type=str, default='linear', choices=['none', 'sqrt', 'linear'], help='not here'),
-        switch('--naflex-patchify-channels-first', help='not here'),
-    ],
-)
-DISTILLATION: Group = (
-    'Knowledge distillation (refused)',
-    [
-        flag('--kd-model-name', type=str, help='not here'),
-        flag('--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'], help='not here'),
-        flag('--kd-loss-type', type=str, default='kl', help='not here'),
-        flag('--distill-loss-weight', type=float, help='not here'),
-        flag('--task-loss-weight', type=float, help='not here'),
-        flag('--kd-temperature', type=float, default=4.0, help='not here'),
-        flag('--kd-student-feature-dim', type=int, help='not here'),
-        flag('--kd-teacher-feature-dim', type=int, help='not here'),
-        flag('--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'], help='not here'),
-    ],
-)
-SPLITS: Group = (
-    'Augmentation splits with JSD (refused)',
-    [flag('--aug-splits', type=int, default=0, help='not here'), switch('--jsd-loss', help='not here')],
-)
-SPLIT_BN: Group = ('Split batch norm (refused)', [switch('--split-bn', help='not here')])
-TORCHSCRIPT: Group = (
-    'TorchScript and its fusers (refused)',
-    [switch('--torchscript', help='not here'), flag('--fuser', type=str, default='', help='not here')],
-)
-
-TF_PREPROCESSING: Group = ("TensorFlow's preprocessing (refused)", [switch('--tf-preprocessing', help='not here')])
-
-#: The groups of train.py, and those of validate.py.
-TRAIN_REFUSED = [NAFLEX, DISTILLATION, SPLITS, SPLIT_BN, TORCHSCRIPT]
-VALIDATE_REFUSED = [('NaFlex loaders (refused)', [NAFLEX[1][0], NAFLEX[1][2]]), TORCHSCRIPT, TF_PREPROCESSING]
-
-_REASON = "is not offered here; use timm's own {script} with --model-kwargs ml_decoder=True, which takes the same head"
-
-
-def refuse(options: Namespace, script: str) -> None:
-    """Raise a ValueError for a flag of a refused group that is set to anything but its default."""
-    for title, rows in TRAIN_REFUSED if script == 'train.py' else VALIDATE_REFUSED:
-        for names, settings in rows:
-            name = names[0].lstrip('-').replace('-', '_')
-            if getattr(options, name) != settings['default']:
-                what = title.removesuffix(' (refused)')
-                raise ValueError(f'{names[0]} {getattr(options, name)}: {what} {_REASON.format(script=script)}')
-    if getattr(options, 'loss', None) == 'jsd':
-        raise ValueError(f'--loss jsd: {SPLITS[0].removesuffix(" (refused)")} {_REASON.format(script=script)}')
+# fmt: off
+UNSUPPORTED: Group = ('Unsupported', [
+    both('--naflex-loader', bool, False, _NAFLEX, supported=False),
+    train('--naflex-train-seq-lens', int, [128, 256, 576, 784, 1024], _NAFLEX, nargs='+', supported=False),
+    both('--naflex-max-seq-len', int, 576, _NAFLEX, supported=False),
+    train('--naflex-patch-sizes', int, None, _NAFLEX, nargs='+', supported=False),
+    train('--naflex-patch-size-probs', float, None, _NAFLEX, nargs='+', supported=False),
+    train('--naflex-loss-scale', str, 'linear', _NAFLEX, choices=('none', 'sqrt', 'linear'), supported=False),
+    train('--naflex-patchify-channels-first', bool, False, _NAFLEX, supported=False),
+    train('--kd-model-name', str, None, _KD, supported=False),
+    train('--kd-distill-type', str, 'logit', _KD, choices=('logit', 'feature', 'token'), supported=False),
+    train('--kd-loss-type', str, 'kl', _KD, supported=False),
+    train('--distill-loss-weight', float, None, _KD, supported=False),
+    train('--task-loss-weight', float, None, _KD, supported=False),
+    train('--kd-temperature', float, 4.0, _KD, supported=False),
+    train('--kd-student-feature-dim', int, None, _KD, supported=False),
+    train('--kd-teacher-feature-dim', int, None, _KD, supported=False),
+    train('--kd-token-distill-type', str, 'soft', _KD, choices=('soft', 'hard'), supported=False),
+    train('--aug-splits', int, 0, _SPLITS, supported=False),
+    train('--jsd-loss', bool, False, _SPLITS, supported=False),
+    train('--split-bn', bool, False, 'split BatchNorm is not supported; leave the flag out', supported=False),
+    both('--torchscript', bool, False, _SCRIPT, supported=False),
+    both('--fuser', str, '', _SCRIPT, supported=False),
+    validate('--tf-preprocessing', bool, False, 'TensorFlow preprocessing is not supported; use --interpolation and '
+             '--crop-pct', supported=False),
+])

@@ -1,30 +1,47 @@
-"""Images that cannot be read: named, counted, and either the end of the run or left out.
+"""From an image file to a batch on the device: decoding, collating, and the loaders of training and evaluation.
 
-timm logs such an image by its index and takes the next one in its place, in evaluation too, where a score over other
-images than those asked for is not that score.
+Unreadable images are named and counted. Training replaces them by the next readable one or ends; evaluation ends or
+leaves them out. (timm logs the index of such an image and takes the next one, in evaluation too, where the score would
+then be over other images than requested.)
 """
 
 import csv
 import io
 import logging
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, Mixup
+from timm.data.loader import PrefetchLoader
+from timm.data.loader import _worker_init as seed_worker
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_mldecoder.engine.checkpoint.files import write_atomically
-from timm_mldecoder.engine.runtime.failure import RunFailed
-from timm_mldecoder.engine.runtime.signals import DeafWorkerInit
+from timm_mldecoder.engine.input.randomness import (
+    BATCH,
+    SAMPLE,
+    STREAM,
+    Draw,
+    EpochBatches,
+    EpochStart,
+    key,
+    seed_all,
+    seed_cpu,
+)
+from timm_mldecoder.engine.runtime import signals
+from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.engine.runtime.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
-SKIP, ABORT = POLICIES = ('skip', 'abort')
-FILE = 'bad_images.csv'
-STAND_INS = 10  # as many in a row as timm tries: more are a fault of the disk, not of the files
+BAD_IMAGES = 'bad_images.csv'
+REPLACEMENTS = 10  # as many in a row as timm tries: more are a fault of the disk, not of the files
 
 
 class BadImage(NamedTuple):
@@ -35,7 +52,7 @@ class BadImage(NamedTuple):
 
 
 class StrictImageDataset(ImageDataset):
-    """timm's data set of image files, in which one that cannot be read is an OSError rather than the next image."""
+    """timm's dataset of image files, in which an unreadable one is an OSError rather than the next image."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         try:
@@ -43,7 +60,7 @@ class StrictImageDataset(ImageDataset):
             with file:
                 image = Image.open(file)
                 image = image.convert(self.input_img_mode or image.mode)
-        except Exception as error:  # a damaged file makes PIL's decoders raise whatever they stumble over
+        except Exception as error:  # damaged bytes make PIL's decoders raise anything
             raise OSError(str(error)) from error
         if self.transform is not None:
             image = self.transform(image)
@@ -55,162 +72,356 @@ class StrictImageDataset(ImageDataset):
 
 
 def strict(dataset: Dataset) -> Dataset:
-    """A data set that raises an OSError for an image it cannot read; streamed ones deal with theirs themselves."""
+    """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
     if type(dataset) is not ImageDataset:
         return dataset
-    return StrictImageDataset(
-        None,
-        reader=dataset.reader,
-        input_img_mode=dataset.input_img_mode,
-        transform=dataset.transform,
-        target_transform=dataset.target_transform,
-    )
+    settings = ('reader', 'input_img_mode', 'transform', 'target_transform')
+    return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
 
 
-class Guarded(Dataset):
-    """A data set that tells of the images it could not read instead of raising an error.
+class KeyedSamples(Dataset):
+    """Samples with the draws of their place in the epoch, and the images that could not be read.
 
-    Yields `(sample, bad)`, where the sample is None if neither the image nor any that may stand in for it can be read.
+    Yields `(draw, sample, bad)`; the sample is None if neither the image nor one of its replacements can be read.
 
     Args:
-        dataset: A map-style data set; unreadable images are OSErrors.
-        stand_ins: How many of the images that follow an unreadable one are tried in its place.
+        dataset: Map-style dataset that raises OSError for unreadable images.
+        replacements: Number of following images to try in place of an unreadable one.
     """
 
-    def __init__(self, dataset: Any, stand_ins: int = 0) -> None:
+    def __init__(self, dataset: Any, replacements: int = 0) -> None:
         self.dataset = dataset
-        self._stand_ins = stand_ins
+        self._replacements = replacements
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> tuple[Any, list[BadImage]]:
-        bad = []
-        first, *size = index if isinstance(index, tuple) else (index,)  # batches of changing sizes have pairs
-        for place in range(first, first + self._stand_ins + 1):
-            place %= len(self)
+    def __getitem__(self, draw: Draw | int) -> tuple[Draw | int, Any, list[BadImage]]:
+        bad: list[BadImage] = []
+        index = draw
+        if isinstance(draw, Draw):  # evaluation has plain indices, and draws nothing
+            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.place))
+            index = draw.index
+        first, *size = index if isinstance(index, tuple) else (index,)
+        for number in range(first, first + self._replacements + 1):
+            number %= len(self)
             try:
-                return self.dataset[(place, *size) if size else place], bad
+                return draw, self.dataset[(number, *size) if size else number], bad
             except OSError as error:
-                bad.append(BadImage(_path(self.dataset, place), str(error)))
-        return None, bad
+                bad.append(BadImage(image_path(self.dataset, number), str(error)))
+        return draw, None, bad
 
 
-class CollateGood:
-    """Collate the samples of a `Guarded` data set into `(batch, places, bad)`.
+class KeyedCollate:
+    """Collate the readable samples of a batch into `(batch, positions, bad)`, mixed with the draws of that batch.
 
-    `places` are those of the samples of the batch among the ones asked for.
+    `positions` are those of the samples within the batch. The batch is None if no sample is left, or if one is missing
+    and `partial` is False.
 
     Args:
-        collate: Makes a batch of samples.
-        fewer: Whether a batch may have fewer of them; without, `batch` is None where one is missing.
+        collate: Collate function; timm's `FastCollateMixup` mixes too.
+        partial: Whether a batch may have fewer samples than requested.
+        mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
     """
 
-    def __init__(self, collate: Callable, fewer: bool) -> None:
-        self._collate, self._fewer = collate, fewer
+    def __init__(self, collate: Callable, partial: bool, mixup_off_epoch: int = 0) -> None:
+        self._collate = collate
+        self._partial = partial
+        self._mixup_off_epoch = mixup_off_epoch
 
-    def __call__(self, samples: list[tuple[Any, list[BadImage]]]) -> tuple[Any, list[int], list[BadImage]]:
-        bad = [image for _, found in samples for image in found]
-        places = [place for place, (sample, _) in enumerate(samples) if sample is not None]
-        if not places or not self._fewer and len(places) < len(samples):
+    def __call__(self, samples: list[tuple[Draw | int, Any, list[BadImage]]]) -> tuple[Any, list[int], list[BadImage]]:
+        bad = [image for *_, found in samples for image in found]
+        positions = [position for position, (_, sample, _) in enumerate(samples) if sample is not None]
+        if not positions or (len(positions) < len(samples) and not self._partial):
             return None, [], bad
-        return self._collate([samples[place][0] for place in places]), places, bad
+        first = samples[0][0]
+        if isinstance(first, Draw):
+            seed_cpu(key(BATCH, first.seed, first.epoch, first.place))
+            if isinstance(self._collate, Mixup):
+                self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
+        return self._collate([samples[position][1] for position in positions]), positions, bad
 
 
-class GuardedEvalLoader:
-    """The torch loader of an evaluation, wired anew to leave out unreadable images or to end the run for them.
-
-    Args:
-        loader: The loader to wire anew, of a map-style data set.
-        policy: One of `POLICIES`.
+class Placement(NamedTuple):
+    """Where batches go, and in which form.
 
     Attributes:
-        bad_images: Those met in the present pass.
+        device: Device of the model.
+        dtype: Dtype of images, None for float32.
+        channels_last: Whether images take the channels-last memory layout.
+        prefetch: Options of timm's `PrefetchLoader`, which normalises on the device; None if the transform does.
     """
 
-    def __init__(self, loader: DataLoader, policy: str) -> None:
-        self.dataset, self.sampler = loader.dataset, loader.sampler
-        self.bad_images: list[BadImage] = []
-        self._policy = policy
-        self._loader = DataLoader(
-            Guarded(loader.dataset),
-            batch_sampler=loader.batch_sampler,
-            num_workers=loader.num_workers,
-            collate_fn=CollateGood(loader.collate_fn, fewer=True),
-            pin_memory=loader.pin_memory,
-            worker_init_fn=DeafWorkerInit(loader.worker_init_fn),
-            persistent_workers=loader.persistent_workers,
-        )
+    device: torch.device
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    prefetch: dict[str, Any] | None = None
+
+    def wrap(self, batches: Any) -> Any:
+        """Return an iterable of batches on the device, normalised where `prefetch` says so."""
+        if self.prefetch is None:
+            return batches
+        return PrefetchLoader(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
+
+    def place(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a batch that was not prefetched to the device."""
+        if self.prefetch is None:
+            images, target = images.to(self.device, self.dtype), target.to(self.device)
+        return images, target
+
+    def layout(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+
+class TrainLoader:
+    """Epochs of training batches, from any position of an epoch.
+
+    Args:
+        dataset: Map-style dataset, or a stream.
+        batches: Batches of each epoch; None for a stream.
+        collate: Collate function.
+        placement: Device and form of the batches.
+        mix: Mixup and CutMix on the device; None if `collate` mixes, or nothing does.
+        mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
+        bad_image: 'skip' or 'abort' at unreadable images.
+        seed: Seed of the run.
+        rank: Rank of this process.
+        stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
+        **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: EpochBatches | None,
+        collate: Callable,
+        placement: Placement,
+        *,
+        mix: Mixup | None = None,
+        mixup_off_epoch: int = 0,
+        bad_image: str = 'skip',
+        seed: int = 0,
+        rank: int = 0,
+        stream: dict[str, Any] | None = None,
+        **workers: Any,
+    ) -> None:
+        self.dataset = dataset
+        self.batches = batches
+        self.bad_images: list[BadImage] = []  # of the epoch so far
+        self._placement = placement
+        self._mix = mix
+        self._mixup_off_epoch = mixup_off_epoch
+        self._bad_image = bad_image
+        self._key = (seed, rank)
+        self._position = (0, 0)  # epoch, first batch
+        self._early: Iterator | None = None
+        self._running: Iterator | None = None
+        self._generator = torch.Generator()
+        if batches is None:
+            self._loader = DataLoader(dataset, collate_fn=collate, generator=self._generator, **stream, **workers)
+        else:
+            self._loader = DataLoader(
+                KeyedSamples(dataset, REPLACEMENTS if bad_image == 'skip' else 0),
+                batch_sampler=batches,
+                collate_fn=KeyedCollate(collate, partial=False, mixup_off_epoch=mixup_off_epoch),
+                generator=self._generator,
+                persistent_workers=workers['num_workers'] > 0,
+                **workers,
+            )
+        self._wrapped = placement.wrap(_Batches(self))
 
     def __len__(self) -> int:
         return len(self._loader)
 
+    def epoch(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from number `batch` on."""
+        if self._early is None:
+            self._begin(epoch, batch, start)
+        self.bad_images = []
+        mixing = self._mix is not None and not (self._mixup_off_epoch and epoch >= self._mixup_off_epoch)
+        for images, target in self._wrapped:
+            images, target = self._placement.place(images, target)
+            if mixing:
+                images, target = self._mix(images, target)
+            yield self._placement.layout(images), target
+
+    def prefetch_epoch(self, epoch: int) -> None:
+        """Let the workers begin with the next epoch; `epoch` must be called for it next."""
+        self._begin(epoch, 0, None)
+        self._early = iter(self._loader)
+
+    def image_indices(self, batch: int) -> list[int]:
+        """Return the dataset indices of the images of a batch, once; empty for a stream."""
+        return [] if self.batches is None else self.batches.drawn.pop(batch, [])
+
+    def close(self) -> None:
+        """End the workers."""
+        _shut_down(self._early, self._running, self._loader._iterator)
+
+    def _begin(self, epoch: int, batch: int, start: EpochStart | None) -> None:
+        self._position = (epoch, batch)
+        if self.batches is None:
+            self._generator.manual_seed(key(STREAM, epoch, *self._key) % 2**63)
+            if hasattr(self.dataset, 'set_epoch'):
+                self.dataset.set_epoch(epoch)
+        else:
+            self.batches.begin(epoch, batch, start)
+
+    def raw_batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield collated batches, each after its own draws have been seeded for what follows on the device."""
+        epoch, first = self._position
+        iterator, self._early = self._early or iter(self._loader), None
+        self._running = iterator
+        number = 0 if self.batches is None else first
+        while True:
+            batch_key = key(BATCH, *self._key, epoch, number)
+            seed_cpu(batch_key)
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            if self.batches is not None:
+                batch = self._readable(*batch)
+            if number >= first:  # a stream is read again up to the position
+                seed_all(batch_key)
+                yield batch
+            number += 1
+
+    def _readable(self, batch: Any, positions: list[int], bad: list[BadImage]) -> Any:
+        if batch is None:
+            path, reason = bad[-1]
+            remedy = f'neither can the {REPLACEMENTS} before it'
+            if self._bad_image == 'abort':
+                remedy = '--bad-image skip trains without it'
+            raise RunFailed(f'{path} cannot be read ({reason}); {remedy}')
+        log_bad_images(bad)
+        self.bad_images += bad
+        return batch
+
+
+class _Batches:
+    """The raw batches of a `TrainLoader`, as timm's `PrefetchLoader` takes them."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Batches without the unreadable images and, where there were any, without the padding of distributed runs."""
+        return self._loader.raw_batches()
+
+
+class EvalLoader:
+    """Batches of every image of a split, in order.
+
+    Args:
+        dataset: Map-style dataset, or a stream.
+        sampler: timm's `OrderedDistributedSampler` on several ranks, else None.
+        collate: Collate function.
+        placement: Device and form of the batches.
+        bad_image: 'abort' or 'skip' at unreadable images.
+        remedy: The flag that scores the other images, for the error message.
+        **workers: Further options of `DataLoader`: batch size, number of workers, pinned memory, start method.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Any,
+        collate: Callable,
+        placement: Placement,
+        *,
+        bad_image: str = 'abort',
+        remedy: str = '',
+        **workers: Any,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler  # `timm.task.evaluation_sample_limit` reads it
+        self.bad_images: list[BadImage] = []  # of the last pass
+        self._placement = placement
+        self._skip = bad_image == 'skip'
+        self._remedy = remedy
+        self._stream = isinstance(dataset, IterableDataset)
+        if not self._stream:
+            dataset, collate = KeyedSamples(dataset), KeyedCollate(collate, partial=True)
+            workers['persistent_workers'] = workers['num_workers'] > 0
+        self._loader = DataLoader(dataset, sampler=sampler, collate_fn=collate, **workers)
+        self._wrapped = placement.wrap(self)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches on the device."""
+        for images, target in self._wrapped:
+            images, target = self._placement.place(images, target)
+            yield self._placement.layout(images), target
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yield collated batches, without unreadable images and, if there were any, without distributed padding."""
         self.bad_images = []
         first = 0
-        for batch, places, bad in self._loader:
-            if bad:
-                self._meet(bad)
-            if self.bad_images:
-                batch = self._without_padding(batch, [first + place for place in places])
-            first += len(places) + len(bad)
+        for batch in self._loader:
+            if not self._stream:
+                batch, positions, bad = batch
+                self._check(bad)
+                if self.bad_images:
+                    batch = self._without_padding(batch, [first + position for position in positions])
+                first += len(positions) + len(bad)
             if batch is not None:
                 yield batch
 
-    def _without_padding(self, batch: Any, places: list[int]) -> Any:
-        """Evaluators find the padding by counting samples, and would count too few once some have been left out."""
+    def close(self) -> None:
+        """End the workers."""
+        _shut_down(self._loader._iterator)
+
+    def _without_padding(self, batch: Any, positions: list[int]) -> Any:
+        """Cut the padding off, which evaluators otherwise find by counting the samples that arrive."""
         limit = getattr(self.sampler, 'num_valid_samples', None)
-        valid = len(places) if limit is None else sum(place < limit for place in places)
+        valid = len(positions) if limit is None else sum(position < limit for position in positions)
         return tuple(part[:valid] for part in batch) if valid else None
 
-    def _meet(self, bad: list[BadImage]) -> None:
-        if self._policy == ABORT:
-            raise RunFailed(
-                f'{bad[0].path} cannot be read ({bad[0].reason}); a score over fewer images would not be '
-                f'that score, but "skip" for unreadable images gives it'
-            )
-        tell(bad)
+    def _check(self, bad: list[BadImage]) -> None:
+        if bad and not self._skip:
+            raise RunFailed(f'{bad[0].path} cannot be read ({bad[0].reason}); {self._remedy} scores the other images')
+        log_bad_images(bad)
         self.bad_images += bad
 
 
-def guard_evaluation(loader: DataLoader, policy: str) -> 'DataLoader | GuardedEvalLoader':
-    """The loader of an evaluation with `policy` for unreadable images; a streamed one as it is."""
-    return loader if isinstance(loader.dataset, IterableDataset) else GuardedEvalLoader(loader, policy)
+def init_worker(worker: int, worker_seeding: str = 'all') -> None:
+    """Prepare a worker: signals are left to the parent; `worker_seeding` matters to streams alone."""
+    signals.ignore()
+    seed_worker(worker, worker_seeding)
+    parent = multiprocessing.parent_process()
+    if parent.pid != os.getppid():  # a server started it, and torch watches whether that one lives
+        threading.Thread(target=_exit_with, args=[parent], daemon=True).start()
 
 
-def cannot_go_on(bad: list[BadImage], policy: str) -> RunFailed:
-    """The end of a run that was to stop at the first unreadable image, or found nothing but those."""
-    path, reason = bad[-1]
-    remedy = '--bad-image skip trains on without it' if policy == ABORT else f'nor can the {STAND_INS} before it'
-    return RunFailed(f'{path} cannot be read ({reason}); {remedy}')
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
-def tell(bad: list[BadImage]) -> None:
-    """Log the path of each image."""
+def _shut_down(*iterators: Iterator | None) -> None:
+    """End the workers of loader iterators; they ignore the SIGTERM that python would end them with at its exit."""
+    for iterator in iterators:
+        if hasattr(iterator, '_shutdown_workers'):
+            iterator._shutdown_workers()
+
+
+def log_bad_images(bad: list[BadImage]) -> None:
     for path, reason in bad:
-        _logger.warning('Bad image left out: %s (%s)', path, reason)
+        _logger.warning('unreadable image left out: %s (%s)', path, reason)
 
 
-def gather(bad: list[BadImage]) -> list[BadImage]:
-    """Those of all processes, each file once; a collective call."""
-    parts: list[Any] = [bad]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, bad)
-    return list(dict.fromkeys(image for part in parts for image in part))
-
-
-def record(bad: list[BadImage], folder: Path) -> None:
-    """Add the images to the list in the folder of the run, each file once."""
-    path = folder / FILE
+def record_bad_images(bad: list[BadImage], folder: Path) -> None:
+    """Add images to the list in the folder of a run, each file once."""
+    path = folder / BAD_IMAGES
     known = dict(csv.reader(io.StringIO(path.read_text()))) if path.exists() else {'path': 'reason'}
     text = io.StringIO()
     csv.writer(text).writerows({**known, **dict(bad)}.items())
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def _path(dataset: Any, index: int) -> str:
+def image_path(dataset: Any, index: int) -> str:
+    """Return the file of an image, or its number in a dataset without files."""
     if not hasattr(dataset, 'filename'):
-        return f'image {index} of the data set'
-    return dataset.filename(index, absolute=True)
+        return f'image {index} of the dataset'
+    return os.fspath(dataset.filename(index, absolute=True))

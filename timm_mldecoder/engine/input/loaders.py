@@ -1,86 +1,155 @@
-"""From options to data sets and the loaders of their batches."""
+"""From options to the loaders of training and evaluation."""
 
-import pickle
-from argparse import Namespace
+import logging
+import multiprocessing
+from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, MultiLabelTarget, create_loader, resolve_data_config
-from torch import nn
-from torch.utils.data import Dataset
+from timm.data import FastCollateMixup, Mixup, create_transform, resolve_data_config
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.loader import fast_collate
+from timm.data.scheduled_sampler import ScheduledTransformDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from timm_mldecoder.data import MultiLabelDataset, create_dataset
-from timm_mldecoder.engine.input import zero_shot
-from timm_mldecoder.engine.input.batches import EvalLoader, Placement, TrainLoader
-from timm_mldecoder.engine.input.dataset_checks import check_folder, check_image_mode, check_image_size
-from timm_mldecoder.engine.input.images import strict
+from timm_mldecoder.data.transforms import Cutout, cut_out, squash
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.datasets import STREAMS, balanced_weights, check_image_size, dataset_kind
+from timm_mldecoder.engine.input.images import EvalLoader, Placement, TrainLoader, init_worker
+from timm_mldecoder.engine.input.randomness import EpochBatches, Order
+from timm_mldecoder.engine.runtime import signals
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.train.multilabel import change_transform
+
+_logger = logging.getLogger(__name__)
+
+DataConfig = dict[str, Any]  # timm's: input_size, mean, std, interpolation, crop_pct, crop_mode
 
 
-def data_config(
-    options: Namespace, model: nn.Module, world: World, stored: dict[str, Any] | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    """Input size, normalisation, interpolation and crop, from the options and what the model was trained with.
+def resolve_config(
+    options: Options, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
+) -> DataConfig:
+    """Resolve input size, normalisation, interpolation and crop.
 
     Args:
-        options: The options.
+        options: Options of either script.
         model: The model, which knows what its pretrained weights were trained with.
-        world: This process and the others.
-        stored: What a checkpoint says about it, which goes before.
-        **kwargs: For timm's `resolve_data_config`.
+        stored: Configuration in a checkpoint, which takes precedence.
+        use_test_size: Whether to use the model's test size rather than its training size.
 
     Raises:
         ValueError: If the model takes images of another size only.
     """
-    config = {**resolve_data_config(vars(options), model=model, verbose=world.primary, **kwargs), **(stored or {})}
+    config = resolve_data_config(options.to_dict(), model=model, use_test_size=use_test_size)
+    config = {**config, **(stored or {})}
     check_image_size(model, config['input_size'])
+    lines = ''.join(f'\n\t{name}: {value}' for name, value in config.items())
+    _logger.info(f'Data processing configuration for current model + dataset:{lines}')
     return config
 
 
-def create_split(options: Namespace, split: str, config: dict[str, Any], *, training: bool = False) -> Dataset:
-    """One split of the data set that the options name.
+def mixes(options: Options) -> bool:
+    """Return whether mixup or CutMix is on."""
+    return bool(options.mixup or options.cutmix or options.cutmix_minmax)
+
+
+def model_dtype(options: Options) -> torch.dtype | None:
+    """Return the dtype of weights and images, None for the default."""
+    return getattr(torch, options.model_dtype) if options.model_dtype else None
+
+
+def create_train_loader(
+    options: Options,
+    dataset: Dataset,
+    config: DataConfig,
+    world: World,
+    *,
+    num_classes: int,
+    rng_state: Tensor,
+) -> TrainLoader:
+    """Create the loader of the training split.
+
+    Args:
+        options: Options of train.py.
+        dataset: Training split; its transform is set.
+        config: Data configuration.
+        world: This rank and the others.
+        num_classes: Number of classes.
+        rng_state: State of torch's generator once the model is built, see `Order`.
 
     Raises:
-        ValueError: If the data is not there.
+        ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
     """
-    channels = config['input_size'][0]
-    mode = options.input_img_mode or ('RGB' if channels == 3 else 'L')
-    check_folder(options.dataset, options.data_dir, split)
-    check_image_mode(options.dataset, mode, channels)
-    settings = dict(
-        class_map=options.class_map,
-        download=options.dataset_download,
-        batch_size=options.batch_size,
+    mixing = _create_mixing(options, num_classes)
+    stream = isinstance(dataset, IterableDataset)
+    weights = balanced_weights(dataset) if options.sampler == 'balanced' and not stream else None
+    dataset, schedule = _set_train_transform(options, dataset, config)
+    batches = None
+    if stream:
+        dataset.set_loader_cfg(num_workers=options.workers)
+    else:
+        order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=weights)
+        batches = EpochBatches(order, options.batch_size, world.rank, world.size, mixing is not None, schedule)
+    collate = default_collate if options.no_prefetcher else fast_collate
+    return TrainLoader(
+        dataset,
+        batches,
+        mixing if isinstance(mixing, FastCollateMixup) else collate,
+        _placement(options, config, world, erase=not options.no_aug),
+        mix=None if isinstance(mixing, FastCollateMixup) else mixing,
+        mixup_off_epoch=options.mixup_off_epoch,
+        bad_image=options.bad_image,
         seed=options.seed,
-        repeats=getattr(options, 'epoch_repeats', 0) if training else 0,
-        input_img_mode=mode,
-        input_key=options.input_key,
-        target_key=options.target_key,
-        target_format=_target_format(options),
-        num_samples=_num_samples(options, training),
-        trust_remote_code=options.dataset_trust_remote_code,
+        rank=world.rank,
+        stream=dict(batch_size=options.batch_size, drop_last=True),
+        **_workers(options, world, options.workers, options.worker_seeding),
     )
-    try:
-        dataset = strict(
-            create_dataset(options.dataset, root=options.data_dir, split=split, is_training=training, **settings)
-        )
-    except ImportError as error:
-        raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
-    except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
-        raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
-    if isinstance(dataset, MultiLabelDataset):
-        if options.task != 'multilabel':
-            raise ValueError(f'--dataset {options.dataset} has any number of classes an image: pass --task multilabel')
-    elif options.task == 'multilabel' and getattr(dataset, 'target_transform', None) is None:
-        dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
-    zero_shot.select(options, dataset, training)
-    return dataset
 
 
-def create_mixing(options: Namespace) -> Mixup | None:
-    """Mixup and CutMix, in the collate function where batches are prefetched; None where neither is on."""
-    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None):
+def create_eval_loader(
+    options: Options,
+    dataset: Dataset,
+    config: DataConfig,
+    world: World,
+    *,
+    batch_size: int,
+    bad_image: str,
+    remedy: str,
+    crop_border_pixels: int | None = None,
+) -> EvalLoader:
+    """Create a loader of every image of a split; see `EvalLoader` for `bad_image` and `remedy`."""
+    dataset.transform = create_transform(
+        config['input_size'],
+        use_prefetcher=not options.no_prefetcher,
+        crop_border_pixels=crop_border_pixels,
+        **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
+    )
+    stream = isinstance(dataset, IterableDataset)
+    # fewer workers pad a stream less, as in timm
+    workers = (
+        min(2, options.workers) if world.distributed and dataset_kind(options.dataset) in STREAMS else options.workers
+    )
+    if stream:
+        dataset.set_loader_cfg(num_workers=workers)
+    sampler = OrderedDistributedSampler(dataset) if world.distributed and not stream else None
+    collate = default_collate if options.no_prefetcher else fast_collate
+    return EvalLoader(
+        dataset,
+        sampler,
+        collate,
+        _placement(options, config, world),
+        bad_image=bad_image,
+        remedy=remedy,
+        batch_size=batch_size,
+        **_workers(options, world, workers),
+    )
+
+
+def _create_mixing(options: Options, num_classes: int) -> Mixup | None:
+    """Create mixup and CutMix, in the collate function where batches are prefetched; None if both are off."""
+    if not mixes(options):
         return None
     return (Mixup if options.no_prefetcher else FastCollateMixup)(
         mixup_alpha=options.mixup,
@@ -90,32 +159,23 @@ def create_mixing(options: Namespace) -> Mixup | None:
         switch_prob=options.mixup_switch_prob,
         mode=options.mixup_mode,
         label_smoothing=options.smoothing,
-        num_classes=options.num_classes,
+        num_classes=num_classes,
         multi_label=options.task == 'multilabel',
     )
 
 
-def create_train_loader(
-    options: Namespace, dataset: Dataset, config: dict[str, Any], placement: Placement, world: World
-) -> TrainLoader:
-    """The loader of the training split.
-
-    Raises:
-        ValueError: If not even one batch fits the data set.
-    """
-    mixing = create_mixing(options)
-    interpolation = options.train_interpolation or config['interpolation']
+def _set_train_transform(
+    options: Options, dataset: Dataset, config: DataConfig
+) -> tuple[Dataset, dict[str, Any] | None]:
+    """Give a dataset its training transform; with changing image sizes wrap it, and return their schedule."""
+    interpolation = (
+        config['interpolation'] if options.no_aug else options.train_interpolation or config['interpolation']
+    )
+    squashed = options.train_crop_mode == 'squash'
     settings = dict(
-        input_size=config['input_size'],
         is_training=True,
-        batch_size=options.batch_size,
-        collate_fn=mixing if placement.prefetched else None,
         no_aug=options.no_aug,
-        re_prob=options.reprob,
-        re_mode=options.remode,
-        re_count=options.recount,
-        re_split=options.resplit,
-        train_crop_mode=None if options.train_crop_mode == 'squash' else options.train_crop_mode,
+        train_crop_mode=None if squashed else options.train_crop_mode,
         scale=options.scale,
         ratio=options.ratio,
         hflip=options.hflip,
@@ -125,86 +185,71 @@ def create_train_loader(
         grayscale_prob=options.grayscale_prob,
         gaussian_blur_prob=options.gaussian_blur_prob,
         auto_augment=options.aa,
-        num_aug_repeats=options.aug_repeats if world.distributed else 0,
-        interpolation=config['interpolation'] if options.no_aug else interpolation,
-        num_workers=options.workers,
-        worker_seeding=options.worker_seeding,
-        **_changing_sizes(options),
-        **_common(options, config, placement, world),
-    )
-    try:
-        loader = create_loader(dataset, **settings)
-    except (AssertionError, KeyError) as error:  # timm asserts the names of policies and operations in --aa
-        raise ValueError(f'--aa {options.aa}: {error}') from error
-    change_transform(options, dataset, interpolation)
-    if len(loader) == 0:
-        raise ValueError(
-            f'--batch-size {options.batch_size} on {world.size} process(es): the training split has only '
-            f'{len(dataset)} images, not one full batch; make the batch smaller'
-        )
-    return TrainLoader(loader, placement, mixing, options, world.rank)
-
-
-def create_eval_loader(
-    options: Namespace,
-    dataset: Dataset,
-    config: dict[str, Any],
-    placement: Placement,
-    world: World,
-    batch_size: int,
-    **kwargs: Any,
-) -> EvalLoader:
-    """A loader of every image of a split, once; `kwargs` go to timm's `create_loader`."""
-    streamed_across_ranks = world.distributed and ('tfds' in options.dataset or 'wds' in options.dataset)
-    loader = create_loader(
-        dataset,
-        input_size=config['input_size'],
-        is_training=False,
-        batch_size=batch_size,
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        # fewer processes pad a streamed data set less, as timm does
-        num_workers=min(2, options.workers) if streamed_across_ranks else options.workers,
-        **_common(options, config, placement, world),
-        **kwargs,
-    )
-    return EvalLoader(loader, placement, vars(options).get('val_bad_image', options.bad_image))
-
-
-def _common(options: Namespace, config: dict[str, Any], placement: Placement, world: World) -> dict[str, Any]:
-    return dict(
+        interpolation=interpolation,
         mean=config['mean'],
         std=config['std'],
-        pin_memory=options.pin_mem,
-        img_dtype=placement.dtype or torch.float32,
-        device=placement.device,
-        distributed=world.distributed,
-        use_prefetcher=placement.prefetched,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        re_num_splits=2 if options.resplit else 0,
+        use_prefetcher=not options.no_prefetcher,
     )
-
-
-def _changing_sizes(options: Namespace) -> dict[str, Any]:
-    if not options.train_img_sizes:
-        return {}
-    return dict(
-        input_size_choices=options.train_img_sizes,
-        batch_size_choices=options.train_batch_sizes,
-        batch_choice_weights=options.train_size_probs,
-        batch_choice_seed=options.seed,
-        batch_choice_schedule=options.train_size_schedule,
-        batch_schedule_epochs=options.epochs,
-        batch_schedule_spread=options.train_size_schedule_spread,
-        batch_schedule_random_mix=options.train_size_random_mix,
+    sizes = [(config['input_size'][0], size, size) for size in options.train_img_sizes or ()]
+    try:
+        transforms = [create_transform(size, **settings) for size in sizes or [config['input_size']]]
+    except (AssertionError, KeyError) as error:  # timm asserts the names of policies and operations in --aa
+        raise ValueError(f'--aa {options.aa}: {error}') from error
+    if not options.no_aug:
+        if squashed:
+            transforms = [squash(transform, interpolation) for transform in transforms]
+        if options.cutout:
+            cutout = Cutout(options.cutout, options.cutout_prob)
+            transforms = [cut_out(transform, cutout, options.cutout_place) for transform in transforms]
+    if not sizes:
+        dataset.transform = transforms[0]
+        return dataset, None
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f'--train-img-sizes does not work with the stream --dataset {options.dataset}')
+    dataset.transform = None
+    return ScheduledTransformDataset(dataset, transforms), dict(
+        batch_sizes=options.train_batch_sizes or [options.batch_size] * len(sizes),
+        choice_weights=options.train_size_probs,
+        seed=options.seed,
         num_batches=options.train_batches_per_epoch,
+        choice_schedule=options.train_size_schedule,
+        schedule_epochs=options.epochs,
+        schedule_spread=options.train_size_schedule_spread,
+        schedule_random_mix=options.train_size_random_mix,
     )
 
 
-def _target_format(options: Namespace) -> str | None:
-    """What timm's readers of records make of a multi-label target; those of files know no such option."""
-    records = options.dataset.partition('/')[0].lower() in ('hfds', 'hfids', 'tfds', 'wds')
-    return options.target_format if records and options.task == 'multilabel' else None
+def _placement(options: Options, config: DataConfig, world: World, erase: bool = False) -> Placement:
+    prefetch = None
+    if not options.no_prefetcher:
+        prefetch = dict(mean=config['mean'], std=config['std'], channels=config['input_size'][0])
+        if erase:
+            prefetch |= dict(re_prob=options.reprob, re_mode=options.remode, re_count=options.recount)
+            prefetch |= dict(re_num_splits=2 if options.resplit else 0)
+    return Placement(world.device, model_dtype(options), options.channels_last, prefetch)
 
 
-def _num_samples(options: Namespace, training: bool) -> int | None:
-    name = 'num_samples' if hasattr(options, 'num_samples') else 'train_num_samples' if training else 'val_num_samples'
-    return getattr(options, name)
+def _workers(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
+    return dict(
+        num_workers=workers,
+        pin_memory=options.pin_mem,
+        worker_init_fn=partial(init_worker, worker_seeding=worker_seeding),
+        multiprocessing_context=_worker_server() if world.distributed and workers else None,
+    )
+
+
+def _worker_server() -> BaseContext:
+    """Start the process that starts the workers of one of several ranks.
+
+    A rank has running threads, such as gloo's, and must not be forked: one of them may hold a lock for good. The server
+    ignores signals, as workers do: without it they would end before the rank has finished its step.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with signals.ignored():
+        forkserver.ensure_running()
+    return context

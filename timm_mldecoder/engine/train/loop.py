@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: epochs, and the updates of one."""
+"""The training loop, top to bottom: epochs, and the optimizer steps of one."""
 
 import logging
 from collections import OrderedDict
@@ -6,131 +6,145 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from timm.task import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
+from tqdm import tqdm
 
-from timm_mldecoder.engine.checkpoint.state import RunningLoss
-from timm_mldecoder.engine.eval.evaluate import evaluate
-from timm_mldecoder.engine.input import images as bad_images
-from timm_mldecoder.engine.input.images import BadImage
-from timm_mldecoder.engine.input.zero_shot import asked_for
-from timm_mldecoder.engine.runtime import report
-from timm_mldecoder.engine.runtime.memory import naming_batch_size
+from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_views
+from timm_mldecoder.engine.input.images import BadImage, record_bad_images
+from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
+from timm_mldecoder.engine.model import other_classes
+from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
+from timm_mldecoder.engine.runtime.summary import print_result, summary_row
 from timm_mldecoder.engine.train import nonfinite
-from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch, spoilt_gradient, spoilt_loss
-from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.sam import ascended
+from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
+from timm_mldecoder.engine.train.run import Run, prepare_distributed
+from timm_mldecoder.engine.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
-
-Metrics = OrderedDict[str, float]
 
 
 def fit(run: Run) -> None:
     """Train until the last epoch; validate and save after each."""
-    with run.signals, naming_batch_size(run.options):
-        _fit(run)
+    options = run.options
+    validation_batch_size = options.validation_batch_size or options.batch_size
+    try:
+        with run.signals, advise_on_memory(options.batch_size, validation_batch_size, options.grad_accum_steps):
+            while run.state.epoch < run.epochs and not run.stopped_early():
+                fit_epoch(run)
+    finally:
+        run.close()
 
-    best = run.state.checkpoints
+    checkpoints = run.state.checkpoints
     if run.world.primary:
-        if best.best_metric is not None:
-            _logger.info(f'*** Best metric: {best.best_metric} (epoch {best.best_epoch})')
-        report.print_result(run.state.rows, run.eval_metric, best.decreasing)
+        if checkpoints.best_metric is not None:
+            _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
+        print_result(run.state.rows, run.eval_metric, checkpoints.decreasing)
 
 
-def _fit(run: Run) -> None:
-    state = run.state
-    while state.epoch < run.epochs:
-        epoch = state.epoch
-        train_metrics = train_epoch(run)
-        lr = run.learning_rate()
+def fit_epoch(run: Run) -> None:
+    """Train the epoch under way, validate and save it, and move to the next."""
+    state, epoch = run.state, run.state.epoch
+    train_metrics = train_epoch(run)
+    lr = run.learning_rate()
 
-        # one set of running statistics for all processes
-        if run.world.distributed and run.dist_bn:
-            distribute_bn(state.task.get_eval_model(), run.world.size, run.dist_bn == 'reduce')
+    # share BatchNorm statistics between ranks
+    share_batch_norm(run, ema=False)
 
-        if not run.is_kept(epoch):
-            run.state.start_epoch(epoch + 1)
-            run.step_schedule(metric=None)
-            continue
-        state.position = run.train_loader.position(state.batch)
-        if epoch + 1 < run.epochs:
-            run.train_loader.epoch_ended(epoch + 1)
-        eval_metrics = validate(run) if run.eval_loader is not None else None
+    # validate
+    if not run.is_validated(epoch):
+        state.begin_epoch(epoch + 1)
+        run.step_schedule(metric=None)
+        return
+    if run.options.use_multi_epochs_loader and epoch + 1 < run.epochs:
+        run.train_loader.prefetch_epoch(epoch + 1)
+    eval_metrics = validate(run) if run.eval_loader is not None else None
 
-        # the state moves on to the next epoch before it is saved
-        state.start_epoch(epoch + 1)
-        metric = (eval_metrics if eval_metrics is not None else train_metrics)[run.eval_metric]
-        run.step_schedule(metric)
-        state.rows.append(report.summary_row(epoch, train_metrics, eval_metrics, lr))
-        run.save_epoch(epoch, metric)
+    # save, with the state already at the beginning of the next epoch
+    state.begin_epoch(epoch + 1)
+    metric = (eval_metrics if eval_metrics is not None else train_metrics)[run.eval_metric]
+    run.step_schedule(metric)
+    if state.early_stop and eval_metrics is not None:
+        warmed_up = epoch >= run.options.warmup_epochs
+        state.early_stop.step(metric / 100, warmed_up=warmed_up)
+    state.rows.append(summary_row(epoch, train_metrics, eval_metrics, lr))
+    run.save_epoch(epoch, metric)
 
 
 def train_epoch(run: Run) -> Metrics:
-    """The rest of the epoch under way: all of it, unless it was resumed within."""
-    state, options = run.state, run.options
-    batches = run.train_loader.epoch(state.epoch, resume=state.position)
-    if state.position is None:
-        state.loss = RunningLoss(torch.zeros_like(state.loss.total))
-    state.position = None
-
-    state.task.get_trainable_module().train()
+    """Train the rest of the epoch under way: all of it, unless it was resumed within."""
+    state, options, loader = run.state, run.options, run.train_loader
+    if run.freezer.apply(state.epoch):
+        rewrap(run)
+    model = state.task.get_trainable_module()
+    run.freezer.train_mode(model, state.epoch)
     state.optimizer.zero_grad()
-    buffers = Buffers(state.task.get_trainable_module())
+    buffers = Buffers(model)
     trained: list[TrainedBatch] = []
-    watch = report.Stopwatch()
-    for images, target in batches:
-        watch.batch_arrived()
+    timer = StepTimer()
+    bar = progress_bar(f'Train: {state.epoch}', len(loader), run.world.primary)
+    bar.update(state.batch)
+    for images, target in loader.epoch(state.epoch, state.batch, state.start):
+        timer.batch_arrived()
         batch = state.batch
         state.batch += 1
-        accumulated, completes_update = run.accumulation(batch)
+        accumulated, completes_step = run.accumulation(batch)
+        seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
 
-        # forward and backward; gradients are exchanged once an update
-        with nullcontext() if completes_update else state.task.no_sync():
+        # forward and backward; gradients are exchanged once per optimizer step
+        with nullcontext() if completes_step else state.task.no_sync():
             loss = backward(run, images, target, accumulated)
         if options.sam:
-            with ascended(state.task.get_trainable_module(), options.sam):
+            with perturbed(model, options.sam):
                 backward(run, images, target, accumulated)
-        indices, bad = run.train_loader.pop_images(batch)
-        state.loss.bad_images += bad
-        bad_images.tell(bad)
-        trained.append(TrainedBatch(loss, len(images), indices))
-        watch.batch_done(len(images))
-        if not completes_update:
+        trained.append(TrainedBatch(loss, len(images), loader.image_indices(batch)))
+        timer.batch_done(len(images))
+        bar.update()
+        if not completes_step:
             continue
 
-        # update
-        stop = update_parameters(run, trained, buffers)
+        # optimizer step
+        stop = step_optimizer(run, trained, buffers)
         trained.clear()
         if options.synchronize_step and run.world.device.type != 'cpu':
             torch.accelerator.synchronize(run.world.device)
-        watch.update_done()
+        timer.step_done()
 
-        # tell
-        update = batch // options.grad_accum_steps
-        run.bar.show(f'Train: {state.epoch}', update + 1, run.updates_per_epoch)
-        if update % options.log_interval == 0 or state.batch == len(run.train_loader):
-            log_update(run, update, loss, watch)
+        # log
+        step = batch // options.grad_accum_steps
+        if step % options.log_interval == 0 or state.batch == len(loader):
+            log_step(run, step, loss, timer, bar)
             if options.save_images and run.folder:
                 save_images(images, run.folder / f'train-batch-{batch}.jpg')
 
-        # move on, and keep what would be lost
+        # update the learning rate
         if state.schedule is not None:
-            state.schedule.step_update(num_updates=run.updates_done())
+            state.schedule.step_update(num_updates=run.steps_done())
+
+        # checkpoint
         if stop:
             run.stop(stop)
-        if options.recovery_interval and (update + 1) % options.recovery_interval == 0:
+        if options.recovery_interval and (step + 1) % options.recovery_interval == 0:
             run.save_recovery()
+    bar.close()
 
     if hasattr(state.optimizer, 'sync_lookahead'):
         state.optimizer.sync_lookahead()
-    return _count_bad(run, state.loss.bad_images, OrderedDict(loss=_mean_over_ranks(state.loss.mean()).item()))
+    return record_bad(run, loader.bad_images, OrderedDict(loss=state.loss.mean(run.world).item()))
+
+
+def rewrap(run: Run) -> None:
+    """Wrap the model again: DistributedDataParallel exchanges gradients of the parameters that were trainable then."""
+    task = run.state.task
+    if run.world.distributed:
+        task.trainable_module = task.trainable_module.module
+        prepare_distributed(run.options, task, run.world)
 
 
 def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tensor:
-    """Gradients of one batch of the `accumulated` that an update is made of.
+    """Compute the gradients of one of the `accumulated` batches of an optimizer step.
 
     Returns:
         The loss of the batch, a scalar, neither divided by `accumulated` nor scaled by the batch size.
@@ -139,35 +153,37 @@ def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tens
     with run.autocast():
         loss = state.task(images, target)['loss']
     scaled = loss * run.loss_scale(len(images)) / accumulated
-
     state.scaler.scale(scaled).backward(create_graph=getattr(state.optimizer, 'is_second_order', False))
     return loss.detach()
 
 
-def update_parameters(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> int:
-    """The optimizer's step; left out on all processes where the loss or a gradient of one of them is not finite.
+def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> int:
+    """Step the optimizer, unless the loss or a gradient on any rank is not finite: then all ranks skip the step.
 
     Args:
         run: The run.
-        trained: The batches that the gradients are of.
-        buffers: The buffers of the model as they were after the update before.
+        trained: Batches that the gradients are of.
+        buffers: Buffers of the model as they were after the previous step.
 
     Returns:
-        The signal that one of the processes was sent, 0 for none.
+        The signal that one of the ranks received, 0 for none.
     """
     state, options = run.state, run.options
     state.scaler.unscale_(state.optimizer)
     model = state.task.get_trainable_module()
-    loss, gradient, stop = run.world.highest(spoilt_loss(trained), spoilt_gradient(model), run.signals.received)
+    # the one wait for the device per step
+    loss, gradient, stop = run.world.all_reduce_max(
+        nonfinite_loss(trained), nonfinite_gradient(model), run.signals.received
+    )
     if loss or gradient:
-        buffers.put_back()
-        skip_update(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
+        buffers.restore()
+        skip_step(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
     else:
         if options.clip_grad is not None:
             dispatch_clip_grad(run.clip_parameters(), value=options.clip_grad, mode=options.clip_mode)
         state.scaler.step(state.optimizer)
-        state.task.update_ema(step=run.updates_done())
-        buffers.keep()
+        update_ema(run)
+        buffers.save()
         state.skipped = 0
         for batch in trained:
             state.loss.add(batch.loss, batch.images)
@@ -176,97 +192,103 @@ def update_parameters(run: Run, trained: list[TrainedBatch], buffers: Buffers) -
     return stop
 
 
-def skip_update(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> None:
-    """Tell of an update that is left out, and end the run where that is asked for or goes on for too long.
+def update_ema(run: Run) -> None:
+    """Update the EMA weights. Those in bfloat16 are rounded at random, by a generator of timm's that is keyed here."""
+    task, step = run.state.task, run.steps_done()
+    if task.has_ema():
+        task.get_trainable_module(ema=True)._sr_generator.manual_seed(key(STEP, run.options.seed, step))
+        task.update_ema(step=step)
+
+
+def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> None:
+    """Report a skipped optimizer step, and end the run if requested or after too many in a row.
 
     Args:
         run: The run.
-        trained: The batches of the update.
-        scale_too_large: Whether it is but the loss scaler finding its scale, as at the start of a float16 run.
+        trained: Batches of the step.
+        scale_too_large: Whether the loss scaler is only searching its scale, as at the start of a float16 run.
     """
     state, options = run.state, run.options
     state.skipped += 1
-    update = (state.batch - 1) // options.grad_accum_steps
-    where = f'epoch {state.epoch}, update {update}'
+    step = (state.batch - 1) // options.grad_accum_steps
+    where = f'epoch {state.epoch}, step {step}'
     if run.world.primary:
-        reason = 'the loss scale is too large and halved' if scale_too_large else 'loss or gradients are not finite'
-        _logger.warning(f'Skipped {where}: {reason} ({state.skipped} in a row)')
+        reason = 'the loss scale is too large and is halved' if scale_too_large else 'loss or gradients are not finite'
+        _logger.warning(f'skipped {where}: {reason} ({state.skipped} in a row)')
     if not scale_too_large:
-        position = dict(epoch=state.epoch, update=update)
-        nonfinite.report(run.folder, position, trained, run.train_loader.dataset)
-    limit = 1 if options.nonfinite == nonfinite.ABORT and not scale_too_large else options.nonfinite_limit
+        position = dict(epoch=state.epoch, step=step)
+        nonfinite.report(run.folder, position, trained, run.train_loader.dataset, run.world)
+    limit = 1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit
     nonfinite.check_limit(state.skipped, limit, where)
 
 
 def validate(run: Run) -> Metrics:
-    """The metrics of the validation split: of the averaged weights where there are any, or of the better of the two."""
-    metrics = _validate(run, ema=False)
-    if run.state.task.has_ema() and not run.options.model_ema_force_cpu:
-        if run.world.distributed and run.dist_bn:
-            distribute_bn(run.state.task.get_trainable_module(ema=True), run.world.size, run.dist_bn == 'reduce')
-        averaged = _validate(run, ema=True)
-        if not run.options.better_of_ema:
-            return averaged
-        metrics['ema'], averaged['ema'] = 0, 1
-        metrics = min(averaged, metrics, key=lambda scored: run.state.checkpoints.sort_key(scored[run.eval_metric]))
-    return metrics
+    """Score the validation split: with the EMA weights if there are any, or with the better of both."""
+    metrics = score(run, ema=False)
+    if not run.state.task.has_ema() or run.options.model_ema_force_cpu:
+        return metrics
+    share_batch_norm(run, ema=True)
+    ema_metrics = score(run, ema=True)
+    if not run.options.better_of_ema:
+        return ema_metrics
+    metrics['ema'], ema_metrics['ema'] = 0, 1
+    return min(ema_metrics, metrics, key=lambda found: run.state.checkpoints.sort_key(found[run.eval_metric]))
 
 
-def _validate(run: Run, ema: bool) -> Metrics:
-    evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(run.eval_loader.loader))
-    tell = report.EvalReport(
-        'Test (EMA)' if ema else 'Test',
-        evaluator,
-        len(run.eval_loader),
-        run.options.log_interval,
-        run.bar,
-        run.world.primary,
-    )
+def score(run: Run, ema: bool) -> Metrics:
+    """Score the validation split with the raw or the EMA weights; a signal ends it, and the run, after a batch."""
+    loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
-    with asked_for(model, run.eval_classes):
+    evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,
-            run.signals.until_stopped(run.eval_loader),
+            loader,
             evaluator,
+            run.world,
             autocast=run.autocast,
-            distributed=run.world.distributed,
-            views=run.options.tta,
-            on_batch=tell,
+            log=EvalLog(
+                'Test (EMA)' if ema else 'Test', evaluator, len(loader), options.log_interval, run.world.primary
+            ),
+            views=test_time_views(options.tta, run.data_config['input_size'][1:]),
+            until=run.signals.until_stopped,
         )
     # stopped now, the run resumes with the validation, after all batches of the epoch
-    (stop,) = run.world.highest(run.signals.received)
+    (stop,) = run.world.all_reduce_max(run.signals.received)
     if stop:
         run.stop(stop)
-    return _count_bad(run, run.eval_loader.bad_images, metrics)
+    return record_bad(run, loader.bad_images, metrics)
 
 
-def _count_bad(run: Run, bad: list[BadImage], metrics: Metrics) -> Metrics:
-    """Add the number of unreadable images, where there were any, and their names to the list of the run."""
-    bad = bad_images.gather(bad)
-    if bad:
-        metrics['bad_images'] = len(bad)
+def share_batch_norm(run: Run, ema: bool) -> None:
+    """Give all ranks the same BatchNorm statistics."""
+    if run.world.distributed and run.dist_bn:
+        task = run.state.task
+        model = task.get_trainable_module(ema=True) if ema else task.get_eval_model()
+        distribute_bn(model, run.world.size, run.dist_bn == 'reduce')
+
+
+def record_bad(run: Run, bad: list[BadImage], metrics: Metrics) -> Metrics:
+    """Add the number of unreadable images to the metrics, if there were any, and list them in the folder of the run."""
+    found = list(dict.fromkeys(image for images in run.world.all_gather(bad) for image in images))
+    if found:
+        metrics['bad_images'] = len(found)
         if run.folder is not None:
-            bad_images.record(bad, run.folder)
+            record_bad_images(found, run.folder)
     return metrics
 
 
-def log_update(run: Run, update: int, loss: Tensor, watch: report.Stopwatch) -> None:
-    """Log the loss of a batch and of the epoch so far, the means over all processes."""
-    now, mean = _mean_over_ranks(torch.stack([loss.to(run.state.loss.total), run.state.loss.mean()])).tolist()
+def log_step(run: Run, step: int, loss: Tensor, timer: StepTimer, bar: tqdm) -> None:
+    """Log the loss of the last batch and of the epoch so far, means over all ranks; a collective call."""
+    now = run.world.all_reduce_sum(loss.to(run.state.loss.total)) / run.world.size
+    values = torch.stack([now, run.state.loss.mean(run.world)]).tolist()
     if run.world.primary:
-        run.bar.clear()
-        _logger.info(
-            report.train_line(
-                run.state.epoch,
-                update,
-                run.updates_per_epoch,
-                (now, mean),
-                run.learning_rate(),
-                watch,
-                run.world.size,
-                run.world.device,
-            )
-        )
+        steps = -(-len(run.train_loader) // run.options.grad_accum_steps)
+        line = train_line(
+            run.state.epoch, step, steps, tuple(values), run.learning_rate(), timer, run.world.device,
+            run.world.size,
+        )  # fmt: skip
+        log_above(bar, line)
 
 
 def save_images(images: Tensor, path: Path) -> None:
@@ -274,11 +296,3 @@ def save_images(images: Tensor, path: Path) -> None:
     from torchvision.utils import save_image
 
     save_image(images, path, padding=0, normalize=True)
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values

@@ -1,0 +1,328 @@
+"""Heads on a frozen backbone, compared: linear probes, attention pooling, efficient probing and ML-Decoder.
+
+    python -m benchmarks.probing [FOLDER] [--quick] [--tables digits,pairs,...] [--seeds 3]
+
+The backbone (timm's test_resnet at stride 8) is trained on single digits and then frozen. Heads are trained on its
+cached features of multi-label scenes (`timm_mldecoder.data.digits`). Training, validation and test digits are disjoint.
+
+Every head has its own learning rate: the best of at least four on the validation split, with the first seed. If the
+best is at an end of the range, the range is extended. Scores are mAP on the test split, mean and standard deviation
+over the seeds. Prints Markdown tables; writes `probing.png` and `probing.json` to FOLDER.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_mldecoder.data.digits import SceneOptions, compose_scene, load_split, scenes
+from timm_mldecoder.models.probes import PROBES
+
+BATCH_SIZE = 32
+WEIGHT_DECAY = 0.01
+LEARNING_RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
+LIMITS = (1e-5, 5.0)  # of the extended range
+HEADS = {
+    'mean': PROBES['linear'],
+    'max': PROBES['max'],
+    'logsumexp': PROBES['logsumexp'],
+    'attention_pool': PROBES['attention_pool'],
+    'efficient_probing': PROBES['efficient_probing'],  # 32 queries as in its paper
+    'efficient_probing_8': lambda *sizes: PROBES['efficient_probing'](*sizes, num_queries=8),
+    'ml_decoder': lambda *sizes: PROBES['ml_decoder'](*sizes, dim=128, dim_feedforward=256),  # tokens are 96 wide
+    'ml_decoder_small': PROBES['ml_decoder_small'],
+}
+FINE_TUNED = ('mean', 'attention_pool', 'ml_decoder_small')
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of a table."""
+
+    label: str
+    scene: SceneOptions
+    num_train: int = 1000
+    steps: int = 400
+    fine_tune: bool = False
+
+
+DIGITS = SceneOptions(size=64, sides=(10, 16), max_digits=6, max_classes=4, clutter=8)
+PAIRS = replace(DIGITS, kind='pairs', min_digits=2, max_classes=10, clutter=4)
+MAIN = Setting('digits', DIGITS)
+TABLES: dict[str, tuple[str, list[Setting]]] = {
+    'digits': ('Scenes of digits', [MAIN]),
+    'pairs': ('Pairs of digits: the evidence lies in two places', [Setting('pairs', PAIRS)]),
+    'objects': (
+        'Most digits per scene',
+        [replace(MAIN, label=str(n), scene=replace(DIGITS, max_digits=n)) for n in (2, 6, 10)],
+    ),
+    'clutter': (
+        'Scrambled digits per scene',
+        [replace(MAIN, label=str(n), scene=replace(DIGITS, clutter=n)) for n in (0, 8, 14)],
+    ),
+    'size': (
+        'Side of a digit in pixels, in scenes of 64 pixels',
+        [
+            replace(MAIN, label=f'{low} to {high}', scene=replace(DIGITS, sides=(low, high)))
+            for low, high in ((7, 10), (10, 16), (16, 24))
+        ],
+    ),
+    'images': (
+        'Training images',
+        [replace(MAIN, label=str(n), num_train=n) for n in (100, 300, 1000, 3000)],
+    ),
+    'fine-tuned': (
+        'Frozen, and fine-tuned end to end',
+        [replace(MAIN, label='frozen'), replace(MAIN, label='fine-tuned', steps=150, fine_tune=True)],
+    ),
+}
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, S, S] to float [B, 1, S, S]."""
+    return (images.unsqueeze(1).float() / 255 - 0.5) / 0.5
+
+
+def single_digits(split: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Every digit of a split once, in random order, each of a random size in a random place: uint8 [N, 32, 32]."""
+    options = SceneOptions(size=32, sides=(10, 24), max_digits=1)
+    images, classes = load_split(split)
+    order = rng.permutation(len(images))
+    placed = [compose_scene(images[[i]], classes[[i]], rng, options)[0] for i in order]
+    return torch.from_numpy(np.stack(placed)), torch.from_numpy(classes[order])
+
+
+def train_backbone(epochs: int) -> nn.Module:
+    """Train the backbone on single digits with mean pooling and a linear classifier."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = timm.create_model('test_resnet', in_chans=1, num_classes=10, output_stride=8)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    epoch = [single_digits('train', rng) for _ in range(epochs)]
+    batches = [(x, y) for images, classes in epoch for x, y in zip(images.split(64), classes.split(64), strict=True)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(len(batches), 20), pct_start=0.1)
+    for images, classes in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(normalize(images)), classes, label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    images, classes = single_digits('validation', rng)
+    with torch.no_grad():
+        accuracy = (model(normalize(images)).argmax(dim=1) == classes).float().mean().item()
+    print(f'backbone: {100 * accuracy:.1f} % top-1 on single digits of the validation split\n', flush=True)
+    return model.requires_grad_(False)
+
+
+def tokens(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Images [B, S, S] to tokens [B, N, F]."""
+    return backbone.forward_features(normalize(images)).flatten(2).transpose(1, 2)
+
+
+@dataclass
+class Data:
+    """Inputs (cached tokens, or images) and targets of the three splits."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+
+
+def load(setting: Setting, backbone: nn.Module, num_held_out: int) -> Data:
+    inputs, targets = {}, {}
+    for split, count in (('train', setting.num_train), ('validation', num_held_out), ('test', num_held_out)):
+        images, labels = zip(*scenes(split, count, setting.scene), strict=True)
+        images = torch.from_numpy(np.stack(images))
+        targets[split] = torch.from_numpy(np.stack(labels)).float()
+        with torch.no_grad():
+            cached = images if setting.fine_tune else torch.cat([tokens(backbone, x) for x in images.split(100)])
+        inputs[split] = cached
+    return Data(inputs, targets)
+
+
+class Run:
+    """One head at one learning rate with one seed."""
+
+    def __init__(self, head: Callable, rate: float, seed: int, backbone: nn.Module, setting: Setting) -> None:
+        torch.manual_seed(seed)
+        head = head(backbone.num_features, len(setting.scene.class_names))
+        self.num_parameters = sum(p.numel() for p in head.parameters())
+        self.backbone = copy.deepcopy(backbone).requires_grad_(True) if setting.fine_tune else None
+        self.head = head
+        parameters = [*head.parameters(), *(self.backbone.parameters() if setting.fine_tune else ())]
+        self.optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, total_steps=setting.steps, pct_start=0.1
+        )
+        self.seconds = 0.0
+        self.train(True)
+
+    def train(self, mode: bool) -> None:
+        for module in (self.head, self.backbone):
+            if module is not None:
+                module.train(mode)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs if self.backbone is None else tokens(self.backbone, inputs))
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(self.logits(inputs), targets).backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def score(self, data: Data, split: str) -> float:
+        """mAP in percent."""
+        self.train(False)
+        logits = torch.cat([self.logits(x) for x in data.inputs[split].split(100)])
+        return 100 * average_precision_score(data.targets[split].numpy(), logits.nan_to_num(0).numpy(), average='macro')
+
+
+def train_side_by_side(
+    runs: dict[tuple[str, float], int], data: Data, backbone: nn.Module, setting: Setting, heads: dict[str, Callable]
+) -> dict[tuple[str, float], dict[str, float]]:
+    """Train runs (head and learning rate, and its seed) on the same batches; their scores."""
+    result = {}
+    for seed in sorted(set(runs.values())):
+        several = {key: Run(heads[key[0]], key[1], seed, backbone, setting) for key, s in runs.items() if s == seed}
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(setting.steps):
+            while len(order) < BATCH_SIZE:
+                order = torch.cat([order, torch.randperm(setting.num_train, generator=generator)])
+            batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+            inputs, targets = data.inputs['train'][batch], data.targets['train'][batch]
+            for run in several.values():
+                run.step(inputs, targets)
+        for key, run in several.items():
+            scores = {split: run.score(data, split) for split in ('validation', 'test')}
+            result[key] = {**scores, 'parameters': run.num_parameters, 'seconds': run.seconds}
+    return result
+
+
+def compare(setting: Setting, backbone: nn.Module, heads: dict[str, Callable], seeds: int, num_held_out: int) -> dict:
+    """The score of each head at its best learning rate."""
+    data = load(setting, backbone, num_held_out)
+    scale = 0.25 if setting.fine_tune else 1.0  # a whole network wants smaller rates
+    tried: dict[str, dict[float, dict]] = {name: {} for name in heads}
+    todo = {(name, scale * rate): 0 for name in heads for rate in LEARNING_RATES}
+    while todo:
+        for (name, rate), scores in train_side_by_side(todo, data, backbone, setting, heads).items():
+            tried[name][rate] = scores
+            print(f'{setting.label}: {name} at {rate:.2g}: {scores["validation"]:.1f}', file=sys.stderr, flush=True)
+        todo = {}
+        for name, by_rate in tried.items():
+            best = max(by_rate, key=lambda rate, scores=by_rate: scores[rate]['validation'])
+            further = {min(by_rate): best / 4, max(by_rate): best * 4}.get(best)
+            if further is not None and LIMITS[0] < further < LIMITS[1]:
+                todo[name, further] = 0
+    results = {}
+    for name, by_rate in tried.items():
+        rate = max(by_rate, key=lambda rate, scores=by_rate: scores[rate]['validation'])
+        rows = [by_rate[rate]]
+        for seed in range(1, seeds):
+            rows += train_side_by_side({(name, rate): seed}, data, backbone, setting, heads).values()
+        scores = [row['test'] for row in rows]
+        results[name] = {
+            'mean': statistics.mean(scores),
+            'std': statistics.stdev(scores) if seeds > 1 else 0.0,
+            'rate': rate,
+            'tried': {tried_rate: row['validation'] for tried_rate, row in sorted(by_rate.items())},
+            'parameters': rows[0]['parameters'],
+            'seconds': statistics.mean(row['seconds'] for row in rows),
+        }
+    return results
+
+
+def heads_of(columns: dict[str, dict]) -> list[str]:
+    """The heads that every column of a table has."""
+    first, *others = columns.values()
+    return [head for head in first if all(head in other for other in others)]
+
+
+def print_table(title: str, columns: dict[str, dict]) -> None:
+    first = next(iter(columns.values()))
+    print(f'### {title}\n')
+    print(f'| head | parameters | {" | ".join(columns)} | learning rates |')
+    print('|---|---|' + '---|' * (len(columns) + 1))
+    for name in heads_of(columns):
+        cells = [f'{column[name]["mean"]:.1f} ± {column[name]["std"]:.1f}' for column in columns.values()]
+        rates = ', '.join(f'{column[name]["rate"]:.2g}' for column in columns.values())
+        print(f'| {name} | {first[name]["parameters"]:,} | {" | ".join(cells)} | {rates} |')
+    print(flush=True)
+
+
+def plot(tables: dict[str, dict[str, dict]], path: Path) -> None:
+    """One panel per table: lines over its columns, or bars if it has one column."""
+    figure = Figure(figsize=(4.2 * len(tables), 3.8))
+    panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for axis, (name, columns) in zip(panels, tables.items(), strict=True):
+        for head in heads_of(columns):
+            means, spread = ([column[head][key] for column in columns.values()] for key in ('mean', 'std'))
+            if len(columns) == 1:
+                axis.bar([head], means, yerr=spread, capsize=2)
+            else:
+                axis.errorbar(list(columns), means, yerr=spread, label=head, marker='o', capsize=2)
+        if len(columns) == 1:
+            axis.tick_params(axis='x', labelrotation=90, labelsize=7)
+        else:
+            axis.legend(fontsize=6)
+        axis.set_title(TABLES[name][0], fontsize=8)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel('test mAP')
+    figure.savefig(path, dpi=120, bbox_inches='tight')
+    print(f'plot: {path}')
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path, nargs='?', default=Path('output/probing'), help='for the plot and results')
+    parser.add_argument('--quick', action='store_true', help='two tables, one seed, a few steps: to see that it runs')
+    parser.add_argument('--tables', help=f'of {", ".join(TABLES)}; separated by commas (default: all)')
+    parser.add_argument('--heads', help=f'of {", ".join(HEADS)}; separated by commas (default: all)')
+    parser.add_argument('--seeds', type=int, default=3, help='runs of each head at its best learning rate')
+    options = parser.parse_args(arguments)
+    chosen = options.tables.split(',') if options.tables else ['digits', 'pairs'] if options.quick else list(TABLES)
+    heads = options.heads.split(',') if options.heads else list(HEADS)
+    for names, table in ((chosen, TABLES), (heads, HEADS)):
+        unknown = [name for name in names if name not in table]
+        if unknown:
+            parser.error(f'unknown {", ".join(unknown)}; choose of {", ".join(table)}')
+    seeds, num_held_out = (1, 100) if options.quick else (options.seeds, 600)
+    options.folder.mkdir(parents=True, exist_ok=True)
+
+    backbone = train_backbone(epochs=1 if options.quick else 15)
+    tables, done = {}, {}
+    for name in chosen:
+        title, settings = TABLES[name]
+        tables[name] = {}
+        for setting in settings:
+            if options.quick:
+                setting = replace(setting, num_train=100, steps=20)
+            names = [head for head in heads if not setting.fine_tune or head in FINE_TUNED]
+            key = replace(setting, label='')
+            if key not in done:
+                done[key] = compare(setting, backbone, {head: HEADS[head] for head in names}, seeds, num_held_out)
+            tables[name][setting.label] = done[key]
+            (options.folder / 'probing.json').write_text(json.dumps(tables, indent=2))
+        print_table(title, tables[name])
+    plot(tables, options.folder / 'probing.png')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,156 @@
+"""Imports run in one direction, without circles, and one image goes from disk to logits through few files."""
+
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import ROOT, build, write_data
+from torch import Tensor
+
+from timm_mldecoder.engine.train.loop import train_epoch
+
+PACKAGE = 'timm_mldecoder'
+# What the files of each package may import of ours, beside the package itself.
+ALLOWED = {
+    'head': set(),
+    'losses': set(),
+    'metrics': set(),
+    'models': {'head', 'checkpoints', 'data'},  # files of label embeddings
+    'data': {'head'},  # the checks of label embeddings
+    'checkpoints': {'head', 'models'},
+    'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
+}
+# The rooms of the engine, each of which may import those before it.
+ROOMS = ['flags', 'runtime', 'input', 'checkpoint', 'model', 'eval', 'train', 'predict', 'export', 'probe']
+
+
+def modules() -> dict[str, Path]:
+    """Return the files of the package by module name."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob('*.py')):
+        parts = path.relative_to(ROOT).with_suffix('').parts
+        found['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Return the modules of ours that a file imports, anywhere in it."""
+    found = set()
+    package = name if path.name == '__init__.py' else name.rpartition('.')[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ''
+            if node.level:
+                base = '.'.join([*package.split('.')[: len(package.split('.')) + 1 - node.level], *base.split('.')])
+                base = base.strip('.')
+            for alias in node.names:
+                whole = f'{base}.{alias.name}'
+                found.add(whole if whole in known else base)
+    return {module for module in found if module in known and module != name}
+
+
+@pytest.fixture(scope='module')
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    assert len(known) > 80
+    return {name: imports(name, path, known) for name, path in known.items()}
+
+
+def room(name: str) -> str:
+    """Return the first part below the package: its subpackage, or the module at the root."""
+    return name.split('.')[1] if '.' in name else ''
+
+
+def test_packages_import_only_what_is_below_them(graph):
+    wrong = [
+        f'{name} imports {other}'
+        for name, others in graph.items()
+        for other in others
+        if room(name) in ALLOWED and room(other) != room(name) and room(other) not in ALLOWED[room(name)]
+    ]
+    assert not wrong
+
+
+def test_only_commands_import_the_engine(graph):
+    """Those are the modules at the root that can be started with `python -m`."""
+    users = {name for name, others in graph.items() if any(room(other) == 'engine' for other in others)}
+    outside = {name for name in users if room(name) != 'engine'}
+    assert outside
+    for name in outside:
+        assert name.count('.') == 1 and "__name__ == '__main__'" in modules()[name].read_text(), name
+
+
+def test_rooms_of_the_engine_import_only_those_before_them(graph):
+    rooms = {name: name.split('.')[2] for name in graph if name.startswith(f'{PACKAGE}.engine.')}
+    assert set(rooms.values()) <= set(ROOMS)
+    for name, own in rooms.items():
+        for other in graph[name] & rooms.keys():
+            assert ROOMS.index(rooms[other]) <= ROOMS.index(own), f'{name} imports {other}'
+
+
+def test_there_is_no_circle(graph):
+    """Importing from a package runs its `__init__`, which is part of the graph where it is named."""
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, ' -> '.join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+# images.py, loop.py, attach.py and the files of the head; the aim is at most five
+FILES_OF_AN_IMAGE = 8
+
+
+def is_image(value, depth=0):
+    """Return whether a value is a picture, a batch, or features of one."""
+    if isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim >= 2):
+        return True
+    return depth < 3 and isinstance(value, (tuple, list)) and any(is_image(item, depth + 1) for item in value)
+
+
+def test_one_image_goes_from_disk_to_logits_through_few_files(tmp_path):
+    """Followed by a profiler: the files whose functions take or return it, from the opened file to the logits."""
+    run = build(write_data(tmp_path / 'data'), tmp_path, '--epochs', '1', '--use-ml-decoder-head', '1', '--no-aug')
+    visits = defaultdict(set)
+    logits = []
+
+    def follow(frame, event, argument):
+        if event not in ('call', 'return') or logits:
+            return
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if PACKAGE not in file.parts or str(ROOT) not in code.co_filename:
+            return
+        if event == 'return':
+            values = [argument]
+        else:
+            values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+        if any(is_image(value) for value in values) and (visits or file.name == 'images.py'):
+            visits[str(file.relative_to(ROOT / PACKAGE))].add(code.co_name)
+
+    run.state.task.get_eval_model().register_forward_hook(lambda *_: logits.append(True))
+    previous = sys.getprofile()
+    sys.setprofile(follow)
+    try:
+        train_epoch(run)
+    finally:
+        sys.setprofile(previous)
+    run.close()
+    print({file: sorted(functions) for file, functions in visits.items()})
+    assert {'engine/input/images.py', 'engine/train/loop.py', 'models/attach.py'} <= visits.keys()
+    assert len(visits) <= FILES_OF_AN_IMAGE, sorted(visits)

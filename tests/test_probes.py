@@ -1,0 +1,134 @@
+"""Heads for frozen backbones: each against its formula."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.models.probes import PROBES, SMALL_ML_DECODER, EfficientProbe
+
+F, C = 32, 5
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randn(6, 9, F, dtype=torch.float64)
+
+
+@pytest.mark.parametrize('name', PROBES)
+def test_every_probe_maps_tokens_to_logits_and_trains_all_its_parameters(name, tokens):
+    probe = PROBES[name](F, C).double()
+    logits = probe(tokens, tokens[:, 0])
+    assert logits.shape == (6, C)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in probe.parameters())
+    if name != 'class_token':
+        torch.testing.assert_close(probe.eval()(tokens), probe(tokens, tokens[:, 1]), msg='the class token is not used')
+
+
+@pytest.mark.parametrize('name, pool', [
+    ('linear', lambda tokens, class_token: tokens.mean(1)),
+    ('max', lambda tokens, class_token: tokens.max(1).values),
+    ('class_token', lambda tokens, class_token: class_token),
+])  # fmt: skip
+def test_linear_probes_are_batchnorm_and_linear_on_what_is_pooled(name, pool, tokens):
+    probe, class_token = PROBES[name](F, C).double(), torch.randn(6, F, dtype=torch.float64)
+    pooled = pool(tokens, class_token)
+    normalized = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = normalized @ probe.fc.weight.T + probe.fc.bias
+    torch.testing.assert_close(probe(tokens, class_token), expected)
+
+
+def test_logsumexp_is_the_log_of_the_mean_of_exponentials_of_token_logits(tokens):
+    probe = PROBES['logsumexp'](F, C).double().eval()
+    logits = tokens / (1 + 1e-5) ** 0.5 @ probe.fc.weight.T + probe.fc.bias
+    torch.testing.assert_close(probe(tokens), logits.exp().mean(1).log())
+
+
+def test_efficient_probing_averages_one_slice_of_the_values_per_query(tokens):
+    probe = EfficientProbe(F, C, num_queries=4, dim=8).double().eval()
+    nn.init.normal_(probe.queries)
+    pooled = torch.zeros(6, 8, dtype=torch.float64)
+    for b, image in enumerate(tokens):
+        for m, query in enumerate(probe.queries):
+            weights = torch.softmax(image @ query / F**0.5, dim=0)
+            pooled[b, 2 * m : 2 * m + 2] = weights @ (image @ probe.value.weight[2 * m : 2 * m + 2].T)
+    expected = pooled / (1 + 1e-5) ** 0.5 @ probe.fc.weight.T + probe.fc.bias
+    torch.testing.assert_close(probe(tokens), expected)
+    with pytest.raises(ValueError, match='divide.*8.*3'):
+        EfficientProbe(F, C, num_queries=3, dim=8)
+
+
+def test_weights_of_ml_decoder_probes_are_those_of_a_model_with_the_head(tokens):
+    options = dict(SMALL_ML_DECODER, learnable_queries=True, decoder_embedding=64)
+    model = timm.create_model('test_vit', num_classes=C, ml_decoder=options)
+    probe = PROBES['ml_decoder_small'](model.num_features, C)
+    model.get_classifier().load_state_dict(probe.state_dict())
+    head = MLDecoder(
+        C, decoder_embedding=F, initial_num_features=F, **SMALL_ML_DECODER, learnable_queries=True
+    ).double()
+    probe = PROBES['ml_decoder_small'](F, C).double()
+    head.load_state_dict(probe.state_dict())
+    assert torch.equal(head(tokens), probe(tokens))
+
+
+@pytest.mark.parametrize('num_features, num_classes', [(384, 80), (96, 10), (768, 1000)])
+def test_probes_have_the_documented_number_of_parameters(num_features, num_classes):
+    width, K, D = num_features, min(num_classes, 100), min(num_features, 256)
+    classifier = width * num_classes + num_classes
+    group_fc = K * D * -(-num_classes // K) + num_classes
+    expected = {
+        **dict.fromkeys(('linear', 'max', 'class_token', 'logsumexp'), 2 * width + classifier),
+        'attention_pool': 12 * width**2 + 10 * width + classifier,
+        'efficient_probing': width**2 + 34 * width + classifier,
+        'ml_decoder_small': D * width + 5 * D + K * D + group_fc,
+    }
+    for name, count in expected.items():
+        assert sum(p.numel() for p in PROBES[name](num_features, num_classes).parameters()) == count, name
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_per_head_and_writes_plot_and_results(tmp_path, capsys):
+    from benchmarks.probing import LEARNING_RATES, main
+
+    main([str(tmp_path), '--quick', '--tables', 'digits,objects', '--heads', 'mean,ml_decoder_small'])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('| mean', '| ml_decoder_small'))]
+    assert len(rows) == 4
+    results = json.loads((tmp_path / 'probing.json').read_text())
+    assert list(results) == ['digits', 'objects'] and list(results['objects']) == ['2', '6', '10']
+    for column in (*results['digits'].values(), *results['objects'].values()):
+        for head in column.values():
+            tried = {float(rate): score for rate, score in head['tried'].items()}
+            assert len(tried) >= len(LEARNING_RATES)
+            assert tried[head['rate']] == max(tried.values())
+            assert 0 <= head['mean'] <= 100
+    assert (tmp_path / 'probing.png').stat().st_size
+
+
+@pytest.mark.parametrize('name', PROBES)
+def test_defaults_fit_widths_that_are_no_power_of_two(name):
+    tokens = torch.randn(2, 4, 90)
+    assert PROBES[name](90, C)(tokens, tokens[:, 0]).shape == (2, C)
+
+
+def test_the_small_ml_decoder_takes_text_queries():
+    embeddings = torch.randn(C, 7)
+    probe = PROBES['ml_decoder_small'](F, C, word_embeddings=embeddings).eval()
+    logits = probe(torch.randn(2, 4, F))
+    probe.set_word_embeddings(embeddings[:3])
+    assert logits.shape == (2, C) and probe(torch.randn(2, 4, F)).shape == (2, 3)
+
+
+def test_wrong_pooling_is_named(tokens):
+    with pytest.raises(ValueError, match="'mean'|mean.*'sum'"):
+        PROBES['linear'](F, C, pool='sum')
+    with pytest.raises(ValueError, match='class_token'):
+        PROBES['class_token'](F, C)(tokens)

@@ -1,0 +1,116 @@
+"""Folders that timm loads with `local-dir:`, and the hub with `hf-hub:`: weights, configuration, model card.
+
+What timm's `config.json` has no place for, such as the task and the tuned thresholds, is kept in it under one key more.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models import save_for_hf
+from timm.models._hub import load_cfg_from_json
+from torch import nn
+
+SETTINGS = 'timm_mldecoder'
+
+
+def save_folder(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    task: str = 'classification',
+    thresholds: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a model as a folder, with a model card, and return the folder.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers' `TimmWrapperForImageClassification` load
+    it; `huggingface_hub.upload_folder` publishes it.
+
+    Args:
+        model: timm model, with any classifier of this package or its own.
+        folder: New or empty folder.
+        class_names: Name of each output.
+        data_config: timm's data configuration of evaluation images.
+        task: 'classification' or 'multilabel'.
+        thresholds: Tuned probability per class name, for the multi-label task.
+        facts: Further lines of the model card, such as metrics and the training command, by title.
+
+    Raises:
+        ValueError: If the folder is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{folder} is not an empty folder: choose another one')
+    settings = {'task': task, **({'thresholds': dict(thresholds)} if thresholds else {})}
+    config = {'label_names': list(class_names) if class_names else None, SETTINGS: settings}
+    save_for_hf(model, folder, model_config=config, data_config=dict(data_config or {}), safe_serialization=True)
+    # timm writes num_classes twice, which transformers refuses; the number of the weights is in pretrained_cfg
+    path = folder / 'config.json'
+    content = json.loads(path.read_text())
+    content.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(content, indent=2))
+    card = model_card(content, folder.name, class_names, facts or {})
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    return folder
+
+
+def folder_settings(model: str) -> dict[str, Any]:
+    """Return the task and thresholds of a model name, empty if it is not a folder of this package.
+
+    Args:
+        model: Name as `timm.create_model` takes it; `local-dir:` and `hf-hub:` names may have settings.
+    """
+    scheme, _, place = model.partition(':')
+    if scheme == 'local-dir' and (Path(place) / 'config.json').is_file():
+        return load_cfg_from_json(Path(place) / 'config.json').get(SETTINGS, {})
+    if scheme in ('hf-hub', 'hf_hub'):
+        from timm.models._hub import download_from_hf
+
+        return load_cfg_from_json(download_from_hf(place, 'config.json')).get(SETTINGS, {})
+    return {}
+
+
+def model_card(
+    config: Mapping[str, Any], name: str, class_names: Sequence[str] | None, facts: Mapping[str, Any]
+) -> str:
+    """Return the README of a model folder: metadata for the hub, what the model is, and how to load it."""
+    task = config[SETTINGS]['task']
+    head = 'ml_decoder' in config.get('model_args', {})
+    size = ' x '.join(map(str, config['pretrained_cfg'].get('input_size', ())))
+    tags = ['image-classification', 'timm', 'transformers', *(['ml-decoder'] if head else [])]
+    names = ', '.join(map(str, (class_names or [])[:20])) + (', ...' if len(class_names or []) > 20 else '')
+    lines = [
+        '---',
+        'tags:',
+        *(f'- {tag}' for tag in tags),
+        'pipeline_tag: image-classification',
+        'library_name: timm',
+        '---',
+        f'# {name}',
+        '',
+        f'{config["architecture"]} with {"an ML-Decoder head (arXiv 2111.12933)" if head else "its own classifier"}, '
+        f'{config["num_classes"]} classes, {"multi-label" if task == "multilabel" else "single-label"}, input {size}.',
+        '',
+        *([f'Classes: {names}', ''] if names else []),
+        *(line for title, text in facts.items() for line in (f'## {title}', '', str(text), '')),
+        '## How to load it',
+        '',
+        '```bash',
+        'pip install timm-mldecoder',
+        '```',
+        '',
+        '```python',
+        'import timm, torch',
+        'from PIL import Image',
+        '',
+        "model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()  # or hf-hub:OWNER/NAME",
+        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
+        "image = transform(Image.open('image.jpg').convert('RGB'))[None]",
+        f'scores = model(image).{"sigmoid()" if task == "multilabel" else "softmax(dim=1)"}',
+        '```',
+    ]
+    return '\n'.join(lines) + '\n'

@@ -1,0 +1,220 @@
+"""Statistics of a dataset: what to look at before training, and how often classes occur together."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from timm_mldecoder.data.annotations import IGNORED, POSITIVE, Annotations, MultiLabelDataset
+
+SHOWN = 5  # names per log line
+
+
+def class_to_index(dataset: Any) -> dict[str, int] | None:
+    """Index of each class by name, sorted by index; None if the dataset does not know its classes.
+
+    Known for multi-label datasets of this package, timm's readers (image folders, Hugging Face and TensorFlow datasets
+    with class labels, any with a class map), torchvision's datasets, and WebDataset shards whose `_info.json` has a
+    list `class_names`.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        return {name: index for index, name in enumerate(dataset.class_names)}
+    reader = getattr(dataset, 'reader', None)
+    known = getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    if not known:
+        info = getattr(reader, 'info', None)
+        names = info.get('class_names') if isinstance(info, Mapping) else None
+        known = {name: index for index, name in enumerate(names or ())}
+    return dict(sorted(known.items(), key=lambda item: item[1])) or None
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a dataset holds.
+
+    Attributes:
+        images: Number of images; None for streaming datasets that do not report it.
+        class_names: Name of each class; None if unknown.
+        positives: Number of images that show each class, [C]; None if the targets cannot be read without the images.
+        ignored_share: Share of (image, class) pairs without a target, in [0, 1].
+        duplicates: Files that are listed more than once; None if the images are not files.
+    """
+
+    images: int | None
+    class_names: list[str] | None = None
+    positives: np.ndarray | None = field(default=None, compare=False)
+    ignored_share: float = 0.0
+    duplicates: list[str] | None = None
+
+    @property
+    def never_positive(self) -> list[str]:
+        """Names, or indices if there are no names, of the classes that no image shows."""
+        absent = [] if self.positives is None else np.flatnonzero(self.positives == 0).tolist()
+        return [self.class_names[index] if self.class_names else str(index) for index in absent]
+
+    @property
+    def positives_per_class(self) -> tuple[int, float, int] | None:
+        """Fewest, median and most images that show a class."""
+        if self.positives is None or not len(self.positives):
+            return None
+        counts = self.positives.tolist()
+        return min(counts), median(counts), max(counts)
+
+    def log_lines(self, split: str) -> list[str]:
+        """What to log before training; each line begins with the name of the split."""
+        known = self.class_names if self.class_names is not None else self.positives
+        lines = [f'{_count(self.images)} images, {_count(None if known is None else len(known))} classes']
+        if self.positives_per_class:
+            fewest, middle, most = self.positives_per_class
+            lines[0] += f', images per class: {fewest:,} to {most:,}, median {middle:,.0f}'
+        if self.ignored_share:
+            lines.append(f'{self.ignored_share:.1%} of the labels are not annotated and ignored')
+        if self.never_positive:
+            lines.append(f'{len(self.never_positive):,} classes have no image: {_list(self.never_positive)}')
+        if self.duplicates:
+            lines.append(f'{len(self.duplicates):,} files are listed more than once: {_list(self.duplicates)}')
+        return [f'{split}: {line}' for line in lines]
+
+
+def summarize(dataset: Any) -> DatasetSummary:
+    """Summary of a dataset of this package, of timm or of torchvision; no image is read."""
+    classes = class_to_index(dataset)
+    names = list(classes) if classes else None
+    if isinstance(dataset, MultiLabelDataset):
+        annotations = dataset.annotations
+        _, label, value = annotations.entries()
+        listed, total = len(label), len(annotations) * len(annotations.class_names)
+        ignored = int((value == IGNORED).sum()) + (total - listed if annotations.unlisted == IGNORED else 0)
+        positives = np.bincount(label[value == POSITIVE], minlength=len(annotations.class_names))
+        share = ignored / total if total else 0.0
+        return DatasetSummary(len(annotations), names, positives, share, _duplicates(_paths(dataset)))
+    targets = class_indices(dataset)
+    if targets is not None:
+        targets = np.bincount(targets, minlength=len(names or ()))
+    paths = _paths(dataset)
+    return DatasetSummary(_length(dataset), names, targets, 0.0, None if paths is None else _duplicates(paths))
+
+
+def overlap(train: Any, validation: Any) -> list[str]:
+    """Files that both splits hold; empty if either does not consist of files."""
+    paths = [_paths(dataset) for dataset in (train, validation)]
+    if any(part is None for part in paths):
+        return []
+    roots = [os.path.realpath(getattr(dataset, 'root', '') or '') for dataset in (train, validation)]
+    if roots[0] != roots[1]:
+        paths = [
+            np.array([os.path.join(os.fsencode(root), path) for path in part.tolist()], dtype=np.bytes_)
+            for root, part in zip(roots, paths, strict=True)
+        ]
+    shared = np.intersect1d(*(_hash(part) for part in _same_width(*paths)))
+    found = [part[np.isin(_hash(wide), shared)] for part, wide in zip(paths, _same_width(*paths), strict=True)]
+    return [os.fsdecode(path) for path in np.intersect1d(*found).tolist()]
+
+
+def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instances') -> tuple[np.ndarray, list[str]]:
+    """How often classes occur together: M[i, j] = (images that show i and j) / (occurrences of i), M[i, i] = 0.
+
+    The published label graphs of VOC and COCO (arXiv 2209.06585) divide by objects, those of ML-GCN (arXiv 1904.03582)
+    by images.
+
+    Args:
+        source: Training split; for 'instances' created with `instances=True`.
+        counts: What an occurrence is: an object ('instances') or an image ('images').
+
+    Returns:
+        M, float64 [C, C], before thresholding; the row of a class without occurrences is 0. And the class names.
+
+    Raises:
+        ValueError: If `counts` is unknown, or the dataset has no objects.
+    """
+    annotations = source.annotations if isinstance(source, MultiLabelDataset) else source
+    if counts not in ('instances', 'images'):
+        raise ValueError(f"counts must be 'instances' or 'images', got {counts!r}")
+    if counts == 'instances' and annotations.instances is None:
+        raise ValueError("the dataset has no number of objects per image: use counts='images'")
+    image, label, value = annotations.entries()
+    shown = value == POSITIVE
+    image, label = image[shown], label[shown].astype(np.int64)
+    num_classes = len(annotations.class_names)
+    weights = annotations.instances[shown] if counts == 'instances' else None
+    occurrences = np.bincount(label, weights, minlength=num_classes)
+
+    together = np.zeros((num_classes, num_classes))
+    chunk = max(1, (1 << 24) // max(num_classes, 1))  # images at a time: 64 MiB of float32
+    for first in range(0, len(annotations), chunk):
+        part = slice(*np.searchsorted(image, [first, first + chunk]))
+        dense = np.zeros((min(chunk, len(annotations) - first), num_classes), dtype=np.float32)
+        dense[image[part] - first, label[part]] = 1
+        together += dense.T @ dense  # exact: counts of a chunk are below 2 ** 24
+    np.fill_diagonal(together, 0)
+    return together / np.maximum(occurrences, 1)[:, None], annotations.class_names
+
+
+def class_indices(dataset: Any) -> np.ndarray | None:
+    """Return the class index of each sample, [N], without reading an image; None where the dataset does not tell."""
+    samples = _samples(dataset)
+    targets = getattr(dataset, 'targets', None) if samples is None else [sample[1] for sample in samples]
+    if targets is None:
+        return None
+    targets = np.asarray(targets)
+    return targets if targets.ndim == 1 and targets.dtype.kind in 'iu' and targets.min(initial=0) >= 0 else None
+
+
+def _samples(dataset: Any) -> list | None:
+    """(path, class index) of each image: timm's reader, torchvision's image folders, torchvision's Stanford-Cars."""
+    for holder, name in ((getattr(dataset, 'reader', None), 'samples'), (dataset, 'samples'), (dataset, '_samples')):
+        samples = getattr(holder, name, None)
+        if isinstance(samples, (list, tuple)) and samples and isinstance(samples[0][0], (str, os.PathLike)):
+            return list(samples)
+    return None
+
+
+def _paths(dataset: Any) -> np.ndarray | None:
+    if isinstance(dataset, MultiLabelDataset):
+        return dataset.annotations.paths
+    samples = _samples(dataset)
+    return None if samples is None else np.array([os.fsencode(sample[0]) for sample in samples], dtype=np.bytes_)
+
+
+def _duplicates(paths: np.ndarray) -> list[str]:
+    hashes = _hash(paths)
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):
+        return []
+    values, counts = np.unique(paths[np.isin(hashes, repeated)], return_counts=True)
+    return [os.fsdecode(path) for path in values[counts > 1].tolist()]
+
+
+def _hash(paths: np.ndarray) -> np.ndarray:
+    """A 64-bit number per path; sorting numbers is much faster than sorting millions of paths."""
+    width = -(-paths.dtype.itemsize // 8) * 8
+    words = np.ascontiguousarray(paths.astype(f'S{width}')).view(np.uint64).reshape(len(paths), -1)
+    result = np.zeros(len(paths), dtype=np.uint64)
+    for column in words.T:
+        result = (result ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        result ^= result >> np.uint64(29)
+    return result
+
+
+def _same_width(*parts: np.ndarray) -> list[np.ndarray]:
+    width = max(part.dtype.itemsize for part in parts)
+    return [part.astype(f'S{width}') for part in parts]
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _count(number: int | None) -> str:
+    return 'an unknown number of' if number is None else f'{number:,}'
+
+
+def _list(names: list[str]) -> str:
+    return ', '.join(names[:SHOWN]) + (', ...' if len(names) > SHOWN else '')

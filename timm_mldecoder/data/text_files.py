@@ -1,0 +1,79 @@
+"""Text files as users write them: UTF-8 with or without a byte order mark, class names in Unicode form NFC."""
+
+import csv
+import logging
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_logger = logging.getLogger(__name__)
+
+
+def normalize_name(name: str) -> str:
+    """A class name without surrounding blanks, in NFC, so that both ways to encode an accent are one class."""
+    return unicodedata.normalize('NFC', name.strip())
+
+
+def read_text(path: Path) -> str:
+    """Content of a text file.
+
+    Raises:
+        ValueError: If the file is not UTF-8 (naming file and line).
+    """
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of every row of a CSV file; blank lines are left out.
+
+    Raises:
+        ValueError: If the file is not UTF-8 or not CSV (naming file and line).
+    """
+    with path.open(newline='', encoding='utf-8-sig') as file:
+        reader = csv.reader(file)
+        try:
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+        except csv.Error as error:
+            raise ValueError(f'{path}, line {reader.line_num}: {error}') from error
+
+
+def read_names(path: Path) -> list[str]:
+    """Distinct names of a text file, one per line.
+
+    Raises:
+        ValueError: If a name is repeated, or there is none.
+    """
+    names = [normalize_name(line) for line in read_text(path).splitlines() if line.strip()]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not names:
+        raise ValueError(f'{path}: expected one distinct name per line, got {len(names)} lines, repeated: {repeated}')
+    return names
+
+
+def warn_about_case(class_names: Sequence[str], source: Path) -> None:
+    """Log a warning about classes whose names differ only in case: most often one class, spelled in two ways."""
+    spellings = defaultdict(list)
+    for name in class_names:
+        spellings[name.casefold()].append(name)
+    similar = [' / '.join(names) for names in spellings.values() if len(names) > 1]
+    if similar:
+        _logger.warning(f'{source}: classes that differ only in case: {", ".join(similar[:5])}')
+
+
+def _not_utf8(path: Path) -> ValueError:
+    with path.open('rb') as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode('utf-8')
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                return ValueError(f'{path}, line {number}: byte {byte:#04x} is not UTF-8; save the file as UTF-8')
+    return ValueError(f'{path}: not UTF-8; save the file as UTF-8')

@@ -1,0 +1,369 @@
+"""The model that the options of either script describe, with the weights that they name."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import set_fast_norm
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.checkpoints.published import convert_state_dict
+from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.data.label_graph import read_label_graph
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.flags import Options, validate_options
+from timm_mldecoder.engine.flags import inherit as inherit_flags
+from timm_mldecoder.engine.flags.checks import check_task
+from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_channels, read_classes
+from timm_mldecoder.engine.runtime.errors import one_line
+from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classifier
+
+_logger = logging.getLogger(__name__)
+
+HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
+
+
+def create_model(
+    options: Options,
+    *,
+    words: Mapping[str, Any] | None = None,
+    pretrained: bool,
+    fresh_head: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Create the model with the classifier that the options request.
+
+    Args:
+        options: Options of either script.
+        words: Options of `MLDecoder` for text queries, if the head has any.
+        pretrained: Whether to load pretrained weights.
+        fresh_head: Whether to leave stored weights of an ML-Decoder head out.
+        **settings: Further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: If the model does not take the options.
+    """
+    if options.fast_norm:
+        set_fast_norm()
+    head: dict[str, Any] = {}
+    if options.use_ml_decoder_head:
+        sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
+        # sizes that were not given leave those of a stored head alone
+        sizes = {name: size for name, size in sizes.items() if size != HEAD_DEFAULTS[name] or name in options.given}
+        fresh = {'fresh_head': True} if fresh_head else {}
+        head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs, **fresh}}
+    elif 'use_ml_decoder_head' in options.given:
+        head = {'ml_decoder': False}  # also where the stored model has one
+    with refuse(options):
+        model = timm.create_model(
+            options.model,
+            pretrained=pretrained,
+            num_classes=options.num_classes,
+            in_chans=image_channels(options),
+            global_pool=None if options.use_ml_decoder_head else options.gp,
+            **head,
+            **options.model_kwargs,
+            **settings,
+        )
+        if options.cosine_classifier and not options.graph:
+            add_cosine_classifier(model, options.cosine_classifier)
+    return model
+
+
+def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
+    """Create the model to train, with the label embeddings of the training classes and the weights to start from.
+
+    Raises:
+        ValueError: If the options do not fit the model, the classes, or a file of weights.
+    """
+    overlay = {}
+    if options.pretrained_path:  # num_classes -1: adapt the head, whatever the file holds
+        overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
+    model = create_model(
+        options,
+        words=_training_words(options, dataset),
+        pretrained=options.pretrained,
+        fresh_head=options.fresh_head,
+        drop_rate=options.drop,
+        drop_path_rate=options.drop_path,
+        drop_block_rate=options.drop_block,
+        bn_momentum=options.bn_momentum,
+        bn_eps=options.bn_eps,
+        **overlay,
+    )
+    with refuse(options):
+        if options.graph:
+            names = class_names_of(dataset)
+            adjacency, _ = read_label_graph(options.graph, names)
+            words, _ = read_word_embeddings(options.word_embeddings, names)
+            add_graph_classifier(model, adjacency, words, **_graph_settings(options))
+        if options.initial_checkpoint:
+            load_checkpoint(model, options.initial_checkpoint)
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+    if not (options.cosine_classifier or options.graph):
+        _scale_head(model, options.head_init_scale, options.head_init_bias)
+    _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count_parameters(model)}')
+    return model
+
+
+def _graph_settings(options: Options) -> dict[str, Any]:
+    """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
+    if not options.cosine_classifier:
+        return dict(layer=options.graph_layer, classifier='linear')
+    return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
+
+
+def _training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
+    """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
+    if not has_text_queries(options):
+        if options.class_split and options.score_classes != 'seen':
+            raise ValueError(
+                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
+                '--use-ml-decoder-head 1, or --score-classes seen'
+            )
+        return {}
+    classes = read_classes(options.word_embeddings, dataset)
+    return dict(
+        word_embeddings=classes.embeddings,
+        class_names=classes.names,
+        random_queries=options.random_queries,
+        query_noise=options.query_noise,
+    )
+
+
+class Trained(NamedTuple):
+    """A model with weights, and what they bring along.
+
+    Attributes:
+        model: The model, on the CPU.
+        options: Options that built it: those of the checkpoint, but for the ones that the user gave.
+        data_config: timm's data configuration, as far as a checkpoint holds it.
+        content: What the checkpoint holds; without one, task and thresholds of a model folder.
+    """
+
+    model: nn.Module
+    options: Options
+    data_config: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Class names in the order of the outputs, if they are known."""
+        head = self.model.get_classifier()
+        own = head.class_names if isinstance(head, MLDecoder) else None
+        return own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
+
+
+def load_model(options: Options) -> Trained:
+    """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
+
+    Options that the user gave (`options.given`) win over those of the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint does not load, or does not fit the options.
+    """
+    if not options.checkpoint:
+        settings = folder_settings(options.model)
+        if 'task' in settings and 'task' not in options.given:
+            options = options.replace(task=settings['task'])
+            check_task(options)
+        return Trained(create_model(options, pretrained=True), options, {}, settings)
+    content = read_checkpoint(options.checkpoint)
+    config: dict[str, Any] = {}
+    if RUN in content:
+        options, config = inherit(options, content)
+    else:
+        check_task(options)
+    try:
+        weights = weights_of(content, options.use_ema)
+    except ValueError as error:
+        raise ValueError(f'--checkpoint {options.checkpoint}: {error}') from error
+    stored = _stored_embeddings(weights)
+    if stored is not None and options.num_classes is None:
+        options = options.replace(num_classes=len(stored))  # as trained: they decide how many classes a query has
+    model = create_model(options, words=_stored_words(options, weights), pretrained=False)
+    if options.graph:
+        words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
+        sizes = dict(num_classes=words.shape[0], width=words.shape[1])
+        empty_graph_classifier(model, **sizes, **_graph_settings(options))
+    if options.use_ml_decoder_head and RUN not in content:
+        weights = convert_state_dict(weights, model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # torch names every key that does not fit
+        raise ValueError(f'--checkpoint {options.checkpoint} holds another model: {one_line(error, 300)}') from error
+    return Trained(model, options, config, content)
+
+
+def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None = None) -> Trained:
+    """Load a checkpoint of train.py as it was trained: the entry for other programs.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        device: Name of the device to put the model on.
+        use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint.
+    """
+    trained = load_model(validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema))
+    if RUN not in trained.content:
+        raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
+    trained.model.eval().to(device)
+    config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
+    for name in ('mean', 'std'):
+        if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
+            config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
+    return trained._replace(data_config=config)
+
+
+def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """Take over how a checkpoint of train.py was built and evaluated, except for what the user gave.
+
+    Returns:
+        The options, and the data configuration.
+    """
+    updated = inherit_flags(options, vars(content['args']))
+    given = {'input_size' if name == 'img_size' else name for name in options.given}
+    config = {name: value for name, value in content[RUN]['data_config'].items() if name not in given}
+    if options.use_ema is None:
+        updated = updated.replace(use_ema=ranked_by_ema(content))
+    before, after = options.to_dict(), updated.to_dict()
+    taken = {name: value for name, value in after.items() if value != before[name]}
+    shown = ', '.join(f'{name} {value}' for name, value in {**taken, **config}.items())
+    _logger.info(f'Evaluated as trained, except for flags given here: {shown}')
+    return updated, config
+
+
+def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
+    stored = _stored_embeddings(weights)
+    if stored is not None:
+        return dict(word_embeddings=stored.shape[1])
+    if options.word_embeddings:
+        return dict(word_embeddings=read_word_embeddings(options.word_embeddings)[0].shape[1])
+    return {}
+
+
+def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
+    """Return the label embeddings [C, E] of a head in a state dict, None if it has none."""
+    return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
+
+
+def has_text_queries(options: Options) -> bool:
+    """Return whether the options request a head with text queries."""
+    return bool(options.use_ml_decoder_head and options.word_embeddings)
+
+
+def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
+    """Set the classes of a model with text queries: by a file of label embeddings, else by its own names.
+
+    Args:
+        model: The model; one without text queries is left as it is.
+        names: Names of the classes in order; None takes all of the file.
+        word_embeddings: File of label embeddings; empty picks among the model's own.
+
+    Raises:
+        ValueError: If a class has no embedding.
+    """
+    head = model.get_classifier()
+    if not isinstance(head, MLDecoder) or head.vocabulary is None:
+        return
+    if word_embeddings:
+        head.set_word_embeddings(*read_word_embeddings(word_embeddings, names))
+    elif head.class_names and names:
+        row = {name: index for index, name in enumerate(head.class_names)}
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise ValueError(f'the model has no embedding of {", ".join(missing)}: pass --word-embeddings')
+        head.set_word_embeddings(head.vocabulary.embeddings[[row[name] for name in names]], names)
+
+
+def class_names_of(dataset: Dataset) -> list[str] | None:
+    """Return the class names of a dataset in order, None if it does not report them."""
+    classes = class_to_index(dataset)
+    return list(classes) if classes else None
+
+
+@contextmanager
+def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
+    """Give a model with text queries other classes for a while; None leaves it as it is.
+
+    Raises:
+        ValueError: If its head has learned parts that do not fit so many classes.
+    """
+    if classes is None:
+        yield
+        return
+    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
+    # the very tensors are restored: DistributedDataParallel keeps references to them
+    own = dict(head.vocabulary.named_buffers())
+    head.set_word_embeddings(*classes)
+    try:
+        yield
+    finally:
+        for name, tensor in own.items():
+            setattr(head.vocabulary, name, tensor)
+
+
+@contextmanager
+def refuse(options: Options) -> Iterator[None]:
+    """Turn what timm raises while it creates a model that does not take the options into a user's mistake.
+
+    Raises:
+        ValueError: In place of errors about arguments, or about weights that are missing or do not fit.
+    """
+    try:
+        yield
+    except (TypeError, AssertionError) as error:  # an argument that the model does not have, or an invalid value
+        raise ValueError(f'--model {options.model}: {error or type(error).__name__}') from error
+    except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
+        raise _name_file(options, error) from error
+
+
+def _name_file(options: Options, error: Exception) -> Exception:
+    """Return an error that names the user's file of weights, if there is one."""
+    values = options.to_dict()
+    names = [name for name in ('initial_checkpoint', 'pretrained_path') if values.get(name)]
+    files = {f'--{name.replace("_", "-")}': values[name] for name in names}
+    for flag, path in files.items():
+        try:
+            read_checkpoint(path)
+        except ValueError as reason:
+            return ValueError(f'{flag}: {reason}')
+    if files:
+        return ValueError(f'{", ".join(f"{flag} {path}" for flag, path in files.items())}: {one_line(error, 300)}')
+    return ValueError(f'--model {options.model}: {one_line(error, 300)}')
+
+
+@torch.no_grad()
+def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    found = model.get_classifier()
+    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
+        if scale is not None:
+            classifier.weight.mul_(scale)
+            classifier.bias.mul_(scale)
+        if bias is not None:
+            classifier.bias.fill_(bias)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def thresholds_for(content: Mapping[str, Any], names: list[str] | None) -> Tensor | None:
+    """Return the tuned thresholds in a checkpoint for these classes, [C]; None if it has none for some of them."""
+    stored = content.get('thresholds')
+    if not stored or not names or any(name not in stored for name in names):
+        return None
+    return torch.tensor([stored[name] for name in names])

@@ -1,0 +1,184 @@
+"""Where the images of a prediction come from: files, folders, tar shards, lists, and the datasets of this package."""
+
+import csv
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2', '.avif')
+
+
+class Source(Protocol):
+    """Images by number, each with a name that is unique within the source."""
+
+    names: Sequence[str]
+
+    def open(self, index: int) -> BinaryIO: ...
+
+
+class Files:
+    """Image files under a folder; the names are their paths relative to it, with forward slashes."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root = root
+        self.names = np.array([os.fsencode(name) for name in names])  # bytes, which workers share without copies
+
+    def open(self, index: int) -> BinaryIO:
+        return open(self.root / os.fsdecode(self.names[index]), 'rb')
+
+
+class Shards:
+    """Images in tar files, such as WebDataset shards; a name is `shard.tar/member`."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        entries = []
+        for number, path in enumerate(paths):
+            try:
+                with tarfile.open(path, 'r:') as tar:
+                    members = [member for member in tar if member.isfile() and _is_image(member.name)]
+            except (tarfile.TarError, OSError) as error:
+                raise ValueError(f'{path} is not an uncompressed tar file: {error}') from error
+            entries += [(number, member.offset_data, member.size, f'{path.name}/{member.name}') for member in members]
+        self._paths = list(paths)
+        self._places = np.array([entry[:3] for entry in entries], dtype=np.int64).reshape(-1, 3)
+        self.names = np.array([os.fsencode(entry[3]) for entry in entries])
+
+    def open(self, index: int) -> BinaryIO:
+        number, offset, size = self._places[index].tolist()
+        with open(self._paths[number], 'rb') as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+class SourceDataset(Dataset):
+    """The images of a source, transformed; an unreadable one is an OSError.
+
+    Args:
+        source: The source.
+        transform: Applied to the PIL image.
+        mode: PIL mode of the images.
+    """
+
+    def __init__(self, source: Source, transform: Callable, mode: str = 'RGB') -> None:
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.read(index)), index
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image in the mode of the model.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        try:
+            with self.source.open(index) as file, Image.open(file) as image:
+                return image.convert(self.mode)
+        except Exception as error:  # damaged bytes make PIL's decoders raise anything
+            raise OSError(str(error)) from error
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """Return the name of an image."""
+        return os.fsdecode(self.source.names[index])
+
+
+def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
+    """Open what a path names: an image, a folder of images or of tar files, a tar file, or a CSV or Parquet list.
+
+    Args:
+        path: The path. A list has a column `path` (else its first column counts), relative to the folder of the list.
+        exclude: Folders to leave out, such as the output's. Hidden files and folders are left out too.
+
+    Raises:
+        ValueError: If there is no image, or a list cannot be read.
+    """
+    lists = {'.csv': _read_csv, '.parquet': _read_parquet}
+    if path.is_file() and path.suffix.lower() in lists:
+        source = _listed(path, lists[path.suffix.lower()])
+    elif path.is_file():
+        source = Shards([path]) if path.suffix.lower() == '.tar' else Files(path.parent, [path.name])
+    elif path.is_dir():
+        shards = sorted(path.glob('*.tar'))
+        source = Shards(shards) if shards else Files(path, _find_images(path, exclude))
+    else:
+        raise ValueError(f'{path}: no such file or folder')
+    if not len(source.names):
+        raise ValueError(f'{path}: no images found ({", ".join(SUFFIXES)})')
+    return source
+
+
+def dataset_source(dataset: Any, root: Path) -> Source:
+    """Return the images of a dataset, named by their paths relative to its root.
+
+    Raises:
+        ValueError: If the dataset does not keep its images in files.
+    """
+    if not hasattr(dataset, 'filenames'):
+        raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
+    return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not any(part.startswith('.') for part in name.split('/') if part != '.')
+
+
+def _find_images(root: Path, exclude: Sequence[Path]) -> list[str]:
+    left_out = {folder.resolve() for folder in exclude}
+    names = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        folders[:] = [name for name in folders if name[0] != '.' and (here / name).resolve() not in left_out]
+        names += [(here / name).relative_to(root).as_posix() for name in files if _is_image(name)]
+    return sorted(names)
+
+
+def _listed(path: Path, read: Callable[[Path], list[str]]) -> Files:
+    names = read(path)
+    if len(set(names)) < len(names):
+        raise ValueError(f'{path} lists an image twice: every path must be unique')
+    return Files(path.parent, names)
+
+
+def _read_csv(path: Path) -> list[str]:
+    try:
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            rows = [row for row in csv.reader(file) if row]
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 text: {error}') from error
+    if rows and 'path' in rows[0]:
+        column = rows[0].index('path')
+        rows = rows[1:]
+    else:
+        column = 0
+    return [row[column] for row in rows if len(row) > column and row[column]]
+
+
+def _read_parquet(path: Path) -> list[str]:
+    parquet = parquet_module(str(path))
+    table = parquet.read_table(path)
+    return table.column('path' if 'path' in table.column_names else 0).to_pylist()
+
+
+def parquet_module(what: str) -> Any:
+    """Return `pyarrow.parquet`.
+
+    Raises:
+        ValueError: If pyarrow is not installed.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{what} needs pyarrow: pip install 'timm-mldecoder[data]'") from error
+    return parquet

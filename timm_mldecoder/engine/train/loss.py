@@ -1,0 +1,155 @@
+"""The training loss, and timm's task that holds it together with the model."""
+
+import logging
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_mldecoder.data import summarize
+from timm_mldecoder.data.priors import read_priors
+from timm_mldecoder.engine.eval.evaluate import multilabel_evaluator
+from timm_mldecoder.engine.flags import Options, scores_both
+from timm_mldecoder.engine.input.datasets import has_ignored
+from timm_mldecoder.engine.input.loaders import mixes, model_dtype
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
+from timm_mldecoder.metrics import MultiLabelEvaluator
+
+_logger = logging.getLogger(__name__)
+
+# timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
+TIMM_DEFAULTS = {
+    'asl': dict(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_focusing=False, reduction='batchmean'),
+    'bce': dict(reduction='mean'),
+}
+# Options of those losses that only timm's classes have.
+TIMM_ONLY = ('bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'loss_pos_weight', 'loss_class_weight')
+ClassStats = tuple[Tensor, int]  # positives of each class [C], number of samples
+
+
+class MultiLabelTask(MultiLabelClassificationTask):
+    """timm's multi-label task, evaluated with labels to ignore and more metrics.
+
+    Args:
+        num_seen: Number of classes seen in training, the first of those that are scored; None for all.
+    """
+
+    def __init__(self, *args: Any, num_seen: int | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._num_seen = num_seen
+
+    def create_evaluator(self, **options: Any) -> MultiLabelEvaluator:
+        return multilabel_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
+
+
+def create_task(options: Options, model: nn.Module, dataset: Dataset, world: World) -> TrainingTask:
+    """Create timm's task of the model and the loss that the options and the labels request."""
+    loss = create_train_loss(options, dataset)
+    settings: dict[str, Any] = dict(
+        criterion=RandomQueryLoss(loss) if options.random_queries else loss,
+        device=world.device,
+        dtype=model_dtype(options),
+        verbose=world.primary,
+    )
+    if options.task == 'classification':
+        return ClassificationTask(model, **settings)
+    num_seen = len(dataset.class_names) if scores_both(options) else None
+    return MultiLabelTask(model, **settings, threshold=options.multilabel_threshold, num_seen=num_seen)
+
+
+def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
+    """Create the training loss.
+
+    Raises:
+        ValueError: If an option does not go with the loss, or the labels to ignore do not.
+    """
+    try:
+        if options.task == 'multilabel' and _is_own(options, dataset):
+            return _create_own_loss(options, dataset)
+        return _create_timm_loss(options, dataset)
+    except TypeError as error:  # a name in --loss-kwargs that the loss does not have
+        raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def _is_own(options: Options, dataset: Dataset) -> bool:
+    """Return whether a multi-label loss is this package's rather than timm's."""
+    name = options.loss or 'bce'
+    timm_only = [f'--{option.replace("_", "-")}' for option in TIMM_ONLY if options.to_dict()[option]]
+    if has_ignored(dataset):
+        if name not in LOSSES:
+            raise ValueError(f'--loss {name} would learn from labels to ignore: choose from {sorted(LOSSES)}')
+        if mixes(options):
+            raise ValueError(
+                f'--mixup and --cutmix would mix labels to ignore with others; --dataset {options.dataset} has such '
+                'labels'
+            )
+        if timm_only:
+            raise ValueError(f'{", ".join(timm_only)} do not work with --loss {name} and labels to ignore')
+    return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
+
+
+def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
+    name = options.loss or 'bce'
+    settings = {option.removeprefix(f'{name}_'): value for option, value in options.loss_kwargs.items()}
+    if options.class_priors:
+        settings['class_prior'] = read_priors(options.class_priors, dataset.class_names)
+    settings.setdefault('smoothing', 0.0 if mixes(options) else options.smoothing)  # mixup smooths targets itself
+    return create_loss(name, **{**TIMM_DEFAULTS.get(name, {}), **settings})
+
+
+def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
+    multilabel = options.task == 'multilabel'
+    name = options.loss or ('bce' if options.bce_loss or multilabel else 'ce')
+    stats = _class_stats(options, dataset)
+    class_weight = _loss_weight(options, 'class_weight', options.loss_class_weight, stats)
+    pos_weight = _loss_weight(options, 'pos_weight', options.loss_pos_weight, stats)
+    weighted = class_weight is not None or pos_weight is not None
+    if options.bce_loss and not (options.loss or multilabel or options.smoothing or mixes(options) or weighted):
+        _logger.warning('--bce-loss has no effect without smoothing and mixup, as in timm; --loss bce has')
+        return nn.CrossEntropyLoss()
+    if name == 'ce' and class_weight is not None:  # timm's cross-entropies have no weights
+        smoothing = 0.0 if mixes(options) else options.smoothing
+        return nn.CrossEntropyLoss(torch.as_tensor(class_weight), label_smoothing=smoothing, **options.loss_kwargs)
+    settings = dict(
+        loss_type=name,
+        multi_label=multilabel,
+        smoothing=options.smoothing,
+        soft_targets=mixes(options),
+        class_weight=class_weight,
+        pos_weight=pos_weight,
+    )
+    if name == 'bce':
+        settings |= dict(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
+        settings['pos_weight'] = options.bce_pos_weight if pos_weight is None else pos_weight
+    if name == 'poly':
+        settings |= dict(poly_gamma=options.poly_gamma, poly_epsilon=options.poly_epsilon)
+    if name == 'db':
+        if stats is None:
+            raise ValueError(
+                '--loss db needs --class-stats: this dataset does not report its labels without the images'
+            )
+        settings |= dict(class_counts=stats[0], num_samples=stats[1])
+    return create_classification_loss(**{**settings, **options.loss_kwargs})
+
+
+def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
+    """Read the counts of `--class-stats`, or count the labels of the training data."""
+    if not options.class_stats:
+        summary = summarize(dataset)
+        return None if summary.positives is None else (torch.from_numpy(summary.positives).float(), summary.images)
+    try:
+        return load_class_stats(options.class_stats)
+    except (ValueError, TypeError) as error:  # not JSON, or not numbers
+        raise ValueError(f'--class-stats {options.class_stats}: {error}') from error
+
+
+def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
+    try:
+        return resolve_class_weights(value, kind=kind, class_stats=stats, power=options.loss_weight_power)
+    except ValueError as error:
+        raise ValueError(f'--loss-{kind.replace("_", "-")} {value}: {error}') from error

@@ -1,0 +1,82 @@
+"""Class-aware selective loss for partially annotated labels."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_mldecoder.losses.asymmetric import AsymmetricLoss
+
+
+class ClassAwareSelectiveLoss(AsymmetricLoss):
+    """Loss for partial annotation (CSL, arXiv 2110.10955): ASL that also uses unannotated labels.
+
+    Args:
+        mode: 'ignore' ignores unannotated entries; 'negative' treats all of them as negatives, with the exponent
+            `gamma_unann`; 'selective' does the same, except for those that are likely to be positive.
+        gamma_neg: Focusing exponent of annotated negatives.
+        gamma_pos: Focusing exponent of positives.
+        gamma_unann: Focusing exponent of unannotated entries.
+        weight_unann: Weight of unannotated entries.
+        clip: See `AsymmetricLoss`.
+        class_prior: Estimated frequency of each class, [C]; see `timm_mldecoder.data.priors`. Without it, 'selective'
+            uses the likelihood alone.
+        prior_threshold: 'selective' ignores unannotated entries of more frequent classes.
+        likelihood_topk: 'selective' ignores the `likelihood_topk` * B most likely unannotated entries of a batch.
+        smoothing: See `MultiLabelLoss`.
+        reduction: See `MultiLabelLoss`.
+    """
+
+    MODES = ('ignore', 'negative', 'selective')
+
+    def __init__(
+        self,
+        mode: str = 'selective',
+        gamma_neg: float = 1.0,
+        gamma_pos: float = 0.0,
+        gamma_unann: float = 2.0,
+        weight_unann: float = 1.0,
+        clip: float = 0.0,
+        class_prior: Tensor | Sequence[float] | None = None,
+        prior_threshold: float = 0.05,
+        likelihood_topk: int = 5,
+        smoothing: float = 0.0,
+        reduction: str = 'sum',
+    ):
+        super().__init__(gamma_neg, gamma_pos, clip, detach_focusing=True, smoothing=smoothing, reduction=reduction)
+        if mode not in self.MODES:
+            raise ValueError(f'unknown mode {mode!r} for unannotated labels: choose one of {self.MODES}')
+        if class_prior is not None and mode != 'selective':
+            raise ValueError(f"class_prior needs mode 'selective', got mode {mode!r}")
+        if min(gamma_unann, weight_unann, likelihood_topk) < 0:
+            raise ValueError(f'values must be at least 0, got {gamma_unann=}, {weight_unann=}, {likelihood_topk=}')
+        self.mode = mode
+        self.gamma_unann = gamma_unann
+        self.weight_unann = weight_unann
+        self.likelihood_topk = likelihood_topk
+        self.prior_threshold = prior_threshold
+        prior = None if class_prior is None else torch.as_tensor(class_prior, dtype=torch.float32)
+        self.register_buffer('class_prior', prior, persistent=False)
+
+    def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:
+        loss = super().elementwise(logits, target, unannotated)
+        return loss if self.weight_unann == 1 else torch.where(unannotated, self.weight_unann * loss, loss)
+
+    def negative_gamma(self, unannotated: Tensor) -> Tensor:
+        return torch.where(unannotated, self.gamma_unann, self.gamma_neg)
+
+    def left_out(self, logits: Tensor, unannotated: Tensor) -> Tensor:
+        if self.mode == 'ignore':
+            return unannotated
+        left_out = torch.zeros_like(unannotated)
+        if self.mode == 'negative':
+            return left_out
+        if self.class_prior is not None:
+            if self.class_prior.numel() != logits.shape[1]:
+                raise ValueError(f'class_prior has {self.class_prior.numel()} entries for {logits.shape[1]} classes')
+            left_out |= self.class_prior > self.prior_threshold
+        count = min(self.likelihood_topk * logits.shape[0], logits.numel())
+        likeliest = logits.masked_fill(~unannotated, -math.inf).flatten().topk(count).indices
+        left_out.view(-1)[likeliest] = True
+        return left_out & unannotated

@@ -1,0 +1,93 @@
+"""What timm models with a classifier of this package share: a class made on the fly, `save_for_hf`, initialisation."""
+
+import threading
+
+from torch import nn
+
+from timm_mldecoder.models import CLASSIFIER_OPTIONS
+
+_classes: dict[tuple[type, type], type] = {}
+_classes_lock = threading.Lock()  # two threads that extend the same timm class must get the same class
+
+
+class ClassifierModel:
+    """Mixin in front of a timm model's own class; a subclass per kind of classifier.
+
+    The model's forward, tensor names and methods stay its own.
+
+    Attributes:
+        classifier_option: The option of ``timm.create_model`` that builds this classifier.
+    """
+
+    classifier_option: str
+    __jit_unused_properties__ = ('_model_args',)
+
+    @classmethod
+    def class_members(cls, model_class: type) -> dict:
+        """Return the attributes of the class that extends `model_class`."""
+        return {}
+
+    def classifier_options(self):
+        """Return the JSON value of `classifier_option` that builds the classifier again, None without one."""
+        raise NotImplementedError
+
+    @property
+    def _model_args(self) -> dict:
+        """The arguments that ``save_for_hf`` writes, from which ``create_model`` builds this model again."""
+        args, value = self.__dict__.get('_recorded_args', {}), self.classifier_options()
+        return args if value is None else {**args, self.classifier_option: value}
+
+    @_model_args.setter
+    def _model_args(self, args: dict) -> None:
+        # timm records the options as the user gave them: they may hold tensors, and the classifier may change later
+        self._recorded_args = {name: args[name] for name in args if name not in CLASSIFIER_OPTIONS}
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise the tensors of the classifier that transformers found in no checkpoint.
+
+        transformers builds models on the meta device, fills in what a checkpoint holds, and calls this hook on modules
+        with tensors left over, which are uninitialised memory. While it does, the functions of ``torch.nn.init`` leave
+        loaded tensors alone. timm has a hook of the same name without that protection, so all others are ignored.
+        """
+        inherited = getattr(super(), 'init_non_persistent_buffers', None)
+        if inherited is not None:
+            inherited()
+        if nn.init.normal_.__module__.partition('.')[0] == 'transformers' and self.num_classes:
+            self.reset_classifier_tensors()
+
+    def reset_classifier_tensors(self) -> None:
+        """Draw every tensor of the classifier anew, with functions of ``torch.nn.init`` only."""
+        self.get_classifier().reset_parameters()
+
+    def __reduce_ex__(self, protocol):
+        # Copies and pickles cannot find a class made on the fly by its name: they name its parts and make it again.
+        return _empty_instance, type(self).__bases__, self.__dict__
+
+
+def extend_class(mixin: type[ClassifierModel], model_class: type) -> type:
+    """Return the subclass of a timm class that has `mixin` in front; the same for the same arguments."""
+    model_class = timm_class(model_class)
+    with _classes_lock:
+        if (mixin, model_class) not in _classes:
+            members = {'__doc__': model_class.__doc__, '__module__': __name__, **mixin.class_members(model_class)}
+            name = model_class.__name__ + mixin.__name__.removesuffix('Model')
+            _classes[mixin, model_class] = type(name, (mixin, model_class), members)
+        return _classes[mixin, model_class]
+
+
+def change_class(model: nn.Module, mixin: type[ClassifierModel]) -> None:
+    """Make a timm model an instance of `extend_class`; what timm recorded of its construction stays."""
+    args = model._model_args if hasattr(model, '_model_args') else {}
+    model.__dict__.pop('_model_args', None)
+    model.__class__ = extend_class(mixin, type(model))
+    model._model_args = args
+
+
+def timm_class(model_class: type) -> type:
+    """Return the timm class behind one of `extend_class`; any other class as it is."""
+    return model_class.__bases__[1] if issubclass(model_class, ClassifierModel) else model_class
+
+
+def _empty_instance(mixin: type[ClassifierModel], model_class: type) -> nn.Module:
+    cls = extend_class(mixin, model_class)
+    return cls.__new__(cls)
