@@ -25,7 +25,7 @@ ALLOWED = {
     'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
 }
 # The rooms of the engine, each of which may import those before it.
-ROOMS = ['flags', 'runtime', 'input', 'checkpoint', 'model', 'eval', 'train']
+ROOMS = ['flags', 'runtime', 'input', 'checkpoint', 'model', 'eval', 'train', 'predict', 'export', 'probe']
 
 
 def modules() -> dict[str, Path]:
@@ -88,7 +88,7 @@ def test_only_commands_import_the_engine(graph):
 
 def test_rooms_of_the_engine_import_only_those_before_them(graph):
     rooms = {name: name.split('.')[2] for name in graph if name.startswith(f'{PACKAGE}.engine.')}
-    assert set(rooms.values()) == set(ROOMS)
+    assert set(rooms.values()) <= set(ROOMS)
     for name, own in rooms.items():
         for other in graph[name] & rooms.keys():
             assert ROOMS.index(rooms[other]) <= ROOMS.index(own), f'{name} imports {other}'

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,9 @@ def cut(data, tmp_path_factory):
     log = output / 'log'
     launcher = start(RECORD, output / 'part', *flags, '--experiment', 'run', log=log, processes=2)
     wait_for(r'Train: 1 \[ +1/', log, launcher)
-    for rank in (0, 1):
-        os.kill(pid_of_rank(launcher, rank), signal.SIGKILL)
+    for pid in [pid_of_rank(launcher, rank) for rank in (0, 1)]:
+        with suppress(ProcessLookupError):  # the launcher was faster
+            os.kill(pid, signal.SIGKILL)
     assert launcher.wait(PATIENCE) != 0
     wait_until_gone(launcher.pid)  # workers and their server end with their rank
 
@@ -184,6 +186,19 @@ def test_a_run_killed_within_an_epoch_continues_on_other_ranks_with_the_same_ima
     assert not [path.name for path in (tmp_path / 'run').iterdir() if TEMPORARY in path.name or path.name == PENDING]
 
 
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_no_worker_is_left_after_an_error(data, tmp_path, ranks):
+    broken = shutil.copytree(data, tmp_path / 'broken')
+    image = broken / 'train' / 'class_1' / '002.png'
+    image.write_bytes(b'')
+    flags = [broken, *MODEL, '-b', '2', '-j', '2', '--bad-image', 'abort', '--output', tmp_path]
+    log = tmp_path / 'log'
+    process = start('train.py', *flags, log=log, processes=ranks)
+    assert process.wait(PATIENCE) == 1
+    assert f'{image} cannot be read' in log.read_text()
+    wait_until_gone(process.pid)
+
+
 def test_of_two_runs_started_in_one_folder_at_once_one_is_refused(data, tmp_path):
     flags = [data, *MODEL, '--epochs', '2', '--output', tmp_path, '--experiment', 'run']
     logs = [tmp_path / 'first', tmp_path / 'second']
@@ -196,7 +211,7 @@ def test_of_two_runs_started_in_one_folder_at_once_one_is_refused(data, tmp_path
 
 
 @pytest.mark.parametrize('bad', [0, 2])
-def test_metrics_of_two_processes_are_those_of_one(data, tmp_path, capsys, bad):
+def test_metrics_of_two_ranks_are_those_of_one(data, tmp_path, capsys, bad):
     """13 images, or 11 of them: neither is a multiple of two."""
     own = shutil.copytree(data, tmp_path / 'data')
     for name in ('class_0/000.png', 'class_2/001.png'):

@@ -12,7 +12,10 @@ import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train, write_data
 
 from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.data import MultiLabelDataset
+from timm_mldecoder.data.annotations import Annotations
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
+from timm_mldecoder.engine.input.datasets import balanced_weights
 from timm_mldecoder.engine.input.randomness import EpochBatches, EpochStart, Order
 
 
@@ -142,11 +145,11 @@ def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut_and_however_it
                     found = [drawn(loader, epoch, resumed.batch, resumed, until=done) for loader in again]
                     start = again[0].restart(resumed, done)
                 assert len({len(sizes) for _, sizes in found}) == 1, 'ranks wait for each other'
-                assert not pairs or all(number % 2 == 0 for _, sizes in found for number in sizes)
+                assert all(number >= 2 and not (pairs and number % 2) for _, sizes in found for number in sizes)
                 seen += [draw for draws, _ in found for draw in draws]
             assert len(set(seen)) == len(seen) and set(seen) <= set(whole)
             left = len(whole) - len(seen)
-            assert left < max(others, thirds) * (2 if pairs else 1), 'fewer than one for each rank'
+            assert left < 2 * max(others, thirds), 'fewer than two for each rank'
 
 
 def test_draws_depend_on_seed_epoch_and_place_alone():
@@ -159,11 +162,25 @@ def test_draws_depend_on_seed_epoch_and_place_alone():
 
 
 def test_balanced_weights_draw_each_class_equally_often():
-    labels = torch.tensor([0] * 900 + [1] * 100)
-    weights = 1 / labels.bincount()[labels].double()
-    draws, _ = drawn(EpochBatches(order(1000, weights=weights), 10), 0)
-    share = np.mean([labels[draw.index].item() for draw in draws])
+    labels = [0] * 900 + [1] * 100
+    images = type('Images', (list,), {'targets': labels})(labels)
+    draws, _ = drawn(EpochBatches(order(1000, weights=balanced_weights(images)), 10), 0)
+    share = np.mean([labels[draw.index] for draw in draws])
     assert share == pytest.approx(0.5, abs=0.06)  # four standard deviations
+
+    several = Annotations(['a', 'b'], ['0', '1', '2', '3'], [0, 1, 1, 2], [0, 0, 1, 1], [1, 1, 1, 0])
+    assert balanced_weights(MultiLabelDataset(several)).tolist() == [0.5, 1.5, 0.5, 0.5]
+
+
+def test_the_balanced_sampler_is_used(data, tmp_path):
+    few = shutil.copytree(data, tmp_path / 'few')
+    for path in sorted((few / 'train' / 'class_1').iterdir())[1:]:
+        path.unlink()
+    targets = []
+    run = build(few, tmp_path, '--epochs', '8', '--sampler', 'balanced', '--val-split', '')
+    run.state.task.register_forward_pre_hook(lambda _, inputs: targets.extend(inputs[1].tolist()))
+    fit(run)
+    assert targets.count(1) / len(targets) == pytest.approx(1 / 3, abs=0.16)  # four standard deviations; 1/17 otherwise
 
 
 def random_states(content, where=''):

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sqlite3
+import struct
 import sys
 
 import pytest
@@ -45,15 +46,20 @@ def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
 
 
 def wandb_rows(path):
-    """Return the history that wandb recorded offline."""
+    """Return the history that wandb recorded offline: a LevelDB log of protobuf records, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows = DataStore(), []
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
+    content, place, data, rows = path.read_bytes(), 7, b'', []
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # the rest of a block
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from('<IHB', content, place)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind not in (1, 4):  # a whole record, or its last part
+            continue
+        record, data = Record.FromString(data), b''
         if record.WhichOneof('record_type') == 'history':
             items = record.history.item
             rows.append({item.key or '.'.join(item.nested_key): json.loads(item.value_json) for item in items})

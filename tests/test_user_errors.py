@@ -155,7 +155,7 @@ def test_files_that_are_missing_or_wrong(data, tmp_path, line_of, checkpoint):
 def test_files_of_statistics_and_labels_that_are_not(data, tmp_path, line_of):
     (tmp_path / 'stats.json').write_text('nothing')
     assert '--class-stats stats.json: ' in line_of(
-        train_main, data, *MODEL, '--loss', 'bce', '--loss-pos-weight', 'inverse', '--class-stats', 'stats.json'
+        train_main, data, *MODEL, '--loss', 'bce', '--loss-class-weight', 'inv_freq', '--class-stats', 'stats.json'
     )
     assert '--real-labels none.json: no such file' in line_of(validate_main, data, '--real-labels', 'none.json')
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -158,7 +157,7 @@ class TestConvertStateDict:
         [
             ({'fc.weight': torch.zeros(1)}, small_model, 'no ML-Decoder head in the checkpoint'),
             ({'a.group_fc.weight': torch.zeros(1), 'b.group_fc.weight': torch.zeros(1)}, small_model, '2 ML-Decoder'),
-            ({'weights': {'fc.weight': torch.zeros(1)}}, small_model, 'not a state dict: weights'),
+            ({'weights': {'fc.weight': torch.zeros(1)}}, small_model, 'weights is not a tensor'),
             ({'group_fc.weight': torch.zeros(1)}, lambda: nn.Linear(2, 2), 'Linear has 0 ML-Decoder heads'),
         ],
     )
@@ -284,7 +283,7 @@ class TestCommand:
         file = write(tmp_path, {'model': SmallReference().published(), 'arch': 'resnet10t'})
         convert.main([str(file), str(tmp_path / 'folder'), '--input-size', '96', '--mean', '0.5', '0.5', '0.5'])
         stored = json.loads((tmp_path / 'folder' / 'config.json').read_text())
-        assert stored['model_args']['ml_decoder'] == {'num_of_groups': CLASSES}
+        assert stored['model_args']['ml_decoder'] == {'num_of_groups': CLASSES, 'global_pool': 'avg'}
         config = resolve_data_config({}, model=timm.create_model(f'local-dir:{tmp_path / "folder"}'))
         assert config['input_size'] == (3, 96, 96)
         assert tuple(config['mean']) == (0.5, 0.5, 0.5)
@@ -299,24 +298,26 @@ class TestCommand:
     @pytest.mark.parametrize(
         'content, arguments, message',
         [
-            ({}, [], 'the file does not show its backbone: say --model'),
-            ({'arch': 'resnet10t'}, [], 'does not show the size of its images: say --input-size'),
-            ({'arch': 'resnet1'}, ['--input-size', '64'], 'resnet1 is no model of timm'),
+            ({}, [], 'pass --model'),
+            ({'arch': 'resnet10t'}, [], 'pass --input-size'),
+            ({'arch': 'resnet1'}, ['--input-size', '64'], '--model resnet1'),
             ({}, ['--model', 'resnet18', '--input-size', '64'], 'does not fit ResNet'),
         ],
     )
-    def test_refusal_writes_nothing(self, tmp_path, capsys, content, arguments, message):
+    def test_refusal_writes_nothing(self, tmp_path, content, arguments, message):
         file = write(tmp_path, {'model': SmallReference().published(), **content})
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(ValueError, match=message):
             convert.main([str(file), str(tmp_path / 'folder'), *arguments])
-        assert caught.value.code == 2
-        assert message in capsys.readouterr().err
         assert not (tmp_path / 'folder').exists()
 
-    def test_folder_in_use_is_kept(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            convert.main([sys.executable, str(tmp_path.parent)])
-        assert 'choose another one' in capsys.readouterr().err
+    def test_folder_in_use_is_kept(self, tmp_path):
+        folder = tmp_path / 'folder'
+        folder.mkdir()
+        (folder / 'notes.txt').write_text('kept')
+        file = write(tmp_path, {'model': SmallReference().published(), 'arch': 'resnet10t'})
+        with pytest.raises(ValueError, match='notes.txt|not empty|empty folder'):
+            convert.main([str(file), str(folder), '--input-size', '64'])
+        assert [path.name for path in folder.iterdir()] == ['notes.txt']
 
     def test_class_names(self):
         assert convert.class_names({1: 'b', 0: 'a'}, 2) == ['a', 'b']

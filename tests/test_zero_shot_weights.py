@@ -91,7 +91,7 @@ def test_command_writes_a_folder_with_the_classes(tmp_path, x):
     reference = ZeroShotReference().eval()
     torch.save({'state_dict': reference.published()}, tmp_path / 'file.pth')
     command = [str(tmp_path / 'file.pth'), str(tmp_path / 'folder'), '--model', 'resnet10t', '--input-size', '64']
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match='--word-embeddings'):
         convert.main(command)
     names = ['zebra', 'traffic light', 'sky']
     write_word_embeddings(tmp_path / 'words.safetensors', words(3), names)

@@ -91,7 +91,7 @@ def summarize(dataset: Any) -> DatasetSummary:
         positives = np.bincount(label[value == POSITIVE], minlength=len(annotations.class_names))
         share = ignored / total if total else 0.0
         return DatasetSummary(len(annotations), names, positives, share, _duplicates(_paths(dataset)))
-    targets = _targets(dataset)
+    targets = class_indices(dataset)
     if targets is not None:
         targets = np.bincount(targets, minlength=len(names or ()))
     paths = _paths(dataset)
@@ -153,27 +153,8 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
     return together / np.maximum(occurrences, 1)[:, None], annotations.class_names
 
 
-def class_balanced_weights(dataset: Any) -> np.ndarray | None:
-    """Probability of drawing each sample so that all classes are drawn equally often, float64 [N]; None if unknown.
-
-    The weight of a sample is one over the number of images of its class; with several classes, of its rarest.
-    """
-    if isinstance(dataset, MultiLabelDataset):
-        image, label, value = dataset.annotations.entries()
-        image, label = image[value == POSITIVE], label[value == POSITIVE]
-        rarity = 1 / np.maximum(np.bincount(label, minlength=len(dataset.class_names)), 1)
-        weights = np.full(len(dataset), rarity.min() if len(rarity) else 1.0)
-        np.maximum.at(weights, image, rarity[label])
-        return weights / weights.sum()
-    targets = _targets(dataset)
-    if targets is None:
-        return None
-    weights = 1 / np.bincount(targets)[targets]
-    return weights / weights.sum()
-
-
-def _targets(dataset: Any) -> np.ndarray | None:
-    """Class indices of a single-label dataset, [N]."""
+def class_indices(dataset: Any) -> np.ndarray | None:
+    """Return the class index of each sample, [N], without reading an image; None where the dataset does not tell."""
     samples = _samples(dataset)
     targets = getattr(dataset, 'targets', None) if samples is None else [sample[1] for sample in samples]
     if targets is None:

@@ -13,12 +13,14 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
 from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.flags import inherit as inherit_flags
+from timm_mldecoder.engine.flags.checks import check_task
 from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_channels, read_classes
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
@@ -146,7 +148,7 @@ class Trained(NamedTuple):
         model: The model, on the CPU.
         options: Options that built it: those of the checkpoint, but for the ones that the user gave.
         data_config: timm's data configuration, as far as a checkpoint holds it.
-        content: What the checkpoint holds; empty without one.
+        content: What the checkpoint holds; without one, task and thresholds of a model folder.
     """
 
     model: nn.Module
@@ -171,15 +173,24 @@ def load_model(options: Options) -> Trained:
         ValueError: If the checkpoint does not load, or does not fit the options.
     """
     if not options.checkpoint:
-        return Trained(create_model(options, pretrained=True), options, {}, {})
+        settings = folder_settings(options.model)
+        if 'task' in settings and 'task' not in options.given:
+            options = options.replace(task=settings['task'])
+            check_task(options)
+        return Trained(create_model(options, pretrained=True), options, {}, settings)
     content = read_checkpoint(options.checkpoint)
     config: dict[str, Any] = {}
     if RUN in content:
         options, config = inherit(options, content)
+    else:
+        check_task(options)
     try:
         weights = weights_of(content, options.use_ema)
     except ValueError as error:
         raise ValueError(f'--checkpoint {options.checkpoint}: {error}') from error
+    stored = _stored_embeddings(weights)
+    if stored is not None and options.num_classes is None:
+        options = options.replace(num_classes=len(stored))  # as trained: they decide how many classes a query has
     model = create_model(options, words=_stored_words(options, weights), pretrained=False)
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
@@ -210,6 +221,9 @@ def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None =
         raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
+    for name in ('mean', 'std'):
+        if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
+            config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
     return trained._replace(data_config=config)
 
 
@@ -233,12 +247,17 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
 
 def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
-    for name, tensor in weights.items():
-        if name.endswith('vocabulary.embeddings'):
-            return dict(word_embeddings=tensor.shape[1])
+    stored = _stored_embeddings(weights)
+    if stored is not None:
+        return dict(word_embeddings=stored.shape[1])
     if options.word_embeddings:
         return dict(word_embeddings=read_word_embeddings(options.word_embeddings)[0].shape[1])
     return {}
+
+
+def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
+    """Return the label embeddings [C, E] of a head in a state dict, None if it has none."""
+    return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
 
 
 def has_text_queries(options: Options) -> bool:

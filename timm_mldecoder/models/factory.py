@@ -58,9 +58,9 @@ def _parse_graph(value: object) -> dict:
     return dict(value)
 
 
-def _attach_graph(model: nn.Module, num_classes: int, **options) -> nn.Module:
-    if num_classes not in (-1, options['num_classes']):
-        raise ValueError(f'a graph of {options["num_classes"]} classes does not classify {num_classes}')
+def _attach_graph(model: nn.Module, requested: int, /, **options) -> nn.Module:
+    if requested not in (-1, options['num_classes']):
+        raise ValueError(f'a label graph of {options["num_classes"]} classes does not fit num_classes={requested}')
     return empty_graph_classifier(model, **options)
 
 

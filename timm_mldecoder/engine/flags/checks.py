@@ -71,7 +71,7 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
         ValueError: For unsupported flags, values that are not allowed, and options that contradict each other.
     """
     for name, row in rows.items():
-        value = getattr(options, name)
+        value = options[name]
         if not row.supported and value != row.default:
             raise ValueError(f'{options.flag(name)}: {row.help}')
         row.check(value, options.flag(name), options.data_dir)
@@ -89,7 +89,7 @@ def check_task(options: Options) -> None:
     """
     multilabel, single = ('write_thresholds', 'write_class_priors', 'class_report'), ('real_labels', 'metrics_avg')
     for name in single if options.task == 'multilabel' else multilabel:
-        if getattr(options, name):
+        if options[name]:
             task = 'classification' if options.task == 'multilabel' else 'multilabel'
             raise ValueError(f'{options.flag(name)} is for --task {task}, the task is {options.task}')
 
@@ -108,7 +108,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
         yield f'--torchcompile {o.torchcompile}: choose from {", ".join(torch.compiler.list_backends())}'
     channels = o.input_size[0] if o.input_size else o.in_chans or 3
     for name in ('mean', 'std'):
-        values = getattr(o, name)
+        values = o[name]
         if values is not None and len(values) not in (1, channels):
             yield f'--{name} {show(values)}: give one value, or one for each of {channels} channels'
     if o.amp and o.model_dtype not in (None, 'float32'):
@@ -117,7 +117,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
         if _MODEL_ARGUMENTS.get(name, '').lstrip('-').replace('-', '_') in rows:
             yield f'--model-kwargs {name}={o.model_kwargs[name]}: use {_MODEL_ARGUMENTS[name]}'
     for name, (package, remedy) in _PACKAGES.items():
-        if name in rows and getattr(o, name) and importlib.util.find_spec(package) is None:
+        if name in rows and o[name] and importlib.util.find_spec(package) is None:
             yield f'{o.flag(name)} needs the package {package}: {remedy}'
     yield from _problems_of_heads(o)
 
@@ -131,7 +131,7 @@ def _problems_of_heads(o: Options) -> Iterator[str]:
             f'pass --ml-decoder-kwargs classifier=cosine cosine_scale={o.cosine_classifier:g}'
         )
     for name in ('num_of_groups', 'decoder_embedding'):
-        if getattr(o, name) == 0:
+        if o[name] == 0:
             yield f'{o.flag(name)} 0: must be -1 or at least 1'
     if o.graph:
         if o.use_ml_decoder_head:
@@ -210,14 +210,14 @@ def metric_names(options: Options) -> tuple[str, ...]:
 
 def _problems_of_images(o: Options) -> Iterator[str]:
     for name in ('cutmix_minmax', 'scale', 'ratio'):
-        values = getattr(o, name)
+        values = o[name]
         if values is not None and (len(values) != 2 or values[0] > values[1]):
             yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
     sizes = o.train_batch_sizes or [o.batch_size]
     if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
         yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
     for name in ('train_batch_sizes', 'train_size_probs'):
-        values = getattr(o, name)
+        values = o[name]
         if o.train_img_sizes and values and len(values) != len(o.train_img_sizes):
             yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
     if o.train_size_probs and not sum(o.train_size_probs):
@@ -253,7 +253,7 @@ def _problems_of_loss(o: Options) -> Iterator[str]:
     if loss in timm.loss.LOSS_TYPES and loss not in timm.loss.MULTI_LABEL_LOSS_TYPES and o.task == 'multilabel':
         yield f'--loss {loss} needs --task classification'
     for kind, losses in (('pos_weight', ('bce', 'asl')), ('class_weight', ('ce', 'bce', 'asl'))):
-        value, flag = getattr(o, f'loss_{kind}'), o.flag(f'loss_{kind}')
+        value, flag = o[f'loss_{kind}'], o.flag(f'loss_{kind}')
         if not value:
             continue
         if loss not in losses:

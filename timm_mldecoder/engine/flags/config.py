@@ -1,7 +1,9 @@
 """Values of a YAML file or a program, turned into arguments that argparse converts and checks."""
 
 import re
+import sys
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +13,18 @@ from timm_mldecoder.engine.flags.options import closest
 
 _MAX_DEPTH, _MAX_NODES = 20, 10_000
 _FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I)  # YAML 1.1 reads 3e-4 as text
+
+
+# where recipes are: in a clone, and where pip puts them
+RECIPES = (Path(__file__).parents[3] / 'hparams', Path(sys.prefix, 'share', 'timm_mldecoder', 'hparams'))
+
+
+def find_recipe(name: str | None) -> str | None:
+    """Return the file that `--config` names: a path, or a recipe by its name as in `imagenet/resnet50_mldecoder_a2`."""
+    if not name or Path(name).exists():
+        return name
+    relative = Path(name.removeprefix('hparams/')).with_suffix('.yaml')
+    return next((str(folder / relative) for folder in RECIPES if (folder / relative).is_file()), name)
 
 
 def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, list[str]]:

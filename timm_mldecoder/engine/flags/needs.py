@@ -10,7 +10,7 @@ from timm_mldecoder.engine.flags.options import Options
 def given(*names: str) -> Need:
     """Need one of several options to be set."""
     text = ' or '.join(f'--{name.replace("_", "-")}' for name in names)
-    return Need(lambda options: any(getattr(options, name) for name in names), text)
+    return Need(lambda options: any(options[name] for name in names), text)
 
 
 def sched(*names: str) -> Need:

@@ -38,6 +38,9 @@ class Options:
             return self._values[name]
         raise AttributeError(f'there is no option {name!r}')
 
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f'cannot set {name}: options are immutable, use options.replace({name}=...)')
 

@@ -10,7 +10,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
 from timm_mldecoder.engine.flags.checks import check, check_task, scores_both
-from timm_mldecoder.engine.flags.config import as_arguments, read_config
+from timm_mldecoder.engine.flags.config import as_arguments, find_recipe, read_config
 from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.engine.flags.options import Options, closest
 
@@ -125,8 +125,9 @@ def warn_no_effect(options: Options, script: str) -> None:
     """Warn about each flag that the user gave and that has no effect given the other options."""
     if world_info_from_env()[1] != 0:  # rank
         return
+    values = options.to_dict()
     for name, row in flags(script).items():
-        value = getattr(options, name)
+        value = values[name]
         if name not in options.given or value == row.default:
             continue
         failed = next((need for need in row.needs if not need.holds(options)), None)
@@ -139,7 +140,7 @@ def _parse(script: str, argv: Sequence[str] | None) -> Options:
     rows, parser = flags(script), _parser(script)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, spelled = parser.read(argv)
-    path = given.get('config')
+    path = find_recipe(given.get('config'))
     if path:
         rows['config'].check(path, '--config', None)
         arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())

@@ -9,7 +9,7 @@ _WANDB = given('log_wandb')
 SKIPS = Need(lambda o: o.nonfinite == 'skip', '--nonfinite skip')
 
 RUN: Group = ('Run', [
-    train('-c --config', str, '', 'YAML file of options; flags on the command line override it', path='file'),
+    train('-c --config', str, '', 'YAML file of options, or a recipe by name; flags given override it', path='file'),
     both('--seed', int, 42, 'random seed', range='[0, 2147483647]'),
     train('--output', str, '', 'folder of all runs; output/train if empty', metavar='DIR'),
     train('--experiment', str, '', 'folder of this run in --output; date, time and model if empty'),

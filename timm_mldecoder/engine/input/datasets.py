@@ -5,6 +5,8 @@ import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import MultiLabelTarget
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
@@ -13,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset
+from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, scores_both
 from timm_mldecoder.engine.input.images import strict
@@ -130,6 +134,28 @@ def read_classes(path: str, dataset: Dataset) -> Classes:
 def has_ignored(dataset: Dataset) -> bool:
     """Return whether some labels of a dataset are to be ignored."""
     return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored
+
+
+def balanced_weights(dataset: Any) -> Tensor:
+    """Return weights of the samples by which each class is drawn equally often, [N], without reading an image.
+
+    A sample of several classes has the sum of their weights; samples without a class count as one more class.
+
+    Raises:
+        ValueError: If the dataset does not report its labels.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        image, label, value = dataset.annotations.entries()
+        image, label = image[value == POSITIVE], label[value == POSITIVE]
+    else:
+        label = class_indices(dataset)
+        if label is None:
+            raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
+        image = np.arange(len(label))
+    weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
+    without = weights == 0
+    weights[without] = 1 / max(without.sum(), 1)
+    return torch.from_numpy(weights)
 
 
 def check_classes(dataset: Any, num_classes: int, given: bool) -> None:

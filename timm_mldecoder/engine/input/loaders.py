@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.engine.flags import Options
-from timm_mldecoder.engine.input.datasets import STREAMS, check_image_size, dataset_kind
+from timm_mldecoder.engine.input.datasets import STREAMS, balanced_weights, check_image_size, dataset_kind
 from timm_mldecoder.engine.input.images import EvalLoader, Placement, TrainLoader, init_worker
 from timm_mldecoder.engine.input.randomness import EpochBatches, Order
 from timm_mldecoder.engine.runtime import signals
@@ -68,7 +68,6 @@ def create_train_loader(
     *,
     num_classes: int,
     rng_state: Tensor,
-    sample_weights: Tensor | None = None,
 ) -> TrainLoader:
     """Create the loader of the training split.
 
@@ -79,19 +78,19 @@ def create_train_loader(
         world: This rank and the others.
         num_classes: Number of classes.
         rng_state: State of torch's generator once the model is built, see `Order`.
-        sample_weights: Probability of each sample, for `--sampler balanced`.
 
     Raises:
         ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
     """
     mixing = _create_mixing(options, num_classes)
     stream = isinstance(dataset, IterableDataset)
+    weights = balanced_weights(dataset) if options.sampler == 'balanced' and not stream else None
     dataset, schedule = _set_train_transform(options, dataset, config)
     batches = None
     if stream:
         dataset.set_loader_cfg(num_workers=options.workers)
     else:
-        order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=sample_weights)
+        order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=weights)
         batches = EpochBatches(order, options.batch_size, world.rank, world.size, mixing is not None, schedule)
     collate = default_collate if options.no_prefetcher else fast_collate
     return TrainLoader(

@@ -230,13 +230,14 @@ class EpochBatches(Sampler[list[Draw]]):
     def _divide(self, start: EpochStart) -> np.ndarray | None:
         """Divide the rest of an epoch evenly; row t: the first place of each rank in batch t, and the end, [T, R + 1].
 
-        Every sample is in one batch, unless fewer than one per rank are left. Sizes differ by one sample or pair at
-        most. None for an epoch from its beginning.
+        Every sample is in one batch, unless fewer than two per rank are left: BatchNorm cannot train on a single one.
+        Sizes differ by one sample or pair at most. None for an epoch from its beginning.
         """
         if start.order_ranks is None:
             return None
         left = (start.end_place - start.place) // self._unit
-        batches = math.ceil(left / (self.batch_size // self._unit * self.ranks)) if left >= self.ranks else 0
+        size, least = self.batch_size // self._unit, min(2, self.batch_size) // self._unit
+        batches = min(math.ceil(left / (size * self.ranks)), left // (least * self.ranks))
         cells = np.arange(batches)[:, None] * self.ranks + np.arange(self.ranks + 1)
         return start.place + self._unit * (cells * left // max(batches * self.ranks, 1))
 

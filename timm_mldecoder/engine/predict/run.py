@@ -65,7 +65,7 @@ def _query_outputs(model: nn.Module, maps: Any) -> tuple[Tensor, Tensor]:
     """Return the logits of a model with an ML-Decoder head, and what its decoder gives for each query, [B, K, D]."""
     head = next(module for module in model.modules() if isinstance(module, MLDecoder))
     outputs: list[Tensor] = []
-    handle = head.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    handle = head.group_fc.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     try:
         return model.forward_head(maps), outputs[-1]
     finally:

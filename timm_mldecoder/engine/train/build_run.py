@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import overlap, summarize
-from timm_mldecoder.data.summary import class_balanced_weights
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.engine.checkpoint.resume import resume
 from timm_mldecoder.engine.checkpoint.state import RunningLoss, TrainingState
@@ -73,15 +72,7 @@ def build_run(options: Options, world: World) -> Run:
         model.to(memory_format=torch.channels_last)
     if options.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = create_train_loader(
-        options,
-        train,
-        config,
-        world,
-        num_classes=num_classes,
-        rng_state=rng_state,
-        sample_weights=_sample_weights(options, train),
-    )
+    train_loader = create_train_loader(options, train, config, world, num_classes=num_classes, rng_state=rng_state)
     eval_loader = validation and create_eval_loader(
         options,
         validation,
@@ -141,16 +132,26 @@ def build_run(options: Options, world: World) -> Run:
         trackers=create_trackers(options, folder) if folder else [],
         freezer=freezer,
     )
-    resumed = bool(source) and resume(source, state, options, world, train_loader, folder)
+    try:
+        _begin(run, source, written)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _begin(run: Run, source: str, written: str) -> None:
+    """Resume a run from `source`, if there is one, set its learning rate, and write its options into its folder."""
+    state, schedule = run.state, run.state.schedule
+    resumed = bool(source) and resume(source, state, run.options, run.world, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
         if not resumed:
             run.step_schedule(metric=None)
         schedule.step_update(run.steps_done())
-    if folder:
-        (folder / ARGS).write_text(written)
+    if run.folder:
+        (run.folder / ARGS).write_text(written)
         if state.rows:
-            write_summary(folder / SUMMARY, state.rows)
-    return run
+            write_summary(run.folder / SUMMARY, state.rows)
 
 
 def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
@@ -189,16 +190,6 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
 def _log_summary(split: str, dataset: Dataset) -> None:
     for line in summarize(dataset).log_lines(split):
         _logger.info(line)
-
-
-def _sample_weights(options: Options, dataset: Dataset) -> torch.Tensor | None:
-    """Return the probability of each sample, for `--sampler balanced`: classes are drawn equally often."""
-    if options.sampler != 'balanced':
-        return None
-    weights = class_balanced_weights(dataset)
-    if weights is None:
-        raise ValueError('--sampler balanced needs the labels without the images, which this dataset does not report')
-    return torch.from_numpy(weights)
 
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:

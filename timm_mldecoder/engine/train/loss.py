@@ -1,5 +1,6 @@
 """The training loss, and timm's task that holds it together with the model."""
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from timm_mldecoder.engine.input.loaders import mixes, model_dtype
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
+
+_logger = logging.getLogger(__name__)
 
 # timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
 TIMM_DEFAULTS = {
@@ -60,7 +63,7 @@ def create_task(options: Options, model: nn.Module, dataset: Dataset, world: Wor
 
 
 def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
-    """Create the training loss. Unlike in timm's older script, `--bce-loss` holds without smoothing and mixup too.
+    """Create the training loss.
 
     Raises:
         ValueError: If an option does not go with the loss, or the labels to ignore do not.
@@ -105,6 +108,10 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     stats = _class_stats(options, dataset)
     class_weight = _loss_weight(options, 'class_weight', options.loss_class_weight, stats)
     pos_weight = _loss_weight(options, 'pos_weight', options.loss_pos_weight, stats)
+    weighted = class_weight is not None or pos_weight is not None
+    if options.bce_loss and not (options.loss or multilabel or options.smoothing or mixes(options) or weighted):
+        _logger.warning('--bce-loss has no effect without smoothing and mixup, as in timm; --loss bce has')
+        return nn.CrossEntropyLoss()
     if name == 'ce' and class_weight is not None:  # timm's cross-entropies have no weights
         smoothing = 0.0 if mixes(options) else options.smoothing
         return nn.CrossEntropyLoss(torch.as_tensor(class_weight), label_smoothing=smoothing, **options.loss_kwargs)

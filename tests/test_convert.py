@@ -1,0 +1,153 @@
+"""A checkpoint of train.py as a folder: the scores, labels and preprocessing of the checkpoint, for timm and others."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from image_folders import write_images
+from timm.data import resolve_model_data_config
+
+from timm_mldecoder.checkpoints.folders import folder_settings, save_folder
+from timm_mldecoder.convert import main as convert
+from timm_mldecoder.data import shapes
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.model import load_trained
+from train import main as train
+from validate import main as validate
+
+RUN = shlex.split('-j 0 -b 8 --device cpu --epochs 1 --warmup-epochs 0 --lr 0.05 --output out --experiment run')
+SINGLE = shlex.split('data --model test_resnet --num-classes 3 --img-size 32')
+MULTILABEL = shlex.split('data --dataset csv --task multilabel --model test_resnet --img-size 48 --num-classes 75')
+HEAD = '--use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs num_heads=4 dim_feedforward=64'
+CHECKPOINT = 'out/run/last.pth.tar'
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scores(capsys, *flags):
+    """The metrics of validate.py."""
+    capsys.readouterr()
+    validate(['data', '-j', '0', '-b', '5', '--device', 'cpu', *flags])
+    result = json.loads(capsys.readouterr().out.partition('--result')[2])
+    return {name: value for name, value in result.items() if name not in ('model', 'checkpoint')}
+
+
+def check_folder(capsys, *flags):
+    """The folder of the checkpoint has its logits, its scores, and its settings; also for transformers."""
+    convert([CHECKPOINT, 'folder'])
+    trained = load_trained(CHECKPOINT)
+    model = timm.create_model('local-dir:folder', pretrained=True).eval()
+    config = resolve_model_data_config(model)
+    assert config.keys() == trained.data_config.keys()
+    for name, value in config.items():
+        value = tuple(value) if isinstance(value, list) else value  # as JSON gives it back
+        assert value == trained.data_config[name], name
+    assert model.pretrained_cfg['label_names'] == trained.class_names
+    images = torch.randn(2, *config['input_size'])
+    with torch.no_grad():
+        assert torch.equal(model(images), trained.model(images))
+    expected = scores(capsys, '--checkpoint', CHECKPOINT, *flags)
+    assert expected == scores(capsys, '--model', 'local-dir:folder', '--pretrained', *flags)
+    return model
+
+
+def check_transformers(model):
+    """Transformers loads the folder unchanged: the same tensors, labels and logits."""
+    transformers = pytest.importorskip('transformers')
+    loaded = transformers.TimmWrapperForImageClassification.from_pretrained('folder').eval()
+    assert list(loaded.config.id2label.values()) == model.pretrained_cfg['label_names']
+    state = loaded.timm_model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
+    with torch.no_grad():  # the same tensors at other addresses are summed in another order
+        torch.testing.assert_close(loaded(images).logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        HEAD,
+        '',
+        pytest.param('--cosine-classifier 5', marks=pytest.mark.xfail(reason='save_for_hf loses the classifier')),
+        f'{HEAD} --ml-decoder-kwargs num_heads=2 memory_activation=leaky_relu learnable_queries=True num_layers=2',
+        f'{HEAD} --ml-decoder-kwargs num_heads=4 classifier=cosine cosine_scale=4.0',
+        '--model-kwargs output_stride=16 --crop-pct 0.8 --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2 --interpolation bicubic',
+        f'{HEAD} --model-ema --model-ema-decay 0.5',
+    ],
+    ids=['ml-decoder', 'pooling', 'cosine', 'head-options', 'cosine-head', 'model-kwargs', 'ema'],
+)
+def test_a_folder_scores_what_its_checkpoint_scores(flags, capsys):
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, *flags.split()])
+    check_transformers(check_folder(capsys))
+    assert folder_settings('local-dir:folder') == {'task': 'classification'}
+
+
+def test_a_folder_of_one_channel_scores_what_its_checkpoint_scores(capsys):
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, *HEAD.split(), '--in-chans', '1'])
+    check_transformers(check_folder(capsys, '--in-chans', '1'))
+
+
+@pytest.mark.parametrize('words', [False, True], ids=['fixed', 'text-queries'])
+def test_a_multilabel_folder_has_task_and_thresholds(words, capsys):
+    shapes.write_shapes('data', 32, 32)
+    extra = ['--word-embeddings', 'data/words.safetensors'] if words else []
+    train([*MULTILABEL, *RUN, *HEAD.split(), *extra])
+    validate(shlex.split(f'data --dataset csv -j 0 --device cpu --checkpoint {CHECKPOINT} --write-thresholds'))
+    model = check_folder(capsys, '--dataset', 'csv')
+    settings = folder_settings('local-dir:folder')
+    assert settings['task'] == 'multilabel'
+    assert settings['thresholds'] == torch.load(CHECKPOINT, weights_only=False)['thresholds']
+    if not words:
+        check_transformers(model)
+
+
+@pytest.mark.xfail(reason='transformers knows the size of the buffer of class names too late', strict=True)
+def test_a_folder_with_text_queries_loads_in_transformers():
+    words = dict(word_embeddings=torch.randn(3, 8), class_names=['a', 'b', 'c'], decoder_embedding=32, num_heads=4)
+    model = timm.create_model('test_resnet', num_classes=3, ml_decoder=words).eval()
+    save_folder(model, 'folder', class_names=['a', 'b', 'c'], data_config={'input_size': (3, 32, 32)})
+    check_transformers(timm.create_model('local-dir:folder', pretrained=True).eval())
+
+
+def test_the_weights_of_a_folder_are_those_that_the_flag_names():
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, '--model-ema', '--model-ema-decay', '0.5'])
+    for flag, ema in (('--use-ema', True), ('--no-use-ema', False)):
+        convert([CHECKPOINT, f'folder{flag}', flag])
+        state = timm.create_model(f'local-dir:folder{flag}', pretrained=True).state_dict()
+        expected = load_trained(CHECKPOINT, use_ema=ema).model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_model_card_has_tags_labels_metrics_and_a_training_command_that_parses():
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, *HEAD.split(), '--model-ema', '--no-prefetcher', '--mean', '0.4', '0.5', '0.6'])
+    convert([CHECKPOINT, 'folder'])
+    card = Path('folder/README.md').read_text()
+    metadata = card.split('---')[1]
+    assert {'- timm', '- transformers', '- ml-decoder'} <= set(metadata.splitlines())
+    assert 'class_0, class_1, class_2' in card and 'top1 ' in card
+    command = next(line for line in card.splitlines() if line.startswith('`train.py')).strip('`')
+    options, trained = parse_train(shlex.split(command)[1:]).to_dict(), load_trained(CHECKPOINT).content['args']
+    for name in ('model', 'img_size', 'lr', 'model_ema', 'mean', 'ml_decoder_kwargs', 'decoder_embedding'):
+        assert options[name] == vars(trained)[name], name
+
+
+def test_a_folder_that_exists_is_left_alone_and_flags_of_other_checkpoints_are_refused():
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN])
+    with pytest.raises(ValueError, match='--input-size'):
+        convert([CHECKPOINT, 'folder', '--input-size', '64'])
+    Path('folder').mkdir()
+    Path('folder/notes').touch()
+    with pytest.raises(ValueError, match='folder'):
+        convert([CHECKPOINT, 'folder'])
+    assert [path.name for path in Path('folder').iterdir()] == ['notes']

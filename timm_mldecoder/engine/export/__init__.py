@@ -1,0 +1,1 @@
+"""Exported models: their formats, and how they are compared with PyTorch."""
