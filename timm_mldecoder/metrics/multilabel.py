@@ -9,7 +9,7 @@ classes of Open Images, divided among the ranks. Metrics are computed a few clas
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -244,24 +244,34 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         return counts.cpu()
 
     def per_class(self, function: Callable[[Tensor, Tensor], Tensor], distributed: bool = False) -> Tensor:
-        """Apply a function of all images' logits and targets [N, c] to [c], a few classes at a time; float64 [C].
+        """Apply a function of all images' logits and targets [N, c] to [c], a few classes at a time; float64 [C]."""
+        result = torch.zeros(self._extent(distributed)[1], dtype=torch.float64)
+        for columns, logits, target in self.class_chunks(distributed):
+            result[columns] = function(logits, target).double().cpu()
+        if distributed:
+            result = result.to(self.device)
+            dist.all_reduce(result)
+        return result.cpu()
 
-        The classes are shared among the ranks: each gathers the columns of its classes from the others.
+    def class_chunks(self, distributed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield a few classes at a time, with the logits and targets [N, c] of all images of all ranks.
+
+        The ranks take turns: each chunk is gathered and yielded on one rank only. Every rank must exhaust the iterator,
+        which makes collective calls.
         """
         rows, num_classes = self._extent(distributed)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        step = max(1, CHUNK // sum(rows))
-        result = torch.zeros(num_classes, dtype=torch.float64)
+        step = max(1, CHUNK // max(1, sum(rows)))
         for turn, start in enumerate(range(0, num_classes, step)):
             columns, owner = slice(start, min(start + step, num_classes)), turn % world_size
             logits = self._columns(self._scores, columns, torch.float32, rows, owner, distributed)
             target = self._columns(self._targets, columns, torch.int8, rows, owner, distributed)
             if rank == owner:
-                result[columns] = function(logits, target).double().cpu()
-        if distributed:
-            result = result.to(self.device)
-            dist.all_reduce(result)
-        return result.cpu()
+                yield columns, logits, target
+
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield float32 logits and int8 targets [B, C] of the images of this rank, batch by batch in their order."""
+        yield from zip(self._scores, self._targets, strict=True)
 
     def _extent(self, distributed: bool) -> tuple[list[int], int]:
         """Return the number of images of each rank and the number of classes (unknown to a rank without images)."""

@@ -22,6 +22,7 @@ from timm_mldecoder.engine.eval.evaluate import (
 )
 from timm_mldecoder.engine.eval.extra_metrics import create_extra_metrics
 from timm_mldecoder.engine.eval.outputs import MultiLabelOutputs
+from timm_mldecoder.engine.eval.report import Report
 from timm_mldecoder.engine.flags import Options, warn_no_effect
 from timm_mldecoder.engine.input.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.engine.input.loaders import create_eval_loader, model_dtype, resolve_config
@@ -68,6 +69,7 @@ def score_model(options: Options, world: World) -> Result:
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:
         check_classes(dataset, num_classes, given='num_classes' in options.given)
+    plain = model
     model = _prepare(options, model, world)
 
     loader = create_eval_loader(
@@ -86,6 +88,7 @@ def score_model(options: Options, world: World) -> Result:
     outputs = []
     if options.task == 'multilabel':
         outputs = [MultiLabelOutputs(options, evaluator, names or [str(i) for i in range(num_classes)], limit, world)]
+    report = Report(options, dataset, names, evaluator, loader, limit, world) if options.report else None
     try:
         metrics = evaluate(
             model,
@@ -96,7 +99,7 @@ def score_model(options: Options, world: World) -> Result:
             log=EvalLog('Test', evaluator, len(loader), options.log_freq, world.primary),
             views=test_time_views(options.tta, config['input_size'][1:]),
             classes=valid_labels,
-            measures=[*extra, *outputs],
+            measures=[*extra, *outputs, *([report] if report else [])],
         )
     finally:
         loader.close()
@@ -104,6 +107,8 @@ def score_model(options: Options, world: World) -> Result:
         metrics.update(measure.compute())
     for output in outputs:
         output.write(content)
+    if report:
+        report.write(plain, config, metrics)
     if world.primary:
         shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
         _logger.info(f' * {shown}')

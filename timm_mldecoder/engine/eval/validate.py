@@ -11,6 +11,7 @@ from timm.utils import natural_key
 from timm.utils.decay_batch import decay_batch_step
 
 from timm_mldecoder.engine.checkpoint.files import SUFFIX
+from timm_mldecoder.engine.eval.report import report_folder
 from timm_mldecoder.engine.eval.score import Result, score_model
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.runtime.distributed import World
@@ -38,6 +39,8 @@ def validate(options: Options, world: World) -> None:
     try:
         for model, checkpoint in candidates:
             one = options.replace(model=model, checkpoint=checkpoint)
+            if several and options.report:
+                one = one.replace(report=str(report_folder(options.report, checkpoint or model)))
             try:
                 results.append(_score_with_retry(one, world, retry=options.retry or several))
             except Exception as error:  # whatever is wrong with one model, the others may be fine

@@ -61,7 +61,7 @@ class Flag:
         choices: The values allowed; None means any.
         range: The numbers allowed.
         path: `file`, `dataset file` (may also be relative to the dataset folder), `file or folder`: it must exist;
-            `output`: a file can be written there. Empty for options that are not paths.
+            `output`: a file can be written there; `output folder`: a folder can. Empty for options that are not paths.
         needs: The conditions under which the flag has an effect; a warning names the first that does not hold.
         scripts: The scripts that have the flag.
         inherited: Whether validate.py takes the value from a checkpoint of train.py.
@@ -149,6 +149,11 @@ class Flag:
             writable = os.path.isfile(path) or not os.path.exists(path)
             if not writable or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
                 raise ValueError(f'{label} {path}: cannot write a file there')
+            return
+        if self.path == 'output folder':
+            place = path if os.path.exists(path) else os.path.dirname(os.path.abspath(path))
+            if not os.path.isdir(place) or not os.access(place, os.W_OK):
+                raise ValueError(f'{label} {path}: cannot write a folder there')
             return
         places = [path, os.path.join(folder, path)] if self.path == 'dataset file' and folder else [path]
         if any(os.path.isfile(place) for place in places):

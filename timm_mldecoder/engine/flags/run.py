@@ -53,4 +53,6 @@ RESULTS: Group = ('Results', [
              '--class-priors of train.py', path='output'),
     validate('--class-report', str, '', 'multi-label: write average precision and threshold of each class',
              path='output'),
+    validate('--report', str, '', 'folder for a page of results, index.html, and the scores per image, scores.csv',
+             path='output folder', metavar='DIR'),
 ])

@@ -2,7 +2,9 @@
 
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from timm_mldecoder.engine.predict.run import Predictor
@@ -10,6 +12,8 @@ from timm_mldecoder.engine.predict.sources import SourceDataset
 from timm_mldecoder.models.attention_maps import attention_maps
 
 MAPS = 4  # attention maps per picture
+# colours of attention from none to most: matplotlib's inferno, which reports and the page do without
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
 def draw_pictures(predictor: Predictor, dataset: SourceDataset, folder: Path) -> None:
@@ -68,3 +72,27 @@ def escape(text: str, length: int = 40) -> str:
     text = ' '.join(text.split())
     text = text if len(text) <= length else f'…{text[-length:]}'
     return text.replace('$', r'\$')
+
+
+def thumbnail(pixels: Tensor, side: int) -> Image.Image:
+    """Return pixels in [0, 1], [H, W] or [H, W, 3], as an RGB image whose longer side is `side` pixels."""
+    image = Image.fromarray((255 * pixels).round().byte().cpu().numpy()).convert('RGB')
+    scale = side / max(image.size)
+    return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+
+
+def attention_overlay(pixels: Tensor, attention: Tensor, side: int) -> Image.Image:
+    """Return an image in grey with an attention map over it.
+
+    Args:
+        pixels: Pixels in [0, 1], [H, W] or [H, W, 3].
+        attention: Attention [h, w] that sums to 1.
+        side: Longer side of the result, in pixels.
+    """
+    image = thumbnail(pixels, side)
+    # one scale for all maps: 0 to the largest share that a token may have beside an even spread
+    strength = (attention / max(attention.max().item(), 4 / attention.numel())).float().cpu().numpy()
+    strength = np.asarray(Image.fromarray(strength).resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    heat = np.stack([np.interp(strength, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)])
+    heat = Image.fromarray(heat.transpose(1, 2, 0).astype(np.uint8))
+    return Image.blend(image.convert('L').convert('RGB'), heat, 0.6)

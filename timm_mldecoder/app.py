@@ -1,0 +1,459 @@
+"""A page in the browser: drop an image, see the labels of one or several models and what they look at.
+
+    python -m timm_mldecoder.app output/train/RUN/model_best.pth.tar
+    python -m timm_mldecoder.app FOLDER OTHER.pth.tar --word-embeddings words.safetensors
+
+Each MODEL is a checkpoint of train.py, the folder of a run (whose best checkpoint is taken), or a folder that timm
+loads with `local-dir:`. Models with text queries take the classes that one types, out of their own and those of
+--word-embeddings. The page is served to this machine only, unless --host says otherwise, and loads nothing from
+elsewhere.
+"""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
+from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.input.datasets import Classes
+from timm_mldecoder.engine.model import Trained, load_trained, other_classes, thresholds_for
+from timm_mldecoder.engine.predict.pictures import attention_overlay, denormalise
+from timm_mldecoder.engine.predict.run import Predictor
+from timm_mldecoder.engine.runtime.distributed import check_device
+from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.models.attention_maps import attention_maps
+
+BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
+MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
+LABELS = 30  # rows of a list
+TYPED = 1000  # classes that may be typed
+HINT = 'Attention: click a label'
+SIDE = 480  # of an attention picture, in pixels
+
+# What gradio's page would load from elsewhere, such as fonts, the browser then refuses.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:"
+)
+STYLE = """
+.list { display: flex; flex-direction: column; gap: 4px; }
+.list button { position: relative; display: flex; justify-content: space-between; gap: 12px; padding: 5px 10px;
+  border: 1px solid transparent; border-radius: 5px; background: var(--background-fill-secondary); cursor: pointer;
+  font: inherit; color: inherit; text-align: left; overflow: hidden; }
+.list button:disabled { cursor: default; }
+.list button:not(:disabled):hover, .list button:focus-visible { border-color: var(--color-accent); }
+.list button[aria-pressed=true] { border-color: var(--color-accent); font-weight: 600; }
+.list i { position: absolute; inset: 0 auto 0 0; background: var(--color-accent); opacity: 0.22; }
+.list u { position: absolute; inset: 0 auto 0 0; border-right: 2px dotted var(--body-text-color); opacity: 0.6; }
+.list span { position: relative; overflow-wrap: anywhere; }
+.list b { position: relative; font-variant-numeric: tabular-nums; font-weight: inherit; }
+.list p, .title p { margin: 2px 0; color: var(--body-text-color-subdued); font-size: 14px; }
+.list p.problem { color: var(--error-text-color); font-size: 15px; }
+.title h3, .title p { margin: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+#image img { width: 100%; height: 100%; object-fit: contain; }
+"""
+CLICK = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-index]');
+  if (button && !button.disabled) trigger('click', { index: Number(button.dataset.index) });
+});
+"""
+
+
+class Scores(NamedTuple):
+    """What a model gives for an image: a score for each name, and the index of the label whose attention is shown."""
+
+    names: list[str]
+    scores: list[float]
+    shown: int | None = None
+
+
+class Shown:
+    """A model on the page.
+
+    Args:
+        name: Name of the model, as the command line gives it.
+        predictor: The model.
+        tuned: Whether the thresholds were tuned per class; the list then shows them.
+        more: Label embeddings that classes may be typed from, beside the model's own.
+    """
+
+    def __init__(self, name: str, predictor: Predictor, tuned: bool, more: Classes | None) -> None:
+        self.name = name
+        self.predictor = predictor
+        self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True)) if tuned else {}
+        self.multilabel = predictor.thresholds is not None
+        self.channels = predictor.data_config['input_size'][0]
+        head = predictor.model.get_classifier()
+        self.attends = isinstance(head, MLDecoder)
+        self._transform = create_transform(**{**predictor.data_config, 'is_training': False})
+        self._device = next(predictor.model.parameters()).device
+        self._lock = threading.Lock()  # classes of a model are changed for a while, and the page has several users
+        self._rows: dict[str, Tensor] = {}
+        if self.attends and head.vocabulary is not None:
+            width = head.vocabulary.width
+            if more is not None and more.embeddings.shape[1] != width:
+                raise ValueError(f'--word-embeddings has width {more.embeddings.shape[1]}, {name} needs {width}')
+            own = zip(head.class_names or [], head.vocabulary.embeddings.cpu(), strict=False)
+            self._rows = {**dict(zip(more.names, more.embeddings, strict=True) if more else ()), **dict(own)}
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Names that may be typed; empty for a model whose classes are fixed."""
+        return list(self._rows)
+
+    def about(self) -> str:
+        """Return the title of the model as HTML."""
+        kind = 'multi-label' if self.multilabel else 'single-label'
+        size = ' x '.join(map(str, self.predictor.data_config['input_size'][1:]))
+        text = f'{len(self.predictor.class_names)} classes, {kind}, {size} pixels'
+        return f'<div class="title"><h3 title="{escape(self.name)}">{escape(self.name)}</h3><p>{escape(text)}</p></div>'
+
+    def classes(self, typed: str) -> Classes | None:
+        """Return the classes that were typed, one per line or separated by commas; None for the model's own.
+
+        Raises:
+            ValueError: If a name is unknown, or there are too many.
+        """
+        names = list(dict.fromkeys(part.strip() for part in typed.replace('\n', ',').split(',') if part.strip()))
+        if not names or not self._rows:
+            return None
+        missing = [name for name in names if name not in self._rows]
+        if missing:
+            known = ', '.join(self.vocabulary[:5])
+            raise ValueError(f'{self.name} has no embedding of {", ".join(missing[:5])}; it knows {known} and others')
+        if len(names) > TYPED:
+            raise ValueError(f'{len(names)} classes were typed, {TYPED} are allowed')
+        return Classes(torch.stack([self._rows[name] for name in names]), names)
+
+    @torch.inference_mode()
+    def score(self, image: Image.Image, typed: str = '') -> Scores:
+        """Score an image.
+
+        Args:
+            image: PIL image.
+            typed: Classes for a model with text queries; empty for its own.
+
+        Raises:
+            ValueError: If a class is unknown.
+        """
+        classes = self.classes(typed)
+        with self._lock, other_classes(self.predictor.model, classes):
+            scores, _ = self.predictor(self._images(image))
+        return Scores(classes.names if classes else self.predictor.class_names, scores[0].tolist())
+
+    @torch.inference_mode()
+    def attention(self, image: Image.Image, names: Sequence[str], index: int) -> Image.Image:
+        """Return a picture of what the query of a class attends to.
+
+        Args:
+            image: PIL image.
+            names: The classes that were scored.
+            index: The class.
+
+        Raises:
+            ValueError: If the head gives no map.
+        """
+        typed = list(names) != self.predictor.class_names
+        classes = Classes(torch.stack([self._rows[name] for name in names]), list(names)) if typed else None
+        images, config = self._images(image), self.predictor.data_config
+        with self._lock, other_classes(self.predictor.model, classes):
+            maps = attention_maps(self.predictor.model, images, torch.tensor([index], device=self._device))
+        pixels = denormalise(images[0].float().cpu(), config['mean'], config['std'])
+        return attention_overlay(pixels, maps[0].float().cpu(), SIDE)
+
+    def _images(self, image: Image.Image) -> Tensor:
+        return self._transform(image.convert(MODES.get(self.channels, 'RGB')))[None].to(self._device)
+
+    def rows(self, found: Scores | None, threshold: float) -> str:
+        """Return the list of labels as HTML: those of at least `threshold`, the likeliest first."""
+        if found is None:
+            return '<div class="list"><p>No image yet.</p></div>'
+        order = sorted(range(len(found.names)), key=lambda index: -found.scores[index])
+        reached = [index for index in order if found.scores[index] >= threshold]
+        buttons = ''.join(self._button(found, index) for index in reached[:LABELS])
+        text = f'{len(reached)} of {len(order)} classes reach {threshold:.2f}'
+        text += f', the first {LABELS} are shown' if len(reached) > LABELS else ''
+        if not reached:
+            text += f'; the highest is {found.names[order[0]]} with {found.scores[order[0]]:.3f}'
+        text += '; dotted: tuned thresholds' if any(name in self._tuned for name in found.names) else ''
+        return f'<div class="list">{buttons}<p>{escape(text)}</p></div>'
+
+    def _button(self, found: Scores, index: int) -> str:
+        name, score = found.names[index], found.scores[index]
+        tick = f'<u style="width:{100 * self._tuned[name]:.2f}%"></u>' if name in self._tuned else ''
+        return (
+            f'<button data-index="{index}" aria-pressed="{str(index == found.shown).lower()}"'
+            f'{"" if self.attends else " disabled"}><i style="width:{100 * score:.2f}%"></i>{tick}'
+            f'<span>{escape(name)}</span><b>{score:.3f}</b></button>'
+        )
+
+
+def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Shown:
+    """Load a model for the page.
+
+    Args:
+        place: Checkpoint or folder.
+        arguments: The command line.
+        more: Label embeddings to type classes from.
+
+    Raises:
+        ValueError: If there is no model.
+    """
+    path = Path(place)
+    checkpoint = next((path / name for name in BEST if (path / name).is_file()), path)
+    if (path / 'config.json').is_file():
+        try:
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f'{place}: {error}') from error
+        settings = folder_settings(f'local-dir:{path}')
+        trained = Trained(model.eval().to(arguments.device), None, resolve_data_config({}, model=model), settings)
+        task = arguments.task or settings.get('task', 'classification')
+    elif checkpoint.is_file():
+        trained = load_trained(str(checkpoint), device=arguments.device)
+        task = trained.options.task
+    else:
+        raise ValueError(f'{place}: neither a checkpoint, nor a folder with config.json or {" or ".join(BEST)}')
+    names = [str(name) for name in trained.class_names or range(trained.model.num_classes)]
+    thresholds = tuned = None
+    if task == 'multilabel':
+        tuned = thresholds_for(trained.content, names)
+        thresholds = torch.full((len(names),), 0.5) if tuned is None else tuned
+    name = path.name if checkpoint == path and path.is_dir() else f'{checkpoint.parent.name}/{checkpoint.name}'
+    predictor = Predictor(trained.model, trained.data_config, names, thresholds)
+    return Shown(name.lstrip('/'), predictor, tuned is not None, more)
+
+
+def build(models: Sequence[Shown], max_size: int) -> Any:
+    """Return the page as `gradio.Blocks`.
+
+    Args:
+        models: The models, side by side.
+        max_size: Largest upload in MB, for the text on the page.
+    """
+    gradio = _gradio()
+
+    def predict(image: Image.Image | str | None, typed: str, threshold: float) -> list[Any]:
+        values: list[Any] = []
+        for shown in models:
+            found, message = None, image if isinstance(image, str) else ''
+            if isinstance(image, Image.Image):
+                try:
+                    found = shown.score(image, typed)
+                except ValueError as error:
+                    message = str(error)
+            content = _problem(message) if message else shown.rows(found, threshold)
+            values += [found, content, gradio.Image(None, label=HINT)]
+        return values
+
+    def move(threshold: float, *found: Scores | None) -> Any:
+        lists = [shown.rows(_scores(one), threshold) for shown, one in zip(models, found, strict=True)]
+        return lists if len(lists) > 1 else lists[0]
+
+    def attend(shown: Shown) -> Any:
+        def show(image: Any, found: Scores | None, threshold: float, event: gradio.EventData) -> tuple:
+            found, index = _scores(found), event.index
+            if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
+                return None, shown.rows(found, threshold), found
+            found = found._replace(shown=index)
+            try:
+                picture, label = shown.attention(image, found.names, index), f'Attention: {found.names[index]}'
+            except ValueError as error:
+                picture, label = None, str(error)
+            return gradio.Image(picture, label=label), shown.rows(found, threshold), found
+
+        return show
+
+    known = list(dict.fromkeys(name for shown in models for name in shown.vocabulary))
+    start = 0.5 if all(shown.multilabel for shown in models) else 0.05
+    title = 'ML-Decoder' if len(models) > 1 else models[0].name
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page, gradio.Row():
+        with gradio.Column(scale=2, min_width=300):
+            image = gradio.Image(
+                label=f'Image, at most {max_size} MB', sources=['upload', 'clipboard'], elem_id='image', height=380
+            )
+            image.preprocess = _read_upload  # a derived class would make gradio write a stub beside this file
+            threshold = gradio.Slider(0, 1, start, step=0.01, label='Threshold', elem_id='threshold')
+            typed = gradio.Textbox(
+                label='Classes', lines=2, max_lines=8, visible=bool(known), elem_id='classes',
+                info='Separated by commas; press the button to score them. Empty: the classes of the model.',
+                placeholder=', '.join(known[:4]),
+            )  # fmt: skip
+            button = gradio.Button('Score these classes', visible=bool(known), elem_id='score', variant='primary')
+        states, lists, pictures = [], [], []
+        with gradio.Column(scale=3, min_width=300), gradio.Row(equal_height=False):
+            for number, shown in enumerate(models):
+                with gradio.Column(min_width=260):
+                    gradio.HTML(shown.about())
+                    states.append(gradio.State())
+                    pictures.append(
+                        gradio.Image(
+                            label=HINT, interactive=False, visible=shown.attends, format='png', buttons=[],
+                            elem_id=f'attention-{number}', height=300,
+                        )
+                    )  # fmt: skip
+                    lists.append(gradio.HTML(shown.rows(None, start), js_on_load=CLICK, elem_id=f'labels-{number}'))
+        outputs = [part for parts in zip(states, lists, pictures, strict=True) for part in parts]
+        inputs = [image, typed, threshold]
+        image.change(predict, inputs, outputs, api_name='predict')
+        for event in (button.click, typed.submit):
+            event(predict, inputs, outputs, api_name=False)
+        threshold.change(move, [threshold, *states], lists, show_progress='hidden', api_name=False)
+        for shown, state, one, picture in zip(models, states, lists, pictures, strict=True):
+            if shown.attends:
+                one.click(attend(shown), [image, state, threshold], [picture, one, state], api_name=False)
+    return page
+
+
+def _read_upload(payload: Any) -> Image.Image | str | None:
+    """Return an upload as an image; for a file that is not one, what is wrong with it."""
+    if payload is None or payload.path is None:
+        return None
+    name = payload.orig_name or 'the file'
+    try:
+        with Image.open(payload.path) as image:
+            return image.copy()
+    except Image.DecompressionBombError:
+        return f'{name} has too many pixels: {2 * Image.MAX_IMAGE_PIXELS:,} are allowed'
+    except Exception:  # damaged bytes make PIL's decoders raise anything
+        return f'{name} is not an image that can be read'
+
+
+def _problem(message: str) -> str:
+    return f'<div class="list"><p class="problem" role="alert">{escape(message)}</p></div>'
+
+
+def _scores(value: Any) -> Scores | None:
+    return None if value is None else Scores(*value)
+
+
+class _Policy:
+    """ASGI middleware that adds the policy of the page to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message['type'] == 'http.response.start':
+                message['headers'] = [*message['headers'], (b'content-security-policy', POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def _gradio() -> Any:
+    """Return gradio, without its telemetry.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when gradio is imported
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("the page needs gradio: pip install 'timm-mldecoder[app]'") from error
+    return gradio
+
+
+def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
+    """Serve a page, and return its address.
+
+    Raises:
+        ValueError: If the port is taken.
+    """
+    gradio = _gradio()
+    from starlette.middleware import Middleware
+
+    logging.getLogger('httpx').setLevel(logging.WARNING)  # gradio calls its own server at the start
+    fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+    theme = gradio.themes.Default(primary_hue='blue', secondary_hue='blue', **fonts)
+    subdued = dict.fromkeys(['body_text_color_subdued', 'block_info_text_color', 'input_placeholder_color'], '#5b6472')
+    family = socket.AF_INET6 if ':' in arguments.host else socket.AF_INET
+    try:  # gradio would try a hundred ports of an address that is not this machine's
+        socket.create_server((arguments.host, arguments.port or 0), family=family).close()
+        _, address, _ = page.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            share=False,
+            max_file_size=f'{arguments.max_size}mb',
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            css=STYLE,
+            theme=theme.set(**subdued),
+            app_kwargs={'middleware': [Middleware(_Policy)]},
+        )
+    except (OSError, OverflowError) as error:
+        raise ValueError(f'--host {arguments.host} --port {arguments.port}: {error}') from error
+    print(f'{address}  (Ctrl-C ends it)', flush=True)
+    if block:
+        page.block_thread()
+    return address
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page with the options of a command line.
+
+    Raises:
+        ValueError: For a user's mistake.
+    """
+    arguments = _parse(argv)
+    _gradio()
+    if arguments.device == 'auto':
+        arguments.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    check_device(arguments.device)
+    more = None
+    if arguments.word_embeddings:
+        more = Classes(*read_word_embeddings(arguments.word_embeddings))
+        if more.names is None:
+            raise ValueError(f'--word-embeddings {arguments.word_embeddings}: the file does not name its classes')
+    models = [load(place, arguments, more) for place in arguments.models]
+    if more is not None and not any(shown.vocabulary for shown in models):
+        raise ValueError('--word-embeddings needs a model with text queries; the classes of these models are fixed')
+    launch(build(models, arguments.max_size), arguments)
+
+
+def _size(text: str) -> int:
+    if not 1 <= (value := int(text)) <= 1024:
+        raise argparse.ArgumentTypeError(f'{text} is not in [1, 1024]')
+    return value
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser('python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add('models', nargs='+', metavar='MODEL', help='checkpoint of train.py, folder of a run, or folder for local-dir:')
+    add('--word-embeddings', type=Path, help='label embeddings of classes to type, for models with text queries')
+    add('--task', choices=['classification', 'multilabel'], help='task of folders that do not know their own')
+    add('--device', default='auto', help='device; auto takes the GPU if there is one (default: %(default)s)')
+    add('--host', default='127.0.0.1', help='address to serve; 0.0.0.0 for all networks (default: %(default)s)')
+    add('--port', type=int, help='port (default: the first free one from 7860)')
+    add('--max-size', type=_size, default=20, help='largest upload in MB (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    sys.exit(run_command(main))
