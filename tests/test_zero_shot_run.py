@@ -97,7 +97,7 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
     Path('benchmark_81_v0.json').write_text('{"train class": ["sky", "tram"], "test class": ["zebra"]}')
     write_word_embeddings('words.safetensors', torch.randn(3, 300), ['sky', 'tram', 'zebra'])
     for name, groups in [('full', -1), ('groups', 100)]:
-        recipe = ['.', '--config', str(HPARAMS / f'tresnet_l_224_{name}.yaml'), '--device', 'cpu', '--word-embeddings',
+        recipe = ['.', '--config', str(HPARAMS / f'tresnet_m_224_{name}.yaml'), '--device', 'cpu', '--word-embeddings',
                   'words.safetensors', '--class-split', 'benchmark_81_v0.json']  # fmt: skip
         with caplog.at_level(logging.WARNING):
             options = parse_train(recipe)
