@@ -1,6 +1,6 @@
 """ML-Decoder on real images that ship with scikit-learn, in minutes on two cores.
 
-    python -m benchmarks.demo [FOLDER] [--quick]
+    python -m benchmarks.demo [FOLDER] [--quick] [--steps 200]
 
 1. Single-label: train.py trains pooling + linear and ML-Decoder on single digits; validate.py scores the ML-Decoder
    model once more, through ``local-dir:``.
@@ -46,7 +46,7 @@ TRAINING = [
     '--warmup-epochs', '1', '--sched-on-updates', '--train-crop-mode', 'squash', '--hflip', '0', '--color-jitter', '0',
 ]  # fmt: skip
 PLACEMENTS, EPOCHS = 3, 4  # of each training digit; epochs over all of them
-SETTINGS = [Setting('digits', DIGITS, steps=200), Setting('pairs', PAIRS, steps=200)]
+SETTINGS = [Setting('digits', DIGITS), Setting('pairs', PAIRS)]
 PROBED = {name: head for name, head in HEADS.items() if name != 'efficient_probing_8'}
 SCENES_DRAWN = {'digits': 3, 'pairs': 2}
 MOST_CLASSES_DRAWN = 4
@@ -133,11 +133,12 @@ def probe(folder: Path, setting: Setting, quick: bool) -> tuple[dict[str, dict],
     return compare(setting, backbone, PROBED, seeds=1 if quick else 3, num_held_out=60 if quick else 600)
 
 
-def multi_label(folder: Path, quick: bool) -> None:
+def multi_label(folder: Path, quick: bool, steps: int) -> None:
     """Compare the heads on both kinds of scenes; print the table, write the picture."""
     number = len(SETTINGS)
+    settings = [replace(setting, steps=steps) for setting in SETTINGS]
     with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context('spawn')) as pool:
-        answers = list(pool.map(probe, [folder] * number, SETTINGS, [quick] * number))
+        answers = list(pool.map(probe, [folder] * number, settings, [quick] * number))
     results = {setting.label: answer[0] for setting, answer in zip(SETTINGS, answers, strict=True)}
     (folder / 'probing.json').write_text(json.dumps(results, indent=2))
     print_table('Heads on the frozen backbone: test mAP of cluttered scenes', results)
@@ -193,10 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, nargs='?', default=Path('demo_output'), help='where everything goes')
     parser.add_argument('--quick', action='store_true', help='little data, one seed, a few steps: to see that it runs')
+    parser.add_argument('--steps', type=int, default=200, help='to train a head on scenes (default: 200)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     single_label(folder, options.quick)
-    multi_label(folder, options.quick)
+    multi_label(folder, options.quick, options.steps)
 
 
 if __name__ == '__main__':
