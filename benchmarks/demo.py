@@ -170,7 +170,7 @@ def draw_attention(rows, setting: Setting, backbone: nn.Module, head: nn.Module)
         side = round(attention.shape[-1] ** 0.5)
         row[0].imshow(image, cmap='gray')
         for axis, index in zip(row[1:], classes, strict=False):
-            weights = attention[index // head.group_fc.group_size].reshape(side, side)
+            weights = attention[index // head.group_fc.group_size].reshape(side, side).numpy()
             axis.imshow(image, cmap='gray')
             axis.imshow(weights, cmap='jet', alpha=0.5, extent=(0, image.shape[1], image.shape[0], 0))
             axis.set_title(f'{setting.scene.class_names[index]}: {probability[index]:.2f}', fontsize=7)
