@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 
 .PHONY: demo test test-slow models clean
 
-demo: .venv/ready  ## train both heads on embedded data, print the table, leave a picture in demo_output/
+demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png
 	$(RUN) -m benchmarks.demo
 
 test: .venv/ready  ## linter and the fast suite
@@ -18,9 +18,13 @@ test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
 models: .venv/ready  ## write docs/models.md anew
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.survey --write
 
-.venv/ready: setup.cfg pyproject.toml
+.venv/demo: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/ready: .venv/demo
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
