@@ -102,7 +102,7 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
         with caplog.at_level(logging.WARNING):
             options = parse_train(recipe)
         assert not [record for record in caplog.records if 'No effect' in record.message]
-        assert (options.num_of_groups, options.weight_decay, options.img_size) == (groups, 1e-2, 224)
+        assert (options.num_of_groups, options.weight_decay, options.img_size) == (groups, 1e-4, 224)
         assert options.eval_metric == 'zsl_map' and options.random_queries and options.query_noise
         smaller = '--model test_byobnet --img-size 32 -b 2 -j 0 --epochs 2 --warmup-epochs 1 --experiment'
         few = ['--decoder-embedding', '32', '--num-of-groups', '1' if groups > 0 else '-1']
