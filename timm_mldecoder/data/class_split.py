@@ -107,6 +107,6 @@ def select_classes(annotations: Annotations, class_names: Sequence[str], only_po
     if only_positive:
         images = np.unique(image[kept & (value == POSITIVE)])
         if not len(images):
-            raise ValueError('no image shows one of the classes to train on')
+            raise ValueError(f'no image shows any of the {len(class_names)} classes {", ".join(class_names[:3])}, ...')
         selected = selected.subset(images)
     return selected

@@ -180,6 +180,9 @@ def load_model(options: Options) -> Trained:
         weights = weights_of(content, options.use_ema)
     except ValueError as error:
         raise ValueError(f'--checkpoint {options.checkpoint}: {error}') from error
+    stored = _stored_embeddings(weights)
+    if stored is not None and options.num_classes is None:
+        options = options.replace(num_classes=len(stored))  # as trained: they decide how many classes a query has
     model = create_model(options, words=_stored_words(options, weights), pretrained=False)
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
@@ -233,12 +236,17 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
 
 def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
-    for name, tensor in weights.items():
-        if name.endswith('vocabulary.embeddings'):
-            return dict(word_embeddings=tensor.shape[1])
+    stored = _stored_embeddings(weights)
+    if stored is not None:
+        return dict(word_embeddings=stored.shape[1])
     if options.word_embeddings:
         return dict(word_embeddings=read_word_embeddings(options.word_embeddings)[0].shape[1])
     return {}
+
+
+def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
+    """Return the label embeddings [C, E] of a head in a state dict, None if it has none."""
+    return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
 
 
 def has_text_queries(options: Options) -> bool:

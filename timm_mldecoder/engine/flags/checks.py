@@ -208,6 +208,14 @@ def metric_names(options: Options) -> tuple[str, ...]:
     return (ZeroShotEvaluator(1) if scores_both(options) else MultiLabelEvaluator()).metric_names
 
 
+def default_metric(options: Options) -> str:
+    """The metric that ranks the checkpoints of multi-label training."""
+    if scores_both(options):
+        return ZeroShotEvaluator.default_metric
+    # partial annotation leaves many classes without a verified positive or negative
+    return 'map_partial' if options.dataset == 'openimages' else MultiLabelEvaluator.default_metric
+
+
 def _problems_of_images(o: Options) -> Iterator[str]:
     for name in ('cutmix_minmax', 'scale', 'ratio'):
         values = getattr(o, name)
