@@ -55,6 +55,7 @@ def read(path):
 
 def test_logits_are_the_scaled_cosine():
     classifier = CosineClassifier(6, 3, scale=5.0)
+    torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(3))  # at the start
     x = torch.randn(4, 2, 6)
     expected = 5 * cosine_similarity(x[:, :, None], classifier.weight, dim=-1)
     torch.testing.assert_close(classifier(x), expected)

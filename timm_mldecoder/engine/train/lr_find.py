@@ -37,7 +37,7 @@ class Point(NamedTuple):
 def find_lr(run: Run) -> None:
     """Train for `--lr-find` steps, each with a larger learning rate, and write a table and a picture of the loss.
 
-    The rates grow exponentially from 1e-7 to 10 (arXiv 1506.01186, section 3.3), scaled by `--layer-decay` and the like.
+    The rates grow exponentially from 1e-7 to 10 (arXiv 1506.01186, section 3.3), times the scale of a parameter group.
     The test ends early once the smoothed loss is not finite, or is 4 times the lowest so far. No checkpoint is saved.
 
     Raises:
