@@ -206,21 +206,21 @@ def fill(
     _logger.info(f'Cache {root}: {total:,} bytes of features, {needed:,} of them to write')
     world.barrier()  # every rank has seen the same shards before one is written
     missing = [cache.missing() for cache, _ in caches]
-    if world.primary:
-        for cache, _ in caches:
-            cache.begin()
-        free = shutil.disk_usage(root).free
-        if free < needed:
-            raise RunFailed(f'--cache {root}: {needed:,} bytes are needed and {free:,} are free; choose another folder')
-    world.barrier()
-    for (cache, images), shards in zip(caches, missing, strict=True):
-        try:
+    try:
+        if world.primary:
+            for cache, _ in caches:
+                cache.begin()
+            if (free := shutil.disk_usage(root).free) < needed:
+                raise OSError(f'only {free:,} bytes are free')
+        world.barrier()
+        for (cache, images), shards in zip(caches, missing, strict=True):
             cache.write(shards[world.rank :: world.size], backbone, images, batch_size, seed)
-        except OSError as error:
-            raise RunFailed(
-                f'--cache {root}: {error}; {cache.missing_bytes():,} more bytes are needed. Finished shards are kept: '
-                'make room, and run the command again'
-            ) from error
+    except OSError as error:
+        left = sum(cache.missing_bytes() for cache, _ in caches)
+        raise RunFailed(
+            f'--cache {root}: {error}; {left:,} more bytes are needed. Finished shards are kept: make room, and run '
+            'the command again'
+        ) from error
     world.barrier()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.models import safe_model_name
 from timm.task import ClassificationEvaluator
+from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -46,6 +47,7 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         RunFailed: If the disk is full, or memory is.
     """
     folder = _create_folder(options.train) if world.primary else None
+    random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
     splits = _create_splits(options)
