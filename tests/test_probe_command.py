@@ -179,13 +179,14 @@ def test_a_run_is_the_same_whatever_other_heads_are_trained_beside_it(scenes, tm
     assert one == among
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_table_of_one_and_read_and_write_the_same_cache(scenes, tmp_path):
     flags = [*multilabel(scenes, *FAST), '--test-split', 'test', '--heads', 'linear,ml_decoder:dim=16:num_heads=4']
-    for cache in ([], ['--cache', tmp_path / 'cache', '--cache-shard', '5', '--augment', '--cache-views', '2']):
+    for cache in (['--cache', tmp_path / 'cache', '--cache-shard', '5', '--augment', '--cache-views', '2'], []):
         two = [PROGRAM, 'timm_mldecoder.probe', *flags, *cache, '-b', '4', '--output', tmp_path]
         call(*two, '--experiment', f'two {len(cache)}', processes=2).check_returncode()
         written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'cache').glob('*/*')}
-        assert len(written) == (43 if cache else 0)  # shards of 24 images in two views, 12 and 12, with two files each
+        assert len(written) == 35  # two files of 10 + 3 + 3 shards, and a setup of each split
         run(*flags, *cache, output=tmp_path, name=f'one {len(cache)}')
         assert_same_results(*(comparable(tmp_path / f'{ranks} {len(cache)}') for ranks in ('one', 'two')))
         assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in written.items())
@@ -315,7 +316,7 @@ def test_backbones_from_files(scenes, images, tmp_path):
     sources = {
         'train.py': f'--initial-checkpoint {first}',
         'folder': f'--model local-dir:{tmp_path / "folder"} --pretrained',
-        'file': f'--model test_resnet --model-kwargs output_stride=16 --num-classes 10 --pretrained '
+        'file': f'--model test_resnet --model-kwargs output_stride=16 --pretrained '
         f'--pretrained-path {tmp_path / "weights.pth"}',
     }
     losses = {}

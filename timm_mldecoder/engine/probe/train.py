@@ -126,12 +126,22 @@ class Trainer:
                 self.read_seconds += time.perf_counter() - start
                 step = epoch * steps + index
                 factor = learning_rate_factor(step, options.epochs * steps)
-                for run in self.own:
-                    sums[id(run)] += self._step(run, batch, step, factor)
+                for run, loss in zip(self.own, self.step(batch, step, factor), strict=True):
+                    sums[id(run)] += loss
             for run in self.own:
                 run.losses.append(sums[id(run)].item() / steps)
             if (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs:
                 score(epoch)
+
+    def step(self, batch: Batch, step: int, factor: float) -> list[Tensor]:
+        """Take one optimizer step of each run of this rank, and return their losses.
+
+        Args:
+            batch: Features and targets.
+            step: Number of the step, which determines the draws of dropout.
+            factor: Factor of each run's learning rate.
+        """
+        return [self._step(run, batch, step, factor) for run in self.own]
 
     def _step(self, run: Run, batch: Batch, step: int, factor: float) -> Tensor:
         """Take one optimizer step, and return the loss."""
