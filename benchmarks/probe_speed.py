@@ -2,8 +2,8 @@
 
     python -m benchmarks.probe_speed [--model resnet50] [--batch-size 32] [--cache-images 1000] [--folder FOLDER]
 
-A step is the backbone's forward pass and an optimizer step of every run. Cached features are read in random order, as in
-training, converted to float32; both readers begin with the files out of the page cache.
+A step is the backbone's forward pass and an optimizer step of every run. Cached features are read in random order
+and converted to float32, as in training; both readers begin with the files out of the page cache.
 """
 
 import os
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> str:
 def _heads(args) -> list[list]:
     device = torch.device(args.device)
     model = remove_head(timm.create_model(args.model, num_classes=CLASSES)).to(device)
-    backbone = Backbone(model, partial(autocast, args.device))
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    backbone = Backbone(model, partial(autocast, images))
     target = (torch.rand(args.batch_size, CLASSES, device=device) < 0.05).float()
     options = train_options(data_dir='.', device=args.device, opt='adamw', task='multilabel')
     everything = [Run(HeadSpec(name, name, {}), rate, 0) for name in HEADS for rate in RATES]
@@ -63,7 +63,7 @@ def _heads(args) -> list[list]:
             lambda: None,
             World(device),
         )
-        steps[len(runs)] = partial(_step, trainer, backbone, images, target)
+        steps[len(runs)] = partial(_probe_step, trainer, backbone, images, target)
     times = paired_times(steps, args.rounds, args.device)
     one, several = times.values()
     label = f'{len(everything)} heads ({", ".join(HEADS)} at {len(RATES)} rates)'
@@ -73,12 +73,12 @@ def _heads(args) -> list[list]:
     ]
 
 
-def _step(trainer: Trainer, backbone: Backbone, images: Tensor, target: Tensor) -> None:
+def _probe_step(trainer: Trainer, backbone: Backbone, images: Tensor, target: Tensor) -> None:
     trainer.step(Batch(*backbone(images), target), 0, 1.0)
 
 
 def _cache(args) -> list[list]:
-    shape, number = (49, 2048), args.cache_images
+    shape, number = (49, 2048), -(-args.cache_images // args.batch_size) * args.batch_size  # full batches
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         cache = FeatureCache(
             Path(name) / 'train',
