@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -80,7 +80,8 @@ def _probe_step(trainer: Trainer, backbone: Backbone, images: Tensor, target: Te
 def _cache(args) -> list[list]:
     shape, number = (49, 2048), -(-args.cache_images // args.batch_size) * args.batch_size  # full batches
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        cache = FeatureCache(
+        open_cache = partial(
+            FeatureCache,
             Path(name) / 'train',
             {},
             number=number,
@@ -90,12 +91,13 @@ def _cache(args) -> list[list]:
             shard=250,
             device=torch.device('cpu'),
         )
+        cache = open_cache()
         cache.begin()
         cache.write(cache.missing(), lambda images: (images, None), _random_features, 50, 0)
         files = sorted(cache.folder.glob('*.tokens.npy'))
         read, dd = [], []
         for _ in range(args.rounds):
-            read.append(_seconds(partial(_read, cache, args.batch_size), files))
+            read.append(_seconds(partial(_read, open_cache, args.batch_size), files))
             dd.append(_seconds(partial(_dd, files), files))
     size = number * cache.bytes_per_image / 2**20
     return [
@@ -109,7 +111,8 @@ def _random_features(groups: list) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(len(group), 49, 2048), torch.zeros(len(group))
 
 
-def _read(cache: FeatureCache, batch_size: int) -> None:
+def _read(open_cache: Callable[[], FeatureCache], batch_size: int) -> None:
+    cache = open_cache()  # anew: pages that are still mapped stay in the page cache
     for _ in cache.read(training_groups(cache.number, batch_size, 0, 0)):
         pass
 
