@@ -11,8 +11,9 @@ import logging
 import mmap
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from timm_mldecoder.engine.runtime.files import write_atomically
 _logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'
+READERS, AHEAD = 2, 8  # threads, and batches that are read ahead
 
 
 class FeatureCache:
@@ -132,19 +134,18 @@ class FeatureCache:
                 tokens, targets = [], []
 
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
-        """Yield the features of each group, while the disk reads the next one."""
-        with ThreadPoolExecutor(1) as pool:
-            self._advise(groups[0]) if groups else None
-            coming = pool.submit(self._rows, groups[0]) if groups else None
-            for number in range(len(groups)):
-                tokens, target = coming.result()
-                if number + 1 < len(groups):
-                    self._advise(groups[number + 1])
-                    coming = pool.submit(self._rows, groups[number + 1])
-                tokens = torch.from_numpy(tokens).to(self._device).float()
-                target = torch.from_numpy(target).to(self._device)
-                first = tokens[:, 0] if self._class_token else None
-                yield Batch(tokens[:, 1:] if self._class_token else tokens, first, target)
+        """Yield the features of each group, while the disk reads the next ones."""
+        with ThreadPoolExecutor(READERS) as pool:
+            coming: deque[Future] = deque()
+            for number in range(len(groups) + AHEAD):
+                if number < len(groups):
+                    self._advise(groups[number])
+                    coming.append(pool.submit(self._rows, groups[number]))
+                if number >= AHEAD:
+                    tokens, target = (torch.from_numpy(part).to(self._device) for part in coming.popleft().result())
+                    tokens = tokens.float()
+                    first = tokens[:, 0] if self._class_token else None
+                    yield Batch(tokens[:, 1:] if self._class_token else tokens, first, target)
 
     def _rows(self, group: list[Draw]) -> tuple[np.ndarray, np.ndarray]:
         places = [self._place(draw) for draw in group]
