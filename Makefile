@@ -1,8 +1,10 @@
 # Everything runs in .venv, made once. `make demo` and `make test` need nothing but Python 3.10 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
+QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory weights \
+	data_formats flags flag_effects))
 
-.PHONY: demo test test-slow models clean
+.PHONY: demo quick test test-slow models clean
 
 demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png
 	$(RUN) -m benchmarks.demo
@@ -11,6 +13,9 @@ test: .venv/ready  ## linter and the fast suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
+
+quick: .venv/ready  ## the core: head, models, losses, metrics, flags, formats
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m 'not slow' $(QUICK)
 
 test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
