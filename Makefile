@@ -1,10 +1,12 @@
 # Everything runs in .venv, made once. `make demo` and `make test` need nothing but Python 3.10 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
+QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory weights \
+	data_formats flags flag_effects))
 
-.PHONY: demo test test-slow models clean
+.PHONY: demo quick test test-slow models clean
 
-demo: .venv/ready  ## train both heads on embedded data, print the table, leave a picture in demo_output/
+demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png
 	$(RUN) -m benchmarks.demo
 
 test: .venv/ready  ## linter and the fast suite
@@ -12,15 +14,22 @@ test: .venv/ready  ## linter and the fast suite
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
 
+quick: .venv/ready  ## the core: head, models, losses, metrics, flags, formats
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m 'not slow' $(QUICK)
+
 test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
 
 models: .venv/ready  ## write docs/models.md anew
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.survey --write
 
-.venv/ready: setup.cfg pyproject.toml
+.venv/demo: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/ready: .venv/demo
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 

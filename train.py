@@ -15,6 +15,7 @@ from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.engine.train.lr_find import find_lr
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse_train(argv)
     with join_world(options.device, options.device_modules or ()) as world:
-        fit(build_run(options, world))
+        (find_lr if options.lr_find else fit)(build_run(options, world))
 
 
 if __name__ == '__main__':

@@ -1,53 +1,66 @@
-"""The main job on real images that ship with scikit-learn: pooling + linear beside ML-Decoder, in minutes on two cores.
+"""ML-Decoder on real images that ship with scikit-learn, in minutes on two cores.
 
-    python -m benchmarks.demo [FOLDER]
+    python -m benchmarks.demo [FOLDER] [--quick] [--steps 200]
 
-Writes the data, trains both heads with train.py, validates with validate.py, reloads the ML-Decoder model in a new
-process through ``local-dir:``, prints the tables and leaves `attention.png`.
+1. Single-label: train.py trains pooling + linear and ML-Decoder on single digits; validate.py scores the ML-Decoder
+   model once more, through ``local-dir:``.
+2. Multi-label: the backbone of the first is frozen, and every head of `benchmarks.probing` trained on its cached
+   features of cluttered scenes, each at its own best learning rate.
+
+Prints the tables and writes `demo.png`: what the classes attend to, and the heads' training curves.
 """
 
 import argparse
 import csv
 import json
+import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from timm.data import create_transform, resolve_model_data_config
+from PIL import Image
 from timm.models import save_for_hf
+from torch import nn
 
-from timm_mldecoder.data import create_dataset
-from timm_mldecoder.data.digits import write_digit_scenes, write_digits
-from timm_mldecoder.models.attention_maps import attention_maps
+from benchmarks.probing import DIGITS, HEADS, PAIRS, Setting, compare, print_table, single_digits, tokens
+from timm_mldecoder.data.digits import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, CLASSES, SIZE = 'test_resnet', 10, 64
-MODEL_KWARGS = dict(output_stride=8)  # 8 x 8 tokens
-HEADS = {'GAP': None, 'ML-Decoder': dict(decoder_embedding=256, dim_feedforward=512, dropout=0.0)}
+MODEL, CLASSES, SIZE = 'test_resnet', 10, 32
+MODEL_KWARGS = dict(output_stride=8)
+SINGLE_LABEL_HEADS = {'GAP': None, 'ML-Decoder': dict(decoder_embedding=256, dim_feedforward=512, dropout=0.0)}
 COMMON = [
-    '--model', MODEL, '--num-classes', str(CLASSES), '--in-chans', '1', '--img-size', str(SIZE),
+    '--model', MODEL, '--num-classes', str(CLASSES), '--in-chans', '1', '--img-size', str(SIZE), '--crop-pct', '1',
     '--mean', '0.5', '--std', '0.5', '--device', 'cpu', '-j', '0',
 ]  # fmt: skip
-DIGITS = [
-    '--model-kwargs', 'output_stride=8', '-b', '64', '--epochs', '12', '--opt', 'adamw', '--lr', '3e-3',
-    '--weight-decay', '0.05', '--warmup-epochs', '1', '--sched-on-updates', '--hflip', '0', '--color-jitter', '0',
-    '--scale', '0.6', '1', '--smoothing', '0',
+TRAINING = [
+    '--model-kwargs', 'output_stride=8', '-b', '64', '--opt', 'adamw', '--lr', '3e-3', '--weight-decay', '0.05',
+    '--warmup-epochs', '1', '--sched-on-updates', '--train-crop-mode', 'squash', '--hflip', '0', '--color-jitter', '0',
 ]  # fmt: skip
-SCENES = [
-    '--model-kwargs', 'output_stride=16', '--dataset', 'csv', '--task', 'multilabel', '--target-format', 'multihot',
-    '-b', '32', '--epochs', '8', '--loss', 'bce', '--eval-metric', 'map', '--opt', 'adamw',
-    '--weight-decay', '0.01', '--sched', 'onecycle', '--warmup-epochs', '2', '--warmup-lr', '8e-5', '--min-lr', '8e-9',
-    '--train-crop-mode', 'squash', '--hflip', '0', '--color-jitter', '0',
-]  # fmt: skip
-# each head's best of this one, half and twice of it, with seed 0; a common one would decide which head is ahead
-SCENES_LR = {'GAP': '8e-3', 'ML-Decoder': '4e-3'}
+PLACEMENTS, EPOCHS = 3, 4  # of each training digit; epochs over all of them
+SETTINGS = [Setting('digits', DIGITS), Setting('pairs', PAIRS)]
+PROBED = {name: head for name, head in HEADS.items() if name != 'efficient_probing_8'}
+SCENES_DRAWN = {'digits': 3, 'pairs': 2}
+MOST_CLASSES_DRAWN = 4
+
+
+def write_single_digits(root: Path, placements: int) -> None:
+    """Write single digits, each of a random size in a random place, as an image folder."""
+    rng = np.random.default_rng(0)
+    for split, times in (('train', placements), ('validation', 1)):
+        for turn in range(times):
+            for number, (image, label) in enumerate(zip(*single_digits(split, rng), strict=True)):
+                path = root / split / str(label.item()) / f'{turn}-{number:04d}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.numpy()).save(path)
 
 
 def head_flags(head: dict | None) -> list[str]:
@@ -69,123 +82,123 @@ def run(script: str, *flags: str) -> str:
     return process.stdout
 
 
-def train(data: Path, folder: Path, head: dict | None, flags: list[str], seed: int = 42) -> tuple[dict, float]:
-    """Train one head; the row of the best epoch in summary.csv, and seconds."""
+def train(data: Path, folder: Path, head: dict | None, epochs: int) -> str:
+    """Train one head; its row of the table without the name."""
     for old in folder.glob('*.pth.tar'):
         old.unlink()  # of an earlier demo: train.py does not start over another run
     start = time.perf_counter()
-    run(
-        'train.py',
-        str(data),
-        *COMMON,
-        *flags,
-        *head_flags(head),
-        '--seed',
-        str(seed),
-        '--output',
-        str(folder.parent),
-        '--experiment',
-        folder.name,
-    )
+    output = ['--output', str(folder.parent), '--experiment', folder.name]
+    run('train.py', str(data), *COMMON, *TRAINING, *head_flags(head), '--epochs', str(epochs), *output)
     seconds = time.perf_counter() - start
     with (folder / 'summary.csv').open() as file:
-        rows = list(csv.DictReader(file))
-    metric = 'eval_map' if 'eval_map' in rows[0] else 'eval_top1'
-    return max(rows, key=lambda row: float(row[metric])), seconds
+        best = max(float(row['eval_top1']) for row in csv.DictReader(file))
+    parameters = sum(p.numel() for p in load(folder, head).parameters())
+    return f'{parameters:,} | {best:.1f} | {seconds:.0f}'
 
 
-def validate(data: Path, *flags: str) -> float:
-    """Top-1 of validate.py, in percent."""
-    output = run('validate.py', str(data), *COMMON, *flags)
-    return json.loads(output.split('--result')[1])['top1']
+def load(folder: Path, head: dict | None) -> nn.Module:
+    checkpoint = folder / 'model_best.pth.tar'
+    options = dict(MODEL_KWARGS, num_classes=CLASSES, in_chans=1, ml_decoder=head, checkpoint_path=checkpoint)
+    return timm.create_model(MODEL, **options).eval()
 
 
-def digits(folder: Path) -> None:
-    """Single-label: both heads on 1,797 real digits."""
-    data = write_digits(folder / 'digits')
-    train_images, validation_images = (len(list((data / split).rglob('*.png'))) for split in ('train', 'validation'))
-    print(f'Digits, {MODEL} at {SIZE} x {SIZE}: {train_images} training and {validation_images} validation images\n')
-    print('| head | parameters | top-1 | validate.py | training |\n|---|---|---|---|---|')
-    for name, head in HEADS.items():
-        best, seconds = train(data, folder / name, head, DIGITS)
-        checkpoint = folder / name / 'model_best.pth.tar'
-        again = validate(data, '--checkpoint', str(checkpoint), *head_flags(head))
-        model = timm.create_model(
-            MODEL, num_classes=CLASSES, in_chans=1, ml_decoder=head, checkpoint_path=checkpoint, **MODEL_KWARGS
+def single_label(folder: Path, quick: bool) -> None:
+    """Train both heads on single digits, and print a table."""
+    data = folder / 'digits'
+    write_single_digits(data, placements=1 if quick else PLACEMENTS)
+    count = {split: sum(1 for _ in (data / split).rglob('*.png')) for split in ('train', 'validation')}
+    print(f'### Single digits: {count["train"]} training and {count["validation"]} validation images\n')
+    print('| head | parameters of the model | top-1 | seconds |\n|---|---|---|---|')
+    with ThreadPoolExecutor(max_workers=2) as pool:  # a run has one thread
+        rows = pool.map(
+            lambda item: train(data, folder / item[0], item[1], epochs=1 if quick else EPOCHS),
+            SINGLE_LABEL_HEADS.items(),
         )
-        size = sum(p.numel() for p in model.parameters())
-        print(f'| {name} | {size:,} | {float(best["eval_top1"]):.2f} | {again:.2f} | {seconds:.0f} s |', flush=True)
-
-    # the model of the last row, as others would get it
+        for name, row in zip(SINGLE_LABEL_HEADS, rows, strict=True):
+            print(f'| {name} | {row} |', flush=True)
+    model = load(folder / 'ML-Decoder', SINGLE_LABEL_HEADS['ML-Decoder'])
     model.pretrained_cfg |= dict(input_size=(1, SIZE, SIZE), mean=(0.5,), std=(0.5,))
     save_for_hf(model, folder / 'exported')
-    reloaded = validate(data, '--model', f'local-dir:{folder / "exported"}', '--pretrained')
-    print(f'\nReloaded in a new process through local-dir:{folder / "exported"}: top-1 {reloaded:.2f}')
-    draw(model.eval(), data, folder / 'attention.png')
+    output = run('validate.py', str(data), *COMMON, '--model', f'local-dir:{folder / "exported"}', '--pretrained')
+    top1 = json.loads(output.split('--result')[1])['top1']
+    print(f'\nML-Decoder, validate.py --model local-dir:{folder / "exported"}: top-1 {top1:.1f}\n', flush=True)
 
 
-def draw(model: torch.nn.Module, data: Path, path: Path, count: int = 8) -> None:
-    """Some validation images, and what the query of the predicted class attended to."""
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    dataset = create_dataset('', data, split='validation', transform=transform, input_img_mode='L')
-    picks = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-    images = torch.stack([dataset[index][0] for index in picks])
-    classes = model(images).argmax(dim=1)
-    maps = torch.nn.functional.interpolate(
-        attention_maps(model, images, classes).unsqueeze(1), images.shape[-2:], mode='bilinear'
-    )
-    figure = Figure(figsize=(1.5 * count, 3.4))
-    axes = figure.subplots(2, count)
-    for column, (index, image, label, attention) in enumerate(zip(picks, images, classes, maps, strict=True)):
-        axes[0, column].imshow(image[0], cmap='gray')
-        axes[0, column].set_title(f'{dataset[index][1]} → {label.item()}')
-        axes[1, column].imshow(image[0], cmap='gray')
-        axes[1, column].imshow(attention[0], cmap='jet', alpha=0.5)
-    for axis in axes.flat:
-        axis.axis('off')
-    figure.suptitle("true → predicted; below, the attention of the predicted class's query")
-    figure.savefig(path, dpi=120, bbox_inches='tight')
-    print(f'What the head looks at: {path}')
+def probe(folder: Path, setting: Setting, quick: bool) -> tuple[dict[str, dict], dict[str, nn.Module]]:
+    """Compare all heads on the frozen backbone of `single_label`, with one thread."""
+    torch.set_num_threads(1)
+    backbone = load(folder / 'GAP', None).requires_grad_(False)
+    if quick:
+        setting = replace(setting, num_train=64, steps=6)
+    return compare(setting, backbone, PROBED, seeds=1 if quick else 3, num_held_out=60 if quick else 600)
 
 
-def scenes(folder: Path, seeds: int) -> None:
-    """Multi-label: both heads on scenes of several digits, mean and spread over seeds.
-
-    The backbone is, for both, the one that was trained on single digits with pooling.
-    """
-    data = write_digit_scenes(folder / 'scenes')
-    start = ['--pretrained', '--pretrained-path', str(folder / 'GAP' / 'model_best.pth.tar')]
-    print(f'\nScenes of several digits, {MODEL}, same backbone, same budget, {seeds} seeds\n')
-    print('| head | mAP, mean | lowest | highest |\n|---|---|---|---|')
-    with ThreadPoolExecutor(max_workers=2) as pool:  # a run has one thread
-        runs = {
-            name: [
-                pool.submit(
-                    train,
-                    data,
-                    folder / f'{name}-scenes-{seed}',
-                    head,
-                    [*SCENES, *start, '--lr', SCENES_LR[name]],
-                    seed,
-                )
-                for seed in range(seeds)
-            ]
-            for name, head in HEADS.items()
-        }
-    for name, futures in runs.items():
-        scores = [float(future.result()[0]['eval_map']) for future in futures]
-        print(f'| {name} | {statistics.mean(scores):.1f} | {min(scores):.1f} | {max(scores):.1f} |', flush=True)
+def multi_label(folder: Path, quick: bool, steps: int) -> None:
+    """Compare the heads on both kinds of scenes; print the table, write the picture."""
+    number = len(SETTINGS)
+    settings = [replace(setting, steps=steps) for setting in SETTINGS]
+    with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context('spawn')) as pool:
+        answers = list(pool.map(probe, [folder] * number, settings, [quick] * number))
+    results = {setting.label: answer[0] for setting, answer in zip(SETTINGS, answers, strict=True)}
+    (folder / 'probing.json').write_text(json.dumps(results, indent=2))
+    print_table('Heads on the frozen backbone: test mAP of cluttered scenes', results)
+    backbone = load(folder / 'GAP', None)
+    figure = Figure(figsize=(11, 6.5), layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=(1.6, 1))
+    rows = iter(left.subplots(sum(SCENES_DRAWN.values()), 1 + MOST_CLASSES_DRAWN))
+    left.suptitle('scene, and what the query of each of its classes attends to (ml_decoder_small)', fontsize=9)
+    for setting, (_, heads) in zip(SETTINGS, answers, strict=True):
+        draw_attention(rows, setting, backbone, heads['ml_decoder_small'])
+    for axis, setting in zip(right.subplots(number, 1), SETTINGS, strict=True):
+        draw_curves(axis, setting, results[setting.label])
+    figure.savefig(folder / 'demo.png', dpi=80)
+    print(f'Picture: {folder / "demo.png"}')
 
 
-def main() -> None:
+@torch.no_grad()
+def draw_attention(rows, setting: Setting, backbone: nn.Module, head: nn.Module) -> None:
+    """The first test scenes with at least two classes (of pairs: one), and the attention of each class in them."""
+    wanted = [
+        (image, classes)
+        for image, target in scenes('test', 100, setting.scene)
+        if len(classes := np.flatnonzero(target)) >= (1 if setting.scene.kind == 'pairs' else 2)
+    ][: SCENES_DRAWN[setting.label]]
+    for image, classes in wanted:
+        row = next(rows)
+        features = tokens(backbone, torch.from_numpy(image).unsqueeze(0))
+        probability, attention = head(features)[0].sigmoid(), head.attention_weights(features)[0]
+        side = round(attention.shape[-1] ** 0.5)
+        row[0].imshow(image, cmap='gray')
+        for axis, index in zip(row[1:], classes, strict=False):
+            weights = attention[index // head.group_fc.group_size].reshape(side, side).numpy()
+            axis.imshow(image, cmap='gray')
+            axis.imshow(weights, cmap='jet', alpha=0.5, extent=(0, image.shape[1], image.shape[0], 0))
+            axis.set_title(f'{setting.scene.class_names[index]}: {probability[index]:.2f}', fontsize=7)
+        for axis in row:
+            axis.axis('off')
+
+
+def draw_curves(axis, setting: Setting, results: dict[str, dict]) -> None:
+    """Validation mAP in training, mean of the seeds, of each head at its best learning rate."""
+    for name, result in results.items():
+        steps, scores = np.mean(result['curves'], axis=0).T
+        axis.plot(steps, scores, marker='.', label=f'{name} ({result["parameters"]:,})')
+    axis.set_title(setting.label, fontsize=9)
+    axis.set_xlabel('steps', fontsize=8)
+    axis.set_ylabel('validation mAP', fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6, title='head (parameters)', title_fontsize=6, loc='lower right')
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, nargs='?', default=Path('demo_output'), help='where everything goes')
-    parser.add_argument('--seeds', type=int, default=3, help='runs of each head on the scenes')
-    options = parser.parse_args()
+    parser.add_argument('--quick', action='store_true', help='little data, one seed, a few steps: to see that it runs')
+    parser.add_argument('--steps', type=int, default=200, help='to train a head on scenes (default: 200)')
+    options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    digits(folder)
-    if options.seeds:
-        scenes(folder, options.seeds)
+    single_label(folder, options.quick)
+    multi_label(folder, options.quick, options.steps)
 
 
 if __name__ == '__main__':

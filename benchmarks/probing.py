@@ -45,6 +45,7 @@ HEADS = {
     'ml_decoder': lambda *sizes: PROBES['ml_decoder'](*sizes, dim=128, dim_feedforward=256),  # tokens are 96 wide
     'ml_decoder_small': PROBES['ml_decoder_small'],
 }
+CURVE_POINTS = 5  # times that a run is scored on validation, in equal distances; the last after training
 FINE_TUNED = ('mean', 'attention_pool', 'ml_decoder_small')
 
 
@@ -167,7 +168,13 @@ class Run:
             self.optimizer, rate, total_steps=setting.steps, pct_start=0.1
         )
         self.seconds = 0.0
+        self.curve: list[tuple[int, float]] = []  # steps, and mAP on validation after them
         self.train(True)
+
+    @property
+    def validation(self) -> float:
+        """mAP on validation after training."""
+        return self.curve[-1][1]
 
     def train(self, mode: bool) -> None:
         for module in (self.head, self.backbone):
@@ -190,63 +197,68 @@ class Run:
         """mAP in percent."""
         self.train(False)
         logits = torch.cat([self.logits(x) for x in data.inputs[split].split(100)])
+        self.train(True)
         return 100 * average_precision_score(data.targets[split].numpy(), logits.nan_to_num(0).numpy(), average='macro')
 
 
 def train_side_by_side(
     runs: dict[tuple[str, float], int], data: Data, backbone: nn.Module, setting: Setting, heads: dict[str, Callable]
-) -> dict[tuple[str, float], dict[str, float]]:
-    """Train runs (head and learning rate, and its seed) on the same batches; their scores."""
+) -> dict[tuple[str, float], Run]:
+    """Train runs (head and learning rate, and its seed) on the same batches."""
     result = {}
     for seed in sorted(set(runs.values())):
         several = {key: Run(heads[key[0]], key[1], seed, backbone, setting) for key, s in runs.items() if s == seed}
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.long)
-        for _ in range(setting.steps):
+        for step in range(1, setting.steps + 1):
             while len(order) < BATCH_SIZE:
                 order = torch.cat([order, torch.randperm(setting.num_train, generator=generator)])
             batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
             inputs, targets = data.inputs['train'][batch], data.targets['train'][batch]
             for run in several.values():
                 run.step(inputs, targets)
-        for key, run in several.items():
-            scores = {split: run.score(data, split) for split in ('validation', 'test')}
-            result[key] = {**scores, 'parameters': run.num_parameters, 'seconds': run.seconds}
+                if step % max(setting.steps // CURVE_POINTS, 1) == 0 or step == setting.steps:
+                    run.curve.append((step, run.score(data, 'validation')))
+        result |= several
     return result
 
 
-def compare(setting: Setting, backbone: nn.Module, heads: dict[str, Callable], seeds: int, num_held_out: int) -> dict:
-    """The score of each head at its best learning rate."""
+def compare(
+    setting: Setting, backbone: nn.Module, heads: dict[str, Callable], seeds: int, num_held_out: int
+) -> tuple[dict[str, dict], dict[str, nn.Module]]:
+    """The score of each head at its best learning rate, and the heads that the first seed trained with it."""
     data = load(setting, backbone, num_held_out)
     scale = 0.25 if setting.fine_tune else 1.0  # a whole network wants smaller rates
-    tried: dict[str, dict[float, dict]] = {name: {} for name in heads}
+    tried: dict[str, dict[float, Run]] = {name: {} for name in heads}
     todo = {(name, scale * rate): 0 for name in heads for rate in LEARNING_RATES}
     while todo:
-        for (name, rate), scores in train_side_by_side(todo, data, backbone, setting, heads).items():
-            tried[name][rate] = scores
-            print(f'{setting.label}: {name} at {rate:.2g}: {scores["validation"]:.1f}', file=sys.stderr, flush=True)
+        for (name, rate), run in train_side_by_side(todo, data, backbone, setting, heads).items():
+            tried[name][rate] = run
+            print(f'{setting.label}: {name} at {rate:.2g}: {run.validation:.1f}', file=sys.stderr, flush=True)
         todo = {}
         for name, by_rate in tried.items():
-            best = max(by_rate, key=lambda rate, scores=by_rate: scores[rate]['validation'])
+            best = max(by_rate, key=lambda rate, runs=by_rate: runs[rate].validation)
             further = {min(by_rate): best / 4, max(by_rate): best * 4}.get(best)
             if further is not None and LIMITS[0] < further < LIMITS[1]:
                 todo[name, further] = 0
-    results = {}
+    results, trained = {}, {}
     for name, by_rate in tried.items():
-        rate = max(by_rate, key=lambda rate, scores=by_rate: scores[rate]['validation'])
-        rows = [by_rate[rate]]
+        rate = max(by_rate, key=lambda rate, runs=by_rate: runs[rate].validation)
+        runs = [by_rate[rate]]
         for seed in range(1, seeds):
-            rows += train_side_by_side({(name, rate): seed}, data, backbone, setting, heads).values()
-        scores = [row['test'] for row in rows]
+            runs += train_side_by_side({(name, rate): seed}, data, backbone, setting, heads).values()
+        scores = [run.score(data, 'test') for run in runs]
         results[name] = {
             'mean': statistics.mean(scores),
             'std': statistics.stdev(scores) if seeds > 1 else 0.0,
             'rate': rate,
-            'tried': {tried_rate: row['validation'] for tried_rate, row in sorted(by_rate.items())},
-            'parameters': rows[0]['parameters'],
-            'seconds': statistics.mean(row['seconds'] for row in rows),
+            'tried': {tried_rate: run.validation for tried_rate, run in sorted(by_rate.items())},
+            'parameters': runs[0].num_parameters,
+            'seconds': statistics.mean(run.seconds for run in runs),
+            'curves': [run.curve for run in runs],
         }
-    return results
+        trained[name] = runs[0].head.eval()
+    return results, trained
 
 
 def heads_of(columns: dict[str, dict]) -> list[str]:
@@ -258,12 +270,13 @@ def heads_of(columns: dict[str, dict]) -> list[str]:
 def print_table(title: str, columns: dict[str, dict]) -> None:
     first = next(iter(columns.values()))
     print(f'### {title}\n')
-    print(f'| head | parameters | {" | ".join(columns)} | learning rates |')
-    print('|---|---|' + '---|' * (len(columns) + 1))
+    print(f'| head | parameters | seconds | {" | ".join(columns)} | learning rates |')
+    print('|---|---|---|' + '---|' * (len(columns) + 1))
     for name in heads_of(columns):
         cells = [f'{column[name]["mean"]:.1f} ± {column[name]["std"]:.1f}' for column in columns.values()]
         rates = ', '.join(f'{column[name]["rate"]:.2g}' for column in columns.values())
-        print(f'| {name} | {first[name]["parameters"]:,} | {" | ".join(cells)} | {rates} |')
+        row = first[name]
+        print(f'| {name} | {row["parameters"]:,} | {row["seconds"]:.1f} | {" | ".join(cells)} | {rates} |')
     print(flush=True)
 
 
@@ -317,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
             names = [head for head in heads if not setting.fine_tune or head in FINE_TUNED]
             key = replace(setting, label='')
             if key not in done:
-                done[key] = compare(setting, backbone, {head: HEADS[head] for head in names}, seeds, num_held_out)
+                done[key], _ = compare(setting, backbone, {head: HEADS[head] for head in names}, seeds, num_held_out)
             tables[name][setting.label] = done[key]
             (options.folder / 'probing.json').write_text(json.dumps(tables, indent=2))
         print_table(title, tables[name])

@@ -1,19 +1,23 @@
 """Every benchmark runs, at the smallest size, as a user runs it; the peers compute what the head computes."""
 
+import json
+import re
 import subprocess
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from benchmarks import flops
+from benchmarks import demo, flops
 from benchmarks.all import DEVICES, PAGE, write_table
 from benchmarks.measure import markdown, paired_times, peak_memory, ratio
 from benchmarks.peers import FullDecoder, ReferenceHead
 from timm_mldecoder import MLDecoder
+from timm_mldecoder.models.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
@@ -25,6 +29,8 @@ SMALLEST = {
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
     'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
+    'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
+    'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
     'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
 }
 
@@ -139,3 +145,33 @@ def test_published_gflops_of_efficientnetv2_count_two_per_output_of_batch_norm(m
             module.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
     network(image)
     assert flops.gflops(case) + 2 * sum(outputs) / 1e9 == pytest.approx(case.published, abs=0.01)
+
+
+def test_the_demo_compares_every_probe_that_needs_no_class_token(tmp_path, monkeypatch):
+    assert {*demo.PROBED} == {'mean', *PROBES} - {'linear', 'class_token'}
+    weights = timm.create_model(demo.MODEL, num_classes=demo.CLASSES, in_chans=1, **demo.MODEL_KWARGS).state_dict()
+    (tmp_path / 'GAP').mkdir()
+    torch.save(weights, tmp_path / 'GAP' / 'model_best.pth.tar')
+    monkeypatch.setattr(demo, 'PROBED', {name: demo.PROBED[name] for name in ('max', 'ml_decoder_small')})
+    pairs = next(setting for setting in demo.SETTINGS if setting.label == 'pairs')
+    results, heads = demo.probe(tmp_path, pairs, quick=True)
+    for name, result in results.items():
+        assert len(result['tried']) >= 4
+        assert result['parameters'] == sum(p.numel() for p in heads[name].parameters())
+        (curve,) = result['curves']
+        assert curve[-1][1] == max(result['tried'].values())
+        assert 0 < result['mean'] <= 100
+    assert not heads['ml_decoder_small'].training
+
+
+@pytest.mark.slow
+def test_the_demo_prints_both_tables_and_writes_a_picture(tmp_path, capsys):
+    demo.main([str(tmp_path), '--quick'])
+    output = capsys.readouterr().out
+    rows = {cells[1]: cells for line in output.splitlines() if len(cells := re.split(r' ?\| ?', line)) > 4}
+    assert {'GAP', 'ML-Decoder', *demo.PROBED} <= {*rows}
+    assert f'top-1 {rows["ML-Decoder"][3]}\n' in output, 'reloaded, the model scores the same'
+    for label, column in (('digits', 4), ('pairs', 5)):
+        result = json.loads((tmp_path / 'probing.json').read_text())[label]
+        assert all(rows[name][column].startswith(f'{result[name]["mean"]:.1f} ') for name in demo.PROBED)
+    assert (tmp_path / 'demo.png').read_bytes().startswith(b'\x89PNG')

@@ -395,18 +395,13 @@ UNEXERCISED = {
             --amp-dtype --num-gpu --pin-mem --sync-bn --synchronize-step
         """,
         'parsed only, the effect has no test yet': """
-            --aot-autograd --cutout-place --cutout-prob --early-stop --graph-layer --mixup-mode --mixup-prob
-            --train-split --tta --voc-difficult --bce-pos-weight --bn-eps --color-jitter-prob --crop-border-pixels
-            --dataset-trust-remote-code --decay-rate --device-modules --drop-block
-            --epoch-repeats --fast-norm --gaussian-blur-prob --grayscale-prob --layer-decay-min-scale
-            --layer-decay-no-opt-scale --log-freq --loss-weight-power --lr-base-scale
-            --lr-base-size --lr-cycle-decay --lr-cycle-limit --lr-cycle-mul --lr-decay-fn --lr-k-decay
-            --lr-noise-pct --lr-noise-std --lr-stable-timescale --mixup-switch-prob --model-ema-force-cpu
-            --model-ema-warmup --no-resume-opt --opt-betas --opt-eps --opt-kwargs --poly-epsilon
-            --poly-gamma --recount --reparam --resplit --results-format --save-images --torchcompile-mode
+            --aot-autograd --crop-border-pixels --dataset-trust-remote-code --device-modules --drop-block
+            --early-stop --epoch-repeats --fast-norm --graph-layer --log-freq --loss-weight-power
+            --lr-decay-fn --lr-stable-timescale --model-ema-force-cpu --no-resume-opt --poly-epsilon
+            --poly-gamma --reparam --resplit --results-format --save-images --torchcompile-mode
             --train-batches-per-epoch --train-num-samples --train-size-probs --train-size-random-mix
-            --train-size-schedule --train-size-schedule-spread --use-train-size --val-num-samples
-            --validation-batch-size --vflip --wandb-resume-id --wandb-tags --worker-seeding
+            --train-size-schedule --train-size-schedule-spread --train-split --tta --use-train-size
+            --val-num-samples --voc-difficult --wandb-resume-id --wandb-tags --worker-seeding
         """,
     }.items()
     for flag in flags.split()

@@ -25,7 +25,7 @@ ALLOWED = {
     'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
 }
 # The rooms of the engine, each of which may import those before it.
-ROOMS = ['flags', 'runtime', 'input', 'checkpoint', 'model', 'eval', 'train', 'predict', 'export', 'probe']
+ROOMS = ['flags', 'runtime', 'input', 'checkpoint', 'model', 'predict', 'eval', 'train', 'export', 'probe']
 
 
 def modules() -> dict[str, Path]:
@@ -112,8 +112,8 @@ def test_there_is_no_circle(graph):
         visit(name)
 
 
-# images.py, loop.py, attach.py and the files of the head; the aim is at most five
-FILES_OF_AN_IMAGE = 8
+# images.py, loop.py, attach.py, and four of the head: ml_decoder, queries, decoder_layer, classifiers
+FILES_OF_AN_IMAGE = 7
 
 
 def is_image(value, depth=0):

@@ -19,8 +19,9 @@ from torch.nn.functional import cosine_similarity
 from timm_mldecoder import CosineClassifier, MLDecoder, add_cosine_classifier
 from timm_mldecoder.data.digits import write_digit_scenes
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.train import build
+from timm_mldecoder.engine.input.datasets import create_split
+from timm_mldecoder.engine.model import create_train_model
+from timm_mldecoder.engine.train.optim import create_optimizer, create_schedule
 from timm_mldecoder.predict import main as predict
 from train import main as train
 from validate import main as validate
@@ -55,6 +56,7 @@ def read(path):
 
 def test_logits_are_the_scaled_cosine():
     classifier = CosineClassifier(6, 3, scale=5.0)
+    torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(3))  # at the start
     x = torch.randn(4, 2, 6)
     expected = 5 * cosine_similarity(x[:, :, None], classifier.weight, dim=-1)
     torch.testing.assert_close(classifier(x), expected)
@@ -158,7 +160,19 @@ def test_a_checkpoint_is_scored_and_predicts_as_it_was_trained(trained, capsys, 
     found = json.loads(capsys.readouterr().out.split('--result')[1])
     assert found['map'] == pytest.approx(float(row['eval_map']), abs=1e-9)
 
-    predict(['scenes/validation/00000.png', '--checkpoint', checkpoint, '--top-k', '10', '--out', 'scores.csv'])
+    predict(
+        [
+            'scenes/validation/00000.png',
+            '--checkpoint',
+            checkpoint,
+            '--top-k',
+            '10',
+            '--threshold',
+            '0',
+            '--out',
+            'scores.csv',
+        ]
+    )
     scores = {line['label']: float(line['score']) for line in read('scores.csv')}
     model = timm.create_model('test_resnet', num_classes=10)
     add_cosine_classifier(model)
@@ -175,18 +189,29 @@ def test_a_run_starts_from_a_checkpoint_with_the_classifier(trained, monkeypatch
     monkeypatch.chdir(trained)
     checkpoint = 'output/run/last.pth.tar'
     options = parse_train(['scenes', *SMALL, *METRIC, '--initial-checkpoint', checkpoint])
-    model = build.create_model(options, World(torch.device('cpu')))
+    model = create_train_model(options, create_split(options, 'train', training=True))
     assert torch.equal(model.fc.weight, torch.load(checkpoint, weights_only=False)['state_dict']['fc.weight'])
     assert model.fc.scale == SCALE
 
 
 def test_biases_have_their_own_rate_and_nothing_short_decays():
-    flags = ['DIR', '--model', 'test_vit', '--num-classes', '3', *METRIC, '--layer-decay', '0.5']
+    flags = [
+        'DIR',
+        '--model',
+        'test_vit',
+        '--num-classes',
+        '3',
+        '--task',
+        'multilabel',
+        *METRIC,
+        '--layer-decay',
+        '0.5',
+    ]
     for layered in (False, True):
         options = parse_train(flags if layered else flags[:-2])
         model = timm.create_model('test_vit', num_classes=3, ml_decoder=True)
-        optimizer = build.create_optimizer(options, model, World(torch.device('cpu')))
-        schedule, _ = build.create_schedule(options, optimizer, 50, False, World(torch.device('cpu')))
+        optimizer = create_optimizer(options, model)
+        schedule, _ = create_schedule(options, optimizer, 50, False)
         settings = {id(parameter): group for group in optimizer.param_groups for parameter in group['params']}
         assert len(settings) == sum(len(group['params']) for group in optimizer.param_groups)
         for update in (0, 20, 49, 77):
@@ -206,12 +231,12 @@ def test_biases_have_their_own_rate_and_nothing_short_decays():
     ('flags', 'message'),
     [
         ('--cosine-classifier 12 --use-ml-decoder-head 1', '--ml-decoder-kwargs classifier=cosine cosine_scale=12'),
-        ('--cosine-classifier 0', '--cosine-classifier 0.0: the scale must be above 0'),
+        ('--cosine-classifier 0', '--cosine-classifier 0'),
         ('--cosine-classifier 12 --loss aam', 'scale=12 scaled_logits=True'),
         ('--cosine-classifier 12 --loss aam --loss-kwargs scale=12', 'scaled_logits=True'),
         ('--cosine-classifier 12 --loss aam --loss-kwargs scale=7 scaled_logits=True', 'scale=12'),
         ('--use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine cosine_scale=9.5 --loss aam', 'scale=9.5'),
-        ('--bias-lr-scale -2', '--bias-lr-scale -2.0 is below 0'),
+        ('--bias-lr-scale -2', '--bias-lr-scale -2'),
     ],
 )
 def test_mistakes_are_named(flags, message):
@@ -223,9 +248,9 @@ def test_mistakes_are_named(flags, message):
     ('flags', 'message'),
     [
         ('--bias-lr-scale 2 --sched none', 'needs a schedule'),
-        ('--cosine-classifier 1 --head-init-scale 2', '--cosine-classifier has not'),
+        ('--cosine-classifier 1 --head-init-scale 2', '--head-init-scale 2.0.*--cosine-classifier'),
     ],
 )
 def test_a_flag_without_effect_is_warned_about(caplog, flags, message):
     parse_train(['DIR', *flags.split()])
-    assert [message in record.getMessage() for record in caplog.records] == [True]
+    assert [bool(re.search(message, record.getMessage())) for record in caplog.records] == [True]

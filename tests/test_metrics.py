@@ -82,6 +82,31 @@ def test_ignored_entries_change_nothing_whatever_their_score():
     assert one['op_top3'] == pytest.approx(100 / 3)
 
 
+def test_partial_maps_are_those_of_the_selective_losss_code():
+    """The definition of the code of arXiv 2110.10955, as a plain loop over the classes."""
+    logits, target = make_data(ignored=0.4, ties=False)
+    target[:, 0] = torch.where(target[:, 0] == 0, -1, target[:, 0])  # no negative
+    target[:, 1] = -1  # not annotated
+    result = evaluate(logits, target).compute()
+    found, weights = [], []
+    for scores, labels in zip(logits.T.tolist(), target.T.tolist(), strict=True):
+        ranked = [label for _, label in sorted(zip(scores, labels, strict=True), reverse=True) if label >= 0]
+        if 1 in ranked and 0 in ranked:
+            places = [place for place, label in enumerate(ranked, 1) if label == 1]
+            found.append(sum(number / place for number, place in enumerate(places, 1)) / len(places))
+            weights.append(len(places))
+    assert len(found) == NUM_CLASSES - 3
+    weighted = sum(weight * value for weight, value in zip(weights, found, strict=True)) / sum(weights)
+    assert result['map_partial'] == pytest.approx(100 * sum(found) / len(found), rel=1e-12)
+    assert result['map_weighted'] == pytest.approx(100 * weighted, rel=1e-12)
+    assert result['map_partial'] != pytest.approx(result['map'], rel=1e-3)
+
+
+def test_without_a_class_of_positives_and_negatives_the_partial_maps_are_0():
+    result = evaluate(torch.randn(4, 2), torch.tensor([[1.0, 0]] * 4)).compute()
+    assert (result['map_partial'], result['map_weighted'], result['map']) == (0, 0, 50)
+
+
 def test_metric_names_are_those_computed():
     logits, target = make_data()
     evaluator = evaluate(logits, target, top_k=(1, 5))

@@ -3,14 +3,18 @@
 import copy
 import csv
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from multilabel_data import WRITTEN, write_image
+from PIL import Image
+from sklearn.metrics import average_precision_score
 from timm.loss import create_classification_loss
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -20,6 +24,7 @@ from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
@@ -173,6 +178,46 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
         scenes,
         *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another'),
     )
+
+
+def test_the_class_report_has_the_scores_of_each_class_over_its_annotated_images(scenes):
+    train_scenes(scenes)
+    shutil.copytree(scenes, 'data')
+    with open('data/validation.csv') as file:
+        rows = list(csv.DictReader(file))
+    with open('data/validation.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, ['path', 'labels', 'ignored'])
+        writer.writeheader()
+        for number, row in enumerate(rows):
+            row['ignored'] = NAMES[number % 3]
+            kept = [name for name in row['labels'].split(';') if name not in (row['ignored'], NAMES[-1])]
+            writer.writerow({**row, 'labels': ';'.join(kept)})
+            row['labels'] = kept
+    validate(['data', *SCORE, '--checkpoint', CHECKPOINT, '--multilabel-threshold', '0.3', '--class-report', 'x.csv'])
+    with open('x.csv') as file:
+        report = list(csv.DictReader(file))
+
+    # images have the size of the model, pixels go in as 0..1
+    pixels = [torch.from_numpy(np.array(Image.open(f'data/{row["path"]}').convert('RGB'))) for row in rows]
+    with torch.inference_mode():
+        scores = load_trained(CHECKPOINT).model(torch.stack(pixels).permute(0, 3, 1, 2) / 255).sigmoid()
+    for name, found, column in zip(NAMES, report, scores.T.tolist(), strict=True):
+        annotated = [(score, row) for score, row in zip(column, rows, strict=True) if row['ignored'] != name]
+        pairs = [(name in row['labels'], score) for score, row in annotated]
+        positives, predicted = sum(truth for truth, _ in pairs), sum(score >= 0.3 for _, score in pairs)
+        right = sum(truth for truth, score in pairs if score >= 0.3)
+        expected = dict(
+            positives=positives,
+            ap=positives and 100 * average_precision_score(*zip(*pairs, strict=True)),
+            threshold=0.3,
+            precision=predicted and 100 * right / predicted,
+            recall=positives and 100 * right / positives,
+            f1=predicted + positives and 200 * right / (predicted + positives),
+        )
+        assert found.pop('class') == name
+        assert {key: float(value or 0) for key, value in found.items()} == pytest.approx(expected, rel=1e-6), name
+    assert (report[-1]['positives'], report[-1]['ap'], report[-1]['recall']) == ('0', '', '')
+    assert any(0 < float(row['precision'] or 0) < 100 for row in report)
 
 
 def number(output: str, name: str) -> float:

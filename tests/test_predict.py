@@ -200,6 +200,38 @@ def test_a_kill_loses_at_most_the_parts_under_way(images):
 
 
 @pytest.mark.slow
+def test_twenty_thousand_images_killed_five_times(images):
+    """200 of them are damaged, and listed as errors. The rows are those of an undisturbed run, none twice."""
+    small = io.BytesIO()
+    for number in range(20_000):
+        if number % 100 == 0:
+            small = io.BytesIO()
+            Image.new('RGB', (8, 8), (number % 256, number // 256, 90)).save(small, 'png')
+        name = Path(f'many/{number // 1000}/{number:05d}.png')
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_bytes(b'damaged' if number % 100 == 7 else small.getvalue())
+    save_model()
+    flags = shlex.split('many --model local-dir:folder --device cpu -j 1 -b 64 --threshold 0 --part-size 256 --out')
+    predict([*flags, 'whole.csv'])
+    assert len(Path('errors.csv').read_text().splitlines()) == 201
+    call = [sys.executable, '-m', 'timm_mldecoder.predict', *flags, 'killed.csv']
+    draw = np.random.default_rng()
+    kills = 0
+    for parts in sorted(draw.choice(70, 5, replace=False)):
+        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(Path().glob('killed.csv.parts/*.jsonl'))) <= parts and process.poll() is None:
+            time.sleep(draw.uniform(0.002, 0.05))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 5
+    predict([*flags, 'killed.csv'])
+    assert Path('killed.csv').read_text() == Path('whole.csv').read_text()
+    ranks = [*command('train.py', processes=2)[:-1], '-m', 'timm_mldecoder.predict', *flags, 'ranks.csv']
+    subprocess.run(ranks, env=environment(), check=True, capture_output=True)
+    assert Path('ranks.csv').read_text() == Path('whole.csv').read_text()
+
+
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(images):
     for number in range(20):
         write_image(Path('many', f'{number:03d}.png'), number)

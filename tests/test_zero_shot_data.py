@@ -74,7 +74,7 @@ def test_word_vectors_of_nus_wide_get_their_names(nus, tmp_path):
     assert names == NUS_CLASSES
     assert torch.equal(embeddings, torch.arange(12.0).view(3, 4).T)
     torch.save(torch.zeros(3, 5), nus / 'wordvec_array.pth')
-    with pytest.raises(ValueError, match=r'wordvec_array.pth.*4\].*\[3, 5\]'):
+    with pytest.raises(ValueError, match=r'wordvec_array.pth.*4\].*\[3, 5\].* 1 images without labels'):
         nus_wide.read_word_vectors(nus)
 
 
@@ -103,6 +103,15 @@ def test_malformed_nus_wide_is_named(tmp_path, text, message):
 def test_wrong_split_files_are_named(tmp_path, content, message):
     (tmp_path / 'split.json').write_text(content)
     with pytest.raises(ValueError, match=message):
+        read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
+
+
+def test_names_of_the_benchmark_that_the_dataset_lacks_are_left_out(tmp_path, caplog):
+    (tmp_path / 'split.json').write_text('{"train class": ["a", "x", "a"], "test class": ["b", "y"]}')
+    split = read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
+    assert split.all == ['a', 'b'] and 'x, y' in caplog.text
+    (tmp_path / 'split.json').write_text('{"train class": ["a", "b"], "test class": ["b"]}')
+    with pytest.raises(ValueError, match='twice: b'):
         read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
 
 

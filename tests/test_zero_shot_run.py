@@ -3,7 +3,9 @@
 import csv
 import json
 import logging
+import math
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.models import save_for_hf
+from torch import distributed as dist
+from torch import multiprocessing as mp
 
 from benchmarks import zero_shot as benchmark
 from timm_mldecoder.data import shapes
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.engine.eval.evaluate import evaluate
 from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.runtime.log import EvalLog
 from timm_mldecoder.losses import RandomQueryLoss, create_loss
 from timm_mldecoder.metrics.zero_shot import ZeroShotEvaluator
 from train import main as train
@@ -62,10 +69,10 @@ def test_train_then_score_unseen_and_changed_classes(data, capsys, way):
     # what the checkpoint was ranked by comes out again, to the last digit
     again = scores(capsys)
     assert again['zsl_map'] == float(row['eval_zsl_map']) and again['gzsl_f1_top5'] == float(row['eval_gzsl_f1_top5'])
-    # the unseen alone: the same where every class has a query of its own
+    # the unseen alone, on the images that show one
     alone = scores(capsys, '--score-classes', 'unseen')
-    if 'groups' not in way:
-        assert alone['map'] == pytest.approx(again['zsl_map'], abs=1e-6)
+    assert alone['map'] == pytest.approx(again['zsl_map'], rel=1e-6)
+    assert alone['of1_top3'] == pytest.approx(again['zsl_f1_top3'], rel=1e-6)
 
     # seen classes are known to the checkpoint; unseen ones are not, without a file
     assert 'map' in scores(capsys, '--score-classes', 'seen', '--word-embeddings', '')
@@ -96,20 +103,26 @@ def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
     Path('data.csv').write_text('\n'.join(lines) + '\n')
     Path('benchmark_81_v0.json').write_text('{"train class": ["sky", "tram"], "test class": ["zebra"]}')
     write_word_embeddings('words.safetensors', torch.randn(3, 300), ['sky', 'tram', 'zebra'])
-    for name, groups in [('full', -1), ('groups', 100)]:
-        recipe = ['.', '--config', str(HPARAMS / f'tresnet_l_224_{name}.yaml'), '--device', 'cpu', '--word-embeddings',
+    recipes = {
+        'tresnet_m_224_full': (-1, 1e-4, 'bce'),
+        'tresnet_m_224_groups': (100, 1e-4, 'bce'),
+        'tresnet_l_224_full_script': (-1, 1e-2, 'asl'),
+    }
+    for name, (groups, weight_decay, loss) in recipes.items():
+        recipe = ['.', '--config', str(HPARAMS / f'{name}.yaml'), '--device', 'cpu', '--word-embeddings',
                   'words.safetensors', '--class-split', 'benchmark_81_v0.json']  # fmt: skip
         with caplog.at_level(logging.WARNING):
             options = parse_train(recipe)
         assert not [record for record in caplog.records if 'No effect' in record.message]
-        assert (options.num_of_groups, options.weight_decay, options.img_size) == (groups, 1e-2, 224)
+        assert (options.num_of_groups, options.weight_decay, options.loss) == (groups, weight_decay, loss)
         assert options.eval_metric == 'zsl_map' and options.random_queries and options.query_noise
         smaller = '--model test_byobnet --img-size 32 -b 2 -j 0 --epochs 2 --warmup-epochs 1 --experiment'
         few = ['--decoder-embedding', '32', '--num-of-groups', '1' if groups > 0 else '-1']
         train([*recipe, *smaller.split(), name, *few])
         with open(f'output/train/{name}/summary.csv') as file:
             row = next(csv.DictReader(file))
-        assert {'eval_zsl_map', 'eval_gzsl_map'} < row.keys() and row['eval_gzsl_map'] != row['eval_zsl_map']
+        assert float(row['eval_zsl_map']) == 100  # the images that show the one unseen class all show it
+        assert float(row['eval_gzsl_map']) > 0
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -136,25 +149,122 @@ def test_the_benchmark_prints_a_row_a_way(flags, capsys):
     assert all(0 <= float(cell.split('±')[0]) <= 100 for row in rows[2:-1] for cell in row[1:])
 
 
-def test_zero_shot_metrics_are_those_of_the_columns():
-    torch.manual_seed(0)
-    logits, target = torch.randn(40, 9), (torch.rand(40, 9) < 0.3).float()
-    evaluator = ZeroShotEvaluator(5)
-    for part in (slice(0, 15), slice(15, 40)):
-        evaluator.update(logits[part], target[part])
+def zero_shot_data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets of 40 images, 5 seen and 4 unseen classes; many images show no unseen class."""
+    generator = torch.Generator().manual_seed(0)
+    target = (torch.rand(40, 9, generator=generator) < 0.15).float()
+    return torch.randn(40, 9, generator=generator), target
+
+
+def reference(kind: str, logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Metrics of all given images and classes, by scikit-learn and plain loops."""
+    metrics = {f'{kind}_map': 100 * average_precision_score(target.numpy(), logits.numpy(), average='macro')}
+    for name, k in (('top3', 3), ('top5', min(5, logits.shape[1]))):
+        pairs = list(zip(target.tolist(), logits.tolist(), strict=True))
+        hits = [row[i] for row, scores in pairs for i in sorted(range(len(row)), key=lambda i: -scores[i])[:k]]
+        precision, recall = sum(hits) / len(hits), sum(hits) / target.sum().item()
+        metrics[f'{kind}_p_{name}'], metrics[f'{kind}_r_{name}'] = 100 * precision, 100 * recall
+        metrics[f'{kind}_f1_{name}'] = 200 * precision * recall / (precision + recall)
+    return metrics
+
+
+def zero_shot_reference(logits: torch.Tensor, target: torch.Tensor, alone: torch.Tensor) -> dict[str, float]:
+    """The paper's protocol: the unseen classes on the images that show one, all classes on all images."""
+    shows = [index for index, row in enumerate(target[:, 5:].tolist()) if 1 in row]
+    assert 0 < len(shows) < len(target)
+    return reference('zsl', alone[shows], target[shows, 5:]) | reference('gzsl', logits, target)
+
+
+@pytest.mark.parametrize('separate', [False, True])
+def test_zero_shot_metrics_are_those_of_the_paper(separate):
+    logits, target = zero_shot_data()
+    alone = torch.randn(40, 4, generator=torch.Generator().manual_seed(1)) if separate else logits[:, 5:]
+    expected = zero_shot_reference(logits, target, alone)
+    evaluator = ZeroShotEvaluator(5, max_samples=40)
+    padding = torch.ones(3, 9)
+    parts = [(logits[:15], target[:15], alone[:15]), (logits[15:], target[15:], alone[15:]),
+             (padding, padding, padding[:, 5:])]  # fmt: skip
+    for *both, unseen in parts:
+        evaluator.update(*both, unseen if separate else None)
     metrics = evaluator.compute()
     assert tuple(metrics) == evaluator.metric_names
-    for kind, columns in (('zsl', slice(5, 9)), ('gzsl', slice(0, 9))):
-        scored, wanted = logits[:, columns], target[:, columns]
-        expected = average_precision_score(wanted.numpy(), scored.numpy(), average='macro')
-        assert metrics[f'{kind}_map'] == pytest.approx(100 * expected)
-        for k in (3, min(5, scored.shape[1])):
-            hit = sum(wanted[i, j].item() for i in range(40) for j in scored[i].argsort(descending=True)[:k])
-            precision, recall = hit / (40 * k), hit / wanted.sum().item()
-            name = f'{kind}_{{}}_top{3 if k == 3 else 5}'
-            assert metrics[name.format('p')] == pytest.approx(100 * precision)
-            assert metrics[name.format('r')] == pytest.approx(100 * recall)
-            assert metrics[name.format('f1')] == pytest.approx(200 * precision * recall / (precision + recall))
+    del metrics['loss']
+    assert metrics == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_an_image_of_an_unseen_class_zsl_is_nan_and_gzsl_is_not():
+    logits, target = zero_shot_data()
+    target[:, 5:] = 0
+    evaluator = ZeroShotEvaluator(5)
+    evaluator.update(logits, target)
+    assert {math.isnan(value) for name, value in evaluator.compute().items() if name.startswith('zsl')} == {True}
+    assert not math.isnan(evaluator.compute()['gzsl_map'])
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """Rank 0 has 30 images, rank 1 has 10 images and 3 of padding; only rank 0 sees unseen classes."""
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    logits, target = zero_shot_data()
+    target[30:, 5:] = 0
+    evaluator = ZeroShotEvaluator(5, max_samples=[30, 10][rank])
+    for part in [slice(0, 17), slice(17, 30)] if rank == 0 else [slice(30, 40), slice(0, 3)]:
+        evaluator.update(logits[part], target[part])
+    torch.save(evaluator.compute(distributed=True), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_zero_shot_metrics_of_one(tmp_path):
+    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method='fork')
+    logits, target = zero_shot_data()
+    target[30:, 5:] = 0
+    evaluator = ZeroShotEvaluator(5)
+    evaluator.update(logits, target)
+    for rank in range(2):
+        assert torch.load(tmp_path / f'{rank}.pt') == pytest.approx(evaluator.compute(), rel=1e-12)
+
+
+class TwoBatches:
+    """A loader of two batches."""
+
+    bad_images = ()
+
+    def __init__(self, images: torch.Tensor, target: torch.Tensor) -> None:
+        self._batches = list(zip(images.split(25), target.split(25), strict=True))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batches(self) -> list:
+        return self._batches
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize(
+    'way', [{}, dict(num_of_groups=3), dict(self_attention=True), dict(num_of_groups=3, learnable_queries=True)]
+)
+def test_zsl_scores_the_unseen_classes_alone_whatever_the_head(way, compiled):
+    torch.manual_seed(0)
+    words, (_, target) = torch.randn(9, 12), zero_shot_data()
+    images = torch.randn(40, 3, 32, 32)
+    head = dict(
+        decoder_embedding=32, num_heads=4, dim_feedforward=64, word_embeddings=words, class_names=list('abcdefghi')
+    )
+    model = timm.create_model('test_resnet', ml_decoder={**head, **way}).eval()
+    evaluator = ZeroShotEvaluator(5)
+    runs = torch.compile(model, backend='eager') if compiled else model
+    with join_world('cpu') as world:
+        loader = TwoBatches(images, target)
+        log = EvalLog('Test', evaluator, len(loader), 1, False)
+        found = evaluate(runs, loader, evaluator, world, autocast=nullcontext, log=log)
+    assert model.get_classifier().class_names == list('abcdefghi')  # all classes are back
+
+    with torch.inference_mode():
+        logits = model(images)
+        model.get_classifier().set_word_embeddings(words[5:])
+        alone = model(images)
+    assert torch.allclose(logits[:, 5:], alone, rtol=1e-4, atol=1e-5) == (way == {})
+    del found['loss']
+    assert found == pytest.approx(zero_shot_reference(logits, target, alone), rel=1e-6)
 
 
 def test_random_queries_are_positive_targets():

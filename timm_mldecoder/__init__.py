@@ -2,7 +2,7 @@
 
 from timm_mldecoder import plugin
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # Public name -> module. Resolved on first use: torch imports this package while it is itself being imported (see
 # plugin.py), and must not pay for, or fail on, anything that the plug-in does not need.

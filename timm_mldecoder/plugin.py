@@ -116,7 +116,7 @@ def _telling_pool(load_config):
     @functools.wraps(load_config)
     def load(*args, **kwargs):
         pretrained_cfg, name, model_args = load_config(*args, **kwargs)
-        head = (model_args or {}).get('ml_decoder')
+        head = (model_args or {}).get('ml_decoder') or (model_args or {}).get('probe_head')
         if head:
             pool = head.get('global_pool') if isinstance(head, dict) else None
             others = {name: value for name, value in model_args.items() if name != 'global_pool'}

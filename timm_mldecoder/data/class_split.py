@@ -1,10 +1,12 @@
 """Seen and unseen classes: those that a zero-shot model is trained on, and those it meets only in evaluation.
 
 A split file is JSON with the names of the seen classes under `seen` (`train class` in the benchmark of NUS-WIDE) and of
-the unseen ones under `unseen` (`test class`). If one is left out, it is all the other classes.
+the unseen ones under `unseen` (`test class`). If one is left out, it is all the other classes. In a file of the
+benchmark, names that the dataset does not have are left out with a warning, as the authors' code does silently.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ import numpy as np
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
 from timm_mldecoder.data.text_files import normalize_name
+
+_logger = logging.getLogger(__name__)
 
 KEYS = {'seen': ('seen', 'train class'), 'unseen': ('unseen', 'test class')}
 
@@ -36,7 +40,7 @@ def read_class_split(path: str | Path, class_names: Sequence[str]) -> ClassSplit
 
     Raises:
         ValueError: If the file is missing or malformed, or names a class twice, in both parts, or that is not in the
-            dataset; all such names are listed.
+            dataset; all such names are listed. In a file of the benchmark only a class in both parts is an error.
     """
     try:
         content = json.loads(Path(path).read_bytes())
@@ -46,6 +50,11 @@ def read_class_split(path: str | Path, class_names: Sequence[str]) -> ClassSplit
     if parts['seen'] is None and parts['unseen'] is None:
         raise ValueError(f'{path} is not a class split: it has neither {KEYS["seen"]} nor {KEYS["unseen"]}')
     known, other = set(class_names), {'seen': 'unseen', 'unseen': 'seen'}
+    if any(KEYS[part][1] in content for part in KEYS):
+        missing = [name for names in parts.values() for name in names or () if name not in known]
+        parts = {part: names and [n for n in dict.fromkeys(names) if n in known] for part, names in parts.items()}
+        if missing:
+            _logger.warning(f'{path}: ignoring {len(missing)} names that the dataset lacks: {", ".join(missing[:5])}')
     for part, names in parts.items():
         if names is None:
             parts[part] = [name for name in class_names if name not in parts[other[part]]]
@@ -107,6 +116,6 @@ def select_classes(annotations: Annotations, class_names: Sequence[str], only_po
     if only_positive:
         images = np.unique(image[kept & (value == POSITIVE)])
         if not len(images):
-            raise ValueError('no image shows one of the classes to train on')
+            raise ValueError(f'no image shows any of the {len(class_names)} classes {", ".join(class_names[:3])}, ...')
         selected = selected.subset(images)
     return selected

@@ -90,7 +90,7 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
     model = create_model(
         options,
-        words=_training_words(options, dataset),
+        words=training_words(options, dataset),
         pretrained=options.pretrained,
         fresh_head=options.fresh_head,
         drop_rate=options.drop,
@@ -123,7 +123,7 @@ def _graph_settings(options: Options) -> dict[str, Any]:
     return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
 
 
-def _training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
+def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':

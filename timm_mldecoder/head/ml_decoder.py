@@ -133,6 +133,13 @@ class MLDecoder(nn.Module):
         return None if self.vocabulary is None else self.vocabulary.class_names
 
     @property
+    def independent_classes(self) -> bool:
+        """Whether the logit of a class depends on no other class: one text query per class, no self-attention."""
+        config = self.config
+        per_class = config.group_size == 1 and config.max_classes is None
+        return per_class and not any(layer.self_attn is not None for layer in self.layers)
+
+    @property
     def weight(self) -> nn.Parameter:
         """The classifier's weight, [K, D, ceil(C / K)] without text queries, where ``nn.Linear`` has its own."""
         return self.group_fc.weight

@@ -57,7 +57,7 @@ class TextGroupQueries(nn.Module):
     """One query per group of classes (appendix B, equation 10): [C, E] to [ceil(C / group_size), D].
 
     One projection, E to ceil(D / group_size), acts on every class; the results of a group are concatenated and cut to
-    D. Classes missing in the last group count as zeros.
+    D. Classes missing in the last group have zero embeddings, so that their places hold the bias of the projection.
     """
 
     def __init__(self, embedding_width: int, dim: int, group_size: int, device=None, dtype=None) -> None:

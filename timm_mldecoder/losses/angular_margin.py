@@ -13,7 +13,8 @@ class AngularMarginLoss(MultiLabelLoss):
 
     L = - sum[ k/s y w log p+  +  (1 - k)/s (1 - y) w log p- ],  p+ = sigmoid(s (c - m)),  p- = sigmoid(-s (c + m)),
     with w = (y p- + (1 - y) p+)^(gamma_pos y + gamma_neg (1 - y)) after p- <- min(p- + 0.05, 1) if a gamma is positive,
-    else 1 and no shift. At inference the score is sigmoid(s c).
+    else 1 and no shift. At inference the score is sigmoid(s c). The paper calls the exponent of the positive
+    term gamma-; here, as in its code, it is `gamma_pos`.
 
     Args:
         scale: The scale s; None for `automatic_scale` of the number of classes.

@@ -20,6 +20,7 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 22  # entries sorted at once; a sort and its cumulative sums need about 60 bytes per entry, 0.25 GB in all
+MEAN_AP = ('map', 'map_partial', 'map_weighted')
 PRECISION_RECALL = ('cp', 'cr', 'cf1', 'op', 'or', 'of1')  # names of the values of `precision_recall`
 
 
@@ -109,6 +110,10 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     suffix `_top3` for the three highest scores of each image; timm's `micro_f1`, `macro_f1`, `sample_f1`. As in timm,
     a class without positives has AP 0. `loss` is the binary cross-entropy, the mean over annotated entries.
 
+    For partial annotation (the code of arXiv 2110.10955): `map_partial` is the mean AP of the classes that have both
+    positives and negatives, and `map_weighted` the mean of the same classes weighted by their numbers of positives.
+    Both are 0 if no class has both.
+
     Labels below 0 are ignored: removed before the highest scores are selected, and neither right nor wrong. Soft
     targets are positive from 0.5.
 
@@ -141,7 +146,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics that `compute` returns, in its order."""
         at_top_k = tuple(f'{name}_top{k}' for k in self.top_k for name in PRECISION_RECALL)
-        return ('loss', 'map', *PRECISION_RECALL, *at_top_k, 'micro_f1', 'macro_f1', 'sample_f1')
+        return ('loss', *MEAN_AP, *PRECISION_RECALL, *at_top_k, 'micro_f1', 'macro_f1', 'sample_f1')
 
     def reset(self) -> None:
         """Discard all images."""
@@ -150,6 +155,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         self._scores: list[Tensor] = []  # float32 logits [B, C], on the CPU
         self._targets: list[Tensor] = []  # int8 1, 0 or -1, [B, C], on the CPU
         self._class_counts: Tensor | None = None  # int64 [1 + len(top_k), 3, C]
+        self._annotated: Tensor | None = None  # int64 [C], number of annotated entries
         self._sample_f1 = torch.zeros_like(self.loss_sum)
 
     @torch.no_grad()
@@ -183,6 +189,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         right = predicted & positive
         counts = torch.stack([right.sum(1), predicted.sum(1), positive.sum(0).expand_as(right[:, 0])], 1)
         self._class_counts = counts if self._class_counts is None else self._class_counts + counts
+        self._annotated = annotated.sum(0) if self._annotated is None else self._annotated + annotated.sum(0)
         sample_f1 = _ratio(2 * right[0].sum(1), predicted[0].sum(1) + positive.sum(1))
         self._sample_f1 += sample_f1.sum(dtype=self._sample_f1.dtype)
 
@@ -198,26 +205,32 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         rows, num_classes = self._extent(distributed)
         if not sum(rows):
             raise ValueError('no image to evaluate: the validation set is empty')
-        class_counts = self._class_counts  # None on a rank without images
+        class_counts, annotated = self._class_counts, self._annotated  # None on a rank without images
         if class_counts is None:
             class_counts = torch.zeros(1 + len(self.top_k), 3, num_classes, dtype=torch.int64, device=self.device)
+            annotated = class_counts[0, 0]
         sample_f1 = self._sample_f1.clone()
         if distributed:
-            class_counts = class_counts.clone()
+            class_counts, annotated = class_counts.clone(), annotated.clone()
             dist.all_reduce(class_counts)
+            dist.all_reduce(annotated)
             dist.all_reduce(sample_f1)
-        class_counts = class_counts.cpu()
+        class_counts, annotated = class_counts.cpu(), annotated.cpu()
         if without := int((class_counts[0, 2] == 0).sum()):
             _logger.info(f'{without} of {num_classes} classes have no positive image and count as AP 0')
 
         metrics = super().compute(distributed)
         self.class_ap = 100 * self.per_class(average_precision, distributed)
+        positives = class_counts[0, 2]
+        both = (positives > 0) & (positives < annotated)
         metrics['map'] = self.class_ap.mean().item()
+        metrics['map_partial'] = _ratio(self.class_ap[both].sum(), both.sum()).item()
+        metrics['map_weighted'] = _ratio((self.class_ap * positives)[both].sum(), positives[both].sum()).item()
         for counts, suffix in zip(class_counts, ('', *(f'_top{k}' for k in self.top_k)), strict=True):
             metrics.update((name + suffix, 100 * value) for name, value in precision_recall(counts).items())
-        right, predicted, positive = class_counts[0].double()
+        right, predicted, _ = class_counts[0].double()
         metrics['micro_f1'] = metrics['of1']
-        metrics['macro_f1'] = 100 * _ratio(2 * right, predicted + positive).mean().item()
+        metrics['macro_f1'] = 100 * _ratio(2 * right, predicted + positives).mean().item()
         metrics['sample_f1'] = 100 * sample_f1.item() / sum(rows)
         return metrics
 

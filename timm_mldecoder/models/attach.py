@@ -54,7 +54,7 @@ def add_ml_decoder_head(
     options = {'num_of_groups': num_of_groups, 'decoder_embedding': decoder_embedding, **options}
     check_options(options)
     options = _read_label_embeddings(options)
-    _check_model(model)
+    check_model(model)
     if num_classes == -1:
         embeddings = options.get('word_embeddings')
         num_classes = len(embeddings) if isinstance(embeddings, Tensor) else model.num_classes
@@ -62,14 +62,11 @@ def add_ml_decoder_head(
         raise ValueError(f'num_classes is {num_classes}: an ML-Decoder head needs at least 1 class')
 
     # the head is built first: a wrong option must leave the model as it was
-    has_head = isinstance(model, MLDecoderModel)
-    features = model.ml_decoder_features if has_head else _feature_widths(model)
-    head = _build_head(model, num_classes, features, options)
+    head = _build_head(model, num_classes, feature_widths(model), options)
     if num_of_groups > num_classes:
         _logger.warning(f'num_of_groups {num_of_groups} is reduced to the number of classes, {num_classes}')
-    if not has_head:
-        _remove_classifier(model, features)
-        change_class(model, MLDecoderModel)
+    remove_classifier(model)
+    change_class(model, MLDecoderModel)
     model.ml_decoder_options = _stored_options(options, head)
     model.set_submodule(model.ml_decoder_slot, head)
     return model
@@ -164,16 +161,19 @@ class MLDecoderModel(ClassifierModel):
             raise ValueError(f'global_pool={global_pool!r} has no effect with an ML-Decoder head: leave it out')
         head: nn.Module = nn.Identity()
         if num_classes:
-            head = _build_head(self, num_classes, self.ml_decoder_features, self.ml_decoder_options)
+            head = self._new_head(num_classes)
             old = getattr(self.get_classifier(), 'vocabulary', None)
             if old is not None and old.known and self.num_classes == num_classes:
                 head.set_word_embeddings(old.embeddings, old.class_names)
         self.set_submodule(self.ml_decoder_slot, head)
         self.ml_decoder_pooled = global_pool != ''
 
+    def _new_head(self, num_classes: int) -> nn.Module:
+        return _build_head(self, num_classes, self.ml_decoder_features, self.ml_decoder_options)
+
     def forward_head(self, x=None, pre_logits: bool = False, patch_valid: Tensor | None = None, **kwargs) -> Tensor:
         """Return logits [B, C] for the output of ``forward_features``; with `pre_logits` the mean token [B, F]."""
-        tokens = self._image_tokens(kwargs['patches'] if x is None else x)
+        tokens = self._image_tokens(self._pre_logits(kwargs['patches'] if x is None else x))
         if patch_valid is not None and patch_valid.shape[1] != tokens.shape[1]:
             patch_valid = None  # the encoder has pooled the padding away (timm's gemma4 soft pooling)
         if pre_logits or (not self.num_classes and self.ml_decoder_pooled):
@@ -183,11 +183,13 @@ class MLDecoderModel(ClassifierModel):
         head = self.get_classifier()
         return head(tokens) if patch_valid is None else head(tokens, mask=patch_valid)
 
+    def _pre_logits(self, x):
+        """Return what the classifier of the timm model would have pooled, with class and register tokens."""
+        return x if self.ml_decoder_family.read_features else super().forward_head(x, pre_logits=True)
+
     def _image_tokens(self, x):
-        """Return the image tokens [B, N, F] without class and register tokens; a list for several scales."""
+        """Return the image tokens [B, N, F] of `_pre_logits`; a list for several scales."""
         family = self.ml_decoder_family
-        if not family.read_features:
-            x = super().forward_head(x, pre_logits=True)
         prefix = family.prefix_tokens
         layout = (
             getattr(self, 'output_fmt', 'NCHW') == 'NHWC',
@@ -217,7 +219,7 @@ class MLDecoderModel(ClassifierModel):
 ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     name = type(model).__name__
     refuse = family_of(type(model)).refuse
     if refuse:
@@ -233,14 +235,22 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _feature_widths(model: nn.Module):
-    """Width of the features that the head will read; a sequence for several scales."""
+def feature_widths(model: nn.Module):
+    """Width of the features that a head on tokens reads; a sequence for several scales."""
+    if isinstance(model, MLDecoderModel):
+        return model.ml_decoder_features
     family = family_of(type(model))
     return family.widths(model) or (model.num_features if family.read_features else model.head_hidden_size)
 
 
-def _remove_classifier(model: nn.Module, features) -> None:
-    """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need."""
+def remove_classifier(model: nn.Module) -> None:
+    """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need.
+
+    A model that has a head on tokens already is left as it is.
+    """
+    if isinstance(model, MLDecoderModel):
+        return
+    features = feature_widths(model)
     family = family_of(type(model))
     slot, *others = _classifier_paths(model, family)
     model.ml_decoder_pool = _get_global_pool(model)

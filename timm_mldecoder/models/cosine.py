@@ -1,5 +1,6 @@
 """The cosine classifier on pooled features: metric learning for models without an ML-Decoder head."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +32,9 @@ class CosineClassifier(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.weight)  # zeros, from which some models start, have no direction
+        with torch.no_grad():
+            # unit vectors, as in the authors' code: with weight decay the norm sets the effective learning rate
+            self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1))

@@ -17,6 +17,7 @@ from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
 from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.graph import empty_graph_classifier
+from timm_mldecoder.models.probe_model import add_probe_head, parse_probe
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +81,14 @@ def _ml_decoder_contradictions(given: dict, stored: dict, other_classes: bool) -
     return found
 
 
+def _differences(given: dict, stored: dict, other_classes: bool) -> list[str]:
+    return [
+        f'{name} is {given[name]!r}, the stored classifier has {stored.get(name)!r}'
+        for name in given
+        if not isinstance(given[name], Tensor) and given[name] != stored.get(name)
+    ]
+
+
 CLASSIFIERS = {
     'ml_decoder': Classifier(
         add_ml_decoder_head,
@@ -98,11 +107,13 @@ CLASSIFIERS = {
     'graph_classifier': Classifier(
         _attach_graph,
         _parse_graph,
-        lambda given, stored, other_classes: [
-            f'{name} is {given[name]!r}, the stored classifier has {stored.get(name)!r}'
-            for name in given
-            if given[name] != stored.get(name)
-        ],
+        _differences,
+    ),
+    'probe_head': Classifier(
+        add_probe_head,
+        parse_probe,
+        _differences,
+        any_classes=lambda model: getattr(model.get_classifier(), 'vocabulary', None) is not None,
     ),
 }
 

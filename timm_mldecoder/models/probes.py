@@ -95,10 +95,14 @@ class EfficientProbe(nn.Module):
         num_queries = num_queries or _largest_divisor(dim, 32)
         if dim % num_queries:
             raise ValueError(f'num_queries must divide the width of the values ({dim}), got {num_queries}')
-        self.queries = nn.Parameter(torch.randn(num_queries, num_features) * 0.02)
+        self.queries = nn.Parameter(torch.empty(num_queries, num_features))
+        self.reset_parameters()
         self.value = nn.Linear(num_features, dim, bias=False)
         self.norm = nn.BatchNorm1d(dim)
         self.fc = nn.Linear(dim, num_classes)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.queries, std=0.02)
 
     def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
         num_queries, width = self.queries.shape
@@ -130,6 +134,13 @@ class MLDecoderProbe(MLDecoder):
 SMALL_ML_DECODER = dict(num_heads=8, dim_feedforward=0, dropout=0.0, attention_projections=False)
 
 
+def small_ml_decoder_options(num_features: int, dim: int | None = None, **options) -> dict:
+    """Return the options of `MLDecoderProbe` that make it small; those given here win."""
+    learned = options.get('word_embeddings') is None
+    dim = dim or max(8, min(num_features, 256) // 8 * 8)
+    return {'dim': dim, **SMALL_ML_DECODER, 'learnable_queries': learned, **options}
+
+
 def small_ml_decoder(num_features: int, num_classes: int, dim: int | None = None, **options) -> MLDecoderProbe:
     """An ML-Decoder with about as many parameters as efficient probing; docs/head.md has the count.
 
@@ -140,10 +151,7 @@ def small_ml_decoder(num_features: int, num_classes: int, dim: int | None = None
         **options: Keyword-only options of `MLDecoder`, in place of `SMALL_ML_DECODER`. Queries are learned, unless they
             are made from ``word_embeddings``.
     """
-    dim = dim or max(8, min(num_features, 256) // 8 * 8)
-    learned = options.get('word_embeddings') is None
-    options = {**SMALL_ML_DECODER, 'learnable_queries': learned, **options}
-    return MLDecoderProbe(num_features, num_classes, dim=dim, **options)
+    return MLDecoderProbe(num_features, num_classes, **small_ml_decoder_options(num_features, dim, **options))
 
 
 # name -> function of num_features, num_classes and options that builds the head

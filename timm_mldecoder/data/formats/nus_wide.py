@@ -49,14 +49,18 @@ def read_word_vectors(root: Path) -> tuple[Tensor, list[str]]:
     Raises:
         ValueError: If a file is missing or malformed, or the numbers of classes differ.
     """
-    class_names = _class_names(_read_images(root))
+    images = _read_images(root)
+    class_names = _class_names(images)
     path = root / 'wordvec_array.pth'
     if not path.is_file():
         raise ValueError(f'{path} is missing')
     vectors = load_tensors(path)
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[1] != len(class_names):
         found = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-        raise ValueError(f'{path}: expected a tensor [width, {len(class_names)}], one column per class, got {found}')
+        unlabelled = sum(not labels for _, labels, _ in images)
+        hint = f'; the published code makes a class of the {unlabelled} images without labels' if unlabelled else ''
+        expected = f'a tensor [width, {len(class_names)}], one column per class'
+        raise ValueError(f'{path}: expected {expected}, got {found}{hint}')
     return vectors.T.float(), class_names
 
 

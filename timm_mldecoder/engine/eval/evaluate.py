@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as F
 
 from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader
 from timm_mldecoder.engine.input.loaders import DataConfig
+from timm_mldecoder.engine.model import other_classes
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.log import EvalLog
+from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
 
 Metrics = OrderedDict[str, float]
@@ -63,7 +66,8 @@ def evaluate(
     Args:
         model: The model, put into eval mode.
         loader: The split.
-        evaluator: Evaluator that turns logits into metrics.
+        evaluator: Evaluator that turns logits into metrics. For a `ZeroShotEvaluator`, a head in which classes affect
+            each other scores the unseen classes in a forward pass of their own.
         world: This rank and the others.
         autocast: Context of the forward pass.
         log: Called after every batch.
@@ -76,13 +80,20 @@ def evaluate(
         The metrics of the split, accuracies in percent; with `bad_images` where some could not be read.
     """
     model.eval()
+    unseen = _unseen_classes(model, evaluator)
     for index, (images, target) in enumerate(until(loader.batches())):
+        images = views(images) if views else [images]
         with autocast():
-            outputs = [_logits(model(view)) for view in (views(images) if views else [images])]
-        output = outputs[0] if len(outputs) == 1 else torch.stack(outputs).float().mean(dim=0)
+            output = _mean_logits(model, images)
         if classes is not None:
             output = output[:, classes]
-        for measure in (evaluator, *measures):
+        if unseen is None:
+            evaluator.update(output, target)
+        else:
+            with autocast(), other_classes(model, unseen):
+                alone = _mean_logits(model, images)
+            evaluator.update(output, target, alone)
+        for measure in measures:
             measure.update(output, target)
         log(index)
     metrics = evaluator.compute(distributed=world.distributed)
@@ -92,8 +103,26 @@ def evaluate(
     return metrics
 
 
-def _logits(output: Tensor | Sequence[Tensor]) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _unseen_classes(model: nn.Module, evaluator: ClassificationEvaluator) -> Classes | None:
+    """Return the unseen classes if their logits differ when they are scored alone, else None.
+
+    The paper's ZSL protocol scores the unseen classes alone. Where the logit of a class depends on its own label
+    embedding only, these are columns of the logits of all classes; in group decoding a group may hold seen classes too.
+    """
+    head = next((module for module in model.modules() if isinstance(module, MLDecoder)), None)
+    if head is None or head.vocabulary is None or head.independent_classes:
+        return None
+    if not isinstance(evaluator, ZeroShotEvaluator):
+        return None
+    names = head.class_names
+    return Classes(head.vocabulary.embeddings[evaluator.num_seen :], names and names[evaluator.num_seen :])
+
+
+def _mean_logits(model: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the logits of all views of a batch, [B, C]."""
+    outputs = [model(view) for view in views]
+    outputs = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
+    return outputs[0] if len(outputs) == 1 else torch.stack(outputs).float().mean(dim=0)
 
 
 def test_time_views(number: int, size: tuple[int, int]) -> Callable[[Tensor], Sequence[Tensor]] | None:

@@ -56,6 +56,7 @@ _PACKAGES = {
     'log_trackio': ('trackio', "pip install 'timm-mldecoder[trackers]'"),
     'log_tensorboard': ('tensorboard', "pip install 'timm-mldecoder[trackers]'"),
     'metrics_avg': ('sklearn', 'pip install scikit-learn'),
+    'lr_find': ('matplotlib', 'pip install matplotlib'),
 }
 
 
@@ -185,6 +186,10 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield '--resume auto needs --experiment, the run to resume'
     if o.resume not in ('', 'auto') and not os.path.isfile(o.resume):
         yield f'--resume {o.resume}: no such file'
+    if 0 < o.lr_find < 10:
+        yield f'--lr-find {o.lr_find}: must be 0 or at least 10'
+    if o.lr_find and o.resume:
+        yield f'--lr-find tests a run from its start: leave --resume {o.resume} out'
     if o.wandb_resume_id and not o.resume:
         yield f'--wandb-resume-id {o.wandb_resume_id} needs --resume'
     if o.sampler == 'balanced' and o.aug_repeats:
@@ -206,6 +211,14 @@ def metric_names(options: Options) -> tuple[str, ...]:
     if options.task == 'classification':
         return ClassificationEvaluator.metric_names
     return (ZeroShotEvaluator(1) if scores_both(options) else MultiLabelEvaluator()).metric_names
+
+
+def default_metric(options: Options) -> str:
+    """The metric that ranks the checkpoints of multi-label training."""
+    if scores_both(options):
+        return ZeroShotEvaluator.default_metric
+    # partial annotation leaves many classes without a verified positive or negative
+    return 'map_partial' if options.dataset == 'openimages' else MultiLabelEvaluator.default_metric
 
 
 def _problems_of_images(o: Options) -> Iterator[str]:

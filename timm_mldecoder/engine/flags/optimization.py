@@ -71,6 +71,8 @@ SCHEDULE: Group = ('Learning rate and schedule', [
     train('--sched-on-updates', bool, False, 'change the learning rate after each optimizer step, not each epoch',
           needs=EPOCH_SCHEDULE),
     train('--lr', float, None, 'learning rate; computed from --lr-base if not given', range='[0, inf)', metavar='LR'),
+    train('--lr-find', int, 0, 'learning rate range test in place of training: optimizer steps; 100 are usual, 0: off',
+          range='[0, 1000000]', metavar='STEPS'),
     train('--lr-base', float, 0.1, 'learning rate for --lr-base-size images per step', range='(0, inf)', metavar='LR',
           needs=NO_LR),
     train('--lr-base-size', int, 256, 'images per optimizer step that --lr-base is for', range='[1, inf)', needs=NO_LR),

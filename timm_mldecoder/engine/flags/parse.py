@@ -9,7 +9,7 @@ import torch
 from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
-from timm_mldecoder.engine.flags.checks import check, check_task, scores_both
+from timm_mldecoder.engine.flags.checks import check, check_task, default_metric
 from timm_mldecoder.engine.flags.config import as_arguments, find_recipe, read_config
 from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.engine.flags.options import Options, closest
@@ -186,7 +186,7 @@ def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
     defaults |= _amp_default(options, defaults.get('device', options.device))
     if script == 'train':
         if options.task == 'multilabel':
-            defaults |= dict(smoothing=0.0, eval_metric='zsl_map' if scores_both(options) else 'map')
+            defaults |= dict(smoothing=0.0, eval_metric=default_metric(options))
         if options.sched in ('wsd', 'rsqrt'):
             defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
     changes = {name: value for name, value in defaults.items() if name not in options.given}

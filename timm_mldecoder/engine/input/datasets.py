@@ -115,8 +115,13 @@ def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
     split = read_class_split(options.class_split, dataset.class_names)
     parts = {'all': split.all, 'seen': split.seen, 'unseen': split.unseen}
     names = split.seen if training else parts[options.score_classes]
-    dataset.annotations = select_classes(dataset.annotations, names, only_positive=training)
-    dataset.num_seen = len(split.seen) if scores_both(options) and not training else None
+    # as in the paper: training uses images that show a seen class, ZSL those that show an unseen one
+    alone = training or options.score_classes == 'unseen'
+    selected = select_classes(dataset.annotations, names, only_positive=alone)
+    if scores_both(options) and not training:
+        select_classes(dataset.annotations, split.unseen, only_positive=True)  # refuses data without unseen classes
+        dataset.num_seen = len(split.seen)
+    dataset.annotations = selected
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:

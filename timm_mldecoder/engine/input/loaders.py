@@ -85,7 +85,7 @@ def create_train_loader(
     mixing = _create_mixing(options, num_classes)
     stream = isinstance(dataset, IterableDataset)
     weights = balanced_weights(dataset) if options.sampler == 'balanced' and not stream else None
-    dataset, schedule = _set_train_transform(options, dataset, config)
+    dataset, schedule = set_train_transform(options, dataset, config)
     batches = None
     if stream:
         dataset.set_loader_cfg(num_workers=options.workers)
@@ -97,14 +97,14 @@ def create_train_loader(
         dataset,
         batches,
         mixing if isinstance(mixing, FastCollateMixup) else collate,
-        _placement(options, config, world, erase=not options.no_aug),
+        create_placement(options, config, world, erase=not options.no_aug),
         mix=None if isinstance(mixing, FastCollateMixup) else mixing,
         mixup_off_epoch=options.mixup_off_epoch,
         bad_image=options.bad_image,
         seed=options.seed,
         rank=world.rank,
         stream=dict(batch_size=options.batch_size, drop_last=True),
-        **_workers(options, world, options.workers, options.worker_seeding),
+        **worker_options(options, world, options.workers, options.worker_seeding),
     )
 
 
@@ -120,12 +120,7 @@ def create_eval_loader(
     crop_border_pixels: int | None = None,
 ) -> EvalLoader:
     """Create a loader of every image of a split; see `EvalLoader` for `bad_image` and `remedy`."""
-    dataset.transform = create_transform(
-        config['input_size'],
-        use_prefetcher=not options.no_prefetcher,
-        crop_border_pixels=crop_border_pixels,
-        **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
-    )
+    set_eval_transform(options, dataset, config, crop_border_pixels)
     stream = isinstance(dataset, IterableDataset)
     # fewer workers pad a stream less, as in timm
     workers = (
@@ -139,11 +134,23 @@ def create_eval_loader(
         dataset,
         sampler,
         collate,
-        _placement(options, config, world),
+        create_placement(options, config, world),
         bad_image=bad_image,
         remedy=remedy,
         batch_size=batch_size,
-        **_workers(options, world, workers),
+        **worker_options(options, world, workers),
+    )
+
+
+def set_eval_transform(
+    options: Options, dataset: Dataset, config: DataConfig, crop_border_pixels: int | None = None
+) -> None:
+    """Give a dataset the transform of evaluation."""
+    dataset.transform = create_transform(
+        config['input_size'],
+        use_prefetcher=not options.no_prefetcher,
+        crop_border_pixels=crop_border_pixels,
+        **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
     )
 
 
@@ -164,7 +171,7 @@ def _create_mixing(options: Options, num_classes: int) -> Mixup | None:
     )
 
 
-def _set_train_transform(
+def set_train_transform(
     options: Options, dataset: Dataset, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any] | None]:
     """Give a dataset its training transform; with changing image sizes wrap it, and return their schedule."""
@@ -223,7 +230,7 @@ def _set_train_transform(
     )
 
 
-def _placement(options: Options, config: DataConfig, world: World, erase: bool = False) -> Placement:
+def create_placement(options: Options, config: DataConfig, world: World, erase: bool = False) -> Placement:
     prefetch = None
     if not options.no_prefetcher:
         prefetch = dict(mean=config['mean'], std=config['std'], channels=config['input_size'][0])
@@ -233,7 +240,7 @@ def _placement(options: Options, config: DataConfig, world: World, erase: bool =
     return Placement(world.device, model_dtype(options), options.channels_last, prefetch)
 
 
-def _workers(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
+def worker_options(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
     return dict(
         num_workers=workers,
         pin_memory=options.pin_mem,

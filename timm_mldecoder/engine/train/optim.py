@@ -38,10 +38,7 @@ def create_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimize
     Raises:
         ValueError: If the optimizer does not take the options, or needs a package that is missing.
     """
-    try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options.to_namespace()), **options.opt_kwargs)
-    except (TypeError, ImportError, AssertionError, ValueError) as error:
-        raise ValueError(f'--opt {options.opt}: {error}') from error
+    optimizer = timm_optimizer(options, model)
     if options.bias_lr_scale != 1:
         biases = {id(parameter) for name, parameter in model.named_parameters() if name.endswith('bias')}
         scale_rates(optimizer, biases, options.bias_lr_scale)
@@ -49,6 +46,14 @@ def create_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimize
     settings = ', '.join(f'{name}: {value}' for name, value in shown.items())
     _logger.info(f'Created {type(optimizer).__name__} ({options.opt}) optimizer: {settings}')
     return optimizer
+
+
+def timm_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """Create timm's optimizer without a log line; for arguments and errors see `create_optimizer`."""
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=options.to_namespace()), **options.opt_kwargs)
+    except (TypeError, ImportError, AssertionError, ValueError) as error:
+        raise ValueError(f'--opt {options.opt}: {error}') from error
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float) -> None:

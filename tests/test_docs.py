@@ -1,0 +1,268 @@
+"""What the pages name exists: files, flags, commands, imports, checkpoint entries, tests and recipes."""
+
+import argparse
+import ast
+import csv
+import importlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from image_folders import write_images
+from runs import ROOT, environment, summary
+from test_flags import ADDED
+
+from timm_mldecoder.checkpoints.schema import ENTRIES, RUN_ENTRIES
+from timm_mldecoder.engine.flags import train_parser, validate_parser
+from timm_mldecoder.engine.flags.parse import flags
+
+PAGES = {str(path.relative_to(ROOT)): path for path in [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md'))]}
+TEXTS = {name: path.read_text(encoding='utf-8') for name, path in PAGES.items()}
+# CHANGELOG.md names what is gone
+CURRENT = {name: text for name, text in TEXTS.items() if name != 'CHANGELOG.md'}
+# flags of torchrun, Slurm, pip, git and pytest
+FOREIGN = {
+    *('--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id', '--max-restarts'),
+    *('--nodes', '--ntasks-per-node', '--gpus-per-node', '--cpus-per-task', '--signal', '--help', '--local-rank'),
+    '--output_model',  # OpenVINO's ovc
+}
+FLAG = re.compile(r'(?<![\w-])--[a-z][\w-]*\w(?![\w-])')
+
+
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """Return the parser of a `python -m` command, taken when it is about to parse."""
+    found = []
+
+    class Found(BaseException):
+        pass
+
+    def take(parser, *_, **__):
+        found.append(parser)
+        raise Found
+
+    main = importlib.import_module(module).main
+    original = argparse.ArgumentParser.parse_known_args
+    argparse.ArgumentParser.parse_known_args = take
+    try:
+        main([])
+    except Found:
+        pass
+    finally:
+        argparse.ArgumentParser.parse_known_args = original
+    return found[0]
+
+
+def is_command(path: Path) -> bool:
+    return "__name__ == '__main__'" in path.read_text(encoding='utf-8')
+
+
+def module_of(path: Path) -> str:
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+
+
+COMMANDS = [module_of(path) for path in sorted(ROOT.glob('timm_mldecoder/**/*.py')) if is_command(path)]
+
+
+@pytest.fixture(scope='module')
+def options() -> dict[str, set[str]]:
+    """The flags of each program: the two scripts, and the commands by module."""
+    parsers = {'train.py': train_parser(), 'validate.py': validate_parser()}
+    parsers |= {name: parser_of(name) for name in COMMANDS}
+    found = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
+    found['timm_mldecoder.probe'] |= found['train.py']  # it reads what is not its own as train.py does
+    return found
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', text, re.M | re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the shell commands of a page, split into arguments: those of indented lines and of bash fences."""
+    blocks = ['\n'.join(fences(text, 'bash')), '\n'.join(line[4:] for line in text.splitlines() if line[:4] == '    ')]
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    found = []
+    for line in (line for line in lines if re.match(r'(python|torchrun|srun)\b', line)):
+        try:
+            found.append(shlex.split(line.split('   #')[0]))
+        except ValueError:
+            raise AssertionError(f'cannot split {line}') from None
+    return found
+
+
+def program_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the program of ours that a command starts, '' if none, and its arguments."""
+    for index, argument in enumerate(arguments):
+        if argument in ('train.py', 'validate.py'):
+            return argument, arguments[index + 1 :]
+        if argument.startswith(('timm_mldecoder.', 'benchmarks.')) and arguments[index - 1] == '-m':
+            return argument, arguments[index + 1 :]
+    return '', []
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub makes it."""
+    return re.sub(r'[^\w\- ]', '', heading.lower().replace('`', '')).strip().replace(' ', '-')
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_links_lead_to_files_and_headings(name):
+    for target in re.findall(r'\]\(([^)\s]+)\)', TEXTS[name]):
+        if '://' in target or target.startswith('mailto:'):
+            continue
+        file, _, anchor = target.partition('#')
+        path = (PAGES[name].parent / file).resolve() if file else PAGES[name]
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r'^#+ (.+)$', path.read_text(encoding='utf-8'), re.M)
+            assert anchor in map(slug, headings), target
+
+
+def test_pages_that_code_recipes_and_pages_name_exist():
+    files = [path for kind in ('**/*.py', 'hparams/**/*.yaml') for path in ROOT.glob(kind) if '.venv' not in path.parts]
+    texts = {**CURRENT, **{str(path): path.read_text(encoding='utf-8') for path in files}}
+    for name, text in texts.items():
+        for page in re.findall(r'\bdocs/[a-z_]+\.md', text):
+            assert (ROOT / page).is_file(), f'{name} names {page}'
+
+
+@pytest.mark.parametrize('name', CURRENT)
+def test_every_flag_on_a_page_exists(name, options):
+    known = set().union(FOREIGN, *options.values())
+    for path in ROOT.glob('benchmarks/*.py'):
+        known |= set(re.findall(r"add_argument\(\s*'(--[a-z-]+)'", path.read_text(encoding='utf-8')))
+    assert set(FLAG.findall(CURRENT[name])) <= known
+
+
+@pytest.mark.parametrize('name', CURRENT)
+def test_every_command_on_a_page_has_the_flags_of_its_program(name, options):
+    for arguments in commands(CURRENT[name]):
+        program, rest = program_of(arguments)
+        if program.startswith('benchmarks.'):
+            assert (ROOT / f'{program.replace(".", "/")}.py').is_file(), program
+        elif program:
+            assert program in options, f'{program} is not a command'
+            given = {argument.partition('=')[0] for argument in rest if FLAG.match(argument)}
+            assert given <= options[program], ' '.join(arguments)
+
+
+def test_every_flag_that_timm_lacks_is_on_a_page():
+    text = '\n'.join(CURRENT.values())
+    with (ROOT / 'tests/timm_flags.csv').open() as file:
+        timm = {(row['script'], row['dest']) for row in csv.DictReader(file)}
+    for script in ('train', 'validate'):
+        for name, row in flags(script).items():
+            if (script, name) not in timm and row.label not in ADDED[script].split():
+                assert re.search(rf'{row.label}(?![\w-])', text), f'{row.label} is on no page'
+
+
+def test_refused_flags_are_listed():
+    section = TEXTS['docs/training.md'].split('## Flags that are refused')[1].split('\n## ')[0]
+    refused = {row.label for script in ('train', 'validate') for row in flags(script).values() if not row.supported}
+    listed = set(re.findall(r'`(--[\w-]+)`', '\n'.join(line.split(' | ')[0] for line in section.splitlines())))
+    assert listed == refused
+
+
+FENCES = [(name, code) for name, text in CURRENT.items() for code in fences(text, 'python')]
+
+
+@pytest.mark.parametrize(('name', 'code'), FENCES, ids=[name for name, _ in FENCES])
+def test_python_code_compiles_and_its_imports_resolve(name, code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.partition('.')[0] in ('timm', 'timm_mldecoder'):
+            for alias in node.names:
+                assert resolves(f'{node.module}.{alias.name}'), f'{node.module}.{alias.name}'
+
+
+def resolves(dotted: str) -> bool:
+    """Return whether a dotted name is a module, or an attribute of one."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize('name', CURRENT)
+def test_dotted_names_resolve(name):
+    for dotted in set(re.findall(r'\btimm_mldecoder(?:\.[A-Za-z]\w*)+', CURRENT[name])):
+        if dotted != 'timm_mldecoder.X':  # a placeholder
+            assert resolves(dotted), dotted
+
+
+def entries_tables() -> str:
+    """Return the tables of docs/checkpoints.md."""
+    lines = ['| entry | value | meaning | read by |', '|---|---|---|---|']
+    for name, entry in ENTRIES.items():
+        meaning, _, readers = entry.meaning.rpartition('; ')
+        lines.append(f'| `{name}` | {entry.expected} | {meaning} | {readers} |')
+    lines += ['', '| entry of `timm_mldecoder` | value | meaning |', '|---|---|---|']
+    lines += [f'| `{name}` | {entry.expected} | {entry.meaning} |' for name, entry in RUN_ENTRIES.items()]
+    return '\n'.join(lines)
+
+
+def test_the_entries_of_a_checkpoint_are_those_of_the_schema():
+    assert entries_tables() in TEXTS['docs/checkpoints.md'], entries_tables()
+
+
+@pytest.mark.parametrize('name', CURRENT)
+def test_recipes_and_tests_that_a_page_names_exist(name):
+    recipes = [str(path.relative_to(ROOT / 'hparams')) for path in ROOT.glob('hparams/*/*.yaml')]
+    for recipe in re.findall(r'(?:hparams/|`)([\w*]+/[\w*]+\.yaml)', CURRENT[name]):
+        assert any(fnmatch(known, recipe) for known in recipes), recipe
+    for folder in re.findall(r'`hparams/(\w+)`', CURRENT[name]):
+        assert (ROOT / 'hparams' / folder).is_dir(), folder
+    files = {path.name: path.read_text(encoding='utf-8') for path in ROOT.glob('tests/*.py')}
+    for test in set(re.findall(r'`(?:tests/)?(test_\w+(?:\.py)?)`', CURRENT[name])):
+        assert test in files or any(f'def {test}(' in text for text in files.values()), test
+
+
+# Documented commands, run as they are printed
+
+
+def run(arguments: list[str], folder: Path) -> None:
+    """Run a documented command in a folder."""
+    scripts = {name: str(ROOT / name) for name in ('train.py', 'validate.py')}
+    command = [sys.executable, *(scripts.get(argument, argument) for argument in arguments[1:])]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, f'{" ".join(arguments)}\n{done.stderr[-3000:]}'
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path):
+    """Those that need no network: data stands for DATA and IMAGES, and one short epoch without pretrained weights."""
+    data = write_images(tmp_path / 'DATA', train=2, validation=2, classes=10)
+    (tmp_path / 'IMAGES').symlink_to(data / 'validation')
+    short = '--no-pretrained --epochs 1 --warmup-epochs 0 --img-size 64 --device cpu -j 0 -b 4'
+    started = set()
+    for arguments in commands(TEXTS['README.md']):
+        program, _ = program_of(arguments)
+        if arguments[0] == 'python' and program and not program.startswith('benchmarks.'):
+            run([*arguments, *(shlex.split(short) if program == 'train.py' else [])], tmp_path)
+            started.add(program)
+    assert started >= {'train.py', 'validate.py', 'timm_mldecoder.predict', 'timm_mldecoder.convert'}
+    assert list(tmp_path.glob('pictures/*/*.png')) and (tmp_path / 'folder/config.json').is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('page', 'data', 'metric'),
+    [('docs/multilabel.md', 'digits', 'eval_map'), ('docs/zero_shot.md', 'shapes', 'eval_zsl_map')],
+)
+def test_training_commands_of_a_page_reach_the_score_beside_them(page, data, metric, tmp_path):
+    """The page prints the score of each run as "Best NAME: SCORE"; another CPU may give a few points less."""
+    printed = {name: float(score) for name, score in re.findall(r'Best `(\w+)`: ([\d.]+)', TEXTS[page])}
+    assert printed
+    for arguments in commands(TEXTS[page]):
+        experiment = arguments[arguments.index('--experiment') + 1] if '--experiment' in arguments else ''
+        if experiment in printed or arguments[1:3] == ['-m', f'timm_mldecoder.data.{data}']:
+            run(arguments, tmp_path)
+        if experiment in printed:
+            best = max(float(row[metric]) for row in summary(tmp_path / 'output/train' / experiment))
+            print(f'{experiment}: {best:.1f}, printed {printed[experiment]}')
+            assert best > 0.8 * printed[experiment]

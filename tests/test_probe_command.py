@@ -1,0 +1,368 @@
+"""`python -m timm_mldecoder.probe`: heads side by side on a frozen backbone, cached features, complete checkpoints."""
+
+import json
+import os
+import shlex
+import signal
+import time
+from collections import namedtuple
+
+import pytest
+import timm
+import torch
+from image_folders import write_images
+from runs import call, start
+
+import validate
+from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.data.digits import write_digit_scenes
+from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.engine.model import load_trained
+from timm_mldecoder.engine.probe import report
+from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.models.probes import PROBES
+from timm_mldecoder.probe import main
+
+SMALL = shlex.split('--model test_resnet --img-size 64 --device cpu -j 0 -b 8 --epochs 2')
+FAST = [*SMALL, '--heads', 'linear,ml_decoder_small:dim=16', '--lrs', '1e-3,1e-2,1e-1', '--seeds', '2']
+PROGRAM = 'tests/programs/run_module.py'
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('scenes')
+    return write_digit_scenes(folder, 24, 12, 12, size=32, sides=(8, 16), max_digits=3)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / 'images', train=8, validation=5, size=32)
+
+
+def multilabel(scenes, *flags):
+    return [str(scenes), *shlex.split('--dataset csv --task multilabel'), *flags]
+
+
+def run(*flags, output, name='run'):
+    """Probe in this process; the results."""
+    main([*map(str, flags), '--output', str(output), '--experiment', name])
+    return json.loads((output / name / report.RESULTS).read_text())
+
+
+def comparable(folder):
+    """The results without times."""
+    results = json.loads((folder / report.RESULTS).read_text())
+    del results['feature_seconds']
+    for row in results['heads'].values():
+        del row['seconds']
+    return results
+
+
+def validated(capsys, *flags):
+    capsys.readouterr()
+    validate.main([*map(str, flags), '--device', 'cpu', '-j', '0', '-b', '8'])
+    return json.loads(capsys.readouterr().out.partition('--result\n')[2])
+
+
+def assert_same_results(ours, theirs):
+    """Compare all numbers to what sums in another order give in float32."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_same_results(ours[name], theirs[name])
+    elif isinstance(ours, list):
+        for pair in zip(ours, theirs, strict=True):
+            assert_same_results(*pair)
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-4, abs=1e-4) if isinstance(ours, float) else theirs)
+
+
+def test_every_head_is_scored_on_the_test_split_at_its_best_rate_and_saved_as_a_complete_model(
+    scenes, tmp_path, capsys, caplog
+):
+    flags = multilabel(scenes, *FAST, '--test-split', 'test')
+    results = run(*flags, output=tmp_path)
+    printed = capsys.readouterr().out
+    assert results['split'] == 'test' and results['chosen_on'] == 'validation' and len(results['runs']) == 12
+    assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    for label, row in results['heads'].items():
+        assert f'| {label} | {row["mean"]:.2f} ± {row["std"]:.2f} | {row["parameters"]:,} |' in printed
+        tried = {float(rate): value for rate, value in row['tried'].items()}
+        assert row['lr'] == max(tried, key=tried.get) and len(tried) == 3
+        assert row['at_end'] == (row['lr'] != 1e-2)
+        assert row['at_end'] == any(label in record.getMessage() for record in caplog.records if '--lrs' in record.msg)
+        path = tmp_path / 'run' / row['checkpoint']
+        score = validated(capsys, scenes, '--dataset', 'csv', '--split', 'test', '--checkpoint', path)['map']
+        assert min(abs(score - other) for other in row['scores']) < 1e-3
+
+
+def test_one_class_per_image(images, tmp_path, capsys):
+    results = run(images, *FAST, '--heads', 'max,logsumexp', output=tmp_path)
+    assert results['metric'] == 'top1' and results['split'] == 'validation'
+    for row in results['heads'].values():
+        score = validated(capsys, images, '--checkpoint', tmp_path / 'run' / row['checkpoint'])
+        assert any(score['top1'] == pytest.approx(other) for other in row['scores'])
+
+
+SWIN = shlex.split('--model-kwargs img_size=56 embed_dim=12 depths=(1,1) num_heads=(1,2)')
+BACKBONES = {
+    'ResNet': ('test_resnet', 64, []),
+    'ConvNeXt': ('test_convnext', 64, []),
+    'ViT with a class token': ('test_vit', 32, []),
+    'ViT with a register': ('test_vit2', 32, []),
+    'ViT with attention pooling': ('test_vit3', 32, ['--model-kwargs', 'img_size=32']),
+    'Swin': ('swin_tiny_patch4_window7_224', 56, SWIN),
+    'hybrid': ('test_coatnet', 32, ['--model-kwargs', 'img_size=32']),
+}
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_saved_models_have_the_logits_of_the_probe_and_its_very_backbone(backbone, scenes, tmp_path, monkeypatch):
+    name, size, settings = BACKBONES[backbone]
+    heads = [head for head in PROBES if head != 'class_token' or name == 'test_vit']
+    seen = {}
+    write = report.write_checkpoint
+
+    def write_and_keep(path, options, model, run, **settings):
+        write(path, options, model, run, **settings)
+        with torch.no_grad():
+            seen[path] = run.head.eval()(*model.read_tokens(x)), {k: v.clone() for k, v in model.state_dict().items()}
+
+    x = torch.randn(2, 3, size, size)
+    monkeypatch.setattr(report, 'write_checkpoint', write_and_keep)
+    flags = f'--model {name} --img-size {size} --device cpu -j 0 -b 8 --epochs 1 --lrs 1e-3 --seeds 1'
+    text = ','.join(f'{head}:dim=16:num_heads=4' if 'ml_decoder' in head else head for head in heads)
+    run(*multilabel(scenes, *flags.split(), '--heads', text, *settings), output=tmp_path)
+    assert len(seen) == len(heads)
+    for path, (logits, weights) in seen.items():
+        trained = load_trained(path)
+        with torch.no_grad():
+            torch.testing.assert_close(trained.model(x), logits, rtol=1e-4, atol=1e-5)
+        stored = trained.model.state_dict()
+        assert all(torch.equal(stored[key], tensor) for key, tensor in weights.items())
+        args = trained.options
+        head = {'ml_decoder': {**args.ml_decoder_kwargs, 'decoder_embedding': args.decoder_embedding}}
+        built = timm.create_model(
+            name,
+            num_classes=10,
+            checkpoint_path=str(path),
+            **args.model_kwargs,
+            **(head if args.use_ml_decoder_head else {}),
+        ).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(built(x), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', PROBES)
+def test_a_stored_model_is_rebuilt_with_its_head(name, tmp_path):
+    options = {'dim': 16, 'num_heads': 4} if 'decoder' in name else {}
+    model = timm.create_model('test_vit', num_classes=5, probe_head={'name': name, **options}).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args=model._model_args)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7).eval()
+    assert other(x).shape == (2, 7)
+    backbone = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0)
+    assert torch.equal(backbone.cls_token, model.cls_token)
+    with pytest.raises(ValueError, match='no_such'):
+        timm.create_model('test_vit', probe_head={'name': name, 'no_such': 1})
+
+
+def test_a_run_is_the_same_whatever_other_heads_are_trained_beside_it(scenes, tmp_path):
+    flags = multilabel(scenes, *SMALL, *shlex.split('--lrs 1e-2 --seeds 1 --heads'))
+    run(*flags, 'max,ml_decoder:dim=16:num_heads=4,linear', output=tmp_path, name='all')
+    run(*flags, 'ml_decoder:dim=16:num_heads=4', output=tmp_path, name='one')
+    one, among = (
+        next(row for row in comparable(tmp_path / name)['runs'] if 'decoder' in row['head']) for name in ('one', 'all')
+    )
+    assert one == among
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_table_of_one_and_read_and_write_the_same_cache(scenes, tmp_path):
+    flags = [*multilabel(scenes, *FAST), '--test-split', 'test', '--heads', 'linear,ml_decoder:dim=16:num_heads=4']
+    for cache in (['--cache', tmp_path / 'cache', '--cache-shard', '5', '--augment', '--cache-views', '2'], []):
+        two = [PROGRAM, 'timm_mldecoder.probe', *flags, *cache, '-b', '4', '--output', tmp_path]
+        call(*two, '--experiment', f'two {len(cache)}', processes=2).check_returncode()
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'cache').glob('*/*')}
+        assert len(written) == 35  # two files of 10 + 3 + 3 shards, and a setup of each split
+        run(*flags, *cache, output=tmp_path, name=f'one {len(cache)}')
+        assert_same_results(*(comparable(tmp_path / f'{ranks} {len(cache)}') for ranks in ('one', 'two')))
+        assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in written.items())
+
+
+def test_cached_features_train_as_computed_ones_do(scenes, tmp_path):
+    flags = multilabel(scenes, *FAST)
+    computed = run(*flags, output=tmp_path, name='computed')
+    cached = run(*flags, '--cache', tmp_path / 'cache', output=tmp_path, name='cached')
+    for ours, theirs in zip(computed['runs'], cached['runs'], strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=2e-2)  # float16 features
+
+
+def test_a_kill_while_writing_loses_no_finished_shard(scenes, tmp_path):
+    cache = tmp_path / 'cache'
+    more = ['--augment', '--cache-views', '10', '--cache', cache, '--cache-shard', '1', '--output', tmp_path]
+    flags = [*multilabel(scenes, *FAST, '--epochs', '1'), *more]
+    process = start(PROGRAM, 'timm_mldecoder.probe', *flags, '--experiment', 'killed', log=tmp_path / 'log')
+    try:
+        while len(list(cache.glob('train/*.tokens.npy'))) < 5:
+            assert process.poll() is None, (tmp_path / 'log').read_text()
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in cache.glob('train/*.tokens.npy')}
+    assert 5 <= len(finished) < 10 * 24
+    run(*flags, output=tmp_path, name='again')
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
+    assert len(list(cache.glob('train/*.tokens.npy'))) == 10 * 24
+    run(*flags, '--cache', tmp_path / 'other', output=tmp_path, name='whole')
+    assert comparable(tmp_path / 'again') == comparable(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        ('--model test_resnet --seed 7', 'weights'),
+        ('--model-kwargs output_stride=16', 'model'),
+        ('--crop-pct 0.5', 'transform'),
+        ('--augment', 'transform'),
+        ('touch', 'data'),
+    ],
+)
+def test_a_cache_of_another_model_transform_or_data_is_refused(flags, named, images, tmp_path):
+    base = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--cache', tmp_path / 'cache']
+    run(*base, output=tmp_path)
+    if flags == 'touch':
+        image = next(images.glob('train/*/*.png'))
+        os.utime(image, ns=(0, 0))
+        flags = ''
+    with pytest.raises(ValueError, match=f'{named}.*remove') as error:
+        run(*base, *flags.split(), output=tmp_path, name='other')
+    assert '\n' not in str(error.value)
+
+
+def test_other_heads_and_rates_read_the_same_cache(images, tmp_path):
+    base = [images, *SMALL, '--seeds', '1', '--cache', tmp_path / 'cache']
+    run(*base, '--heads', 'linear', '--lrs', '1e-2', output=tmp_path)
+    files = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'cache').glob('*/*'))
+    run(*base, '--heads', 'max', '--lrs', '1e-3,1e-2', output=tmp_path, name='other')
+    assert files == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'cache').glob('*/*'))
+
+
+def test_a_full_disk_ends_in_one_line_with_the_bytes_that_are_needed(images, tmp_path):
+    flags = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--output', tmp_path, '--cache', tmp_path / 'cache']
+    process = call('tests/programs/limited_probe.py', '4000', *flags, folder=tmp_path)
+    assert process.returncode == 1 and 'Traceback' not in process.stderr
+    size = (24 + 15) * 4 * 96 * 2  # images, tokens, width, bytes
+    last = process.stderr.strip().splitlines()[-1]
+    assert f'{size:,} more bytes' in last and '--cache' in last
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(images, tmp_path, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr('shutil.disk_usage', lambda path: usage(100, 0, 100))
+    with pytest.raises(RunFailed, match='29,952 more bytes'):
+        run(images, *SMALL, '--heads', 'linear', '--cache', tmp_path / 'cache', output=tmp_path)
+    assert not list((tmp_path / 'cache').glob('*/*.npy'))
+
+
+def test_each_epoch_reads_its_own_view(images, tmp_path):
+    flags = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--augment']
+    two, one = (
+        run(*flags, '--cache', tmp_path / views, '--cache-views', views, output=tmp_path, name=views)
+        for views in ('2', '1')
+    )
+    assert two['runs'][0]['loss'][0] == one['runs'][0]['loss'][0]
+    assert two['runs'][0]['loss'][1] != one['runs'][0]['loss'][1]
+
+
+@pytest.fixture
+def words(scenes, tmp_path):
+    names = (scenes / 'classes.txt').read_text().split()
+    generator = torch.Generator().manual_seed(0)
+    write_word_embeddings(tmp_path / 'words.safetensors', torch.randn(len(names), 12, generator=generator), names)
+    (tmp_path / 'split.json').write_text(json.dumps({'seen': names[:7], 'unseen': names[7:]}))
+    return tmp_path
+
+
+def test_text_queries_are_trained_on_seen_classes_and_score_unseen_ones(scenes, words, tmp_path, capsys):
+    text = ['--word-embeddings', words / 'words.safetensors', '--class-split', words / 'split.json']
+    flags = multilabel(scenes, *SMALL, '--lrs', '1e-2', '--seeds', '1')
+    heads = ['--heads', 'ml_decoder:dim=16:num_heads=4,ml_decoder_small:dim=16']
+    results = run(*flags, *text, *heads, '--random-queries', '2', output=tmp_path)
+    assert results['metric'] == 'zsl_map'
+    for row in results['heads'].values():
+        checkpoint = tmp_path / 'run' / row['checkpoint']
+        score = validated(capsys, scenes, '--dataset', 'csv', '--checkpoint', checkpoint)
+        assert score['zsl_map'] == pytest.approx(row['mean'], abs=1e-3)
+    with pytest.raises(ValueError, match='linear'):
+        run(*flags, *text, '--heads', 'linear,ml_decoder_small', output=tmp_path, name='other')
+    with pytest.raises(ValueError, match='--word-embeddings'):
+        run(*flags, *text[:2], '--heads', 'linear', output=tmp_path, name='other')
+
+
+def test_backbones_from_files(scenes, images, tmp_path):
+    flags = ['--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--test-split', 'test']
+    run(images, *SMALL, *flags[:-2], '--model-kwargs', 'output_stride=16', output=tmp_path, name='first')
+    first = tmp_path / 'first' / 'linear.pth.tar'
+    weights = load_trained(first).model.state_dict()
+    stored = {name: tensor for name, tensor in weights.items() if not name.startswith('fc.')}
+    model = timm.create_model('test_resnet', num_classes=3, output_stride=16)
+    model.load_state_dict(stored, strict=False)
+    timm.models.save_for_hf(model, tmp_path / 'folder', model_args={'output_stride': 16})
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    sources = {
+        'train.py': f'--initial-checkpoint {first}',
+        'folder': f'--model local-dir:{tmp_path / "folder"} --pretrained',
+        'file': f'--model test_resnet --model-kwargs output_stride=16 --pretrained '
+        f'--pretrained-path {tmp_path / "weights.pth"}',
+    }
+    losses = {}
+    for name, source in sources.items():
+        device = ['--device', 'cpu', '-j', '0', '-b', '8', '--epochs', '1', '--img-size', '64']
+        results = run(*multilabel(scenes, *device, *source.split(), *flags), output=tmp_path, name=name)
+        losses[name] = results['runs'][0]['loss'][0]
+        trained = load_trained(tmp_path / name / 'linear.pth.tar')
+        assert all(torch.equal(trained.model.state_dict()[key], tensor) for key, tensor in stored.items()), name
+    assert losses['train.py'] == losses['folder'] == losses['file']
+
+
+def test_a_diverged_rate_is_not_chosen(images, tmp_path):
+    flags = shlex.split('--heads linear --lrs 1e-2,1e30 --seeds 1 --opt sgd')
+    results = run(images, *SMALL, *flags, '--epochs', '3', output=tmp_path)
+    assert results['heads']['linear']['lr'] == 1e-2 and results['heads']['linear']['mean'] > 0
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        ('--heads class_token', 'class_token'),
+        ('--heads no_such_head', 'logsumexp'),
+        ('--heads max,max', 'max'),
+        ('--heads linear:no_such=1', 'no_such'),
+        ('--lr 0.1', '--lrs'),
+        ('--lrs 0', '--lrs'),
+        ('--freeze-backbone', '--freeze-backbone'),
+        ('--use-ml-decoder-head 1', '--heads'),
+        ('--mixup 0.1', '--mixup'),
+        ('--hflip 0', '--augment'),
+        ('--cache-views 2', '--cache'),
+        ('--cache-shard 2', '--cache'),
+        ('--val-split=', '--val-split'),
+        ('--no-such-flag', '--no-such-flag'),
+        ('-b 100', '--batch-size'),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(flags, named, images, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        run(images, *SMALL, *flags.split(), output=tmp_path)
+
+
+def test_results_are_not_overwritten(images, tmp_path):
+    flags = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1']
+    run(*flags, output=tmp_path)
+    assert 'optimizer' in read_checkpoint(tmp_path / 'run' / 'linear.pth.tar')
+    with pytest.raises(ValueError, match='--experiment'):
+        run(*flags, output=tmp_path)

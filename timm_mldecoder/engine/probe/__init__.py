@@ -1,0 +1,1 @@
+"""Train heads on a frozen backbone side by side, and compare them."""

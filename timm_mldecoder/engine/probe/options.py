@@ -1,0 +1,195 @@
+"""The options of a probe: flags of its own, and those flags of train.py that have an effect."""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from timm_mldecoder.engine.flags import Options, parse_train
+from timm_mldecoder.models.probes import PROBES
+
+TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
+_AUGMENTATION = """
+    train_crop_mode scale ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa cutout
+    cutout_prob cutout_place train_interpolation
+"""
+_OTHERS = """
+    data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
+    input_img_mode input_key target_key task target_format multilabel_threshold
+    word_embeddings class_split score_classes random_queries query_noise
+    model pretrained pretrained_path initial_checkpoint num_classes model_kwargs fast_norm channels_last
+    img_size in_chans input_size crop_pct crop_mode mean std interpolation
+    batch_size workers missing_images bad_image no_prefetcher pin_mem
+    loss bce_loss bce_sum bce_target_thresh bce_pos_weight loss_pos_weight loss_class_weight loss_weight_power
+    class_stats class_priors poly_gamma poly_epsilon loss_kwargs smoothing
+    opt opt_eps opt_betas momentum weight_decay opt_kwargs clip_grad clip_mode epochs
+    seed output experiment val_interval eval_metric device device_modules amp amp_dtype local_rank
+"""
+AUGMENTATION = tuple(_AUGMENTATION.split())
+_TAKEN = {*AUGMENTATION, *_OTHERS.split()}
+# a remedy for flags of train.py that one may expect here
+_INSTEAD = {
+    'lr': 'use --lrs',
+    'lr_base': 'use --lrs',
+    'use_ml_decoder_head': 'name the head in --heads',
+    'ml_decoder_kwargs': 'give the options in --heads, such as ml_decoder:num_layers=2',
+    'num_of_groups': 'give it in --heads: ml_decoder:num_of_groups=100',
+    'decoder_embedding': 'give it in --heads: ml_decoder:dim=128',
+    'freeze_backbone': 'the backbone of a probe is always frozen',
+}
+_DEFAULTS = dict(opt='adamw', weight_decay='0.01', epochs='10', smoothing='0', output='output/probe')
+
+
+class HeadSpec(NamedTuple):
+    """A head to train.
+
+    Attributes:
+        label: What the user wrote; the name of its row.
+        name: Key of `PROBES`.
+        options: Options of the head.
+    """
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+
+class ProbeOptions(NamedTuple):
+    """Options of a probe.
+
+    Attributes:
+        train: Options of train.py; `use_ml_decoder_head` is 1 if there are text queries.
+        heads: The heads.
+        rates: Learning rates, in increasing order.
+        seeds: Number of seeds.
+        test_split: Split that the chosen runs are scored on; empty for none.
+        augment: Whether training images are augmented.
+        cache: Folder of cached features; empty for none.
+        views: Augmented views per training image in the cache.
+        shard: Images per file of the cache.
+    """
+
+    train: Options
+    heads: list[HeadSpec]
+    rates: list[float]
+    seeds: int
+    test_split: str
+    augment: bool
+    cache: str
+    views: int
+    shard: int
+
+
+def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOptions:
+    """Return the options of a command line.
+
+    Raises:
+        ValueError: For a flag that is unknown, has no effect in a probe, or a value that is not allowed.
+    """
+    own, others = _parser(description).parse_known_args(sys.argv[1:] if argv is None else argv)
+    heads = [_head(text) for text in own.heads.split(',')]
+    if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
+        raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
+    defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
+    words = any(text.partition('=')[0] == '--word-embeddings' for text in others)
+    given = parse_train([*defaults, '--no-aug', *others] if not own.augment else [*defaults, *others])
+    _refuse_without_effect(given, own.augment)
+    train = given
+    if words:  # the flags of text queries belong to the ML-Decoder heads
+        if not any(spec.name in TEXT_HEADS for spec in heads):
+            raise ValueError(f'--word-embeddings needs one of {", ".join(TEXT_HEADS)} in --heads')
+        train = train.replace(use_ml_decoder_head=1)
+    fixed = [spec.label for spec in heads if spec.name not in TEXT_HEADS or not words]
+    if train.class_split and train.score_classes != 'seen' and fixed:
+        raise ValueError(
+            f'--class-split: {", ".join(fixed)} cannot score unseen classes; leave only heads with text queries '
+            '(--word-embeddings), or pass --score-classes seen'
+        )
+    if own.cache_views > 1 and not (own.cache and own.augment):
+        raise ValueError(f'--cache-views {own.cache_views} needs --cache and --augment')
+    if own.cache_shard is not None and not own.cache:
+        raise ValueError(f'--cache-shard {own.cache_shard} needs --cache')
+    if not train.val_split:
+        raise ValueError('--val-split: a probe chooses learning rates on a validation split; give one')
+    return ProbeOptions(
+        train,
+        heads,
+        own.lrs,
+        own.seeds,
+        own.test_split,
+        own.augment,
+        own.cache,
+        own.cache_views,
+        own.cache_shard or 1024,
+    )
+
+
+def _refuse_without_effect(options: Options, augment: bool) -> None:
+    for name in sorted(options.given - {'no_aug'}):
+        if name not in _TAKEN:
+            raise ValueError(f'{options.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
+        if name in AUGMENTATION and not augment:
+            raise ValueError(f'{options.flag(name)} needs --augment')
+
+
+def _head(text: str) -> HeadSpec:
+    """Read ``NAME:OPTION=VALUE:...``."""
+    name, *pairs = text.strip().split(':')
+    if name not in PROBES:
+        raise ValueError(f'--heads {text}: choose from {", ".join(PROBES)}')
+    options = {}
+    for pair in pairs:
+        key, sign, value = pair.partition('=')
+        if not sign:
+            raise ValueError(f'--heads {text}: expected {name}:OPTION=VALUE, got {pair!r}')
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return HeadSpec(text.strip(), name, options)
+
+
+def _rates(text: str) -> list[float]:
+    rates = sorted({float(part) for part in text.split(',')})
+    if not all(0 < rate < float('inf') for rate in rates):
+        raise argparse.ArgumentTypeError(f'{text}: learning rates must be finite and above 0')
+    return rates
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is below 1')
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix('argument '))
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        'python -m timm_mldecoder.probe',
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage='%(prog)s [DIR] --model NAME [--flag value ...]',
+        epilog='Flags of train.py, described there: '
+        + ' '.join(f'--{name.replace("_", "-")}' for name in sorted(_TAKEN - {'data', 'local_rank'}))
+        + '. Defaults that differ: '
+        + ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in _DEFAULTS.items()),
+    )
+    add = parser.add_argument
+    everything = 'linear,max,logsumexp,attention_pool,efficient_probing,ml_decoder_small,ml_decoder'
+    add('--heads', default=everything, help=f'of {", ".join(PROBES)}; NAME:OPTION=VALUE:... gives options of a head '
+        '(default: %(default)s)')  # fmt: skip
+    add('--lrs', type=_rates, default=_rates('1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'), help='learning rates (default: 1e-4, '
+        '3e-4, 1e-3, 3e-3, 1e-2, 3e-2)')  # fmt: skip
+    add('--seeds', type=_positive, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
+    add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
+    add('--augment', action='store_true', help='augment training images as train.py does')
+    add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')
+    add('--cache-views', type=_positive, default=1, help='augmented views per image (default: %(default)s)')
+    add('--cache-shard', type=_positive, help='images per file of the cache (default: 1024)')
+    return parser

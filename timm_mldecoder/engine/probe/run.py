@@ -1,0 +1,229 @@
+"""One probe from its options to its table."""
+
+import logging
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import safe_model_name
+from timm.task import ClassificationEvaluator
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.data import summarize
+from timm_mldecoder.engine.eval.evaluate import create_autocast, multilabel_evaluator
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.input.datasets import check_classes, check_same_classes, create_split, read_classes
+from timm_mldecoder.engine.input.loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
+from timm_mldecoder.engine.model import class_names_of, create_train_model, load_trained, refuse, training_words
+from timm_mldecoder.engine.probe import report
+from timm_mldecoder.engine.probe.cache import FeatureCache, data_digest, fill
+from timm_mldecoder.engine.probe.features import Backbone, ComputedFeatures, ImageBatches, Source
+from timm_mldecoder.engine.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
+from timm_mldecoder.engine.probe.train import Run, Trainer, choose
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.train.loss import create_train_loss
+from timm_mldecoder.models.probe_model import build_probe, remove_head
+
+_logger = logging.getLogger(__name__)
+
+# Options of the model that a checkpoint of train.py brings, where it is the backbone.
+_OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
+
+
+def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
+    """Train every head, print the table, and write the results; a collective call.
+
+    Returns:
+        The results on the first rank, else None.
+
+    Raises:
+        ValueError: For a user's mistake.
+        RunFailed: If the disk is full, or memory is.
+    """
+    folder = _create_folder(options.train) if world.primary else None
+    random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
+    model, train, stored_config = _create_backbone(options.train)
+    options = options._replace(train=train)
+    splits = _create_splits(options)
+    names = class_names_of(splits['train'])
+    num_classes = len(names) if names else train.num_classes
+    if not num_classes:
+        raise ValueError('the dataset does not report its classes: pass --num-classes')
+    check_classes(splits['train'], num_classes, given=True)
+    config = resolve_config(train, model, stored=stored_config)
+    model.to(world.device)
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    backbone = Backbone(model, create_autocast(train, world.device))
+    words = training_words(train, splits['train']) if train.word_embeddings else {}
+
+    runs = [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in range(options.seeds)]
+    loss = create_train_loss(train, splits['train'])
+    trainer = Trainer(
+        train,
+        runs,
+        partial(_build, model, num_classes, words),
+        loss,
+        partial(_create_evaluator, train, splits['validation'], world),
+        world,
+    )
+    sources = _create_sources(options, splits, backbone, config, world)
+    classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
+
+    def score(epoch: int) -> None:
+        found = trainer.score(sources['validation'], len(splits['validation']), runs, classes)
+        for run in trainer.own:
+            run.metrics[epoch] = found[id(run)]
+        _logger.info(f'Epoch {epoch}: {len(runs)} runs trained and scored')
+
+    with advise_on_memory(train.batch_size, train.batch_size, 1):
+        trainer.train(sources['train'], len(splits['train']), score)
+    trainer.share()
+    choices = choose(runs, train.eval_metric)
+    test = None
+    if options.test_split:
+        chosen = [run for choice in choices for run in choice.runs]
+        own = trainer.score(sources['test'], len(splits['test']), chosen, classes)
+        own = {index: own[id(run)] for index, run in enumerate(runs) if id(run) in own}
+        test = {index: metrics for part in world.all_gather(own) for index, metrics in part.items()}
+    folder = Path(world.broadcast(str(folder)))
+    files = {choice.spec.label: f'{_file_name(choice.spec.label)}.pth.tar' for choice in choices}
+    for choice in choices:
+        best = choice.best(train.eval_metric)
+        if any(best is run for run in trainer.own):
+            report.write_checkpoint(
+                folder / files[choice.spec.label],
+                train,
+                model,
+                best,
+                config=config,
+                class_names=names,
+                words=words if choice.spec.name in TEXT_HEADS else {},
+            )
+    world.barrier()
+    if not world.primary:
+        return None
+    results = report.collect(options, choices, runs, test, files, trainer.read_seconds)
+    report.write(folder, results)
+    return results
+
+
+def _create_folder(options: Options) -> Path:
+    name = options.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(options.model)}'
+    folder = Path(options.output) / name
+    if (folder / report.RESULTS).exists():
+        raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove the folder')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
+    return folder
+
+
+def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
+    """Create the model without a classifier.
+
+    Returns:
+        The model, the options that describe it, and the data configuration that came with it.
+    """
+    plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='')
+    stored: DataConfig = {}
+    if options.initial_checkpoint and RUN in read_checkpoint(options.initial_checkpoint):
+        trained = load_trained(options.initial_checkpoint)
+        if 'model' in options.given and options.model != trained.options.model:
+            raise ValueError(
+                f'--model {options.model} contradicts --initial-checkpoint {options.initial_checkpoint}, which holds '
+                f'{trained.options.model}'
+            )
+        changes = {name: getattr(trained.options, name) for name in _OF_BACKBONE if name not in options.given}
+        options = options.replace(**changes)
+        given = {'input_size' if name == 'img_size' else name for name in options.given}
+        stored = {name: value for name, value in trained.data_config.items() if name not in given}
+        model = trained.model
+    else:
+        model = create_train_model(plain, None)
+    with refuse(options):
+        return remove_head(model), options, stored
+
+
+def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
+    train = options.train
+    splits = {'train': create_split(train, train.train_split, training=True, missing=train.missing_images)}
+    splits['validation'] = create_split(train, train.val_split)
+    if options.test_split:
+        splits['test'] = create_split(train, options.test_split)
+    for role, dataset in splits.items():
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')
+        for line in summarize(dataset).log_lines(role):
+            _logger.info(line)
+        if not train.class_split:
+            check_same_classes(splits['train'], dataset)
+    return splits
+
+
+def _create_sources(
+    options: ProbeOptions, splits: dict[str, Dataset], backbone: Backbone, config: DataConfig, world: World
+) -> dict[str, Source]:
+    train, images = options.train, {}
+    for role, dataset in splits.items():
+        if role == 'train' and options.augment:
+            dataset, _ = set_train_transform(train, dataset, config)
+        else:
+            set_eval_transform(train, dataset, config)
+        bad = train.bad_image if role == 'train' else 'abort'
+        images[role] = ImageBatches(train, dataset, config, world, bad)
+    if not options.cache:
+        return {role: ComputedFeatures(backbone, batches) for role, batches in images.items()}
+    tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))
+    shape = (tokens.shape[1] + (class_token is not None), tokens.shape[2])
+    weights = backbone.digest()
+    caches = {}
+    for role, dataset in splits.items():
+        augmented = role == 'train' and options.augment
+        augmentation = {name: getattr(train, name) for name in (*AUGMENTATION, 'seed')} if augmented else None
+        setup = {
+            'model': [train.model, repr(sorted(train.model_kwargs.items())), train.amp and train.amp_dtype],
+            'weights': weights,
+            'transform': repr((sorted(config.items()), augmentation)),
+            'data': data_digest(dataset),
+        }
+        caches[role] = FeatureCache(
+            Path(options.cache) / role,
+            setup,
+            number=len(dataset),
+            shape=shape,
+            class_token=class_token is not None,
+            views=options.views if augmented else 1,
+            shard=options.shard,
+            device=world.device,
+        )
+    pairs = [(caches[role], images[role]) for role in splits]
+    fill(pairs, backbone, train.batch_size, train.seed, world)
+    return caches
+
+
+def _build(model: nn.Module, num_classes: int, words: dict[str, Any], spec: HeadSpec) -> nn.Module:
+    """Build a head; one with text queries gets the label embeddings of the training classes."""
+    options = {**(words if spec.name in TEXT_HEADS else {}), **spec.options}
+    try:
+        return build_probe(model, num_classes, spec.name, **options)
+    except ValueError as error:
+        raise ValueError(f'--heads {spec.label}: {error}') from error
+
+
+def _create_evaluator(options: Options, dataset: Dataset, world: World) -> ClassificationEvaluator:
+    if options.task == 'classification':
+        return ClassificationEvaluator(device=world.device)
+    seen = getattr(dataset, 'num_seen', None)
+    return multilabel_evaluator(seen, threshold=options.multilabel_threshold, device=world.device)
+
+
+def _file_name(label: str) -> str:
+    return ''.join(letter if letter.isalnum() or letter in '._-=' else '_' for letter in label)
