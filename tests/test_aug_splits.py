@@ -189,7 +189,7 @@ def test_halves_of_a_batch_have_batch_norms_of_their_own_with_resplit(data, tmp_
     assert not any(torch.equal(norm.running_mean, norm.aux_bn[0].running_mean) for norm in norms)
 
 
-def test_only_a_run_with_split_batch_norm_resumes_its_checkpoint(data, tmp_path):
+def test_a_run_without_split_batch_norm_starts_from_its_weights_but_cannot_resume_it(data, tmp_path):
     train(data, tmp_path, *PLAIN, *SPLITS, '--split-bn', '--epochs', '1')
     with pytest.raises(ValueError, match='aux_bn'):
         build(data, tmp_path, *PLAIN, *SPLITS, '--resume', 'auto', '--epochs', '2')
