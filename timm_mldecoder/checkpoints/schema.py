@@ -251,4 +251,9 @@ def weights_of(content: Mapping[str, Any], ema: bool | None = None) -> dict[str,
             f'no weights found: {", ".join(map(str, others[:5])) or "the file"} is not a tensor; weights are read from '
             f'the top level and from {", ".join((*RAW, *EMA))}'
         )
-    return clean_state_dict(dict(tensors))
+    return without_split_bn(clean_state_dict(dict(tensors)))
+
+
+def without_split_bn(tensors: Mapping[str, Tensor], model: Any = None) -> dict[str, Tensor]:
+    """Leave out what `--split-bn` adds; after training, only the BatchNorm of the first split is used."""
+    return {name: tensor for name, tensor in tensors.items() if '.aux_bn.' not in name}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, Mixup
+from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
 from torch import Tensor
@@ -77,6 +77,13 @@ def strict(dataset: Dataset) -> Dataset:
         return dataset
     settings = ('reader', 'input_img_mode', 'transform', 'target_transform')
     return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
+
+
+class SplitDataset(AugMixDataset):
+    """timm's dataset of several views per image, which also knows its files."""
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> Any:
+        return self.dataset.filename(index, basename=basename, absolute=absolute)
 
 
 class KeyedSamples(Dataset):
