@@ -10,6 +10,7 @@ import torch
 from image_folders import write_images
 from timm.data import resolve_model_data_config
 
+from timm_mldecoder.checkpoints import folders
 from timm_mldecoder.checkpoints.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
 from timm_mldecoder.data import shapes
@@ -158,3 +159,17 @@ def test_a_folder_that_exists_is_left_alone_and_flags_of_other_checkpoints_are_r
     with pytest.raises(ValueError, match='folder'):
         convert([CHECKPOINT, 'folder'])
     assert [path.name for path in Path('folder').iterdir()] == ['notes']
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_folder_that_fails_midway_leaves_nothing(exists, monkeypatch):
+    def fail(*arguments):
+        raise OSError('no space left on device')
+
+    if exists:
+        Path('folder').mkdir()
+    model = timm.create_model('test_resnet', num_classes=3)
+    monkeypatch.setattr(folders, 'model_card', fail)
+    with pytest.raises(OSError, match='no space'):
+        save_folder(model, 'folder')
+    assert [str(path) for path in Path().rglob('*')] == ['folder'] * exists

@@ -47,8 +47,8 @@ class ClassifierModel:
         """Initialise the tensors of the classifier that transformers found in no checkpoint.
 
         transformers builds models on the meta device, fills in what a checkpoint holds, and calls this hook on modules
-        with tensors left over, which are uninitialised memory. While it does, ``torch.nn.init`` has functions of its own,
-        by which it is told from timm, which has a hook of the same name. Loaded tensors keep their values.
+        with tensors left over, which are uninitialised memory. Loaded tensors keep their values. timm has a hook of the
+        same name, whose calls are ignored: only transformers replaces the functions of ``torch.nn.init`` while it calls.
         """
         inherited = getattr(super(), 'init_non_persistent_buffers', None)
         if inherited is not None:
