@@ -173,3 +173,10 @@ def test_a_folder_that_fails_midway_leaves_nothing(exists, monkeypatch):
     with pytest.raises(OSError, match='no space'):
         save_folder(model, 'folder')
     assert [str(path) for path in Path().rglob('*')] == ['folder'] * exists
+
+
+def test_a_run_that_scores_raw_weights_alone_gives_those(capsys):
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, '--model-ema', '--model-ema-decay', '0.5', '--model-ema-force-cpu'])
+    taken, raw = (load_trained(CHECKPOINT, use_ema=ema).model.state_dict() for ema in (None, False))
+    assert all(torch.equal(taken[name], tensor) for name, tensor in raw.items())

@@ -48,7 +48,7 @@ class ClassifierModel:
 
         transformers builds models on the meta device, fills in what a checkpoint holds, and calls this hook on modules
         with tensors left over, which are uninitialised memory. Loaded tensors keep their values. timm has a hook of the
-        same name, whose calls are ignored: only transformers replaces the functions of ``torch.nn.init`` while it calls.
+        same name, whose calls are ignored: only transformers replaces the functions of ``torch.nn.init`` meanwhile.
         """
         inherited = getattr(super(), 'init_non_persistent_buffers', None)
         if inherited is not None:
