@@ -223,7 +223,8 @@ def has_ema(content: Mapping[str, Any]) -> bool:
 def ranked_by_ema(content: Mapping[str, Any]) -> bool:
     """Return whether the EMA weights are a file's main ones.
 
-    They are if there are any, unless the training run scored the raw weights higher (`--better-of-ema`).
+    They are if there are any, unless the training run ranked the epoch by the raw weights: they scored higher
+    (`--better-of-ema`), or it scored no others (`--model-ema-force-cpu`).
     """
     rows = content[RUN]['rows'] if RUN in content else []
     return has_ema(content) and bool(rows[-1].get('eval_ema', True) if rows else True)
