@@ -81,6 +81,11 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     )
     if arguments.torchcompile:
         predictor = predictor._replace(model=torch.compile(predictor.model))
+    if arguments.pictures and world.primary:
+        try:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
     errors = predict(
         predictor,
         dataset,

@@ -54,7 +54,7 @@ def save_folder(
     content.get('model_args', {}).pop('num_classes', None)
     path.write_text(json.dumps(content, indent=2))
     card = model_card(content, folder.name, class_names, facts or {})
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    (folder / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
     return folder
 
 

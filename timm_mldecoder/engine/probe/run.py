@@ -46,7 +46,6 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         ValueError: For a user's mistake.
         RunFailed: If the disk is full, or memory is.
     """
-    folder = _create_folder(options.train) if world.primary else None
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
@@ -73,6 +72,7 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         partial(_create_evaluator, train, splits['validation'], world),
         world,
     )
+    folder = _create_folder(train) if world.primary else None  # a mistake found above leaves no folder
     sources = _create_sources(options, splits, backbone, config, world)
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
