@@ -58,7 +58,7 @@ def save_folder(
         content.get('model_args', {}).pop('num_classes', None)
         path.write_text(json.dumps(content, indent=2))
         card = model_card(content, folder.name, class_names, facts or {})
-        (written / 'README.md').write_text(card, encoding='utf-8')
+        (written / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
         written.replace(folder)  # an empty folder may be there
     return folder
 

@@ -244,7 +244,8 @@ class TrainLoader:
         """Yield the batches of an epoch from number `batch` on."""
         if self._early is None:
             self._begin(epoch, batch, start)
-        self.bad_images = []
+        if not batch:  # else those of the batches before are restored from a checkpoint
+            self.bad_images = []
         mixing = self._mix is not None and not (self._mixup_off_epoch and epoch >= self._mixup_off_epoch)
         for images, target in self._wrapped:
             images, target = self._placement.place(images, target)
@@ -421,10 +422,12 @@ def log_bad_images(bad: list[BadImage]) -> None:
 def record_bad_images(bad: list[BadImage], folder: Path) -> None:
     """Add images to the list in the folder of a run, each file once."""
     path = folder / BAD_IMAGES
-    known = dict(csv.reader(io.StringIO(path.read_text()))) if path.exists() else {'path': 'reason'}
+    known = {'path': 'reason'}
+    if path.exists():
+        known = dict(csv.reader(io.StringIO(path.read_text(errors='surrogateescape'))))
     text = io.StringIO()
     csv.writer(text).writerows({**known, **dict(bad)}.items())
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
 
 
 def image_path(dataset: Any, index: int) -> str:

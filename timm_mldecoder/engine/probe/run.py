@@ -46,7 +46,7 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         ValueError: For a user's mistake.
         RunFailed: If the disk is full, or memory is.
     """
-    folder = _create_folder(options.train) if world.primary else None
+    folder = _choose_folder(options.train) if world.primary else None
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
@@ -74,6 +74,8 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         world,
     )
     sources = _create_sources(options, splits, backbone, config, world)
+    if world.primary:
+        _create_folder(folder)  # a mistake found above leaves no folder
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
     def score(epoch: int) -> None:
@@ -114,16 +116,19 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
     return results
 
 
-def _create_folder(options: Options) -> Path:
+def _choose_folder(options: Options) -> Path:
     name = options.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(options.model)}'
     folder = Path(options.output) / name
     if (folder / report.RESULTS).exists():
         raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove the folder')
+    return folder
+
+
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-    return folder
 
 
 def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
