@@ -264,7 +264,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers."""
-        _shut_down(self._early, self._running, self._loader._iterator)
+        shut_down(self._early, self._running, self._loader._iterator)
 
     def _begin(self, epoch: int, batch: int, start: EpochStart | None) -> None:
         self._position = (epoch, batch)
@@ -378,7 +378,7 @@ class EvalLoader:
 
     def close(self) -> None:
         """End the workers."""
-        _shut_down(self._loader._iterator)
+        shut_down(self._loader._iterator)
 
     def _without_padding(self, batch: Any, positions: list[int]) -> Any:
         """Cut the padding off, which evaluators otherwise find by counting the samples that arrive."""
@@ -407,7 +407,7 @@ def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _shut_down(*iterators: Iterator | None) -> None:
+def shut_down(*iterators: Iterator | None) -> None:
     """End the workers of loader iterators; they ignore the SIGTERM that python would end them with at its exit."""
     for iterator in iterators:
         if hasattr(iterator, '_shutdown_workers'):
