@@ -10,6 +10,7 @@ import torch
 from image_folders import write_images
 from timm.data import resolve_model_data_config
 
+from timm_mldecoder.checkpoints import folders
 from timm_mldecoder.checkpoints.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
 from timm_mldecoder.data import shapes
@@ -74,7 +75,7 @@ def check_transformers(model):
     [
         HEAD,
         '',
-        pytest.param('--cosine-classifier 5', marks=pytest.mark.xfail(reason='save_for_hf loses the classifier')),
+        '--cosine-classifier 5',
         f'{HEAD} --ml-decoder-kwargs num_heads=2 memory_activation=leaky_relu learnable_queries=True num_layers=2',
         f'{HEAD} --ml-decoder-kwargs num_heads=4 classifier=cosine cosine_scale=4.0',
         '--model-kwargs output_stride=16 --crop-pct 0.8 --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2 --interpolation bicubic',
@@ -105,14 +106,21 @@ def test_a_multilabel_folder_has_task_and_thresholds(words, capsys):
     settings = folder_settings('local-dir:folder')
     assert settings['task'] == 'multilabel'
     assert settings['thresholds'] == torch.load(CHECKPOINT, weights_only=False)['thresholds']
-    if not words:
-        check_transformers(model)
+    check_transformers(model)
 
 
-@pytest.mark.xfail(reason='transformers knows the size of the buffer of class names too late', strict=True)
-def test_a_folder_with_text_queries_loads_in_transformers():
-    words = dict(word_embeddings=torch.randn(3, 8), class_names=['a', 'b', 'c'], decoder_embedding=32, num_heads=4)
-    model = timm.create_model('test_resnet', num_classes=3, ml_decoder=words).eval()
+@pytest.mark.parametrize(
+    'head',
+    [
+        {'ml_decoder': dict(decoder_embedding=32, num_heads=4)},
+        {'probe_head': dict(name='ml_decoder_small', dim=32)},
+    ],
+    ids=['ml-decoder', 'probe'],
+)
+def test_a_folder_with_text_queries_loads_in_transformers(head):
+    words = dict(word_embeddings=torch.randn(3, 8), class_names=['a', 'b', 'c'])
+    ((option, options),) = head.items()
+    model = timm.create_model('test_resnet', num_classes=3, **{option: options | words}).eval()
     save_folder(model, 'folder', class_names=['a', 'b', 'c'], data_config={'input_size': (3, 32, 32)})
     check_transformers(timm.create_model('local-dir:folder', pretrained=True).eval())
 
@@ -151,3 +159,24 @@ def test_a_folder_that_exists_is_left_alone_and_flags_of_other_checkpoints_are_r
     with pytest.raises(ValueError, match='folder'):
         convert([CHECKPOINT, 'folder'])
     assert [path.name for path in Path('folder').iterdir()] == ['notes']
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_folder_that_fails_midway_leaves_nothing(exists, monkeypatch):
+    def fail(*arguments):
+        raise OSError('no space left on device')
+
+    if exists:
+        Path('folder').mkdir()
+    model = timm.create_model('test_resnet', num_classes=3)
+    monkeypatch.setattr(folders, 'model_card', fail)
+    with pytest.raises(OSError, match='no space'):
+        save_folder(model, 'folder')
+    assert [str(path) for path in Path().rglob('*')] == ['folder'] * exists
+
+
+def test_a_run_that_scores_raw_weights_alone_gives_those(capsys):
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, '--model-ema', '--model-ema-decay', '0.5', '--model-ema-force-cpu'])
+    taken, raw = (load_trained(CHECKPOINT, use_ema=ema).model.state_dict() for ema in (None, False))
+    assert all(torch.equal(taken[name], tensor) for name, tensor in raw.items())

@@ -56,6 +56,7 @@ def test_two_ranks_train_as_one_on_the_same_global_batches(data, tmp_path):
             torch.testing.assert_close(weights[key][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_metrics_are_exact_where_images_do_not_divide_evenly(data, tmp_path):
     """Fifteen images: two ranks pad one, four pad one too; one rank pads none."""
     trained = call('train.py', data, *PLAIN, '-b', '6', '--epochs', '1', '--output', tmp_path, '--experiment', 'run')

@@ -398,7 +398,7 @@ UNEXERCISED = {
             --aot-autograd --crop-border-pixels --dataset-trust-remote-code --device-modules --drop-block
             --early-stop --epoch-repeats --fast-norm --graph-layer --log-freq --loss-weight-power
             --lr-decay-fn --lr-stable-timescale --model-ema-force-cpu --no-resume-opt --poly-epsilon
-            --poly-gamma --reparam --resplit --results-format --save-images --torchcompile-mode
+            --poly-gamma --reparam --results-format --save-images --torchcompile-mode
             --train-batches-per-epoch --train-num-samples --train-size-probs --train-size-random-mix
             --train-size-schedule --train-size-schedule-spread --train-split --tta --use-train-size
             --val-num-samples --voc-difficult --wandb-resume-id --wandb-tags --worker-seeding

@@ -72,6 +72,7 @@ def test_the_backbone_is_trained_from_its_epoch_on_and_a_resumed_run_is_equal(da
     assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), tmp_path / 'whole' / 'run')
 
 
+@pytest.mark.slow
 def test_two_ranks_freeze_and_unfreeze(data, tmp_path):
     flags = [data, *MODEL, *FROZEN, '--epochs', '2', '-b', '2', '--unfreeze-epoch', '1', '--output', tmp_path]
     call('train.py', *flags, '--experiment', 'run', processes=2).check_returncode()

@@ -196,7 +196,7 @@ NAN = words(3).index_fill(0, torch.tensor([1]), math.nan)
     (dict(word_embeddings=words(7), class_names=list('abcabca')), r"repeated: \['a', 'b', 'c'\]"),
     (dict(word_embeddings=words(7), class_names=['a', 'b']), '7 class names are needed'),
     (dict(word_embeddings=words(7), class_names=[*'abcdef', 'x\ny']), r"\['x\\ny'\]"),
-    (dict(word_embeddings=6, class_names=list('abcdefg')), 'not just their width'),
+    (dict(word_embeddings=6, class_names=list('abc')), '7 class names are needed'),
     (dict(class_names=list('abcdefg')), 'give word_embeddings'),
     (dict(query_noise=0.1), 'give word_embeddings'),
     (dict(word_embeddings=words(7), query_noise=-1), 'at least 0'),

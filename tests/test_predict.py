@@ -22,7 +22,7 @@ from timm.data import create_transform
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.predict.parts import harmless
+from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction, harmless
 from timm_mldecoder.engine.predict.pictures import picture_path
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.predict import main as predict
@@ -370,3 +370,14 @@ def test_a_mistake_is_one_line_of_a_real_process(images):
     )
     assert process.returncode == 2 and 'Traceback' not in process.stderr, os.linesep + process.stderr
     assert 'error: ' in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('suffix', ['.csv', '.jsonl', '.parquet'])
+def test_file_names_that_are_not_utf8_are_escaped(suffix, tmp_path):
+    parts = Parts(tmp_path / f'out{suffix}', 2, 2, {}, {})
+    parts.begin()
+    name = os.fsdecode(b'caf\xe9.png')
+    parts.write(0, [Prediction(name, [Label(0, 'cat', 0.5)]), Prediction(name, error='damaged')])
+    assert parts.finish() == 1
+    assert b'caf\\udce9.png' in (tmp_path / f'out{suffix}').read_bytes().replace(b'\\\\', b'\\')
+    assert b'caf\\udce9.png' in (tmp_path / 'errors.csv').read_bytes()

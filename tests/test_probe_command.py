@@ -366,3 +366,12 @@ def test_results_are_not_overwritten(images, tmp_path):
     assert 'optimizer' in read_checkpoint(tmp_path / 'run' / 'linear.pth.tar')
     with pytest.raises(ValueError, match='--experiment'):
         run(*flags, output=tmp_path)
+
+
+def test_a_process_with_workers_ends(tmp_path):
+    """Workers ignore SIGTERM, so that whoever starts them must end them."""
+    write_images(tmp_path / 'data', train=8, validation=4, classes=2, size=32)
+    flags = '--model test_resnet --img-size 32 --heads linear --lrs 1e-2 --seeds 1 --epochs 1 -b 4 -j 1 --device cpu'
+    process = call('tests/programs/run_module.py', 'timm_mldecoder.probe', 'data', *flags.split(), folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert '| linear |' in process.stdout

@@ -199,6 +199,7 @@ def run_on_two(tmp_path, *flags):
     return list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
 
 
+@pytest.mark.slow
 def test_the_authors_command_runs_on_two_ranks_and_the_loss_falls(tmp_path):
     """Unchanged but for the data, the device, the epochs, and the batch size, which the small data does not fill."""
     data = write_images(tmp_path / 'images', train=24, validation=3)

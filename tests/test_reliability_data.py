@@ -168,6 +168,7 @@ def test_validation_while_training_stops_too(broken, tmp_path):
 LIMITED = 'tests/programs/limited_memory.py'
 
 
+@pytest.mark.slow
 def test_validation_takes_smaller_batches_where_memory_runs_out(data, tmp_path, capsys):
     checkpoint = train(data, tmp_path, '--epochs', '1') / 'last.pth.tar'
     flags = [data, '--checkpoint', checkpoint, '--img-size', '512', '--device', 'cpu', '-j', '0', '-b', '15']

@@ -83,6 +83,7 @@ def test_sigterm_stops_all_ranks_after_the_same_step_and_they_resume_together(da
     assert_same_run(tmp_path / 'run', undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(data, tmp_path, undisturbed):
     flags = [data, *MODEL, *DISTRIBUTED, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     log = tmp_path / 'log'
@@ -169,6 +170,7 @@ def cut(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(('ranks', 'batch_size'), [(1, 2), (3, 2), (1, 6)])
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_continues_on_other_ranks_with_the_same_images(
     data, tmp_path, cut, ranks, batch_size
 ):
@@ -187,6 +189,7 @@ def test_a_run_killed_within_an_epoch_continues_on_other_ranks_with_the_same_ima
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.slow
 def test_no_worker_is_left_after_an_error(data, tmp_path, ranks):
     broken = shutil.copytree(data, tmp_path / 'broken')
     image = broken / 'train' / 'class_1' / '002.png'
@@ -211,6 +214,7 @@ def test_of_two_runs_started_in_one_folder_at_once_one_is_refused(data, tmp_path
 
 
 @pytest.mark.parametrize('bad', [0, 2])
+@pytest.mark.slow
 def test_metrics_of_two_ranks_are_those_of_one(data, tmp_path, capsys, bad):
     """13 images, or 11 of them: neither is a multiple of two."""
     own = shutil.copytree(data, tmp_path / 'data')

@@ -138,6 +138,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_attention(digits):
     assert not re.search(r'(src|href)="?(http|//)|@import|url\(', text)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_report(digits):
     folder, flags = digits
     process = call('validate.py', *flags, '--report', folder / 'two', processes=2)

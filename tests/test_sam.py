@@ -151,6 +151,7 @@ def test_a_run_stopped_between_the_two_passes_resumes_to_the_last_bit(data, tmp_
     assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one(data, tmp_path):
     flags = shlex.split('--model test_vit --img-size 160 --num-classes 3 --device cpu -j 0 -b 3')
     flags += [*PLAIN, '--val-split', '', '--output', tmp_path, tmp_path / 'saved']

@@ -18,6 +18,7 @@ FLAGS = shlex.split("""
 """)
 
 
+@pytest.mark.slow
 def test_trackers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
     for package in ('tensorboard', 'trackio', 'wandb'):
         pytest.importorskip(package)

@@ -175,6 +175,7 @@ def test_compile_and_export(way, x):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(python):
     """Two processes: every parameter gets a gradient, and the classes of rank 0 are those of all."""
     python("""

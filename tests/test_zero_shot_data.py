@@ -291,6 +291,7 @@ def select_targets(dataset, names):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
     (tmp_path / 'vectors.txt').write_text(VECTORS)
     (tmp_path / 'names.txt').write_text('zebra\n')

@@ -238,7 +238,7 @@ class TwoBatches:
         return self._batches
 
 
-@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     'way', [{}, dict(num_of_groups=3), dict(self_attention=True), dict(num_of_groups=3, learnable_queries=True)]
 )

@@ -379,6 +379,8 @@ def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
     Raises:
         ValueError: If the port is taken.
     """
+    if not arguments.host.strip():  # an unset variable must not open the page to every network
+        raise ValueError('--host is empty: pass 127.0.0.1, or 0.0.0.0 for all networks')
     gradio = _gradio()
     from starlette.middleware import Middleware
 
@@ -405,7 +407,7 @@ def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
             theme=theme.set(**subdued),
             app_kwargs={'middleware': [Middleware(_Policy)]},
         )
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: not the name of a host
         raise ValueError(f'--host {arguments.host} --port {arguments.port}: {error}') from error
     print(f'{address}  (Ctrl-C ends it)', flush=True)
     if block:

@@ -124,7 +124,7 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
     if Path(source).is_file():
         trained = load_trained(source, use_ema=use_ema)
         model, names = trained.model, trained.class_names
-        architecture, data_config = trained.content['arch'], trained.data_config
+        architecture, data_config = model.pretrained_cfg['architecture'], trained.data_config
         facts = run_facts(trained.content, use_ema)
         settings = {'task': vars(trained.content['args'])['task'], 'thresholds': trained.content.get('thresholds')}
     else:

@@ -4,6 +4,7 @@ python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from math import inf
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_run(path: Path) -> list[Metrics]:
     """The epochs of a run."""
     path = path / 'summary.csv' if path.is_dir() else path
+    if not os.path.isfile(path):
+        raise ValueError(f'{path}: not a summary of a run')
     rows = read_summary(path, before=inf)
     if not rows:
         raise ValueError(f'{path}: no epochs to draw')
@@ -60,7 +63,10 @@ def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
         axis.set(title=panel, xlabel='epoch')
         axis.grid(alpha=0.3)
         axis.legend(fontsize='small')
-    figure.savefig(output, dpi=120)
+    try:
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as error:
+        raise (OSError if isinstance(error, OSError) else ValueError)(f'--output {output}: {error}') from error
 
 
 if __name__ == '__main__':

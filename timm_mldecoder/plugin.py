@@ -116,8 +116,11 @@ def _telling_pool(load_config):
     @functools.wraps(load_config)
     def load(*args, **kwargs):
         pretrained_cfg, name, model_args = load_config(*args, **kwargs)
-        head = (model_args or {}).get('ml_decoder') or (model_args or {}).get('probe_head')
-        if head:
+        option = next((name for name in ('ml_decoder', 'probe_head') if (model_args or {}).get(name)), None)
+        if option:
+            head = model_args[option]
+            if isinstance(head, dict):  # class names are there for transformers; here they come with the weights
+                model_args = {**model_args, option: {name: head[name] for name in head if name != 'class_names'}}
             pool = head.get('global_pool') if isinstance(head, dict) else None
             others = {name: value for name, value in model_args.items() if name != 'global_pool'}
             model_args = {**others, 'global_pool': pool} if pool else others

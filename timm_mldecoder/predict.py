@@ -12,6 +12,7 @@ folder for `local-dir:` with `python -m timm_mldecoder.convert`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,11 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     )
     if arguments.torchcompile:
         predictor = predictor._replace(model=torch.compile(predictor.model))
+    if arguments.pictures and world.primary:
+        try:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
     errors = predict(
         predictor,
         dataset,
@@ -166,9 +172,8 @@ def _read_classes(classes: str | None) -> list[str] | None:
     """Return the names in a file, one per line, or in a comma-separated list."""
     if not classes:
         return None
-    lines = (
-        Path(classes).read_text(encoding='utf-8-sig').splitlines() if Path(classes).is_file() else classes.split(',')
-    )
+    is_file = os.path.isfile(classes)  # Path.is_file raises for a list that is too long for a name
+    lines = Path(classes).read_text(encoding='utf-8-sig').splitlines() if is_file else classes.split(',')
     return [line.strip() for line in lines if line.strip()]
 
 

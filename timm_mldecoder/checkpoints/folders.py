@@ -4,6 +4,7 @@ What timm's `config.json` has no place for, such as the task and the tuned thres
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def save_folder(
     thresholds: Mapping[str, float] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save a model as a folder, with a model card, and return the folder.
+    """Save a model as a folder, with a model card, and return the folder; nothing is left of one that fails midway.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers' `TimmWrapperForImageClassification` load
     it; `huggingface_hub.upload_folder` publishes it.
@@ -47,14 +48,18 @@ def save_folder(
         raise ValueError(f'{folder} is not an empty folder: choose another one')
     settings = {'task': task, **({'thresholds': dict(thresholds)} if thresholds else {})}
     config = {'label_names': list(class_names) if class_names else None, SETTINGS: settings}
-    save_for_hf(model, folder, model_config=config, data_config=dict(data_config or {}), safe_serialization=True)
-    # timm writes num_classes twice, which transformers refuses; the number of the weights is in pretrained_cfg
-    path = folder / 'config.json'
-    content = json.loads(path.read_text())
-    content.get('model_args', {}).pop('num_classes', None)
-    path.write_text(json.dumps(content, indent=2))
-    card = model_card(content, folder.name, class_names, facts or {})
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+        written = Path(temporary) / 'folder'  # a temporary folder itself is for its owner only
+        save_for_hf(model, written, model_config=config, data_config=dict(data_config or {}), safe_serialization=True)
+        # timm writes num_classes twice, which transformers refuses; the number of the weights is in pretrained_cfg
+        path = written / 'config.json'
+        content = json.loads(path.read_text())
+        content.get('model_args', {}).pop('num_classes', None)
+        path.write_text(json.dumps(content, indent=2))
+        card = model_card(content, folder.name, class_names, facts or {})
+        (written / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
+        written.replace(folder)  # an empty folder may be there
     return folder
 
 

@@ -223,7 +223,8 @@ def has_ema(content: Mapping[str, Any]) -> bool:
 def ranked_by_ema(content: Mapping[str, Any]) -> bool:
     """Return whether the EMA weights are a file's main ones.
 
-    They are if there are any, unless the training run scored the raw weights higher (`--better-of-ema`).
+    They are if there are any, unless the training run ranked the epoch by the raw weights: they scored higher
+    (`--better-of-ema`), or it scored no others (`--model-ema-force-cpu`).
     """
     rows = content[RUN]['rows'] if RUN in content else []
     return has_ema(content) and bool(rows[-1].get('eval_ema', True) if rows else True)
@@ -251,4 +252,9 @@ def weights_of(content: Mapping[str, Any], ema: bool | None = None) -> dict[str,
             f'no weights found: {", ".join(map(str, others[:5])) or "the file"} is not a tensor; weights are read from '
             f'the top level and from {", ".join((*RAW, *EMA))}'
         )
-    return clean_state_dict(dict(tensors))
+    return without_split_bn(clean_state_dict(dict(tensors)))
+
+
+def without_split_bn(tensors: Mapping[str, Tensor], model: Any = None) -> dict[str, Tensor]:
+    """Leave out what `--split-bn` adds; after training, only the BatchNorm of the first split is used."""
+    return {name: tensor for name, tensor in tensors.items() if '.aux_bn.' not in name}

@@ -28,6 +28,7 @@ KINDS = {
     'pairs': tuple(f'{a} and {b}' for a, b in zip(NAMES, (*NAMES[1:], NAMES[0]), strict=True)),  # ... both digits
 }
 PLACEMENT_TRIES = 20
+LARGEST = 4096  # side of a scene in pixels, and number of digits
 
 
 def load_split(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +102,9 @@ class SceneOptions:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'kind must be one of {", ".join(KINDS)}, got {self.kind!r}')
+        for name in ('size', 'max_digits', 'clutter'):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f'{name} must be at most {LARGEST}, got {getattr(self, name)}')
         if not 0 < self.sides[0] <= self.sides[1] <= self.size:
             raise ValueError(f'sides must be 0 < smallest <= largest <= size ({self.size}), got {self.sides}')
         if not 1 <= self.min_digits <= self.max_digits:
@@ -243,13 +247,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = {name: tuple(value) if name == 'sides' else value for name, value in given.items() if value is not None}
     if options and not is_scenes:
         parser.error(f'{", ".join("--" + name.replace("_", "-") for name in options)} need --scenes')
-    if is_scenes:
-        try:
+    if seed < 0:
+        parser.error(f'--seed {seed}: must be at least 0')
+    try:
+        if is_scenes:
             write_digit_scenes(folder, num_test=500, seed=seed, **options)
-        except ValueError as error:
-            parser.error(str(error))
-    else:
-        write_digits(folder)
+        else:
+            write_digits(folder)
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(' '.join(str(error).split()))
     print(f'wrote {sum(1 for _ in folder.rglob("*.png"))} images to {folder}')
 
 

@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         embeddings, class_names, about = embed(options)
         write_word_embeddings(options.out, embeddings, class_names, **about)
     except (ValueError, ImportError, OSError) as error:
-        parser.error(str(error))
+        parser.error(' '.join(str(error).split()))
     print(f'wrote {len(class_names)} embeddings of width {embeddings.shape[1]} to {options.out}')
 
 

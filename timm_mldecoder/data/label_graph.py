@@ -1,14 +1,14 @@
 """Label graphs on disk: which classes are seen together, as a matrix [C, C] with the names of the classes."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from timm_mldecoder.data.word_embeddings import write_tensors
 
 
 def write_label_graph(path: str | Path, adjacency: Tensor, class_names: Sequence[str], **about: str) -> None:
@@ -28,14 +28,7 @@ def write_label_graph(path: str | Path, adjacency: Tensor, class_names: Sequence
     if not path.parent.is_dir():
         raise ValueError(f'{path}: there is no folder {path.parent}')
     metadata = {'class_names': json.dumps(list(class_names)), **about}
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        save_file({'adjacency': adjacency.float().contiguous()}, part, metadata=metadata)
-        os.replace(part, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f'cannot write {path}: {error}') from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, {'adjacency': adjacency.float().contiguous()}, metadata)
 
 
 def read_label_graph(path: str | Path, class_names: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:

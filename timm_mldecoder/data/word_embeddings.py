@@ -1,7 +1,8 @@
 """Files of label embeddings: tensors [C, E] with the names of the classes."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,10 +54,27 @@ def write_word_embeddings(path: str | Path, embeddings: Tensor, class_names: Seq
 
     Raises:
         ValueError: If names are repeated or embeddings are not finite.
+        OSError: If the file cannot be written.
     """
     check_embeddings(embeddings, embeddings.shape[-1], class_names)
     metadata = {'class_names': json.dumps(list(class_names)), **about}
-    save_file({'embeddings': embeddings.detach().float().contiguous()}, path, metadata=metadata)
+    write_tensors(Path(path), {'embeddings': embeddings.detach().float().contiguous()}, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; one that is there is replaced at the end.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        save_file(dict(tensors), part, metadata=dict(metadata))
+        os.replace(part, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f'cannot write {path}: {error}') from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, list[str] | None]:

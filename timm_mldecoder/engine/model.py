@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
-from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options
@@ -107,7 +107,7 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
             words, _ = read_word_embeddings(options.word_embeddings, names)
             add_graph_classifier(model, adjacency, words, **_graph_settings(options))
         if options.initial_checkpoint:
-            load_checkpoint(model, options.initial_checkpoint)
+            load_checkpoint(model, options.initial_checkpoint, filter_fn=without_split_bn)
         if options.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
     if not (options.cosine_classifier or options.graph):

@@ -23,7 +23,7 @@ class Vocabulary(nn.Module):
     Args:
         embeddings: [C, E]; or the width E alone, if a state dict or `set` will give the embeddings.
         num_classes: Number of classes C.
-        class_names: A distinct name for each class.
+        class_names: A distinct name for each class; without embeddings they come with a state dict of these classes.
         random_queries: Number of random embeddings appended in training; their target is positive
             (`timm_mldecoder.losses` has a wrapper that adds it).
         query_noise: Gaussian noise on the embeddings in training, relative to their root mean square.
@@ -58,7 +58,8 @@ class Vocabulary(nn.Module):
                 raise ValueError(f'word_embeddings have {len(embeddings)} classes, num_classes is {num_classes}')
             self.set(embeddings, class_names)
         elif class_names is not None:
-            raise ValueError('class_names need the word_embeddings of the classes, not just their width')
+            check_names(class_names, num_classes)
+            self._set_names(class_names)
 
     @property
     def num_classes(self) -> int:
@@ -70,8 +71,10 @@ class Vocabulary(nn.Module):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names in the order of the classes, None if there are none."""
-        return bytes(self.names_utf8.tolist()).decode().split('\n') if len(self.names_utf8) else None
+        """Names in the order of the classes, None if there are none, or on the meta device."""
+        if not len(self.names_utf8) or self.names_utf8.is_meta:
+            return None
+        return bytes(self.names_utf8.tolist()).decode().split('\n')
 
     def set(self, embeddings: Tensor, class_names: Sequence[str] | None = None) -> None:
         """Change the classes: their number, order and identity.
@@ -80,10 +83,13 @@ class Vocabulary(nn.Module):
             ValueError: If embeddings are not finite floats [C, E] of the same width E, or names not C distinct lines.
         """
         check_embeddings(embeddings, self.width, class_names)
-        names = '\n'.join(class_names or ()).encode()
         self.embeddings = embeddings.detach().to(self.embeddings, copy=True)
-        self.names_utf8 = torch.tensor(list(names), dtype=torch.uint8, device=self.embeddings.device)
+        self._set_names(class_names or ())
         self.known = self.embeddings.device.type != 'meta'
+
+    def _set_names(self, class_names: Sequence[str]) -> None:
+        utf8 = list('\n'.join(class_names).encode())
+        self.names_utf8 = torch.tensor(utf8, dtype=torch.uint8, device=self.embeddings.device)
 
     def reset_parameters(self) -> None:
         """Fill the buffers of a vocabulary without classes; the embeddings of known classes are data and stay."""
@@ -151,15 +157,20 @@ def check_embeddings(embeddings: Tensor, width: int, class_names: Sequence[str] 
             f'word_embeddings must have the width {width} that the head was built with, got {embeddings.shape[1]}'
         )
     if class_names is not None:
-        if isinstance(class_names, str) or len(class_names) != len(embeddings):
-            raise ValueError(f'{len(embeddings)} class names are needed, one per embedding, got {class_names!r:.200}')
-        invalid = [name for name in class_names if not name.strip() or '\n' in name]
-        repeated = [name for name, count in Counter(class_names).items() if count > 1]
-        if invalid or repeated:
-            raise ValueError(
-                f'class names must be distinct single lines; repeated: {repeated}; blank or of several lines: {invalid}'
-            )
+        check_names(class_names, len(embeddings))
     bad = (~embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         which = [class_names[index] for index in bad] if class_names is not None else bad
         raise ValueError(f'word_embeddings of these classes are not finite: {which}')
+
+
+def check_names(class_names: Sequence[str], num_classes: int) -> None:
+    """Raise ValueError unless `class_names` are distinct lines, one per class."""
+    if isinstance(class_names, str) or len(class_names) != num_classes:
+        raise ValueError(f'{num_classes} class names are needed, one per embedding, got {class_names!r:.200}')
+    invalid = [name for name in class_names if not name.strip() or '\n' in name]
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if invalid or repeated:
+        raise ValueError(
+            f'class names must be distinct single lines; repeated: {repeated}; blank or of several lines: {invalid}'
+        )

@@ -16,7 +16,7 @@ from timm.models._input import _get_global_pool
 from torch import Tensor, nn
 
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class, is_loaded
 from timm_mldecoder.models.families import Family, family_of
 
 _logger = logging.getLogger(__name__)
@@ -202,13 +202,21 @@ class MLDecoderModel(ClassifierModel):
 
     def classifier_options(self) -> dict | None:
         # timm records the pooling as it is now, none; the backbone must be built with the pooling it had
-        return {**self.ml_decoder_options, 'global_pool': self.ml_decoder_pool} if self.num_classes else None
+        if not self.num_classes:
+            return None
+        # transformers builds the model from these arguments alone, and needs the size of the names before it loads them
+        names = getattr(self.get_classifier(), 'class_names', None)
+        return {
+            **self.ml_decoder_options,
+            **({'class_names': names} if names else {}),
+            'global_pool': self.ml_decoder_pool,
+        }
 
     def reset_classifier_tensors(self) -> None:
-        super().reset_classifier_tensors()
         vocabulary = self.get_classifier().vocabulary
         if vocabulary is not None:
-            nn.init.zeros_(vocabulary.embeddings)
+            vocabulary.known = is_loaded(vocabulary.embeddings)
+        super().reset_classifier_tensors()
 
     def __prepare_scriptable__(self):
         raise ValueError(

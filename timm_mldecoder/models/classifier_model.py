@@ -2,7 +2,8 @@
 
 import threading
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from timm_mldecoder.models import CLASSIFIER_OPTIONS
 
@@ -46,22 +47,32 @@ class ClassifierModel:
         """Initialise the tensors of the classifier that transformers found in no checkpoint.
 
         transformers builds models on the meta device, fills in what a checkpoint holds, and calls this hook on modules
-        with tensors left over, which are uninitialised memory. While it does, the functions of ``torch.nn.init`` leave
-        loaded tensors alone. timm has a hook of the same name without that protection, so all others are ignored.
+        with tensors left over, which are uninitialised memory. Loaded tensors keep their values. timm has a hook of the
+        same name, whose calls are ignored: only transformers replaces the functions of ``torch.nn.init`` meanwhile.
         """
         inherited = getattr(super(), 'init_non_persistent_buffers', None)
         if inherited is not None:
             inherited()
         if nn.init.normal_.__module__.partition('.')[0] == 'transformers' and self.num_classes:
+            tensors = self.get_classifier().state_dict(keep_vars=True).values()
+            loaded = [(tensor, tensor.detach().clone()) for tensor in tensors if is_loaded(tensor)]
             self.reset_classifier_tensors()
+            with torch.no_grad():
+                for tensor, values in loaded:
+                    tensor.copy_(values)
 
     def reset_classifier_tensors(self) -> None:
-        """Draw every tensor of the classifier anew, with functions of ``torch.nn.init`` only."""
+        """Draw every tensor of the classifier anew, but for label embeddings that transformers has loaded."""
         self.get_classifier().reset_parameters()
 
     def __reduce_ex__(self, protocol):
         # Copies and pickles cannot find a class made on the fly by its name: they name its parts and make it again.
         return _empty_instance, type(self).__bases__, self.__dict__
+
+
+def is_loaded(tensor: Tensor) -> bool:
+    """Return whether transformers has loaded a tensor from a checkpoint."""
+    return getattr(tensor, '_is_hf_initialized', False)
 
 
 def extend_class(mixin: type[ClassifierModel], model_class: type) -> type:

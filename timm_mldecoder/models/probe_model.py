@@ -13,11 +13,11 @@ class ProbeModel(MLDecoderModel):
     """A timm model with a head of `PROBES`, or with none.
 
     Attributes:
-        probe_options: ``{'name': ..., **options}`` of the head, in JSON form.
+        ml_decoder_options: ``{'name': ..., **options}`` of the head, in JSON form.
     """
 
     classifier_option = 'probe_head'
-    probe_options: Mapping = {}
+    ml_decoder_options: Mapping = {}
 
     @property
     def gives_class_token(self) -> bool:
@@ -44,9 +44,6 @@ class ProbeModel(MLDecoderModel):
             return self.get_classifier()(tokens, class_token)
         return tokens.mean(dim=1) if pre_logits or self.ml_decoder_pooled else tokens
 
-    def classifier_options(self) -> dict | None:
-        return {**self.probe_options, 'global_pool': self.ml_decoder_pool} if self.num_classes else None
-
     def reset_classifier_tensors(self) -> None:
         head = self.get_classifier()
         if hasattr(head, 'vocabulary'):  # an ML-Decoder
@@ -57,7 +54,7 @@ class ProbeModel(MLDecoderModel):
                 getattr(module, name, lambda: None)()
 
     def _new_head(self, num_classes: int) -> nn.Module:
-        options = dict(self.probe_options)
+        options = dict(self.ml_decoder_options)
         return build_probe(self, num_classes, options.pop('name'), **options)
 
 
@@ -83,7 +80,7 @@ def add_probe_head(model: nn.Module, num_classes: int = -1, name: str = 'linear'
         num_classes = len(embeddings) if isinstance(embeddings, Tensor) else model.num_classes
     remove_head(model)
     head = build_probe(model, num_classes, name, **options)
-    model.probe_options = stored_options(name, options, head)
+    model.ml_decoder_options = stored_options(name, options, head)
     model.set_submodule(model.ml_decoder_slot, head)
     return model
 

@@ -21,7 +21,7 @@ from timm_mldecoder.engine.eval.report_scores import Entry, MultiLabelScores, Si
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.images import EvalLoader, image_path
 from timm_mldecoder.engine.input.loaders import DataConfig, create_eval_loader
-from timm_mldecoder.engine.predict.parts import write_csv
+from timm_mldecoder.engine.predict.parts import utf8, write_csv
 from timm_mldecoder.engine.predict.pictures import attention_overlay, denormalise, thumbnail
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.files import write_atomically
@@ -94,7 +94,7 @@ class Report:
         """
         folder, world, scores = Path(self._options.report), self._world, self._scores
         num_classes = max(world.all_gather(scores.num_classes))
-        names = [_text(name) for name in self._names[:num_classes]]
+        names = [utf8(name) for name in self._names[:num_classes]]
         names += [str(index) for index in range(len(names), num_classes)]
         indices = self._indices()
         scores.finish(names, len(indices), world)
@@ -114,10 +114,10 @@ class Report:
             text = 'The images with the highest loss among those with a wrong prediction or a missed label.'
             sections.append(page.section('Worst errors', text, page.gallery(mistakes), 'errors'))
         o = self._options
-        facts = {'Dataset': _text(f'{o.dataset or ""} {o.data_dir or ""} {o.split}'.strip())}
-        facts |= {'Checkpoint': _text(o.checkpoint)} if o.checkpoint else {}
+        facts = {'Dataset': utf8(f'{o.dataset or ""} {o.data_dir or ""} {o.split}'.strip())}
+        facts |= {'Checkpoint': utf8(o.checkpoint)} if o.checkpoint else {}
         facts |= {name: f'{value:.3f}' if isinstance(value, float) else str(value) for name, value in metrics.items()}
-        html = page.render(f'Results of {_text(o.model)}', facts, sections)
+        html = page.render(f'Results of {utf8(o.model)}', facts, sections)
         write_atomically(folder / PAGE, lambda file: file.write(html.encode()))
         _logger.info(f'Report written: {folder / PAGE} and {folder / SCORES}')
 
@@ -134,7 +134,7 @@ class Report:
     def _name(self, index: int) -> str:
         if isinstance(self._dataset, IterableDataset) or not hasattr(self._dataset, 'filename'):
             return f'image {index} of the dataset'
-        return _text(str(self._dataset.filename(index)))
+        return utf8(str(self._dataset.filename(index)))
 
     def _rows(self, header: list[str], rows: Iterator[list], indices: Sequence[int]) -> Iterator[Sequence[Any]]:
         """Yield the rows of `scores.csv` in the order of the dataset on rank 0; a collective iterator."""
@@ -232,11 +232,6 @@ def report_folder(folder: str, name: str) -> Path:
     """Return the folder of one of several models, which is in `folder` whatever its name is; creates `folder`."""
     Path(folder).mkdir(exist_ok=True)
     return Path(folder, ''.join(c if c.isalnum() or c in '-_.' else '_' for c in name).strip('.') or '_')
-
-
-def _text(name: Any) -> str:
-    """Return a name as text that UTF-8 can hold: bytes of file names that are not UTF-8 become escapes."""
-    return str(name).encode('utf-8', 'backslashreplace').decode()
 
 
 def _first(pair: tuple[int, list]) -> int:

@@ -37,11 +37,14 @@ AUGMENTATION: Group = ('Augmentation', [
           needs=(AUGMENTS, given('cutout'))),
     train('--aug-repeats', float, 0, 'augmented copies of each image per epoch, over all processes',
           range='[0, 1024]', needs=DISTRIBUTED),
+    train('--aug-splits', int, 0, 'views of each image in a batch, of which the first is only cropped and flipped; '
+          '0: off', range='[0, 64]'),
     train('--reprob', float, 0.0, 'probability of random erasing', range='[0, 1]', needs=AUGMENTS),
     train('--remode', str, 'pixel', 'fill of random erasing: zeros, one random color, or random pixels',
           choices=('const', 'rand', 'pixel'), needs=given('reprob')),
     train('--recount', int, 1, 'regions per image of random erasing', range='[1, 1024]', needs=given('reprob')),
-    train('--resplit', bool, False, 'do not erase in the first half of each batch', needs=given('reprob')),
+    train('--resplit', bool, False, 'do not erase in the first half of each batch, or with --aug-splits in the first '
+          'views', needs=given('reprob', 'split_bn')),
     train('--mixup', float, 0.0, 'alpha of mixup; 0: off', range='[0, inf)'),
     train('--cutmix', float, 0.0, 'alpha of CutMix; 0: off', range='[0, inf)'),
     train('--cutmix-minmax', float, None, 'smallest and largest ratio of CutMix; replaces its alpha', nargs='+',

@@ -202,6 +202,7 @@ def _problems_of_train(o: Options) -> Iterator[str]:
     if o.eval_metric not in names:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
     yield from _problems_of_images(o)
+    yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)
     yield from _problems_of_loss(o)
 
@@ -245,6 +246,23 @@ def _problems_of_images(o: Options) -> Iterator[str]:
         yield '--train-img-sizes does not work with --cutout and --train-crop-mode squash'
 
 
+def _problems_of_splits(o: Options) -> Iterator[str]:
+    if o.aug_splits == 1:
+        yield '--aug-splits 1: must be 0 or at least 2'
+    if loss_name(o) == 'jsd' and not o.aug_splits:
+        yield f'{"--jsd-loss" if o.jsd_loss else "--loss jsd"} needs --aug-splits of at least 2'
+    for name in ('no_aug', 'no_prefetcher', 'mixup', 'cutmix', 'cutmix_minmax', 'train_img_sizes'):
+        if o.aug_splits and o[name]:
+            yield f'--aug-splits {o.aug_splits} does not work with {o.flag(name)}; give one of them'
+    if o.split_bn and not (o.aug_splits or o.resplit):
+        yield '--split-bn needs --aug-splits or --resplit'
+    if o.split_bn and o.sync_bn:
+        yield '--split-bn contradicts --sync-bn; give one of them'
+    sizes = o.train_batch_sizes or [o.batch_size]
+    if o.split_bn and not o.aug_splits and any(size % 2 for size in sizes):
+        yield f'--batch-size {show(sizes)}: --split-bn divides batches in two, so the batch size must be even'
+
+
 def _problems_of_schedule(o: Options, info: Any) -> Iterator[str]:
     if o.sched == 'plateau' and o.sched_on_updates:
         yield '--sched plateau follows the metric of an epoch: leave --sched-on-updates out'
@@ -261,6 +279,8 @@ def _problems_of_loss(o: Options) -> Iterator[str]:
     loss = loss_name(o)
     if o.bce_loss and o.loss not in (None, 'bce'):
         yield f'--bce-loss contradicts --loss {o.loss}; give one of them'
+    if o.jsd_loss and (o.bce_loss or o.loss not in (None, 'jsd')):
+        yield f'--jsd-loss contradicts {"--bce-loss" if o.bce_loss else f"--loss {o.loss}"}; give one of them'
     if loss in LOSSES and loss not in timm.loss.LOSS_TYPES and o.task != 'multilabel':
         yield f'--loss {loss} needs --task multilabel'
     if loss in timm.loss.LOSS_TYPES and loss not in timm.loss.MULTI_LABEL_LOSS_TYPES and o.task == 'multilabel':

@@ -1,5 +1,6 @@
 """Values of a YAML file or a program, turned into arguments that argparse converts and checks."""
 
+import os
 import re
 import sys
 from collections.abc import Container, Mapping
@@ -21,10 +22,10 @@ RECIPES = (Path(__file__).parents[3] / 'hparams', Path(sys.prefix, 'share', 'tim
 
 def find_recipe(name: str | None) -> str | None:
     """Return the file that `--config` names: a path, or a recipe by its name as in `imagenet/resnet50_mldecoder_a2`."""
-    if not name or Path(name).exists():
+    if not name or os.path.exists(name):
         return name
     relative = Path(name.removeprefix('hparams/')).with_suffix('.yaml')
-    return next((str(folder / relative) for folder in RECIPES if (folder / relative).is_file()), name)
+    return next((str(folder / relative) for folder in RECIPES if os.path.isfile(folder / relative)), name)
 
 
 def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, list[str]]:

@@ -83,6 +83,8 @@ BATCH_NORM: Group = ('BatchNorm', [
     train('--bn-momentum', float, None, 'momentum of BatchNorm', range='[0, 1]'),
     train('--bn-eps', float, None, 'epsilon of BatchNorm', range='[0, inf)'),
     train('--sync-bn', bool, False, 'compute BatchNorm statistics over all ranks', needs=DISTRIBUTED),
+    train('--split-bn', bool, False, 'train a BatchNorm for each view of --aug-splits, or with --resplit for each half '
+          'of the batch; evaluation uses the first'),
     train('--dist-bn', str, 'reduce', 'after each epoch, broadcast BatchNorm statistics from rank 0, average them '
           '(reduce), or keep them ("")', choices=('broadcast', 'reduce', ''), needs=DISTRIBUTED),
 ])

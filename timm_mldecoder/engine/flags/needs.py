@@ -30,7 +30,9 @@ def dataset(*kinds: str) -> Need:
 
 def loss_name(options: Options) -> str:
     """The loss of a training run."""
-    return options.loss or ('bce' if options.bce_loss or options.task == 'multilabel' else 'ce')
+    if options.loss or options.jsd_loss:
+        return options.loss or 'jsd'
+    return 'bce' if options.bce_loss or options.task == 'multilabel' else 'ce'
 
 
 def optimizer_info(options: Options) -> OptimInfo:

@@ -6,7 +6,7 @@ from timm_mldecoder.engine.flags.flag import Group, Need, train
 from timm_mldecoder.engine.flags.needs import given, loss, loss_name, optimizer_info, sched
 from timm_mldecoder.losses import LOSSES
 
-_LOSSES = tuple(dict.fromkeys(name for name in (*LOSS_TYPES, *LOSSES) if name != 'jsd'))
+_LOSSES = tuple(dict.fromkeys((*LOSS_TYPES, *LOSSES)))
 _LAYER_DECAY, _NOISE, _WARMUP = given('layer_decay'), given('lr_noise'), given('warmup_epochs')
 
 # fmt: off
@@ -24,6 +24,8 @@ LOSS: Group = ('Loss', [
     train('--loss', str, None, 'loss; if not given, ce for one class per image and bce for several. csl and aam need '
           '--task multilabel', choices=_LOSSES),
     train('--bce-loss', bool, False, 'binary cross-entropy, the same as --loss bce'),
+    train('--jsd-loss', bool, False, 'cross-entropy of the first view and Jensen-Shannon divergence of the views of '
+          '--aug-splits, the same as --loss jsd'),
     train('--bce-sum', bool, False, 'sum the BCE over classes', needs=loss('bce')),
     train('--bce-target-thresh', float, None, 'round mixed targets: above this to 1, others to 0', range='[0, 1]',
           needs=loss('bce')),

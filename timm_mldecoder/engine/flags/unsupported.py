@@ -4,7 +4,6 @@ from timm_mldecoder.engine.flags.flag import Group, both, train, validate
 
 _NAFLEX = 'NaFlex loaders are not supported; use --img-size, or --train-img-sizes for several sizes'
 _KD = 'knowledge distillation is not supported; leave the flag out'
-_SPLITS = 'augmentation splits with the JSD loss are not supported; leave the flag out'
 _SCRIPT = 'TorchScript is not supported; use --torchcompile'
 
 # fmt: off
@@ -25,9 +24,6 @@ UNSUPPORTED: Group = ('Unsupported', [
     train('--kd-student-feature-dim', int, None, _KD, supported=False),
     train('--kd-teacher-feature-dim', int, None, _KD, supported=False),
     train('--kd-token-distill-type', str, 'soft', _KD, choices=('soft', 'hard'), supported=False),
-    train('--aug-splits', int, 0, _SPLITS, supported=False),
-    train('--jsd-loss', bool, False, _SPLITS, supported=False),
-    train('--split-bn', bool, False, 'split BatchNorm is not supported; leave the flag out', supported=False),
     both('--torchscript', bool, False, _SCRIPT, supported=False),
     both('--fuser', str, '', _SCRIPT, supported=False),
     validate('--tf-preprocessing', bool, False, 'TensorFlow preprocessing is not supported; use --interpolation and '

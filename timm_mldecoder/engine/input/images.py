@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, Mixup
+from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
 from torch import Tensor
@@ -77,6 +77,13 @@ def strict(dataset: Dataset) -> Dataset:
         return dataset
     settings = ('reader', 'input_img_mode', 'transform', 'target_transform')
     return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
+
+
+class SplitDataset(AugMixDataset):
+    """timm's dataset of several views per image, which also knows its files."""
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> Any:
+        return self.dataset.filename(index, basename=basename, absolute=absolute)
 
 
 class KeyedSamples(Dataset):
@@ -237,7 +244,8 @@ class TrainLoader:
         """Yield the batches of an epoch from number `batch` on."""
         if self._early is None:
             self._begin(epoch, batch, start)
-        self.bad_images = []
+        if not batch:  # else those of the batches before are restored from a checkpoint
+            self.bad_images = []
         mixing = self._mix is not None and not (self._mixup_off_epoch and epoch >= self._mixup_off_epoch)
         for images, target in self._wrapped:
             images, target = self._placement.place(images, target)
@@ -256,7 +264,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers."""
-        _shut_down(self._early, self._running, self._loader._iterator)
+        shut_down(self._early, self._running, self._loader._iterator)
 
     def _begin(self, epoch: int, batch: int, start: EpochStart | None) -> None:
         self._position = (epoch, batch)
@@ -370,7 +378,7 @@ class EvalLoader:
 
     def close(self) -> None:
         """End the workers."""
-        _shut_down(self._loader._iterator)
+        shut_down(self._loader._iterator)
 
     def _without_padding(self, batch: Any, positions: list[int]) -> Any:
         """Cut the padding off, which evaluators otherwise find by counting the samples that arrive."""
@@ -399,7 +407,7 @@ def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _shut_down(*iterators: Iterator | None) -> None:
+def shut_down(*iterators: Iterator | None) -> None:
     """End the workers of loader iterators; they ignore the SIGTERM that python would end them with at its exit."""
     for iterator in iterators:
         if hasattr(iterator, '_shutdown_workers'):
@@ -414,10 +422,12 @@ def log_bad_images(bad: list[BadImage]) -> None:
 def record_bad_images(bad: list[BadImage], folder: Path) -> None:
     """Add images to the list in the folder of a run, each file once."""
     path = folder / BAD_IMAGES
-    known = dict(csv.reader(io.StringIO(path.read_text()))) if path.exists() else {'path': 'reason'}
+    known = {'path': 'reason'}
+    if path.exists():
+        known = dict(csv.reader(io.StringIO(path.read_text(errors='surrogateescape'))))
     text = io.StringIO()
     csv.writer(text).writerows({**known, **dict(bad)}.items())
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
 
 
 def image_path(dataset: Any, index: int) -> str:

@@ -14,11 +14,12 @@ from timm.data.loader import fast_collate
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
+from torchvision.transforms import Compose
 
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import STREAMS, balanced_weights, check_image_size, dataset_kind
-from timm_mldecoder.engine.input.images import EvalLoader, Placement, TrainLoader, init_worker
+from timm_mldecoder.engine.input.images import EvalLoader, Placement, SplitDataset, TrainLoader, init_worker
 from timm_mldecoder.engine.input.randomness import EpochBatches, Order
 from timm_mldecoder.engine.runtime import signals
 from timm_mldecoder.engine.runtime.distributed import World
@@ -91,7 +92,8 @@ def create_train_loader(
         dataset.set_loader_cfg(num_workers=options.workers)
     else:
         order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=weights)
-        batches = EpochBatches(order, options.batch_size, world.rank, world.size, mixing is not None, schedule)
+        pairs = mixing is not None or (options.split_bn and not options.aug_splits)
+        batches = EpochBatches(order, options.batch_size, world.rank, world.size, pairs, schedule)
     collate = default_collate if options.no_prefetcher else fast_collate
     return TrainLoader(
         dataset,
@@ -174,7 +176,11 @@ def _create_mixing(options: Options, num_classes: int) -> Mixup | None:
 def set_train_transform(
     options: Options, dataset: Dataset, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any] | None]:
-    """Give a dataset its training transform; with changing image sizes wrap it, and return their schedule."""
+    """Give a dataset its training transform.
+
+    Returns:
+        The dataset, wrapped for several views per image or changing image sizes, and the schedule of the sizes.
+    """
     interpolation = (
         config['interpolation'] if options.no_aug else options.train_interpolation or config['interpolation']
     )
@@ -198,14 +204,21 @@ def set_train_transform(
         re_prob=options.reprob,
         re_mode=options.remode,
         re_count=options.recount,
-        re_num_splits=2 if options.resplit else 0,
+        re_num_splits=_erasing_splits(options),
         use_prefetcher=not options.no_prefetcher,
+        separate=options.aug_splits > 0,
     )
     sizes = [(config['input_size'][0], size, size) for size in options.train_img_sizes or ()]
     try:
         transforms = [create_transform(size, **settings) for size in sizes or [config['input_size']]]
     except (AssertionError, KeyError) as error:  # timm asserts the names of policies and operations in --aa
         raise ValueError(f'--aa {options.aa}: {error}') from error
+    if options.aug_splits:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f'--aug-splits does not work with the stream --dataset {options.dataset}')
+        dataset = SplitDataset(dataset, options.aug_splits)
+        dataset.transform = _separate(options, transforms[0], interpolation)
+        return dataset, None
     if not options.no_aug:
         if squashed:
             transforms = [squash(transform, interpolation) for transform in transforms]
@@ -230,13 +243,30 @@ def set_train_transform(
     )
 
 
+def _separate(options: Options, transform: tuple[Compose, ...], interpolation: str) -> tuple[Compose, ...]:
+    """Add squash-resize to the part of all views, and Cutout to that of the augmented ones."""
+    shared, augmentation, final = transform
+    if options.train_crop_mode == 'squash':
+        shared = squash(shared, interpolation)
+    if options.cutout:
+        cutout = Cutout(options.cutout, options.cutout_prob)
+        steps = [cutout, augmentation] if options.cutout_place == 'before' else [augmentation, cutout]
+        augmentation = Compose(steps)
+    return shared, augmentation, final
+
+
+def _erasing_splits(options: Options) -> int:
+    """Return the parts of a batch of which random erasing leaves the first alone; 0 to erase in all of it."""
+    return (options.aug_splits or 2) if options.resplit else 0
+
+
 def create_placement(options: Options, config: DataConfig, world: World, erase: bool = False) -> Placement:
     prefetch = None
     if not options.no_prefetcher:
         prefetch = dict(mean=config['mean'], std=config['std'], channels=config['input_size'][0])
         if erase:
             prefetch |= dict(re_prob=options.reprob, re_mode=options.remode, re_count=options.recount)
-            prefetch |= dict(re_num_splits=2 if options.resplit else 0)
+            prefetch |= dict(re_num_splits=_erasing_splits(options))
     return Placement(world.device, model_dtype(options), options.channels_last, prefetch)
 
 

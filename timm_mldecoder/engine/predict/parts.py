@@ -134,7 +134,7 @@ class Parts:
         for image, labels, error in self._rows():
             if not error:
                 for name, score in labels or [('', None)]:
-                    yield image, name, score
+                    yield utf8(image), name, score
 
     def _write_csv(self) -> None:
         rows = ((image, name, '' if score is None else f'{score:.6f}') for image, name, score in self._flat())
@@ -145,7 +145,9 @@ class Parts:
             for image, labels, error in self._rows():
                 if not error:
                     found = [{'label': name, 'score': score} for name, score in labels]
-                    file.write((json.dumps({'image': image, 'labels': found}, ensure_ascii=False) + '\n').encode())
+                    file.write(
+                        (json.dumps({'image': utf8(image), 'labels': found}, ensure_ascii=False) + '\n').encode()
+                    )
 
         write_atomically(self.out, write)
 
@@ -204,8 +206,15 @@ def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
 
 
 def harmless(field: Any) -> Any:
-    """Return a field that no spreadsheet takes for a formula."""
-    return f"'{field}" if isinstance(field, str) and field[:1] in ('=', '+', '-', '@', '\t', '\r') else field
+    """Return a field that UTF-8 can hold and no spreadsheet takes for a formula."""
+    if not isinstance(field, str):
+        return field
+    return f"'{utf8(field)}" if field[:1] in ('=', '+', '-', '@', '\t', '\r') else utf8(field)
+
+
+def utf8(name: Any) -> str:
+    """Return a name as text that UTF-8 can hold: bytes of file names that are not UTF-8 become escapes."""
+    return str(name).encode('utf-8', 'backslashreplace').decode()
 
 
 def fingerprint(*values: Any) -> str:

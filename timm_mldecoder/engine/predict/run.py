@@ -95,7 +95,9 @@ def predict(
     if world.primary:
         parts.begin()
     world.barrier()
-    batches = PartBatches(parts, parts.missing()[world.rank :: world.size], batch_size)
+    missing = parts.missing()
+    world.barrier()  # no rank writes a part before all have listed what is missing
+    batches = PartBatches(parts, missing[world.rank :: world.size], batch_size)
     loader = DataLoader(
         KeyedSamples(dataset),
         batch_sampler=batches,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from timm_mldecoder.engine.flags import Options
-from timm_mldecoder.engine.input.images import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images
+from timm_mldecoder.engine.input.images import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
 from timm_mldecoder.engine.input.loaders import DataConfig, create_placement, worker_options
 from timm_mldecoder.engine.input.randomness import ORDER, Draw, key
 from timm_mldecoder.engine.runtime.distributed import World
@@ -96,6 +96,10 @@ class ImageBatches:
         )
         self._placement = create_placement(options, config, world)
         self._wrapped = self._placement.wrap(self)
+
+    def close(self) -> None:
+        """End the workers."""
+        shut_down(self._loader._iterator)
 
     def __call__(self, groups: Sequence[list[Draw]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and targets of each group."""

@@ -106,6 +106,8 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
             f'--class-split: {", ".join(fixed)} cannot score unseen classes; leave only heads with text queries '
             '(--word-embeddings), or pass --score-classes seen'
         )
+    if own.seeds > 1000:
+        raise ValueError(f'--seeds {own.seeds}: must be at most 1000')
     if own.cache_views > 1 and not (own.cache and own.augment):
         raise ValueError(f'--cache-views {own.cache_views} needs --cache and --augment')
     if own.cache_shard is not None and not own.cache:
@@ -158,8 +160,8 @@ def _rates(text: str) -> list[float]:
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is below 1')
+    if not 1 <= (value := int(text)) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f'{text} is not in [1, 1000000]')
     return value
 
 

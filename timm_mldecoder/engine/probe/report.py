@@ -1,5 +1,6 @@
 """The results of a probe: a Markdown table, `curves.png`, `results.json`, and a complete checkpoint of each head."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from timm_mldecoder.checkpoints.schema import RUN, VERSION, check_entries
 from timm_mldecoder.engine.flags import Options
@@ -108,13 +108,18 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     text = table(results)
     write_atomically(folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1).encode()))
     write_atomically(folder / TABLE, lambda file: file.write(f'{text}\n'.encode()))
-    write_atomically(folder / CURVES, partial(_draw, results))
+    if importlib.util.find_spec('matplotlib'):
+        write_atomically(folder / CURVES, partial(_draw, results))
+    else:
+        _logger.warning(f'{CURVES} is not drawn: it needs matplotlib, pip install matplotlib')
     print(f'\n{text}\n\n{folder}', flush=True)
 
 
 def _draw(results: dict[str, Any], file: Any) -> None:
     """Draw the metric by epoch at the best learning rate, and by learning rate after the last epoch."""
     metric = results['metric']
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4))
     curves, rates = figure.subplots(1, 2)
     for label, row in results['heads'].items():

@@ -1,6 +1,7 @@
 """One probe from its options to its table."""
 
 import logging
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,12 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         ValueError: For a user's mistake.
         RunFailed: If the disk is full, or memory is.
     """
-    folder = _create_folder(options.train) if world.primary else None
+    with ExitStack() as closing:
+        return _probe(options, world, closing)
+
+
+def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str, Any] | None:
+    folder = _choose_folder(options.train) if world.primary else None
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
@@ -73,7 +79,9 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         partial(_create_evaluator, train, splits['validation'], world),
         world,
     )
-    sources = _create_sources(options, splits, backbone, config, world)
+    sources = _create_sources(options, splits, backbone, config, world, closing)
+    if world.primary:
+        _create_folder(folder)  # a mistake found above leaves no folder
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
     def score(epoch: int) -> None:
@@ -114,16 +122,19 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
     return results
 
 
-def _create_folder(options: Options) -> Path:
+def _choose_folder(options: Options) -> Path:
     name = options.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(options.model)}'
     folder = Path(options.output) / name
     if (folder / report.RESULTS).exists():
         raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove the folder')
+    return folder
+
+
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-    return folder
 
 
 def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
@@ -169,7 +180,12 @@ def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
 
 
 def _create_sources(
-    options: ProbeOptions, splits: dict[str, Dataset], backbone: Backbone, config: DataConfig, world: World
+    options: ProbeOptions,
+    splits: dict[str, Dataset],
+    backbone: Backbone,
+    config: DataConfig,
+    world: World,
+    closing: ExitStack,
 ) -> dict[str, Source]:
     train, images = options.train, {}
     for role, dataset in splits.items():
@@ -179,6 +195,7 @@ def _create_sources(
             set_eval_transform(train, dataset, config)
         bad = train.bad_image if role == 'train' else 'abort'
         images[role] = ImageBatches(train, dataset, config, world, bad)
+        closing.callback(images[role].close)
     if not options.cache:
         return {role: ComputedFeatures(backbone, batches) for role, batches in images.items()}
     tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))

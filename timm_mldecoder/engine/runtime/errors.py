@@ -1,5 +1,6 @@
 """Errors that users see in one line, and the exit codes of the commands."""
 
+import io
 import logging
 import os
 import sys
@@ -32,6 +33,9 @@ def run_command(main: Callable[[], None]) -> int:
     rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '0')
     setup_default_logging(logging.INFO if rank == '0' else logging.WARNING)
     logging.captureWarnings(True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode
+            stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except signals.Stopped:

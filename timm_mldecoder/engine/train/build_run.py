@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from timm.layers import convert_splitbn_model
 from timm.models import safe_model_name
 from timm.task import TrainingTask
 from timm.utils import random_seed
@@ -67,6 +68,8 @@ def build_run(options: Options, world: World) -> Run:
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
     config = resolve_config(options, model)
+    if options.split_bn:
+        model = convert_splitbn_model(model, options.aug_splits or 2)
     model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -225,7 +225,10 @@ def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> N
 def validate(run: Run) -> Metrics:
     """Score the validation split: with the EMA weights if there are any, or with the better of both."""
     metrics = score(run, ema=False)
-    if not run.state.task.has_ema() or run.options.model_ema_force_cpu:
+    if not run.state.task.has_ema():
+        return metrics
+    if run.options.model_ema_force_cpu:  # too slow to score there
+        metrics['ema'] = 0  # so that readers of the checkpoint take the weights that it was ranked by
         return metrics
     share_batch_norm(run, ema=True)
     ema_metrics = score(run, ema=True)

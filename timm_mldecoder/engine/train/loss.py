@@ -14,6 +14,7 @@ from timm_mldecoder.data import summarize
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.eval.evaluate import multilabel_evaluator
 from timm_mldecoder.engine.flags import Options, scores_both
+from timm_mldecoder.engine.flags.needs import loss_name
 from timm_mldecoder.engine.input.datasets import has_ignored
 from timm_mldecoder.engine.input.loaders import mixes, model_dtype
 from timm_mldecoder.engine.runtime.distributed import World
@@ -104,7 +105,7 @@ def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
 
 def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     multilabel = options.task == 'multilabel'
-    name = options.loss or ('bce' if options.bce_loss or multilabel else 'ce')
+    name = loss_name(options)
     stats = _class_stats(options, dataset)
     class_weight = _loss_weight(options, 'class_weight', options.loss_class_weight, stats)
     pos_weight = _loss_weight(options, 'pos_weight', options.loss_pos_weight, stats)
@@ -126,6 +127,8 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     if name == 'bce':
         settings |= dict(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
         settings['pos_weight'] = options.bce_pos_weight if pos_weight is None else pos_weight
+    if name == 'jsd':
+        settings['jsd_splits'] = options.aug_splits
     if name == 'poly':
         settings |= dict(poly_gamma=options.poly_gamma, poly_epsilon=options.poly_epsilon)
     if name == 'db':

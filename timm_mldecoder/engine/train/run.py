@@ -95,7 +95,7 @@ class Run:
 
     def loss_scale(self, images: int) -> float:
         """Return the factor of the loss of a batch where batch sizes change."""
-        ratio = images / self.options.batch_size
+        ratio = images / (self.options.batch_size * (self.options.aug_splits or 1))
         return {'none': 1.0, 'sqrt': ratio**0.5, 'linear': ratio}[self.options.variable_batch_loss_scale]
 
     def clip_parameters(self) -> list[nn.Parameter]:
