@@ -22,6 +22,7 @@ from timm.data import create_transform
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction, harmless
 from timm_mldecoder.engine.predict.pictures import picture_path
 from timm_mldecoder.engine.runtime.errors import RunFailed
@@ -290,6 +291,23 @@ def checkpoint(images):
         --output out --experiment run""")
     )
     return 'out/run/last.pth.tar'
+
+
+def test_images_are_read_in_the_mode_of_the_training_run(images):
+    for split in ('train', 'validation'):
+        lines = ['path,labels', *(f'{name},sky;zebra' for name in IMAGES[:2]), f'{IMAGES[2]},traffic light']
+        Path('images', f'{split}.csv').write_text('\n'.join(lines) + '\n')
+    flags = """images --dataset csv --task multilabel --model test_resnet --num-classes 3 --img-size 64 --device cpu
+        -j 0 -b 2 --epochs 1 --warmup-epochs 0 --no-aug --use-ml-decoder-head 1 --decoder-embedding 32 --output out
+        --experiment run --input-img-mode YCbCr"""
+    train(shlex.split(flags))
+    predict(['images', '--checkpoint', 'out/run/last.pth.tar', *SMALL, '--threshold', '0', '--out', 'labels.csv'])
+    trained = load_trained('out/run/last.pth.tar')
+    transform = create_transform(**{**trained.data_config, 'is_training': False})
+    with torch.no_grad():
+        expected = trained.model(transform(Image.open('images/a.jpg').convert('YCbCr'))[None])[0].sigmoid()
+    found = [score for name, _, score in rows_of('labels.csv') if name == 'a.jpg']
+    assert found == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-3)
 
 
 def test_a_checkpoint_is_used_as_it_was_trained(checkpoint):

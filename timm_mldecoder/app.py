@@ -39,7 +39,6 @@ from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.attention_maps import attention_maps
 
 BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
-MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
 LABELS = 30  # rows of a list
 TYPED = 1000  # classes that may be typed
 HINT = 'Attention: click a label'
@@ -98,7 +97,6 @@ class Shown:
         self.predictor = predictor
         self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True)) if tuned else {}
         self.multilabel = predictor.thresholds is not None
-        self.channels = predictor.data_config['input_size'][0]
         head = predictor.model.get_classifier()
         self.attends = isinstance(head, MLDecoder)
         self._transform = create_transform(**{**predictor.data_config, 'is_training': False})
@@ -178,7 +176,7 @@ class Shown:
         return attention_overlay(pixels, maps[0].float().cpu(), SIDE)
 
     def _images(self, image: Image.Image) -> Tensor:
-        return self._transform(image.convert(MODES.get(self.channels, 'RGB')))[None].to(self._device)
+        return self._transform(image.convert(self.predictor.image_mode))[None].to(self._device)
 
     def rows(self, found: Scores | None, threshold: float) -> str:
         """Return the list of labels as HTML: those of at least `threshold`, the likeliest first."""
@@ -236,7 +234,7 @@ def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Sho
         tuned = thresholds_for(trained.content, names)
         thresholds = torch.full((len(names),), 0.5) if tuned is None else tuned
     name = path.name if checkpoint == path and path.is_dir() else f'{checkpoint.parent.name}/{checkpoint.name}'
-    predictor = Predictor(trained.model, trained.data_config, names, thresholds)
+    predictor = Predictor(trained.model, trained.data_config, names, thresholds, trained.image_mode)
     return Shown(name.lstrip('/'), predictor, tuned is not None, more)
 
 

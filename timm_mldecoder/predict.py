@@ -62,10 +62,8 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         )
     else:
         source = open_source(arguments.images, exclude=outputs)
-    channels = predictor.data_config['input_size'][0]
-    mode = {1: 'L', 3: 'RGB', 4: 'CMYK'}.get(channels, 'RGB')
     transform = create_transform(**{**predictor.data_config, 'is_training': False})
-    dataset = SourceDataset(source, transform, mode)
+    dataset = SourceDataset(source, transform, predictor.image_mode)
     arrays = {'scores': arguments.scores, 'features': arguments.features}
     setup = dict(
         model=arguments.model or str(arguments.checkpoint),
@@ -132,6 +130,7 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
         {**resolve_data_config({}, model=model), **trained.data_config},
         names,
         _thresholds(arguments, content, names),
+        trained.image_mode,
         arguments.top_k,
         arguments.feature_kind if arguments.features else '',
     )

@@ -29,6 +29,7 @@ from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classi
 
 _logger = logging.getLogger(__name__)
 
+IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
 HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
 
 
@@ -155,6 +156,12 @@ class Trained(NamedTuple):
     options: Options
     data_config: dict[str, Any]
     content: dict[str, Any]
+
+    @property
+    def image_mode(self) -> str:
+        """PIL mode of the images that the model takes: that of its training run, else by its channels."""
+        channels = self.data_config.get('input_size', self.model.pretrained_cfg['input_size'])[0]
+        return (self.options and self.options.input_img_mode) or IMAGE_MODES.get(channels, 'RGB')
 
     @property
     def class_names(self) -> list[str] | None:

@@ -15,12 +15,12 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from timm_mldecoder.engine.export.formats import Run, set_onnx_metadata
+from timm_mldecoder.engine.model import IMAGE_MODES
 from timm_mldecoder.engine.predict.sources import Files, SourceDataset, open_source
 from timm_mldecoder.engine.runtime.errors import RunFailed
 
 VERIFIED = 28  # number of images to verify
 TIMED = (1, 16)  # batch sizes to time
-MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode of images with so many channels
 
 
 class Images(NamedTuple):
@@ -49,9 +49,10 @@ def load_images(path: Path | None, metadata: Mapping[str, Any], limit: int) -> I
     """
     config = metadata['preprocessing']
     channels = config['input_size'][0]
-    if channels not in MODES:
-        raise ValueError(f'the model takes {channels} channels, images are read with {", ".join(map(str, MODES))}')
-    mode = MODES[channels]
+    if channels not in IMAGE_MODES:
+        known = ', '.join(map(str, IMAGE_MODES))
+        raise ValueError(f'the model takes {channels} channels, images are read with {known}')
+    mode = IMAGE_MODES[channels]
     transform = create_transform(**{**config, 'is_training': False})
     labels = None
     if path is None:

@@ -25,6 +25,7 @@ class Predictor(NamedTuple):
         data_config: timm's data configuration.
         class_names: Names of the outputs in order.
         thresholds: Probability from which a label is given, [C]; None for a single-label model, which gives the best.
+        image_mode: PIL mode of the images.
         top_k: Largest number of labels per image; None for no limit, or one of a single-label model.
         features: 'pooled' or 'queries' to give features too; '' for none.
     """
@@ -33,6 +34,7 @@ class Predictor(NamedTuple):
     data_config: dict[str, Any]
     class_names: list[str]
     thresholds: Tensor | None
+    image_mode: str
     top_k: int | None = None
     features: str = ''
 
