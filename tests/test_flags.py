@@ -590,3 +590,9 @@ def test_the_scripts_differ_where_timms_do():
     assert (train.batch_size, validate.batch_size) == (128, 256)
     assert (train.model, validate.model) == ('resnet50', 'dpn92')
     assert (train.bad_image, validate.bad_image) == ('skip', 'abort')
+
+
+def test_a_recipe_is_found_by_its_name():
+    options = parse_train(['.', '--config', 'imagenet/resnet50_mldecoder_a3', '--device', 'cpu'])
+    assert options.config.endswith('hparams/imagenet/resnet50_mldecoder_a3.yaml')
+    assert options.opt == 'lamb'

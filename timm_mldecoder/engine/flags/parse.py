@@ -146,6 +146,7 @@ def _parse(script: str, argv: Sequence[str] | None) -> Options:
         arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())
         # --config again: a list before the command line must not take in its folder
         given, _ = parser.read([*(text for texts in arguments.values() for text in texts), f'--config={path}', *argv])
+        given['config'] = path  # argv may have the name of a recipe
         spelled = {name: f'--config {path}: {name}' for name, texts in arguments.items() if texts} | spelled
     return _finish(script, rows, given, spelled)
 
