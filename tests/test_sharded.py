@@ -28,7 +28,16 @@ VIT = (
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp('images'), train=16, validation=5)
+    """Write image folders, and lists with one label or two of the same images."""
+    root = write_images(tmp_path_factory.mktemp('images'), train=16, validation=5)
+    for split in ('train', 'validation'):
+        lines = [
+            f'{path.relative_to(root)},{label}{f";{(label + 1) % 3}" if number % 2 else ""}'
+            for label in range(3)
+            for number, path in enumerate(sorted((root / split / f'class_{label}').iterdir()))
+        ]
+        (root / f'{split}.csv').write_text('\n'.join(['path,labels', *lines]))
+    return root
 
 
 def run_all(folder, commands, ranks=2):
@@ -40,31 +49,41 @@ def run_all(folder, commands, ranks=2):
     return json.loads((folder / 'commands.json.losses').read_text())
 
 
-def compare(data, folder, flags, *divided, ranks=2):
-    """Train with ddp and with fsdp, and compare the losses and the checkpoints; return those of fsdp."""
+def compare(data, folder, flags, *ways, ranks=2):
+    """Train with ddp and in other ways, and compare the losses and the checkpoints; return the losses of ddp."""
+    ways = ('--parallel ddp', *(ways or ('--parallel fsdp',)))
     commands = [
-        [data, *shlex.split(flags), '--output', folder, '--experiment', kind, '--parallel', kind, *more]
-        for kind, more in (('ddp', ()), ('fsdp', divided))
+        [data, *shlex.split(flags), '--output', folder, '--experiment', str(number), *shlex.split(way)]
+        for number, way in enumerate(ways)
     ]
-    expected, losses = run_all(folder, commands, ranks)
-    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    whole, content = (read_checkpoint(folder / kind / 'last.pth.tar') for kind in ('ddp', 'fsdp'))
-    assert shards_of(folder / 'fsdp' / 'last.pth.tar') and not shards_of(folder / 'ddp' / 'last.pth.tar')
-    for key in ('state_dict', 'state_dict_ema'):
-        assert content.get(key, {}).keys() == whole.get(key, {}).keys()
-        for name, value in whole.get(key, {}).items():
-            torch.testing.assert_close(content[key][name], value, rtol=1e-4, atol=1e-4, msg=name)
-    assert content['optimizer']['state'].keys() == whole['optimizer']['state'].keys()
-    return losses, content
+    expected, *others = run_all(folder, commands, ranks)
+    whole = read_checkpoint(folder / '0' / 'last.pth.tar')
+    assert not shards_of(folder / '0' / 'last.pth.tar')
+    for number, losses in enumerate(others, 1):
+        assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5), ways[number]
+        path = folder / str(number) / 'last.pth.tar'
+        content = read_checkpoint(path)
+        assert shards_of(path)
+        for key in ('state_dict', 'state_dict_ema'):
+            assert content.get(key, {}).keys() == whole.get(key, {}).keys()
+            for name, value in whole.get(key, {}).items():
+                torch.testing.assert_close(content[key][name], value, rtol=1e-4, atol=1e-4, msg=name)
+        assert content['optimizer']['state'].keys() == whole['optimizer']['state'].keys()
+        for ours, theirs in zip(summary(folder / str(number)), summary(folder / '0'), strict=True):
+            assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4)
+    return expected
+
+
+def numbers(row):
+    return {name: float(value) for name, value in row.items()}
 
 
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
-    """And what they saved is read by validate.py, convert and a run with another number of ranks."""
+    """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags)
-    folder = tmp_path / 'fsdp'
+    compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel')
+    folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
-    assert len(summary(folder)) == 1
 
     single = tmp_path / 'single.pth.tar'
     process = subprocess.run(
@@ -129,39 +148,56 @@ def test_metadata_that_would_execute_code_is_refused(index, tmp_path):
         '--sam 0.05', '--sync-bn', '--channels-last', '--model-ema --model-ema-force-cpu', '--opt muon',
         '--opt adafactor', '--opt kron', '--opt lookahead_adam', '--amp --amp-dtype float16',
         '--clip-grad 1 --clip-mode agc', '--dataset wds/x', '--lr-find 20',
-        '--aug-splits 2 --split-bn',
+        '--aug-splits 2 --split-bn', '--head-parallel --hsdp 2', '--head-parallel --torchcompile eager',
     ],
 )  # fmt: skip
 def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags):
     first = next(word for word in reversed(flags.split()) if word.startswith('--'))
     name = {'--amp-dtype': '--amp'}.get(first, first)
-    with pytest.raises(ValueError, match=f'{name}.*--parallel fsdp'):
+    with pytest.raises(ValueError, match=f'{name}.*(--parallel fsdp|--head-parallel)'):
         parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
 
 
 RESNET = f'{COMMON} --opt sgd --lr 0.05 -b 4 --epochs 4'
+SEVERAL = '--dataset csv --task multilabel'
+HEAD = '--use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
 FOLLOWED = {
     'resnet50 bce': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 --loss bce --smoothing 0.1',
-    'vit bce': f'{VIT} -b 4 --epochs 4 --loss bce',
-    'vit ce': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+    'resnet50 asl': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 --loss asl {SEVERAL}',
     'resnet accumulation': f'{RESNET} --model test_resnet --img-size 32 --grad-accum-steps 2 --model-ema '
     '--recovery-interval 2',
     'unfrozen': f'{RESNET} --model test_resnet --img-size 32 --freeze-backbone --unfreeze-epoch 1',
     'bfloat16': f'{VIT} -b 4 --epochs 2 --model-dtype bfloat16 --model-ema',
     'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
 }
+FOLLOWED_WITH_HEADS = {
+    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 {HEAD}',
+    'resnet bce': f'{RESNET} --model test_resnet --img-size 32 --loss bce {HEAD} learnable_queries=True '
+    'classifier=cosine',
+    'resnet asl': f'{RESNET} --model test_resnet --img-size 32 --loss asl {SEVERAL} {HEAD} num_layers=2',
+    'vit bce': f'{VIT} -b 4 --epochs 4 --loss bce',
+    'vit asl': f'{VIT} -b 4 --epochs 4 --loss asl {SEVERAL}',
+    'vit ce': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_a_divided_model_follows_ddp(data, tmp_path, name):
-    losses, _ = compare(data, tmp_path, FOLLOWED[name])
+    losses = compare(data, tmp_path, FOLLOWED[name])
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
+def test_a_divided_head_follows_ddp(data, tmp_path, name):
+    losses = compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], '--parallel fsdp', '--parallel fsdp --head-parallel')
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
 def test_two_copies_on_two_ranks_each_follow_ddp(data, tmp_path):
-    compare(data, tmp_path, f'{VIT} -b 2 --epochs 1 --model-ema', '--hsdp', '2', ranks=4)
+    compare(data, tmp_path, f'{VIT} -b 2 --epochs 1 --model-ema', '--parallel fsdp --hsdp 2', ranks=4)
 
 
 @pytest.mark.slow
@@ -178,15 +214,13 @@ def test_two_ranks_four_ranks_and_one_continue_as_one_run(data, tmp_path):
     flags += ['--output', tmp_path]
     whole = call('train.py', *flags, '-b', '12', '--experiment', 'whole')
     assert whole.returncode == 0, whole.stderr[-3000:]
-    parts = [(2, 6, 'fsdp'), (4, 3, 'fsdp'), (2, 6, 'ddp'), (1, 12, 'fsdp')]
+    parts = [(2, 6, 'fsdp --head-parallel'), (4, 3, 'fsdp'), (2, 6, 'ddp'), (1, 12, 'fsdp')]
     for number, (ranks, size, parallel) in enumerate(parts, 1):
-        more = ['-b', size, '--parallel', parallel, '--stop-epoch', number, '--resume', 'auto']
+        more = ['-b', size, '--parallel', *parallel.split(), '--stop-epoch', number, '--resume', 'auto']
         process = call('train.py', *flags, *more, '--experiment', 'parts', processes=ranks)
         assert process.returncode == 0, process.stderr[-3000:]
     for ours, theirs in zip(summary(tmp_path / 'parts'), summary(tmp_path / 'whole'), strict=True):
-        assert {name: float(value) for name, value in ours.items()} == pytest.approx(
-            {name: float(value) for name, value in theirs.items()}, rel=1e-5, abs=1e-5
-        )
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -197,9 +197,8 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
             raise ValueError(f'{path} is not a complete safetensors file: {error}') from error
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(
-                path, map_location='cpu', weights_only=True, mmap=not whole and zipfile.is_zipfile(path)
-            )
+            mapped = not whole and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes make the unpickler raise anything
         blocked = re.search(r'GLOBAL (\S+)', str(error))
         # torch's message goes on to recommend a load that may execute code

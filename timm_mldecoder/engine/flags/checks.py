@@ -225,6 +225,8 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
     if o.parallel == 'fsdp':
         yield from _problems_of_fsdp(o)
+    elif o.head_parallel:
+        yield '--head-parallel needs --parallel fsdp'
     yield from _problems_of_images(o)
     yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)
@@ -240,6 +242,11 @@ def _problems_of_fsdp(o: Options) -> Iterator[str]:
             f'--opt {o.opt} does not work with --parallel fsdp, which gives it slices of the parameters; choose from '
             f'{", ".join(DIVISIBLE_OPTIMIZERS)}'
         )
+    for name in ('hsdp', 'torchcompile', 'train_img_sizes') if o.head_parallel else ():
+        if o[name]:
+            yield f'{o.flag(name)} does not work with --head-parallel'
+    if o.head_parallel and o.val_bad_image == 'skip':
+        yield '--val-bad-image skip does not work with --head-parallel, whose ranks need as many images each'
     if o.amp and o.amp_dtype == 'float16':
         yield '--amp in float16 does not work with --parallel fsdp: add --amp-dtype bfloat16'
     if o.clip_grad and o.clip_mode == 'agc':

@@ -10,6 +10,7 @@ USES_HEAD = Need(lambda o: bool(o.use_ml_decoder_head), '--use-ml-decoder-head 1
 BIAS = Need(lambda o: not o.cosine_classifier, 'a classifier with a bias, which --cosine-classifier does not have')
 NO_CHECKPOINT = Need(lambda o: not o.checkpoint, 'no --checkpoint, which replaces the pretrained weights')
 NO_COMPILE = Need(lambda o: not o.torchcompile, 'no --torchcompile, which replaces it')
+FSDP = Need(lambda o: o.parallel == 'fsdp', '--parallel fsdp')
 
 MODEL: Group = ('Model and weights', [
     both('--model -m', str, 'resnet50', 'timm model to train', inherited=True,
@@ -76,7 +77,9 @@ DEVICE: Group = ('Device and precision', [
     train('--parallel', str, 'ddp', 'ranks that each hold the model (ddp), or divide it among them (fsdp)',
           choices=('ddp', 'fsdp'), needs=DISTRIBUTED),
     train('--hsdp', int, None, 'ranks that divide one copy of the model, such as the GPUs of a node (default: all)',
-          range='[1, inf)', needs=Need(lambda o: o.parallel == 'fsdp', '--parallel fsdp')),
+          range='[1, inf)', needs=FSDP),
+    train('--head-parallel', bool, False, 'divide the groups of the ML-Decoder head over ranks: their weights are '
+          'never gathered', needs=(DISTRIBUTED, FSDP, USES_HEAD)),
     train('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks', needs=DISTRIBUTED),
     train('--synchronize-step', bool, False, 'synchronize with the device after each optimizer step',
           needs=ON_ACCELERATOR),

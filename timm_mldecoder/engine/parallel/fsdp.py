@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.parallel.head import divide_groups
 from timm_mldecoder.engine.runtime.distributed import World
 
 _logger = logging.getLogger(__name__)
@@ -95,9 +96,7 @@ def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequen
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = _meta(parameter)
         for name, buffer in module.named_buffers(recurse=False):
-            if (
-                buffer.is_meta
-            ):  # of a head, which is built on the device of the backbone; its values come with the others
+            if buffer.is_meta:  # of a head, which is built on the device of the backbone
                 module._buffers[name] = torch.zeros_like(buffer, device=world.device)
     average = deepcopy(model) if options.model_ema else None
     paths = {id(module): path for path, module in model.named_modules()}
@@ -168,10 +167,11 @@ def _called(module: nn.Module) -> list[nn.Module]:
 
 def divide(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
     """Apply `fully_shard` to each unit of a model, and to the model."""
+    own = {part for head in heads for part in divide_groups(head, mesh)} if options.head_parallel else set()
     for module in units(model, heads):
         narrow = not any(module is head for head in heads)
-        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None))
-    fully_shard(model, mesh=mesh, mp_policy=precision(options, None))
+        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None), ignored_params=own)
+    fully_shard(model, mesh=mesh, mp_policy=precision(options, None), ignored_params=own)
 
 
 def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy:
