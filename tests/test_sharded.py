@@ -223,6 +223,20 @@ def test_two_ranks_four_ranks_and_one_continue_as_one_run(data, tmp_path):
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-5, abs=1e-5)
 
 
+FAMILIES = """
+    test_byobnet test_coatnet test_convnext test_efficientnet test_efficientnet_evos test_efficientnet_gn test_mambaout
+    test_maxvit test_nfnet test_resnet test_vit test_vit3 test_vit_relpos swin_tiny_patch4_window7_224
+"""
+
+
+@pytest.mark.slow
+def test_models_of_many_families_are_divided():
+    """With their own classifier and an ML-Decoder, scored before they are trained."""
+    process = call('tests/programs/divided_families.py', *FAMILIES.split())
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == FAMILIES.split(), process.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_killed_while_writing_always_leaves_a_checkpoint(tmp_path):
     """Twenty kills of both ranks; after each, every checkpoint loads and no folder is left over."""

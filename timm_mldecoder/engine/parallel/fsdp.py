@@ -17,7 +17,7 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from timm_mldecoder.engine.flags import Options
@@ -104,6 +104,7 @@ def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequen
     divide(model, heads, mesh, options)
     fresh = world.all_reduce_max(not any(value.is_meta for value in values.values()))[0]
     fill(model, values if fresh else None, world)
+    _allocate(model)
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     if average is not None:
@@ -112,6 +113,7 @@ def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequen
         average.load_state_dict(model.state_dict())
         for own, buffer in zip(average.buffers(), model.buffers(), strict=True):
             own.copy_(buffer)  # those too that a state dict leaves out
+        _allocate(average)
         task.trainable_module_ema = ShardedEma(
             average, world.device, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup
         )
@@ -203,6 +205,14 @@ def fill(model: nn.Module, values: Mapping[str, Tensor] | None, world: World) ->
             tensor = distribute_tensor(value, mesh, placements)
         filled[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     model.load_state_dict(filled, assign=True, strict=False)
+
+
+def _allocate(model: nn.Module) -> None:
+    """Let FSDP2 create what it gathers into: created in a first pass in inference mode, it could not be trained with."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def broadcast_buffers(model: nn.Module) -> None:
