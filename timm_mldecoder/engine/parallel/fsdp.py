@@ -208,7 +208,7 @@ def fill(model: nn.Module, values: Mapping[str, Tensor] | None, world: World) ->
 
 
 def _allocate(model: nn.Module) -> None:
-    """Let FSDP2 create what it gathers into: created in a first pass in inference mode, it could not be trained with."""
+    """Create what FSDP2 gathers into: created in a first pass in inference mode, it could not be trained with."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
