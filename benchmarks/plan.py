@@ -19,10 +19,10 @@ BANDWIDTHS = {'NVLink 4': 450 * GB, 'NDR InfiniBand': 50 * GB}
 GPUS_PER_NODE = 8
 HEADER = (
     'divided by',
-    *('head, state GB', 'head, transient GB', 'logits GB', 'backbone, state GB', 'sum GB'),
-    *('sent per step GB', 'time by {}, ms'),
+    *('head, state GB', 'head, gathered GB', 'logits GB', 'backbone, state GB', 'sum GB'),
+    *('sent per step GB', 'time, ms', 'over'),
 )
-WAYS = ('--parallel ddp', '--parallel fsdp', '--head-parallel')
+DDP, FSDP, HEAD = '--parallel ddp', '--parallel fsdp', '--head-parallel'
 
 
 def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
@@ -30,42 +30,40 @@ def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
     return (2 + states) * FLOAT * parameters / ranks
 
 
-def gathered_bytes(size: float, ranks: int) -> float:
-    """Return the bytes that a rank sends while all ranks gather (or reduce and scatter) `size` bytes, by rings."""
-    return size * (ranks - 1) / ranks
+def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, logits: float = 0.0) -> float:
+    """Return the bytes that a rank sends per step, with collectives over rings.
 
-
-def sizes(args: argparse.Namespace) -> dict[str, int]:
-    """Return the numbers of parameters: of the classifier, the rest of the head, and the backbone."""
-    dim, hidden = args.dim, args.dim_feedforward
-    classifier = args.groups * dim * -(-args.classes // args.groups)
-    decoder = args.features * dim + dim + 4 * dim * (dim + 1) + hidden * dim * 2 + hidden + dim + 6 * dim
-    return dict(classifier=classifier, rest=decoder + args.classes, backbone=args.backbone)
+    Args:
+        way: How the model is divided.
+        parameters: Number of parameters that are exchanged: with `--head-parallel` not those of the classifier.
+        ranks: Number of ranks.
+        tokens: Bytes of the embedded tokens of the global batch.
+        logits: Bytes of the logits of a rank's batch.
+    """
+    passes = 2 if way == DDP else 3  # gradients are summed everywhere; weights gathered twice and gradients divided
+    whole = passes * FLOAT * parameters + (2 * (tokens + logits) if way == HEAD else 0)
+    return whole * (ranks - 1) / ranks
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return bytes per rank for each way to divide the model."""
-    ranks, count = args.ranks, sizes(args)
-    head = count['classifier'] + count['rest']
-    logits = 2 * FLOAT * args.batch_size * args.classes  # and their gradient
-    tokens = FLOAT * args.batch_size * args.tokens * args.dim * ranks
-    weights = FLOAT * head
+    dim, hidden, ranks = args.dim, args.dim_feedforward, args.ranks
+    classifier = args.groups * dim * -(-args.classes // args.groups)
+    decoder = (args.features + 1) * dim + 4 * dim * (dim + 1) + 2 * hidden * dim + hidden + dim + 6 * dim
+    rest = decoder + args.classes  # with the bias of each class
+    logits = FLOAT * args.batch_size * args.classes
+    tokens = FLOAT * args.batch_size * args.tokens * dim * ranks
     found = {}
-    for way in WAYS:
-        divided = 1 if way == '--parallel ddp' else ranks
-        small = FLOAT * (count['rest'] + count['backbone'])
-        # weights are gathered twice, forward and backward, and gradients summed once; all gradients are summed in ddp
-        sent = (2 if divided == 1 else 3) * gathered_bytes(FLOAT * (head + count['backbone']), ranks)
-        transient = 0.0 if divided == 1 else 2 * weights  # the gathered weights and their gradient
-        if way == '--head-parallel':
-            transient = 2 * (FLOAT * count['rest'] + tokens)
-            sent = 3 * gathered_bytes(small, ranks) + 2 * gathered_bytes(tokens, ranks) + gathered_bytes(logits, ranks)
+    for way in (DDP, FSDP, HEAD):
+        divided = 1 if way == DDP else ranks
+        sent = (0 if way == HEAD else classifier) + rest + args.backbone
+        gathered = {DDP: 0, FSDP: FLOAT * (classifier + rest), HEAD: FLOAT * rest + tokens}[way]
         found[way] = dict(
-            head=state_bytes(head, divided),
-            transient=transient,
-            logits=logits,
-            backbone=state_bytes(count['backbone'], divided),
-            sent=sent,
+            head=state_bytes(classifier + rest, divided),
+            gathered=2 * gathered,  # and the gradients
+            logits=2 * logits,
+            backbone=state_bytes(args.backbone, divided),
+            sent=sent_bytes(way, sent, ranks, tokens, logits),
         )
     return found
 
@@ -86,11 +84,10 @@ def main(argv: list[str] | None = None) -> str:
     link = 'NVLink 4' if args.ranks <= GPUS_PER_NODE else 'NDR InfiniBand'
     rows = []
     for way, found in plan(args).items():
-        held = [found[name] for name in ('head', 'transient', 'logits', 'backbone')]
-        time = 1e3 * found['sent'] / BANDWIDTHS[link]
-        rows.append([way, *(value / GB for value in (*held, sum(held), found['sent'])), time])
-    header = [name.format(link) for name in HEADER]
-    return markdown(header, rows)
+        held = [found[name] for name in ('head', 'gathered', 'logits', 'backbone')]
+        values = [value / GB for value in (*held, sum(held), found['sent'])]
+        rows.append([way, *values, 1e3 * found['sent'] / BANDWIDTHS[link], link])
+    return markdown(HEADER, rows)
 
 
 if __name__ == '__main__':

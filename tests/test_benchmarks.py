@@ -29,6 +29,7 @@ SMALLEST = {
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',
     'million': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
+    'plan': '--classes 1000 --ranks 2',
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
     'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',

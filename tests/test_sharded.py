@@ -14,6 +14,7 @@ from runs import ROOT, call, environment, summary
 
 from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
+from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
@@ -37,6 +38,7 @@ def data(tmp_path_factory):
             for number, path in enumerate(sorted((root / split / f'class_{label}').iterdir()))
         ]
         (root / f'{split}.csv').write_text('\n'.join(['path,labels', *lines]))
+    write_word_embeddings(root / 'words.safetensors', torch.eye(3, 8), [f'class_{label}' for label in range(3)])
     return root
 
 
@@ -166,6 +168,8 @@ FOLLOWED = {
     'resnet50 asl': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 --loss asl {SEVERAL}',
     'resnet accumulation': f'{RESNET} --model test_resnet --img-size 32 --grad-accum-steps 2 --model-ema '
     '--recovery-interval 2',
+    'text queries': f'{RESNET} --model test_resnet --img-size 32 --epochs 2 --model-ema --use-ml-decoder-head 1 '
+    '--decoder-embedding 64 --ml-decoder-kwargs dropout=0.0 --word-embeddings WORDS',
     'unfrozen': f'{RESNET} --model test_resnet --img-size 32 --freeze-backbone --unfreeze-epoch 1',
     'bfloat16': f'{VIT} -b 4 --epochs 2 --model-dtype bfloat16 --model-ema',
     'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
@@ -184,7 +188,7 @@ FOLLOWED_WITH_HEADS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_a_divided_model_follows_ddp(data, tmp_path, name):
-    losses = compare(data, tmp_path, FOLLOWED[name])
+    losses = compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors')))
     assert losses[-1] < losses[0]
 
 

@@ -60,6 +60,7 @@ _NOT_DIVIDED = {
     'model_ema_force_cpu': 'the EMA weights are divided over ranks as the model is',
     'kd_model_name': 'the teacher was not divided',
     'naflex_loader': 'it was not tested',
+    'graph': 'it was not tested',
     'lr_find': 'it was not tested; find the rate with --parallel ddp on a smaller model',
 }
 #: Optimizers whose steps on slices of the parameters are those on whole ones: entry by entry, or with norms and means

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.parallel.head import divide_groups
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.head.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequen
     fresh = world.all_reduce_max(not any(value.is_meta for value in values.values()))[0]
     fill(model, values if fresh else None, world)
     _allocate(model)
-    for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
+    if fresh:
+        share_buffers(model, world)
     if average is not None:
         divide(average, [average.get_submodule(path) for path in head_paths], mesh, options)
         fill(average, None, world)
@@ -205,6 +206,20 @@ def fill(model: nn.Module, values: Mapping[str, Tensor] | None, world: World) ->
             tensor = distribute_tensor(value, mesh, placements)
         filled[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     model.load_state_dict(filled, assign=True, strict=False)
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Give all ranks the buffers of rank 0, whose class names other ranks may not have read."""
+    first = world.broadcast({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in model.named_buffers()})
+    for name, (shape, dtype) in first.items():
+        path, _, leaf = name.rpartition('.')
+        holder = model.get_submodule(path)
+        if tuple(holder._buffers[leaf].shape) != shape:
+            holder._buffers[leaf] = torch.empty(shape, dtype=dtype, device=world.device)
+        dist.broadcast(holder._buffers[leaf], src=0)
+    for module in model.modules():
+        if isinstance(module, Vocabulary):
+            module.known = world.broadcast(module.known)
 
 
 def _allocate(model: nn.Module) -> None:
