@@ -40,7 +40,7 @@ def read_run(path: Path) -> list[Metrics]:
 
 
 def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
-    """One panel a metric, one line a run; training and validation of a metric share a panel."""
+    """Draw one panel per metric and one line per run; training and validation of a metric share a panel."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

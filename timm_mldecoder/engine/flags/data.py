@@ -85,11 +85,11 @@ IMAGES: Group = ('Images', [
 ])
 
 LOADING: Group = ('Loading', [
-    both('-b --batch-size', int, 128, 'images per batch and process', range='[1, 1048576]',
+    both('-b --batch-size', int, 128, 'batch size per rank', range='[1, 1048576]',
          in_validate=dict(default=256)),
-    train('-vb --validation-batch-size', int, None, 'images per validation batch and process; --batch-size if not '
-          'given', range='[1, 1048576]', needs=VALIDATES),
-    both('-j --workers', int, 4, 'data loader workers per process', range=f'[0, {4 * _CPUS + 16}]'),
+    train('-vb --validation-batch-size', int, None, 'validation batch size per rank (default: --batch-size)',
+          range='[1, 1048576]', needs=VALIDATES),
+    both('-j --workers', int, 4, 'data loader workers per rank', range=f'[0, {4 * _CPUS + 16}]'),
     train('--sampler', str, 'random', 'order of the training images: random, or balanced to draw each class equally '
           'often', choices=('random', 'balanced'), needs=NOT_STREAMED),
     train('--epoch-repeats', float, 0.0, 'passes over a streaming dataset per epoch', range='[0, inf)', needs=STREAMED),

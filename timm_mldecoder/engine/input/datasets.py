@@ -128,7 +128,7 @@ def read_classes(path: str, dataset: Dataset) -> Classes:
     """Return the label embeddings of the classes of a dataset, in its order.
 
     Raises:
-        ValueError: If the dataset does not name its classes, or the file lacks some of them.
+        ValueError: If the dataset does not name its classes, or the file has not all of them.
     """
     names = class_to_index(dataset)
     if names is None:

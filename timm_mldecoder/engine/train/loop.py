@@ -15,8 +15,8 @@ from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_vie
 from timm_mldecoder.engine.input.images import BadImage, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.summary import print_result, summary_row
 from timm_mldecoder.engine.train import nonfinite
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.signals import Stopped
 from timm_mldecoder.engine.train.loop import backward, step_optimizer
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
