@@ -29,6 +29,7 @@ GROUPS = (
     augmentation.AUGMENTATION,
     augmentation.REGULARIZATION,
     data.SIZES,
+    data.NAFLEX,
     model.BATCH_NORM,
     model.EMA,
     model.DEVICE,
