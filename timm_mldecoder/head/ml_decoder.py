@@ -230,8 +230,8 @@ class MLDecoder(nn.Module):
     def attention_weights(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
 
-        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. Arguments are those
-        of `forward`.
+        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. The
+        arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
         queries, projected = self._query_side(self._label_embeddings(), tokens.shape[0])

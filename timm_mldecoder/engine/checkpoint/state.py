@@ -214,8 +214,8 @@ class TrainingState:
         if changed:
             if run['restart'] is None or loader.batches is None or loader.batches.scheduled:
                 raise ValueError(
-                    f'{"; ".join(changed)}: streams, --train-img-sizes and --naflex-loader cannot resume within an epoch so; '
-                    'use the same, or a checkpoint of the end of an epoch'
+                    f'{"; ".join(changed)}: streams, --train-img-sizes and --naflex-loader cannot resume within an '
+                    'epoch so; use the same, or a checkpoint of the end of an epoch'
                 )
             self.start = loader.batches.continued(EpochStart(**run['restart']))
             self.batch = self.start.batch
