@@ -283,6 +283,8 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(data, undisturbed, tmp
     validate([str(data), '--checkpoint', str(best), '--device', 'cpu', '-j', '0', '-b', '4'])
     scored = float(capsys.readouterr().out.partition('"top1": ')[2].partition(',')[0])
     assert scored == pytest.approx(max(float(row['eval_top1']) for row in summary(undisturbed)))
+    with pytest.raises(ValueError, match='--tta.*--naflex-loader'):
+        validate([str(data), '--checkpoint', str(best), '--device', 'cpu', '-j', '0', '--tta', '2'])
 
 
 def test_unreadable_images_are_left_out(tmp_path):

@@ -81,10 +81,22 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
         if not row.supported and value != row.default:
             raise ValueError(f'{options.flag(name)}: {row.help}')
         row.check(value, options.flag(name), options.data_dir)
+    check_patches(options, rows)
     for problem in _problems_of_both(options, rows):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
+
+
+def check_patches(options: Options, rows: Mapping[str, Flag]) -> None:
+    """Check that the flags go with sequences of patches, which a checkpoint may bring.
+
+    Raises:
+        ValueError: For flags that are for images of one size.
+    """
+    for name in _NOT_WITH_PATCHES:
+        if options.naflex_loader and name in rows and options[name] != rows[name].default:
+            raise ValueError(f'{options.flag(name)} does not work with --naflex-loader; give one of them')
 
 
 def check_task(options: Options) -> None:
@@ -125,9 +137,6 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     for name, (package, remedy) in _PACKAGES.items():
         if name in rows and o[name] and importlib.util.find_spec(package) is None:
             yield f'{o.flag(name)} needs the package {package}: {remedy}'
-    for name in _NOT_WITH_PATCHES:
-        if o.naflex_loader and name in rows and o[name] != rows[name].default:
-            yield f'--naflex-loader does not work with {o.flag(name)}; give one of them'
     yield from _problems_of_heads(o)
 
 
