@@ -89,8 +89,6 @@ def create_train_loader(
         ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
     """
     mixing = _create_mixing(options, num_classes)
-    stream = isinstance(dataset, IterableDataset)
-    weights = balanced_weights(dataset) if options.sampler == 'balanced' and not stream else None
     batches = None
     collate = default_collate if options.no_prefetcher else fast_collate
     if patches is not None:
@@ -98,12 +96,13 @@ def create_train_loader(
         dataset, batches, collate = create_train_batches(
             options, dataset, patches, world, augmentation=augmentation, mixing=mixing
         )
-        mixing = None
-    else:
-        dataset, schedule = set_train_transform(options, dataset, config)
-    if stream:
+        mixing = None  # `collate` mixes
+    elif isinstance(dataset, IterableDataset):
+        set_train_transform(options, dataset, config)
         dataset.set_loader_cfg(num_workers=options.workers)
-    elif batches is None:
+    else:
+        weights = balanced_weights(dataset) if options.sampler == 'balanced' else None
+        dataset, schedule = set_train_transform(options, dataset, config)
         order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=weights)
         pairs = mixing is not None or (options.split_bn and not options.aug_splits)
         batches = EpochBatches(order, options.batch_size, world.rank, world.size, pairs, schedule)

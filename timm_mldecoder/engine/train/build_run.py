@@ -188,9 +188,10 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         and options.train_crop_mode is None
         and options.scale[0] < 0.5
     ):
+        squash = 'multi-label recipes use --train-crop-mode squash'
+        remedy = 'a larger --scale keeps them' if options.naflex_loader else squash
         _logger.warning(
-            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; '
-            'multi-label recipes use --train-crop-mode squash'
+            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; {remedy}'
         )
     return train, validation
 
