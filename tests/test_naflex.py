@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,8 +367,9 @@ def test_two_killed_ranks_resume_within_an_epoch_to_the_bit(data, tmp_path):
     while not list(tmp_path.glob('run/recovery-1-*.tar')):
         assert launcher.poll() is None, log.read_text()
         time.sleep(0.02)
-    os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+    for rank in Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split():
+        os.kill(int(rank), signal.SIGKILL)
+    assert launcher.wait() != 0
     resumed = call('train.py', *flags, '--experiment', 'run', '--resume', 'auto', processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert re.search(r'Resumed from .* at epoch 1, batch [1-9]', resumed.stderr)
