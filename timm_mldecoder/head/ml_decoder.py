@@ -227,16 +227,17 @@ class MLDecoder(nn.Module):
             queries = layer(queries, tokens, mask)
         return self.group_fc(queries, label_embeddings)
 
-    def attention_weights(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def attention_weights(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
 
-        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row.
+        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. The
+        arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
         queries, projected = self._query_side(self._label_embeddings(), tokens.shape[0])
         for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
-            queries, projected = following.query_side(layer.decode(queries, projected, tokens))
-        return self.layers[-1].multihead_attn.attention_weights(projected, tokens)
+            queries, projected = following.query_side(layer.decode(queries, projected, tokens, mask))
+        return self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
 
     def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""

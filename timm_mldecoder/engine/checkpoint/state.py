@@ -213,8 +213,8 @@ class TrainingState:
         if changed:
             if run['restart'] is None or loader.batches is None or loader.batches.scheduled:
                 raise ValueError(
-                    f'{"; ".join(changed)}: streams and --train-img-sizes cannot resume within an epoch '
-                    'after that change; undo it, or use a checkpoint of the end of an epoch'
+                    f'{"; ".join(changed)}: streams, --train-img-sizes and --naflex-loader cannot resume within an '
+                    'epoch after that change; undo it, or use a checkpoint of the end of an epoch'
                 )
             self.start = loader.batches.continued(EpochStart(**run['restart']))
             self.batch = self.start.batch

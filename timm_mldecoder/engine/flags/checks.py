@@ -51,6 +51,11 @@ _HEAD_ARGUMENTS = {
     'device': None,
     'dtype': None,
 }
+#: Options of images of one size, which say nothing of sequences of patches.
+_NOT_WITH_PATCHES = (
+    'channels_last', 'tta', 'report', 'test_pool', 'sampler', 'save_images', 'train_crop_mode', 'cutout', 'aug_repeats',
+    'aug_splits', 'resplit', 'cutmix_minmax', 'mixup_mode', 'train_img_sizes',
+)  # fmt: skip
 _PACKAGES = {
     'log_wandb': ('wandb', "pip install 'timm-mldecoder[trackers]'"),
     'log_trackio': ('trackio', "pip install 'timm-mldecoder[trackers]'"),
@@ -76,10 +81,22 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
         if not row.supported and value != row.default:
             raise ValueError(f'{options.flag(name)}: {row.help}')
         row.check(value, options.flag(name), options.data_dir)
+    check_patches(options, rows)
     for problem in _problems_of_both(options, rows):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
+
+
+def check_patches(options: Options, rows: Mapping[str, Flag]) -> None:
+    """Check that the flags go with sequences of patches, which a checkpoint may bring.
+
+    Raises:
+        ValueError: For flags that are for images of one size.
+    """
+    for name in _NOT_WITH_PATCHES:
+        if options.naflex_loader and name in rows and options[name] != rows[name].default:
+            raise ValueError(f'{options.flag(name)} does not work with --naflex-loader; give one of them')
 
 
 def check_task(options: Options) -> None:
@@ -228,7 +245,7 @@ def _problems_of_images(o: Options) -> Iterator[str]:
         if values is not None and (len(values) != 2 or values[0] > values[1]):
             yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
     sizes = o.train_batch_sizes or [o.batch_size]
-    if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
+    if (o.mixup or o.cutmix or o.cutmix_minmax) and not o.naflex_loader and any(size % 2 for size in sizes):
         yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
     for name in ('train_batch_sizes', 'train_size_probs'):
         values = o[name]
@@ -236,6 +253,9 @@ def _problems_of_images(o: Options) -> Iterator[str]:
             yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
     if o.train_size_probs and not sum(o.train_size_probs):
         yield f'--train-size-probs {show(o.train_size_probs)}: one must be above 0'
+    sizes, shares = o.naflex_patch_sizes, o.naflex_patch_size_probs
+    if sizes and shares and (len(shares) != len(sizes) or not sum(shares)):
+        yield f'--naflex-patch-size-probs {show(shares)}: give one per patch size {show(sizes)}, one of them above 0'
     if o.aa:
         build = next((build for name, build in _POLICIES.items() if o.aa.startswith(name)), auto_augment_transform)
         try:

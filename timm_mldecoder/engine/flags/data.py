@@ -12,6 +12,9 @@ _STREAMED_KINDS = ('hfids/', 'tfds/', 'wds/')
 STREAMED = dataset(*_STREAMED_KINDS)
 NOT_STREAMED = Need(lambda o: not o.dataset.lower().startswith(_STREAMED_KINDS), 'a dataset that is not streamed')
 _SIZES = given('train_img_sizes')
+_PATCHES = given('naflex_loader')
+_PATCH_SIZES = given('naflex_patch_sizes')
+IMAGES_OF_ONE_SIZE = Need(lambda o: not o.naflex_loader, 'images of one size: no --naflex-loader, which crops nothing')
 _SKIP = ('skip', 'abort')
 WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
 MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
@@ -71,9 +74,10 @@ IMAGES: Group = ('Images', [
     both('--input-size', int, None, 'channels, height and width; replaces --img-size and --in-chans', nargs=3,
          range='[1, 8192]'),
     validate('--use-train-size', bool, False, 'use the training size of the model, not its test size'),
-    both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]'),
+    both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]',
+         needs=IMAGES_OF_ONE_SIZE),
     both('--crop-mode', str, None, 'how evaluation images are cropped', choices=('squash', 'border', 'center'),
-         needs=VALIDATES, in_validate=dict(needs=())),
+         needs=(VALIDATES, IMAGES_OF_ONE_SIZE), in_validate=dict(needs=(IMAGES_OF_ONE_SIZE,))),
     validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]'),
     both('--mean', float, None, 'mean of the pixel values, in [0, 1], for all channels or for each', nargs='+'),
     both('--std', float, None, 'standard deviation of the pixel values, for all channels or for each', nargs='+',
@@ -124,4 +128,22 @@ SIZES: Group = ('Image and batch sizes that change in training', [
           needs=_SIZES),
     train('--variable-batch-loss-scale', str, 'none', 'growth of the loss with the batch size, relative to '
           '--batch-size', choices=('none', 'sqrt', 'linear'), needs=_SIZES),
+])
+
+NAFLEX: Group = ('Sequences of patches (NaFlex models)', [
+    both('--naflex-loader', bool, False, 'feed sequences of patches that keep the aspect ratio of each image',
+         inherited=True),
+    train('--naflex-train-seq-lens', int, [128, 256, 576, 784, 1024], 'sequence lengths that training batches are '
+          'drawn from; the longest has --batch-size images, shorter ones more', nargs='+', range='[1, 65536]',
+          needs=_PATCHES),
+    both('--naflex-max-seq-len', int, 576, 'sequence length of evaluation', range='[1, 65536]', needs=_PATCHES,
+         inherited=True),
+    train('--naflex-patch-sizes', int, None, 'patch sizes that training batches are drawn from; that of the model if '
+          'not given', nargs='+', range='[1, 1024]', needs=_PATCHES),
+    train('--naflex-patch-size-probs', float, None, 'probability of each patch size', nargs='+', range='[0, inf)',
+          needs=(_PATCHES, _PATCH_SIZES)),
+    train('--naflex-loss-scale', str, 'linear', 'growth of the loss with the batch size, relative to --batch-size',
+          choices=('none', 'sqrt', 'linear'), needs=_PATCHES),
+    train('--naflex-patchify-channels-first', bool, False, 'flatten each patch channel by channel, for models that '
+          'read patches so', needs=_PATCHES),
 ])

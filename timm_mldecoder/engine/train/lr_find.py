@@ -134,4 +134,4 @@ def _backward(run: Run, images: Tensor, target: Tensor, accumulated: int, comple
     if options.sam:
         with perturbed(state.task.get_trainable_module(), options.sam):
             backward(run, images, target, accumulated)
-    return TrainedBatch(loss, len(images), run.train_loader.image_indices(batch))
+    return TrainedBatch(loss, len(target), run.train_loader.image_indices(batch))
