@@ -30,11 +30,8 @@ def fuse_batch_norm(model: nn.Module, image: Tensor, tolerance: float = 1e-3) ->
     """
     if model.training:
         raise ValueError('BatchNorm can be fused for inference only: call eval() first')
-    with torch.inference_mode():
-        watch = _Watch(model)
-        with watch:
-            before = model(image)
-        watch.remove()
+    with torch.inference_mode(), _Watch(model) as watch:
+        before = model(image)
     pairs = watch.pairs()
     names = {module: name for name, module in model.named_modules()}
     for norm, conv in pairs.items():
@@ -99,9 +96,10 @@ class _Watch(TorchFunctionMode):
             self.shared.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.made)
         return function(*args, **kwargs)
 
-    def remove(self) -> None:
+    def __exit__(self, *error) -> None:
         for handle in self.handles:
             handle.remove()
+        super().__exit__(*error)
 
     def pairs(self) -> dict[nn.Module, nn.Module]:
         """The convolution of each BatchNorm that can be folded."""
