@@ -25,6 +25,7 @@ from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction, harmless
 from timm_mldecoder.engine.predict.pictures import picture_path
+from timm_mldecoder.engine.predict.run import Predictor
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.predict import main as predict
 from train import main as train
@@ -101,6 +102,17 @@ def test_labels_by_threshold_and_by_rank(images):
     predict([*base, '--threshold', str(median), '--top-k', '1', '--out', 'both.csv'])
     assert_rows(rows_of('both.csv'), expected_rows(model, median, top_k=1))
     assert not Path('labels.csv.parts').exists()
+
+
+def test_top_k_and_threshold_both_apply():
+    predictor = Predictor(None, {}, list('abc'), torch.tensor([0.5, 0.5, 0.8]), 'RGB', top_k=2)
+    for scores, expected in [
+        ([0.9, 0.6, 0.85], 'ac'),
+        ([0.9, 0.6, 0.7], 'ab'),
+        ([0.6, 0.1, 0.7], 'a'),
+        ([0.1] * 3, ''),
+    ]:
+        assert ''.join(label.name for label in predictor.labels(torch.tensor(scores))) == expected
 
 
 def test_the_formats_hold_the_same(images):

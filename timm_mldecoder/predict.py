@@ -28,7 +28,7 @@ from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.eval.evaluate import autocast_context
 from timm_mldecoder.engine.input.images import Placement
-from timm_mldecoder.engine.model import Trained, load_trained, set_classes, thresholds_for
+from timm_mldecoder.engine.model import Trained, fuse_model, load_trained, set_classes, thresholds_for
 from timm_mldecoder.engine.predict.parts import Parts, fingerprint
 from timm_mldecoder.engine.predict.pictures import draw_pictures
 from timm_mldecoder.engine.predict.run import Predictor, predict
@@ -123,11 +123,14 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
     names = [str(name) for name in names or range(model.num_classes)]
     if arguments.features and arguments.feature_kind == 'queries' and not isinstance(model.get_classifier(), MLDecoder):
         raise ValueError('--feature-kind queries needs an ML-Decoder head: pass pooled')
+    config = {**resolve_data_config({}, model=model), **trained.data_config}
+    if arguments.fuse_bn:
+        fuse_model(model, config['input_size'])
     if arguments.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Predictor(
         model.eval().to(device),
-        {**resolve_data_config({}, model=model), **trained.data_config},
+        config,
         names,
         _thresholds(arguments, content, names),
         trained.image_mode,
@@ -221,6 +224,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
     add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--fuse-bn', action='store_true', help='fold BatchNorm into the convolutions before it')
     add('--torchcompile', action='store_true', help='compile the model')
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.workers <= 256:

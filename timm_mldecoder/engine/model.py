@@ -1,7 +1,7 @@
 """The model that the options of either script describe, with the weights that they name."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.fusion import fuse_batch_norm
 from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classifier
 
 _logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
         class_names=classes.names,
         random_queries=options.random_queries,
         query_noise=options.query_noise,
+        query_cutout=options.query_cutout,
     )
 
 
@@ -270,6 +272,21 @@ def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
 def has_text_queries(options: Options) -> bool:
     """Return whether the options request a head with text queries."""
     return bool(options.use_ml_decoder_head and options.word_embeddings)
+
+
+def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Fold the BatchNorm layers of a model into the convolutions before them, in place.
+
+    Raises:
+        ValueError: If that changes its logits.
+    """
+    weight = next(model.parameters())
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
+    try:
+        fused = fuse_batch_norm(model.eval(), image.to(weight))
+    except ValueError as error:
+        raise ValueError(f'--fuse-bn: {error}') from error
+    _logger.info(f'--fuse-bn: {fused} BatchNorm layers are part of convolutions now')
 
 
 def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:

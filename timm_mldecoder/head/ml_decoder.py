@@ -47,6 +47,7 @@ class MLDecoder(nn.Module):
         group_size: Classes per text query, instead of ceil(C / K).
         random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
         query_noise: Noise on the label embeddings in training, relative to their root mean square.
+        query_cutout: Probability that an entry of a label embedding is zero in training.
 
     Shapes:
         Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
@@ -77,6 +78,7 @@ class MLDecoder(nn.Module):
         group_size: int | None = None,
         random_queries: int = 0,
         query_noise: float = 0.0,
+        query_cutout: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -92,10 +94,10 @@ class MLDecoder(nn.Module):
         self.vocabulary = None
         if word_embeddings is not None:
             self.vocabulary = Vocabulary(
-                word_embeddings, num_classes, class_names, random_queries, query_noise, **factory
+                word_embeddings, num_classes, class_names, random_queries, query_noise, query_cutout, **factory
             )
-        elif class_names is not None or random_queries or query_noise:
-            raise ValueError('class_names, random_queries and query_noise need text queries: give word_embeddings')
+        elif class_names is not None or random_queries or query_noise or query_cutout:
+            raise ValueError('class_names and augmentations of queries need text queries: give word_embeddings')
         self.config = HeadConfig.resolve(
             num_classes=num_classes,
             num_of_groups=num_of_groups,

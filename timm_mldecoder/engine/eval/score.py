@@ -30,6 +30,7 @@ from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import (
     class_names_of,
     count_parameters,
+    fuse_model,
     has_text_queries,
     load_model,
     set_classes,
@@ -70,6 +71,8 @@ def score_model(options: Options, world: World) -> Result:
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:
         check_classes(dataset, num_classes, given='num_classes' in options.given)
+    if options.fuse_bn:
+        fuse_model(model, config['input_size'])
     plain, patches = model, patch_format(options, model)
     model = _prepare(options, model, world)
 

@@ -15,6 +15,7 @@ from timm.loss.class_weights import CLASS_WEIGHT_METHOD_KINDS, load_class_weight
 from timm.optim import list_optimizers
 from timm.task import ClassificationEvaluator
 
+from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.engine.flags.flag import Flag, show
 from timm_mldecoder.engine.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.engine.flags.options import Options, closest
@@ -45,6 +46,7 @@ _HEAD_ARGUMENTS = {
     'word_embeddings': '--word-embeddings',
     'random_queries': '--random-queries',
     'query_noise': '--query-noise',
+    'query_cutout': '--query-cutout',
     'num_classes': '--num-classes',
     'initial_num_features': None,
     'class_names': None,
@@ -213,6 +215,11 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield f'--sampler balanced contradicts --aug-repeats {o.aug_repeats:g}; give one of them'
     if o.class_split and o.task != 'multilabel':
         yield f'--class-split {o.class_split} needs --task multilabel'
+    if o.partial_labels:
+        try:
+            parse_partial(o.partial_labels)
+        except ValueError as error:
+            yield f'--partial-labels {error}'
     names = metric_names(o)
     if o.early_stop and o.eval_metric == 'loss':
         yield '--early-stop needs a metric in percent, not --eval-metric loss'

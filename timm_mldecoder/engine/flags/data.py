@@ -43,6 +43,8 @@ DATASET: Group = ('Dataset', [
     both('--class-map', str, '', 'file that lists the class names in the order of their indices', path='dataset file'),
     both('--voc-difficult', str, None, 'labels of Pascal-VOC that only difficult objects show; as VOC does (ignore) if '
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
+    train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
+          'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
     both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
     both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),
@@ -65,6 +67,8 @@ CLASSES: Group = ('Text queries and zero-shot classes', [
           range='[0, 100000]', needs=given('word_embeddings')),
     train('--query-noise', float, 0.0, 'noise on the label embeddings in training, relative to their root mean square',
           range='[0, inf)', needs=given('word_embeddings')),
+    train('--query-cutout', float, 0.0, 'probability that an entry of a label embedding is zero in training',
+          range='[0, 1)', needs=given('word_embeddings')),
 ])
 
 IMAGES: Group = ('Images', [

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, scores_both
@@ -103,6 +104,16 @@ def create_split(
             raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     elif multilabel and getattr(dataset, 'target_transform', None) is None:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+    if training and options.partial_labels:
+        if not isinstance(dataset, MultiLabelDataset):
+            raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
+        dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
+        values = dataset.annotations.entries()[2]
+        positive = int((values == POSITIVE).sum())
+        _logger.info(
+            f'--partial-labels {options.partial_labels}: kept {positive} positive and {len(values) - positive} '
+            'negative labels'
+        )
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
