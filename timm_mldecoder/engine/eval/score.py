@@ -31,6 +31,7 @@ from timm_mldecoder.engine.model import (
     count_parameters,
     has_text_queries,
     load_model,
+    script,
     set_classes,
     thresholds_for,
 )
@@ -56,7 +57,7 @@ def score_model(options: Options, world: World) -> Result:
     if options.write_thresholds and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
-    dataset = create_split(options, options.split, num_samples=options.num_samples)
+    dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
     names = class_names_of(dataset)
     set_classes(model, names, options.word_embeddings)
     if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):
@@ -81,6 +82,7 @@ def score_model(options: Options, world: World) -> Result:
         bad_image=options.bad_image,
         remedy='--bad-image skip',
         crop_border_pixels=options.crop_border_pixels,
+        tf_preprocessing=options.tf_preprocessing,
     )
     limit = evaluation_sample_limit(loader)
     evaluator = _create_evaluator(options, content, dataset, names, device=world.device, max_samples=limit)
@@ -131,7 +133,9 @@ def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
     model = model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if options.torchcompile:
+    if options.torchscript:
+        model = script(model)
+    elif options.torchcompile:
         model = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
     elif options.aot_autograd:
         model = torch.compile(model, backend='aot_eager')

@@ -17,6 +17,7 @@ WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
 MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
 PROGRESSIVE = Need(lambda o: o.train_size_schedule == 'progressive', '--train-size-schedule progressive')
 TEXT_QUERIES = Need(lambda o: bool(o.use_ml_decoder_head or o.graph), '--use-ml-decoder-head 1 or --graph')
+PILLOW = Need(lambda o: not o.tf_preprocessing, 'no --tf-preprocessing, which has its own crop')
 NO_INPUT_SIZE = Need(lambda o: not o.input_size, 'no --input-size, which replaces it')
 
 DATASET: Group = ('Dataset', [
@@ -73,8 +74,11 @@ IMAGES: Group = ('Images', [
     validate('--use-train-size', bool, False, 'use the training size of the model, not its test size'),
     both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]'),
     both('--crop-mode', str, None, 'how evaluation images are cropped', choices=('squash', 'border', 'center'),
-         needs=VALIDATES, in_validate=dict(needs=())),
-    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]'),
+         needs=VALIDATES, in_validate=dict(needs=(PILLOW,))),
+    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]',
+             needs=PILLOW),
+    validate('--tf-preprocessing', bool, False, 'decode, crop and resize with TensorFlow, as models ported from it '
+             'were trained'),
     both('--mean', float, None, 'mean of the pixel values, in [0, 1], for all channels or for each', nargs='+'),
     both('--std', float, None, 'standard deviation of the pixel values, for all channels or for each', nargs='+',
          range='(0, inf)'),
@@ -90,6 +94,8 @@ LOADING: Group = ('Loading', [
     train('-vb --validation-batch-size', int, None, 'images per validation batch and process; --batch-size if not '
           'given', range='[1, 1048576]', needs=VALIDATES),
     both('-j --workers', int, 4, 'data loader workers per process', range=f'[0, {4 * _CPUS + 16}]'),
+    train('--persistent-workers', bool, True, 'keep the workers between epochs (on), or with --no-persistent-workers '
+          'start them in each', needs=WORKERS),
     train('--sampler', str, 'random', 'order of the training images: random, or balanced to draw each class equally '
           'often', choices=('random', 'balanced'), needs=NOT_STREAMED),
     train('--epoch-repeats', float, 0.0, 'passes over a streaming dataset per epoch', range='[0, inf)', needs=STREAMED),

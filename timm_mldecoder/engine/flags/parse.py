@@ -24,6 +24,7 @@ GROUPS = (
     data.IMAGES,
     data.LOADING,
     optimization.LOSS,
+    optimization.DISTILLATION,
     optimization.OPTIMIZER,
     optimization.SCHEDULE,
     augmentation.AUGMENTATION,

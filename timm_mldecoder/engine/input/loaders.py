@@ -105,6 +105,7 @@ def create_train_loader(
         bad_image=options.bad_image,
         seed=options.seed,
         rank=world.rank,
+        persistent_workers=options.persistent_workers,
         stream=dict(batch_size=options.batch_size, drop_last=True),
         **worker_options(options, world, options.workers, options.worker_seeding),
     )
@@ -119,10 +120,14 @@ def create_eval_loader(
     batch_size: int,
     bad_image: str,
     remedy: str,
-    crop_border_pixels: int | None = None,
+    persistent_workers: bool = True,
+    **crop: Any,
 ) -> EvalLoader:
-    """Create a loader of every image of a split; see `EvalLoader` for `bad_image` and `remedy`."""
-    set_eval_transform(options, dataset, config, crop_border_pixels)
+    """Create a loader of every image of a split.
+
+    See `EvalLoader` for `bad_image`, `remedy` and `persistent_workers`, `set_eval_transform` for `crop`.
+    """
+    set_eval_transform(options, dataset, config, **crop)
     stream = isinstance(dataset, IterableDataset)
     # fewer workers pad a stream less, as in timm
     workers = (
@@ -139,19 +144,25 @@ def create_eval_loader(
         create_placement(options, config, world),
         bad_image=bad_image,
         remedy=remedy,
+        persistent_workers=persistent_workers,
         batch_size=batch_size,
         **worker_options(options, world, workers),
     )
 
 
 def set_eval_transform(
-    options: Options, dataset: Dataset, config: DataConfig, crop_border_pixels: int | None = None
+    options: Options,
+    dataset: Dataset,
+    config: DataConfig,
+    crop_border_pixels: int | None = None,
+    tf_preprocessing: bool = False,
 ) -> None:
-    """Give a dataset the transform of evaluation."""
+    """Give a dataset the transform of evaluation; with `tf_preprocessing` TensorFlow's, of the bytes of files."""
     dataset.transform = create_transform(
         config['input_size'],
         use_prefetcher=not options.no_prefetcher,
         crop_border_pixels=crop_border_pixels,
+        tf_preprocessing=tf_preprocessing,
         **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
     )
 
