@@ -80,6 +80,11 @@ def divergence(logits, teacher, temperature):
     return temperature**2 * (theirs * (theirs / ours).log()).sum(1).mean()
 
 
+def learned(kind, logits, teacher):
+    """Return the loss of the second classifier (arXiv 2012.12877, section 4)."""
+    return F.cross_entropy(logits.double(), teacher.argmax(1)) if kind == 'hard' else divergence(logits, teacher, 4)
+
+
 WEIGHTS = {
     '': (1, 1),
     '--task-loss-weight 0.3': (0.3, 0.7),
@@ -133,11 +138,27 @@ def test_the_second_classifier_of_a_distilled_model_learns_from_the_teacher(data
     run.close()
     own, distilled = task.get_trainable_module().train()(images)
     teacher = task.teacher.model(task.teacher.normalize_input(images))
-    learned = F.cross_entropy(distilled.double(), teacher.argmax(1)) if kind == 'hard' else None
-    expected = cross_entropy(own, target) + (divergence(distilled, teacher, 4) if learned is None else learned)
+    expected = cross_entropy(own, target) + learned(kind, distilled, teacher)
     torch.testing.assert_close(task(images, target)['loss'].double(), expected, rtol=1e-4, atol=1e-6)
     mean = run.eval_model.eval()(images)
     assert mean.shape == own.shape, 'evaluated as one model'
+
+
+@pytest.mark.parametrize('model', ['test_resnet', 'deit_tiny_distilled_patch16_224'])
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_beside_a_head_a_linear_classifier_learns_from_the_teacher(data, tmp_path, folder, kind, model):
+    flags = [*DISTILLED, '--kd-model-name', folder, '--kd-token-distill-type', kind, *HEAD, '--model', model]
+    run = build(data, tmp_path, *flags, *(['--model-kwargs'] if model == 'test_resnet' else []))
+    task = run.state.task
+    images, target = next(iter(run.train_loader.epoch(0)))
+    run.close()
+    student, second = (task.get_trainable_module().train().get_submodule(name) for name in ('student', 'projection'))
+    features = student.forward_features(images)
+    distilled = second(student.forward_head(features, pre_logits=True))
+    teacher = task.teacher.model(task.teacher.normalize_input(images))
+    expected = cross_entropy(student(images), target) + learned(kind, distilled, teacher)
+    torch.testing.assert_close(task(images, target)['loss'].double(), expected, rtol=1e-4, atol=1e-6)
+    assert run.eval_model is student
 
 
 @pytest.mark.parametrize(
@@ -185,6 +206,7 @@ def stop_within_the_second_epoch(run):
         pytest.param(HEAD, id='logit', marks=pytest.mark.slow),
         pytest.param(FEATURE, id='feature'),
         pytest.param(DISTILLED, id='token', marks=pytest.mark.slow),
+        pytest.param([*DISTILLED, *HEAD], id='token and head', marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_within_an_epoch_resumes_to_the_last_bit(data, tmp_path, folder, flags):
@@ -195,7 +217,8 @@ def test_a_run_that_is_stopped_within_an_epoch_resumes_to_the_last_bit(data, tmp
     assert fit_until_stopped(run) == 143
     assert_same_run(train(data, tmp_path, *flags, '--resume', 'auto'), whole)
     content = last(whole)
-    assert ('task_state' in content) == ('task_state_ema' in content) == ('feature' in flags)
+    projected = 'feature' in flags or {*DISTILLED, *HEAD} <= {*flags}
+    assert ('task_state' in content) == ('task_state_ema' in content) == projected
 
 
 def test_the_student_is_evaluated_as_in_training_without_its_teacher(data, tmp_path, folder, capsys):
@@ -296,7 +319,7 @@ def test_two_ranks_train_as_one_and_resume_after_a_kill(data, tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags', [HEAD, FEATURE, DISTILLED], ids=['logit', 'feature', 'token'])
+@pytest.mark.parametrize('flags', [HEAD, FEATURE, DISTILLED, [*DISTILLED, *HEAD]], ids=' '.join)
 def test_compiled_runs_have_the_losses_of_others(data, tmp_path, folder, flags):
     flags = ['--epochs', '2', '--opt', 'sgd', '--lr', '0.01', '--model-ema', '--kd-model-name', folder, *flags]
     plain = summary(train(data, tmp_path / 'plain', *flags))

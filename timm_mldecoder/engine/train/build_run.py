@@ -9,7 +9,7 @@ import torch
 import yaml
 from timm.layers import convert_splitbn_model
 from timm.models import safe_model_name
-from timm.task import FeatureDistillationTask, TrainingTask
+from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
@@ -221,7 +221,7 @@ def _script(task: TrainingTask) -> None:
         ValueError: If the model cannot be compiled.
     """
     trained = task.trainable_module = script(task.get_trainable_module())
-    task.eval_model = trained.student if isinstance(task, FeatureDistillationTask) else trained
+    task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is not evaluated
 
 
 def _eval_classes(options: Options, model: nn.Module, validation: Dataset | None) -> Classes | None:

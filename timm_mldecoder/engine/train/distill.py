@@ -20,6 +20,7 @@ from timm_mldecoder.engine.input.datasets import check_class_names, image_channe
 from timm_mldecoder.engine.input.loaders import DataConfig
 from timm_mldecoder.engine.model import Trained, count_parameters, load_model
 from timm_mldecoder.engine.runtime.errors import one_line
+from timm_mldecoder.head import MLDecoder
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +63,31 @@ class Teacher(DistillationTeacher):
         return input if self.same else input * self.scale + self.shift
 
 
+class HeadTokenTask(FeatureDistillationTask):
+    """Token distillation of a student with an ML-Decoder head, which has no second classifier.
+
+    A linear classifier on the mean image token is added for training. It has the place of the projection in feature
+    distillation: it is trained with the student, and kept out of its weights.
+
+    Args:
+        distill_type: 'soft' or 'hard', see `TokenDistillationTask`.
+        temperature: Temperature of 'soft'.
+        student_feature_dim: Width F of the mean image token.
+        **settings: Arguments of `FeatureDistillationTask`.
+    """
+
+    def __init__(self, *, distill_type: str, temperature: float, student_feature_dim: int, **settings: Any) -> None:
+        classes = settings['student_model'].num_classes
+        super().__init__(student_feature_dim=student_feature_dim, teacher_feature_dim=classes, **settings)
+        module = self.trainable_module
+        if module.projection is None:  # as many classes as features
+            module.projection = nn.Linear(classes, classes, device=self.device, dtype=self.dtype)
+        self.distill_type = distill_type
+        self.temperature = temperature
+
+    forward = TokenDistillationTask.forward
+
+
 def create_distillation_task(
     options: Options, student: nn.Module, dataset: Dataset, images: DataConfig, **settings: Any
 ) -> TrainingTask:
@@ -80,8 +106,11 @@ def create_distillation_task(
     teacher = _create_teacher(options, student, dataset, images)
     task, names = TASKS[options.kd_distill_type]
     settings |= {argument: options[name] for argument, name in names.items()}
+    image = _image_sizes(options, images, next(student.parameters()))[0]
+    if task is TokenDistillationTask and isinstance(student.get_classifier(), MLDecoder):
+        task = HeadTokenTask
+        settings['student_feature_dim'] = _feature_width(options, 'student', student, image)
     if task is FeatureDistillationTask:
-        image = _image_sizes(options, images, next(student.parameters()))[0]
         for who, model in (('student', student), ('teacher', teacher.model)):
             settings[f'{who}_feature_dim'] = _feature_width(options, who, model, image)
     try:
