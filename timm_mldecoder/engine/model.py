@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.models import load_checkpoint
+from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -56,6 +57,8 @@ def create_model(
     """
     if options.fast_norm:
         set_fast_norm()
+    if options.fuser:
+        set_jit_fuser(options.fuser)
     head: dict[str, Any] = {}
     if options.use_ml_decoder_head:
         sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
@@ -72,6 +75,7 @@ def create_model(
             num_classes=options.num_classes,
             in_chans=image_channels(options),
             global_pool=None if options.use_ml_decoder_head else options.gp,
+            scriptable=options.torchscript,
             **head,
             **options.model_kwargs,
             **settings,
@@ -81,15 +85,27 @@ def create_model(
     return model
 
 
+def script(model: nn.Module) -> nn.Module:
+    """Compile a model with torch.jit.script (`--torchscript`).
+
+    Raises:
+        ValueError: If the model cannot be compiled, as one with an ML-Decoder head.
+    """
+    try:
+        return torch.jit.script(model)
+    except (ValueError, RuntimeError) as error:  # torch's are RuntimeErrors
+        raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
+
+
 def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
     """
-    overlay = {}
-    if options.pretrained_path:  # num_classes -1: adapt the head, whatever the file holds
-        overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
+    # num_classes -1: adapt the head, whatever the file holds
+    overlay = dict(file=options.pretrained_path, num_classes=-1) if options.pretrained_path else {}
+    overlay |= options.pretrained_cfg_overlay
     model = create_model(
         options,
         words=training_words(options, dataset),
@@ -100,7 +116,7 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         drop_block_rate=options.drop_block,
         bn_momentum=options.bn_momentum,
         bn_eps=options.bn_eps,
-        **overlay,
+        **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
     with refuse(options):
         if options.graph:

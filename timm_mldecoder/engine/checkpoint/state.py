@@ -186,7 +186,9 @@ class TrainingState:
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
                 average = content.get('state_dict_ema')
-                self.task.load_checkpoint_state(clean_state_dict(average) if average else weights, ema=True)
+                weights = clean_state_dict(average) if average else weights
+                task_state = content.get('task_state_ema' if average else 'task_state')
+                self.task.load_checkpoint_state(weights, task_state, ema=True)
         except (RuntimeError, AttributeError, TypeError) as error:  # torch names every key that does not fit
             raise ValueError(f'the checkpoint holds another model: {one_line(error, 300)}') from error
 

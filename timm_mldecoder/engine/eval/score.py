@@ -33,6 +33,7 @@ from timm_mldecoder.engine.model import (
     fuse_model,
     has_text_queries,
     load_model,
+    script,
     set_classes,
     thresholds_for,
 )
@@ -58,7 +59,7 @@ def score_model(options: Options, world: World) -> Result:
     if options.write_thresholds and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
-    dataset = create_split(options, options.split, num_samples=options.num_samples)
+    dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
     names = class_names_of(dataset)
     set_classes(model, names, options.word_embeddings)
     if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):
@@ -86,6 +87,7 @@ def score_model(options: Options, world: World) -> Result:
         remedy='--bad-image skip',
         crop_border_pixels=options.crop_border_pixels,
         patches=patches,
+        tf_preprocessing=options.tf_preprocessing,
     )
     limit = evaluation_sample_limit(loader)
     evaluator = _create_evaluator(options, content, dataset, names, device=world.device, max_samples=limit)
@@ -136,7 +138,9 @@ def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
     model = model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if options.torchcompile:
+    if options.torchscript:
+        model = script(model)
+    elif options.torchcompile:
         model = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
     elif options.aot_autograd:
         model = torch.compile(model, backend='aot_eager')

@@ -20,6 +20,7 @@ WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
 MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
 PROGRESSIVE = Need(lambda o: o.train_size_schedule == 'progressive', '--train-size-schedule progressive')
 TEXT_QUERIES = Need(lambda o: bool(o.use_ml_decoder_head or o.graph), '--use-ml-decoder-head 1 or --graph')
+PILLOW = Need(lambda o: not o.tf_preprocessing, 'no --tf-preprocessing, which has its own crop')
 NO_INPUT_SIZE = Need(lambda o: not o.input_size, 'no --input-size, which replaces it')
 
 DATASET: Group = ('Dataset', [
@@ -81,8 +82,11 @@ IMAGES: Group = ('Images', [
     both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]',
          needs=IMAGES_OF_ONE_SIZE),
     both('--crop-mode', str, None, 'how evaluation images are cropped', choices=('squash', 'border', 'center'),
-         needs=(VALIDATES, IMAGES_OF_ONE_SIZE), in_validate=dict(needs=(IMAGES_OF_ONE_SIZE,))),
-    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]'),
+         needs=(VALIDATES, IMAGES_OF_ONE_SIZE), in_validate=dict(needs=(PILLOW, IMAGES_OF_ONE_SIZE))),
+    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]',
+             needs=PILLOW),
+    validate('--tf-preprocessing', bool, False, 'decode, crop and resize with TensorFlow, as models ported from it '
+             'were trained'),
     both('--mean', float, None, 'mean of the pixel values, in [0, 1], for all channels or for each', nargs='+'),
     both('--std', float, None, 'standard deviation of the pixel values, for all channels or for each', nargs='+',
          range='(0, inf)'),
@@ -98,6 +102,8 @@ LOADING: Group = ('Loading', [
     train('-vb --validation-batch-size', int, None, 'validation batch size per rank (default: --batch-size)',
           range='[1, 1048576]', needs=VALIDATES),
     both('-j --workers', int, 4, 'data loader workers per rank', range=f'[0, {4 * _CPUS + 16}]'),
+    train('--persistent-workers', bool, True, 'keep the workers between epochs (on), or with --no-persistent-workers '
+          'start them in each', needs=WORKERS),
     train('--sampler', str, 'random', 'order of the training images: random, or balanced to draw each class equally '
           'often', choices=('random', 'balanced'), needs=NOT_STREAMED),
     train('--epoch-repeats', float, 0.0, 'passes over a streaming dataset per epoch', range='[0, inf)', needs=STREAMED),

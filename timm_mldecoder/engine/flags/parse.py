@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
+from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run
 from timm_mldecoder.engine.flags.checks import check, check_patches, check_task, default_metric
 from timm_mldecoder.engine.flags.config import as_arguments, find_recipe, read_config
 from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
@@ -24,6 +24,7 @@ GROUPS = (
     data.IMAGES,
     data.LOADING,
     optimization.LOSS,
+    optimization.DISTILLATION,
     optimization.OPTIMIZER,
     optimization.SCHEDULE,
     augmentation.AUGMENTATION,
@@ -36,7 +37,6 @@ GROUPS = (
     run.RUN,
     run.TRACKERS,
     run.RESULTS,
-    unsupported.UNSUPPORTED,
 )
 _FOLDER = {'data', 'data_dir'}  # two names of one option
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
@@ -71,8 +71,7 @@ def parse_train(argv: Sequence[str] | None = None) -> Options:
     """The options of a training run: defaults, then the YAML file, then the command line.
 
     Raises:
-        ValueError: For an unknown or unsupported flag, a value that is not allowed, or options that contradict each
-            other.
+        ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
     return _parse('train', argv)
 

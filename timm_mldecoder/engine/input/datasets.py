@@ -55,6 +55,7 @@ def create_split(
     num_samples: int | None = None,
     repeats: float = 0,
     missing: str = 'error',
+    load_bytes: bool = False,
 ) -> Dataset:
     """Create the dataset of one split.
 
@@ -65,6 +66,7 @@ def create_split(
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
         missing: 'error' or 'skip' at images that are annotated but not on disk.
+        load_bytes: Whether the transform takes the bytes of image files.
 
     Raises:
         ValueError: If the data is missing, or does not fit the task.
@@ -88,6 +90,8 @@ def create_split(
         num_samples=num_samples,
         trust_remote_code=options.dataset_trust_remote_code,
     )
+    if load_bytes:
+        settings['load_bytes'] = True
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     try:

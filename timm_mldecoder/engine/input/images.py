@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -62,11 +62,10 @@ class StrictImageDataset(ImageDataset):
         try:
             file, target = self.reader[index][:2]
             with file:
-                image = Image.open(file)
-                image = image.convert(self.input_img_mode or image.mode)
+                image = self._decode(file)
         except Exception as error:  # damaged bytes make PIL's decoders raise anything
             raise OSError(str(error)) from error
-        if self.transform is not None:
+        if self.transform is not None and not self.load_bytes:
             image = self.transform(image)
         if target is None:
             target = -1
@@ -74,12 +73,18 @@ class StrictImageDataset(ImageDataset):
             target = self.target_transform(target)
         return image, target
 
+    def _decode(self, file: IO[bytes]) -> Any:
+        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
+            return self.transform(file.read())
+        image = Image.open(file)
+        return image.convert(self.input_img_mode or image.mode)
+
 
 def strict(dataset: Dataset) -> Dataset:
     """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
     if type(dataset) is not ImageDataset:
         return dataset
-    settings = ('reader', 'input_img_mode', 'transform', 'target_transform')
+    settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
     return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
 
 
@@ -204,6 +209,7 @@ class TrainLoader:
         bad_image: 'skip' or 'abort' at unreadable images.
         seed: Seed of the run.
         rank: Rank of this process.
+        persistent_workers: Whether workers live from epoch to epoch.
         stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
         **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
     """
@@ -220,6 +226,7 @@ class TrainLoader:
         bad_image: str = 'skip',
         seed: int = 0,
         rank: int = 0,
+        persistent_workers: bool = True,
         stream: dict[str, Any] | None = None,
         **workers: Any,
     ) -> None:
@@ -243,7 +250,7 @@ class TrainLoader:
                 batch_sampler=batches,
                 collate_fn=KeyedCollate(collate, partial=False, mixup_off_epoch=mixup_off_epoch),
                 generator=self._generator,
-                persistent_workers=workers['num_workers'] > 0,
+                persistent_workers=persistent_workers and workers['num_workers'] > 0,
                 **workers,
             )
         self._wrapped = placement.wrap(_Batches(self))
@@ -337,6 +344,7 @@ class EvalLoader:
         placement: Device and form of the batches.
         bad_image: 'abort' or 'skip' at unreadable images.
         remedy: The flag that scores the other images, for the error message.
+        persistent_workers: Whether workers live from pass to pass.
         **workers: Further options of `DataLoader`: batch size, number of workers, pinned memory, start method.
     """
 
@@ -349,6 +357,7 @@ class EvalLoader:
         *,
         bad_image: str = 'abort',
         remedy: str = '',
+        persistent_workers: bool = True,
         **workers: Any,
     ) -> None:
         self.dataset = dataset
@@ -360,7 +369,7 @@ class EvalLoader:
         self._stream = isinstance(dataset, IterableDataset)
         if not self._stream:
             dataset, collate = KeyedSamples(dataset), KeyedCollate(collate, partial=True)
-            workers['persistent_workers'] = workers['num_workers'] > 0
+            workers['persistent_workers'] = persistent_workers and workers['num_workers'] > 0
         self._loader = DataLoader(dataset, sampler=sampler, collate_fn=collate, **workers)
         self._wrapped = placement.wrap(self)
 

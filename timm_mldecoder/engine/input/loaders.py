@@ -116,6 +116,7 @@ def create_train_loader(
         bad_image=options.bad_image,
         seed=options.seed,
         rank=world.rank,
+        persistent_workers=options.persistent_workers,
         stream=dict(batch_size=options.batch_size, drop_last=True),
         **worker_options(options, world, options.workers, options.worker_seeding),
     )
@@ -130,11 +131,15 @@ def create_eval_loader(
     batch_size: int,
     bad_image: str,
     remedy: str,
-    crop_border_pixels: int | None = None,
     patches: PatchFormat | None = None,
+    persistent_workers: bool = True,
+    **crop: Any,
 ) -> EvalLoader:
-    """Create a loader of every image of a split; see `EvalLoader` for `bad_image` and `remedy`."""
-    set_eval_transform(options, dataset, config, crop_border_pixels, patches)
+    """Create a loader of every image of a split.
+
+    See `EvalLoader` for `bad_image`, `remedy` and `persistent_workers`, `set_eval_transform` for `crop`.
+    """
+    set_eval_transform(options, dataset, config, patches=patches, **crop)
     stream = isinstance(dataset, IterableDataset)
     # fewer workers pad a stream less, as in timm
     workers = (
@@ -151,6 +156,7 @@ def create_eval_loader(
         create_placement(options, config, world, patches),
         bad_image=bad_image,
         remedy=remedy,
+        persistent_workers=persistent_workers,
         batch_size=batch_size,
         **worker_options(options, world, workers),
     )
@@ -162,8 +168,9 @@ def set_eval_transform(
     config: DataConfig,
     crop_border_pixels: int | None = None,
     patches: PatchFormat | None = None,
+    tf_preprocessing: bool = False,
 ) -> None:
-    """Give a dataset the transform of evaluation."""
+    """Give a dataset the transform of evaluation; with `tf_preprocessing` TensorFlow's, of the bytes of files."""
     form = {}
     if patches is not None:
         form = dict(naflex=True, patchify=True, max_seq_len=options.naflex_max_seq_len, patch_size=patches.size)
@@ -172,6 +179,7 @@ def set_eval_transform(
         config['input_size'],
         use_prefetcher=not options.no_prefetcher,
         crop_border_pixels=crop_border_pixels,
+        tf_preprocessing=tf_preprocessing,
         **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
         **form,
     )

@@ -22,7 +22,9 @@ _OTHERS = """
     img_size in_chans input_size crop_pct crop_mode mean std interpolation
     batch_size workers missing_images bad_image no_prefetcher pin_mem
     loss bce_loss bce_sum bce_target_thresh bce_pos_weight loss_pos_weight loss_class_weight loss_weight_power
-    class_stats class_priors poly_gamma poly_epsilon loss_kwargs smoothing
+    loss_weight_beta loss_weight_max class_stats class_priors poly_gamma poly_epsilon poly_alpha
+    asl_gamma_pos asl_gamma_neg asl_clip asl_reduction twoway_tp twoway_tn db_neg_scale db_init_bias db_focal_gamma
+    loss_kwargs smoothing
     opt opt_eps opt_betas momentum weight_decay opt_kwargs clip_grad clip_mode epochs
     seed output experiment val_interval eval_metric device device_modules amp amp_dtype local_rank
 """

@@ -29,7 +29,7 @@ from timm_mldecoder.engine.input.datasets import (
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
-from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes
+from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
@@ -89,10 +89,11 @@ def build_run(options: Options, world: World) -> Run:
         bad_image=options.val_bad_image,
         remedy='--val-bad-image skip',
         patches=patches,
+        persistent_workers=options.persistent_workers,
     )
 
     # task and optimizer
-    task = create_task(options, model, train, world)
+    task = create_task(options, model, train, config, world)
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -209,12 +210,24 @@ def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
             use_warmup=options.model_ema_warmup,
             device='cpu' if options.model_ema_force_cpu else None,
         )
+    if options.torchscript:
+        _script(task)
     if options.torchcompile:
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
         task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
     eval_model = task.get_eval_model()
     prepare_distributed(options, task, world)
     return eval_model
+
+
+def _script(task: TrainingTask) -> None:
+    """Compile the model of a task with torch.jit.script, for training and evaluation.
+
+    Raises:
+        ValueError: If the model cannot be compiled.
+    """
+    trained = task.trainable_module = script(task.get_trainable_module())
+    task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is not evaluated
 
 
 def _eval_classes(options: Options, model: nn.Module, validation: Dataset | None) -> Classes | None:
