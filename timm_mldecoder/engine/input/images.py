@@ -173,7 +173,8 @@ class Placement(NamedTuple):
     def place(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Move a batch that was not prefetched to the device."""
         if self.prefetch is None:
-            images, target = images.to(self.device, self.dtype), target.to(self.device)
+            images = images.to(self.device, self.dtype, non_blocking=True)
+            target = target.to(self.device, non_blocking=True)
         return images, target
 
     def layout(self, images: Tensor) -> Tensor:
