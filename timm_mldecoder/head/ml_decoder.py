@@ -193,7 +193,7 @@ class MLDecoder(nn.Module):
             raise ValueError('fold() is for inference: call eval() first')
         self.unfold()
         with torch.no_grad():
-            self.folded_queries, self.folded_projection = self._query_side(self._label_embeddings(), 1)
+            self.folded_queries, self.folded_projection = self._query_side(1)
         return self
 
     def unfold(self) -> None:
@@ -223,8 +223,10 @@ class MLDecoder(nn.Module):
         tokens = self._embed_tokens(x)
         label_embeddings = self._label_embeddings()
         first, *others = self.layers
-        queries, projected = self._query_side(label_embeddings, tokens.shape[0])
-        queries = first.decode(queries, projected, tokens, mask)
+        if self.folded_queries is not None:
+            queries = first.decode(self.folded_queries, self.folded_projection, tokens, mask)
+        else:
+            queries = first(self._queries(label_embeddings, tokens.shape[0]), tokens, mask)
         for layer in others:
             queries = layer(queries, tokens, mask)
         return self.group_fc(queries, label_embeddings)
@@ -236,7 +238,7 @@ class MLDecoder(nn.Module):
         arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
-        queries, projected = self._query_side(self._label_embeddings(), tokens.shape[0])
+        queries, projected = self._query_side(tokens.shape[0])
         for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
             queries, projected = following.query_side(layer.decode(queries, projected, tokens, mask))
         return self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
@@ -255,14 +257,16 @@ class MLDecoder(nn.Module):
         """Label embeddings [C, E], None without text queries."""
         return None if self.vocabulary is None else self.vocabulary()
 
-    def _query_side(self, label_embeddings: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Normalized and projected queries of the first layer; per image only if dropout makes them differ."""
+    def _queries(self, label_embeddings: Tensor | None, batch_size: int) -> Tensor:
+        """Queries [1, K, D] of the first layer; [B, K, D] if dropout makes them differ from image to image."""
+        queries = self.queries(label_embeddings).unsqueeze(0)
+        return _expand(queries, batch_size) if self.training and self.dropout > 0 else queries
+
+    def _query_side(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Normalized and projected queries of the first layer."""
         if self.folded_queries is not None:
             return self.folded_queries, self.folded_projection
-        queries = self.queries(label_embeddings).unsqueeze(0)
-        if self.training and self.dropout > 0:
-            queries = _expand(queries, batch_size)
-        return self.layers[0].query_side(queries)
+        return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size))
 
 
 @torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size

@@ -43,7 +43,7 @@ class RunningLoss:
 
     def mean(self, world: World) -> Tensor:
         """Return the mean loss over the samples of all ranks, a scalar on the device; a collective call."""
-        total, samples = world.all_reduce_sum(torch.stack([self.total, self.total.new_tensor(self.samples)]))
+        total, samples = world.all_reduce_sum(torch.stack([self.total, self.total.new_full((), self.samples)]))
         return total / samples.clamp(min=1)
 
 

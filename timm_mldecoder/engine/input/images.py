@@ -185,12 +185,13 @@ class Placement(NamedTuple):
         """Move a batch that was not prefetched to the device."""
         if self.prefetch is not None:
             return images, target
+        move = dict(device=self.device, non_blocking=True)
         if isinstance(images, dict):
-            moved = {name: part.to(self.device) for name, part in images.items() if isinstance(part, Tensor)}
+            moved = {name: part.to(**move) for name, part in images.items() if isinstance(part, Tensor)}
             images = {**images, **moved, 'patches': moved['patches'].to(self.dtype or torch.float32)}
         else:
-            images = images.to(self.device, self.dtype)
-        return images, target.to(self.device)
+            images = images.to(dtype=self.dtype, **move)
+        return images, target.to(**move)
 
     def layout(self, images: Batch) -> Batch:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images

@@ -181,7 +181,7 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
     else:
         if options.clip_grad is not None:
             dispatch_clip_grad(run.clip_parameters(), value=options.clip_grad, mode=options.clip_mode)
-        state.scaler.step(state.optimizer)
+        state.optimizer.step()  # the scaler's own step would wait for the device to know what is known
         update_ema(run)
         buffers.save()
         state.skipped = 0
