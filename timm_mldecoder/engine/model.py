@@ -189,10 +189,14 @@ class Trained(NamedTuple):
         return own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
 
 
-def load_model(options: Options) -> Trained:
+def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
     Options that the user gave (`options.given`) win over those of the checkpoint.
+
+    Args:
+        options: Options of either script.
+        content: What `read_checkpoint` read from the checkpoint; None reads it.
 
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the options.
@@ -203,7 +207,7 @@ def load_model(options: Options) -> Trained:
             options = options.replace(task=settings['task'])
             check_task(options)
         return Trained(create_model(options, pretrained=True), options, {}, settings)
-    content = read_checkpoint(options.checkpoint)
+    content = read_checkpoint(options.checkpoint) if content is None else content
     config: dict[str, Any] = {}
     if RUN in content:
         options, config = inherit(options, content)
@@ -230,18 +234,22 @@ def load_model(options: Options) -> Trained:
     return Trained(model, options, config, content)
 
 
-def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None = None) -> Trained:
+def load_trained(
+    checkpoint: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
+) -> Trained:
     """Load a checkpoint of train.py as it was trained: the entry for other programs.
 
     Args:
         checkpoint: Path of the checkpoint.
         device: Name of the device to put the model on.
         use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
+        content: What `read_checkpoint` read from it; None reads it.
 
     Raises:
         ValueError: If the file is not such a checkpoint.
     """
-    trained = load_model(validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema))
+    options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
+    trained = load_model(options, content)
     if RUN not in trained.content:
         raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
     trained.model.eval().to(device)

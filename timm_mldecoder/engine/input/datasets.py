@@ -47,6 +47,11 @@ def image_channels(options: Options) -> int:
     return options.input_size[0] if options.input_size is not None else 3
 
 
+def image_mode(options: Options) -> str:
+    """Return the PIL mode in which images are read."""
+    return options.input_img_mode or ('RGB' if image_channels(options) == 3 else 'L')
+
+
 def create_split(
     options: Options,
     split: str,
@@ -71,11 +76,10 @@ def create_split(
     Raises:
         ValueError: If the data is missing, or does not fit the task.
     """
-    channels = image_channels(options)
-    mode = options.input_img_mode or ('RGB' if channels == 3 else 'L')
+    mode = image_mode(options)
     kind = dataset_kind(options.dataset)
     _check_folder(options.dataset, options.data_dir, split)
-    _check_image_mode(options.dataset, mode, channels)
+    _check_image_mode(options.dataset, mode, image_channels(options))
     multilabel = options.task == 'multilabel'
     settings = dict(
         class_map=options.class_map,

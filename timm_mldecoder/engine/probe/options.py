@@ -94,10 +94,9 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
     if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
         raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
     defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
-    words = any(text.partition('=')[0] == '--word-embeddings' for text in others)
     given = parse_train([*defaults, '--no-aug', *others] if not own.augment else [*defaults, *others])
     _refuse_without_effect(given, own.augment)
-    train = given
+    train, words = given, bool(given.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):
             raise ValueError(f'--word-embeddings needs one of {", ".join(TEXT_HEADS)} in --heads')
