@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -32,6 +33,7 @@ from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classi
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
+BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
 HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
 
 
@@ -164,14 +166,15 @@ class Trained(NamedTuple):
     """A model with weights, and what they bring along.
 
     Attributes:
-        model: The model, on the CPU.
-        options: Options that built it: those of the checkpoint, but for the ones that the user gave.
+        model: The model.
+        options: Options that built it: those of the checkpoint, but for the ones that the user gave. None for a
+            pretrained model that `load_trained` took from elsewhere.
         data_config: timm's data configuration, as far as a checkpoint holds it.
         content: What the checkpoint holds; without one, task and thresholds of a model folder.
     """
 
     model: nn.Module
-    options: Options
+    options: Options | None
     data_config: dict[str, Any]
     content: dict[str, Any]
 
@@ -187,6 +190,26 @@ class Trained(NamedTuple):
         head = self.model.get_classifier()
         own = head.class_names if isinstance(head, MLDecoder) else None
         return own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
+
+    @property
+    def task(self) -> str:
+        """'classification' or 'multilabel'; the first for a model that does not know."""
+        return self.options.task if self.options else self.content.get('task', 'classification')
+
+    def thresholds(self, names: list[str] | None) -> Tensor | None:
+        """Return the tuned thresholds of these classes, [C]; None if there are none at all.
+
+        Raises:
+            ValueError: If they are of other classes.
+        """
+        tuned = thresholds_for(self.content, names)
+        if tuned is None and self.content.get('thresholds'):
+            missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
+            raise ValueError(
+                f'the tuned thresholds do not include class {missing!r}: tune them again (validate.py '
+                '--write-thresholds), or pass --threshold to predict'
+            )
+        return tuned
 
 
 def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
@@ -235,19 +258,24 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
 
 
 def load_trained(
-    checkpoint: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
+    source: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
 ) -> Trained:
-    """Load a checkpoint of train.py as it was trained: the entry for other programs.
+    """Load a model for use, in eval mode: the entry for other programs.
 
     Args:
-        checkpoint: Path of the checkpoint.
+        source: Checkpoint of train.py, which is loaded as it was trained; folder of a run, for its best checkpoint;
+            folder of convert; or name of a pretrained timm model.
         device: Name of the device to put the model on.
-        use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
-        content: What `read_checkpoint` read from it; None reads it.
+        use_ema: Whether to take the EMA weights of a checkpoint; None takes those that training ranked it by.
+        content: What `read_checkpoint` read from a checkpoint; None reads it.
 
     Raises:
-        ValueError: If the file is not such a checkpoint.
+        ValueError: If there is no such model, or it does not load.
     """
+    path = Path(source)
+    checkpoint = next((path / name for name in BEST if (path / name).is_file()), path)
+    if not checkpoint.is_file():
+        return _load_pretrained(str(source), device, use_ema)
     options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
     trained = load_model(options, content)
     if RUN not in trained.content:
@@ -258,6 +286,20 @@ def load_trained(
         if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
             config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
     return trained._replace(data_config=config)
+
+
+def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
+    """Load a model folder, or a pretrained timm model."""
+    name = f'local-dir:{source}' if Path(source).is_dir() else source
+    if ':' not in name and not timm.is_model(name):
+        raise ValueError(f'{source}: no such checkpoint, folder or timm model')
+    if use_ema is not None:
+        raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
+    try:
+        model = timm.create_model(name, pretrained=True).eval().to(device)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
+    return Trained(model, None, resolve_data_config({}, model=model), folder_settings(name))
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:

@@ -39,6 +39,22 @@ class Range:
 FINITE = Range('(-inf, inf)')
 
 
+def number(kind: type, interval: str) -> Callable[[str], Any]:
+    """Return the argparse type of numbers in an interval such as `[0, 1)`, for commands that have no rows."""
+    allowed = Range(interval)
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f'{text}: must be {allowed}')
+        return value
+
+    return parse
+
+
 class Need(NamedTuple):
     """The condition under which a flag has an effect, and its wording: what the flag needs."""
 

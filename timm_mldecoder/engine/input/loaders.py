@@ -118,7 +118,7 @@ def create_train_loader(
         rank=world.rank,
         persistent_workers=options.persistent_workers,
         stream=dict(batch_size=options.batch_size, drop_last=True),
-        **worker_options(options, world, options.workers, options.worker_seeding),
+        **worker_options(world, options.workers, options.pin_mem, options.worker_seeding),
     )
 
 
@@ -158,7 +158,7 @@ def create_eval_loader(
         remedy=remedy,
         persistent_workers=persistent_workers,
         batch_size=batch_size,
-        **worker_options(options, world, workers),
+        **worker_options(world, workers, options.pin_mem),
     )
 
 
@@ -312,10 +312,11 @@ def create_placement(
     return Placement(world.device, model_dtype(options), options.channels_last, prefetch, prefetcher)
 
 
-def worker_options(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
+def worker_options(world: World, workers: int, pin_memory: bool, worker_seeding: str = 'all') -> dict[str, Any]:
+    """Return the options of `DataLoader` about its workers."""
     return dict(
         num_workers=workers,
-        pin_memory=options.pin_mem,
+        pin_memory=pin_memory,
         worker_init_fn=partial(init_worker, worker_seeding=worker_seeding),
         multiprocessing_context=_worker_server() if world.distributed and workers else None,
     )
