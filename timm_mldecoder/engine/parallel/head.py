@@ -28,7 +28,7 @@ class ParallelMLDecoder(MLDecoder):
         queries = functional_call(self.queries, {'weight': self._own(self.queries.weight)}, (None,)).unsqueeze(0)
         if self.training and self.dropout > 0:
             queries = queries.expand(len(tokens), -1, -1)
-        queries = first.decode(*first.query_side(queries), tokens, mask)
+        queries = first(queries, tokens, mask)
         for layer in others:
             queries = layer(queries, tokens, mask)
         padding = self.config.num_queries * self.config.group_size - self.num_classes
