@@ -2,7 +2,7 @@
 
     python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
     python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
-    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    of --parallel fsdp, as one file
+    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a divided one, as one file
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published

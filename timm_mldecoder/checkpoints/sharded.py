@@ -29,6 +29,7 @@ _HARMLESS = {
 } | {
     ('torch.distributed.checkpoint.filesystem', '_StorageInfo'),
     ('torch', 'Size'), ('torch.serialization', '_get_layout'), ('pathlib', 'PosixPath'), ('pathlib', 'WindowsPath'),
+    *(('pathlib._local', name) for name in ('PosixPath', 'WindowsPath')),  # as Python 3.13 names them
     *(('torch', name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }  # fmt: skip
 
