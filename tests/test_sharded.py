@@ -18,6 +18,7 @@ from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
+from timm_mldecoder.engine.model import load_trained
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # no draws, no BatchNorm: the same for any number of ranks
@@ -87,6 +88,9 @@ def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path
     folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
+    trained = load_trained(str(folder / 'last.pth.tar'))
+    for name, value in read_checkpoint(folder / 'last.pth.tar')['state_dict_ema'].items():
+        assert torch.equal(trained.model.state_dict()[name], value)
     single = tmp_path / 'single.pth.tar'
     process = subprocess.run(
         [sys.executable, '-m', 'timm_mldecoder.convert', str(folder / 'last.pth.tar'), str(single)],
