@@ -82,7 +82,7 @@ def remove_unused_shards(folder: Path) -> None:
     if not found:
         return
     try:
-        used = {shards_of(path) for path in checkpoints_in(folder)}
+        used = {shards_of(path) for path in folder.glob(f'*{SUFFIX}')}  # copies that the user made, too
     except ValueError as error:
         _logger.warning(f'{error}: no folder of tensors is removed from {folder}')
         return

@@ -216,7 +216,8 @@ def share_buffers(model: nn.Module, world: World) -> None:
         holder = model.get_submodule(path)
         if tuple(holder._buffers[leaf].shape) != shape:
             holder._buffers[leaf] = torch.empty(shape, dtype=dtype, device=world.device)
-        dist.broadcast(holder._buffers[leaf], src=0)
+        if holder._buffers[leaf].numel():
+            dist.broadcast(holder._buffers[leaf], src=0)
     for module in model.modules():
         if isinstance(module, Vocabulary):
             module.known = world.broadcast(module.known)
