@@ -292,6 +292,16 @@ def test_flags_that_contradict_each_other_are_refused(flags, message):
 
 
 @pytest.mark.slow
+def test_ranks_start_from_the_same_weights_and_exchange_no_gradients_of_the_teacher(data, tmp_path, folder):
+    flags = [data, *PLAIN, '-b', '3', *FEATURE, '--kd-model-name', folder, '--output', tmp_path, tmp_path / 'start']
+    process = call('tests/programs/start_of_rank.py', *flags, processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f'start.{rank}') for rank in (0, 1))
+    assert_same(first, second)
+    assert_same(first['ema'], first['model'])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [HEAD, FEATURE], ids=['logit', 'feature'])
 def test_two_ranks_train_as_one_and_resume_after_a_kill(data, tmp_path, flags):
     torch.manual_seed(1)
