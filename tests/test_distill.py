@@ -264,8 +264,9 @@ def test_a_teacher_that_does_not_fit_is_refused(data, tmp_path, checkpoint, fold
     refused('--kd-student-feature-dim 5', '--kd-model-name', folder, *FEATURE, '--kd-student-feature-dim', '5')
     refused('--kd-distill-type token', '--kd-model-name', folder, '--kd-distill-type', 'token')
     # features have no classes
-    run = build(data, tmp_path, '--kd-model-name', f'local-dir:{tmp_path}/four', *FEATURE)
-    run.close()
+    others = ['--kd-checkpoint', checkpoint, '--class-map', write_map(tmp_path, '102')]
+    for flags in (['--kd-model-name', f'local-dir:{tmp_path}/four'], others):
+        build(data, tmp_path, *flags, *FEATURE).close()
 
 
 def write_map(folder, order):
