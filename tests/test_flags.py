@@ -82,32 +82,11 @@ class TestTimm:
         assert resolve_data_config(options.to_dict())['input_size'] == (3, 64, 64)
 
 
-class TestUnsupported:
-    def test_no_flag_of_timm_is_refused_but_those_of_naflex(self):
-        refused = [row.label for script in PARSERS for row in flag_rows(script).values() if not row.supported]
-        assert all(name.startswith('--naflex') for name in refused)
-
-    @pytest.mark.parametrize('script', PARSERS)
-    def test_each_flag_is_refused_by_its_name_and_missing_from_help(self, script):
-        values = {bool: [], int: ['3'], float: ['3'], str: ['feature']}
-        shown = PARSERS[script]().format_help()
-        rows = [row for row in flag_rows(script).values() if not row.supported]
-        assert rows
-        for row in rows:
-            assert f'{row.label} ' not in shown
-            value = [row.choices[0] if row.default != row.choices[0] else row.choices[1]] if row.choices else None
-            with pytest.raises(ValueError, match=f'^{row.label}: .*not supported'):
-                PARSE[script](['DIR', row.label, *(value or values[row.type])])
-
-    def test_their_defaults_are_taken(self):
-        parse_train(['DIR', '--aug-splits', '0', '--no-naflex-loader'])
-
-
 @pytest.mark.parametrize('script', PARSERS)
-def test_help_renders_in_groups_with_every_supported_flag(script):
+def test_help_renders_in_groups_with_every_flag(script):
     shown = PARSERS[script]().format_help()
     for row in flag_rows(script).values():
-        assert not row.supported or any(re.search(rf'{re.escape(name)}\b', shown) for name in row.names), row.label
+        assert any(re.search(rf'{re.escape(name)}\b', shown) for name in row.names), row.label
         assert row.help and not row.help.endswith('.')
     assert shown.count('\n') < 600
 
@@ -414,7 +393,7 @@ UNEXERCISED = {
 def test_every_flag_is_used_in_a_test_or_listed_with_a_reason(script):
     folder = Path(__file__).parent
     text = '\n'.join(path.read_text() for path in folder.rglob('*.py') if path != Path(__file__))
-    rows = [row for row in flag_rows(script).values() if row.supported and row.names[0].startswith('-')]
+    rows = [row for row in flag_rows(script).values() if row.names[0].startswith('-')]
     unused = {
         row.label
         for row in rows

@@ -137,7 +137,12 @@ def run_train(flags, folder):
     return list(csv.DictReader((folder / 'run' / 'summary.csv').open()))
 
 
-@pytest.mark.parametrize('flags', SUMMARIES, ids=['sgd', 'lamb', 'full batch'])
+MARKS = {'sgd': (), 'lamb': (), 'full batch': (pytest.mark.slow,)}
+
+
+@pytest.mark.parametrize(
+    'flags', [pytest.param(flags, id=name, marks=MARKS[name]) for name, flags in zip(MARKS, SUMMARIES, strict=True)]
+)
 def test_runs_follow_those_of_timms_script(images, few_images, tmp_path, flags):
     expected = list(csv.DictReader(line.strip() for line in SUMMARIES[flags].strip().splitlines()))
     # later epochs have an order of their own, which shows unless one batch has all images
@@ -149,7 +154,8 @@ def test_runs_follow_those_of_timms_script(images, few_images, tmp_path, flags):
     for row, timms in zip(rows, followed, strict=True):
         for column in ('train_loss', 'eval_loss'):
             assert float(row[column]) == pytest.approx(float(timms[column]), abs=3e-3), column
-        assert float(row['eval_top1']) == pytest.approx(float(timms['eval_top1']), abs=1e-4)
+        # one image of 45 may be on the other side of the boundary on a CPU with other kernels
+        assert float(row['eval_top1']) == pytest.approx(float(timms['eval_top1']), abs=100 / 45 + 1e-4)
 
     if len(rows) < len(expected):  # the schedule of all epochs does not depend on model and data
         settings = f'--data-dir {few_images} --model test_resnet --img-size 32 -j 0'

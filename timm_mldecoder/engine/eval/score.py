@@ -26,9 +26,11 @@ from timm_mldecoder.engine.eval.report import Report
 from timm_mldecoder.engine.flags import Options, warn_no_effect
 from timm_mldecoder.engine.input.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.engine.input.loaders import create_eval_loader, model_dtype, resolve_config
+from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import (
     class_names_of,
     count_parameters,
+    fuse_model,
     has_text_queries,
     load_model,
     script,
@@ -70,7 +72,9 @@ def score_model(options: Options, world: World) -> Result:
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:
         check_classes(dataset, num_classes, given='num_classes' in options.given)
-    plain = model
+    if options.fuse_bn:
+        fuse_model(model, config['input_size'])
+    plain, patches = model, patch_format(options, model)
     model = _prepare(options, model, world)
 
     loader = create_eval_loader(
@@ -82,6 +86,7 @@ def score_model(options: Options, world: World) -> Result:
         bad_image=options.bad_image,
         remedy='--bad-image skip',
         crop_border_pixels=options.crop_border_pixels,
+        patches=patches,
         tf_preprocessing=options.tf_preprocessing,
     )
     limit = evaluation_sample_limit(loader)
@@ -190,4 +195,5 @@ def _describe(options: Options, metrics: dict[str, float], model: nn.Module, con
         'img_size': config['input_size'][-1],
         'crop_pct': config['crop_pct'],
         'interpolation': config['interpolation'],
+        **({'seq_len': options.naflex_max_seq_len} if options.naflex_loader else {}),
     }

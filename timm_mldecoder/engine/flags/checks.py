@@ -16,6 +16,7 @@ from timm.optim import list_optimizers
 from timm.task import ClassificationEvaluator
 
 from timm_mldecoder.data import TIMM_FOLDERS
+from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.engine.flags.flag import Flag, show
 from timm_mldecoder.engine.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.engine.flags.options import Options, closest
@@ -46,12 +47,18 @@ _HEAD_ARGUMENTS = {
     'word_embeddings': '--word-embeddings',
     'random_queries': '--random-queries',
     'query_noise': '--query-noise',
+    'query_cutout': '--query-cutout',
     'num_classes': '--num-classes',
     'initial_num_features': None,
     'class_names': None,
     'device': None,
     'dtype': None,
 }
+#: Options of images of one size, which say nothing of sequences of patches.
+_NOT_WITH_PATCHES = (
+    'channels_last', 'tta', 'report', 'test_pool', 'sampler', 'save_images', 'train_crop_mode', 'cutout', 'aug_repeats',
+    'aug_splits', 'resplit', 'cutmix_minmax', 'mixup_mode', 'train_img_sizes',
+)  # fmt: skip
 _PACKAGES = {
     'log_wandb': ('wandb', "pip install 'timm-mldecoder[trackers]'"),
     'log_trackio': ('trackio', "pip install 'timm-mldecoder[trackers]'"),
@@ -71,17 +78,26 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
     """Check every option against its row, and the options against each other.
 
     Raises:
-        ValueError: For unsupported flags, values that are not allowed, and options that contradict each other.
+        ValueError: For values that are not allowed, and options that contradict each other.
     """
     for name, row in rows.items():
-        value = options[name]
-        if not row.supported and value != row.default:
-            raise ValueError(f'{options.flag(name)}: {row.help}')
-        row.check(value, options.flag(name), options.data_dir)
+        row.check(options[name], options.flag(name), options.data_dir)
+    check_patches(options, rows)
     for problem in _problems_of_both(options, rows):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
+
+
+def check_patches(options: Options, rows: Mapping[str, Flag]) -> None:
+    """Check that the flags go with sequences of patches, which a checkpoint may bring.
+
+    Raises:
+        ValueError: For flags that are for images of one size.
+    """
+    for name in _NOT_WITH_PATCHES:
+        if options.naflex_loader and name in rows and options[name] != rows[name].default:
+            raise ValueError(f'{options.flag(name)} does not work with --naflex-loader; give one of them')
 
 
 def check_task(options: Options) -> None:
@@ -205,6 +221,11 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield f'--sampler balanced contradicts --aug-repeats {o.aug_repeats:g}; give one of them'
     if o.class_split and o.task != 'multilabel':
         yield f'--class-split {o.class_split} needs --task multilabel'
+    if o.partial_labels:
+        try:
+            parse_partial(o.partial_labels)
+        except ValueError as error:
+            yield f'--partial-labels {error}'
     names = metric_names(o)
     if o.early_stop and o.eval_metric == 'loss':
         yield '--early-stop needs a metric in percent, not --eval-metric loss'
@@ -241,7 +262,7 @@ def _problems_of_images(o: Options) -> Iterator[str]:
         if values is not None and (len(values) != 2 or values[0] > values[1]):
             yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
     sizes = o.train_batch_sizes or [o.batch_size]
-    if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
+    if (o.mixup or o.cutmix or o.cutmix_minmax) and not o.naflex_loader and any(size % 2 for size in sizes):
         yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
     for name in ('train_batch_sizes', 'train_size_probs'):
         values = o[name]
@@ -249,6 +270,9 @@ def _problems_of_images(o: Options) -> Iterator[str]:
             yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
     if o.train_size_probs and not sum(o.train_size_probs):
         yield f'--train-size-probs {show(o.train_size_probs)}: one must be above 0'
+    sizes, shares = o.naflex_patch_sizes, o.naflex_patch_size_probs
+    if sizes and shares and (len(shares) != len(sizes) or not sum(shares)):
+        yield f'--naflex-patch-size-probs {show(shares)}: give one per patch size {show(sizes)}, one of them above 0'
     if o.aa:
         build = next((build for name, build in _POLICIES.items() if o.aa.startswith(name)), auto_augment_transform)
         try:

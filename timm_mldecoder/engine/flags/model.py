@@ -45,6 +45,7 @@ MODEL: Group = ('Model and weights', [
     both('--fast-norm', bool, False, "use timm's faster normalization layers under autocast"),
     both('--channels-last', bool, False, 'use the channels-last memory layout', inherited=True),
     validate('--reparam', bool, False, 'fuse reparameterizable layers'),
+    validate('--fuse-bn', bool, False, 'fold BatchNorm into the convolutions before it'),
     both('--torchcompile', str, None, 'compile the model with torch.compile', nargs='?', const='inductor',
          metavar='BACKEND'),
     both('--torchcompile-mode', str, None, 'mode of torch.compile', needs=given('torchcompile'),

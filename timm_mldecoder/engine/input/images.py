@@ -20,9 +20,11 @@ from PIL import Image
 from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
+from timm.data.naflex_loader import NaFlexPrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_mldecoder.engine.input.naflex import NaFlexBatches, PatchBatch
 from timm_mldecoder.engine.input.randomness import (
     BATCH,
     SAMPLE,
@@ -39,6 +41,8 @@ from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.files import write_atomically
 
 _logger = logging.getLogger(__name__)
+
+Batch = Tensor | PatchBatch  # images [B, C, H, W], or their patches
 
 BAD_IMAGES = 'bad_images.csv'
 REPLACEMENTS = 10  # as many in a row as timm tries: more are a fault of the disk, not of the files
@@ -149,7 +153,7 @@ class KeyedCollate:
         first = samples[0][0]
         if isinstance(first, Draw):
             seed_cpu(key(BATCH, first.seed, first.epoch, first.place))
-            if isinstance(self._collate, Mixup):
+            if hasattr(self._collate, 'mixup_enabled'):
                 self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
         return self._collate([samples[position][1] for position in positions]), positions, bad
 
@@ -161,27 +165,35 @@ class Placement(NamedTuple):
         device: Device of the model.
         dtype: Dtype of images, None for float32.
         channels_last: Whether images take the channels-last memory layout.
-        prefetch: Options of timm's `PrefetchLoader`, which normalises on the device; None if the transform does.
+        prefetch: Options of `prefetcher`; None if the transform normalises.
+        prefetcher: timm's loader that normalises on the device, for images or for patches.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     channels_last: bool = False
     prefetch: dict[str, Any] | None = None
+    prefetcher: type[PrefetchLoader | NaFlexPrefetchLoader] = PrefetchLoader
 
     def wrap(self, batches: Any) -> Any:
         """Return an iterable of batches on the device, normalised where `prefetch` says so."""
         if self.prefetch is None:
             return batches
-        return PrefetchLoader(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
+        return self.prefetcher(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
 
-    def place(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def place(self, images: Batch, target: Tensor) -> tuple[Batch, Tensor]:
         """Move a batch that was not prefetched to the device."""
-        if self.prefetch is None:
-            images, target = images.to(self.device, self.dtype), target.to(self.device)
-        return images, target
+        if self.prefetch is not None:
+            return images, target
+        move = dict(device=self.device, non_blocking=True)
+        if isinstance(images, dict):
+            moved = {name: part.to(**move) for name, part in images.items() if isinstance(part, Tensor)}
+            images = {**images, **moved, 'patches': moved['patches'].to(self.dtype or torch.float32)}
+        else:
+            images = images.to(dtype=self.dtype, **move)
+        return images, target.to(**move)
 
-    def layout(self, images: Tensor) -> Tensor:
+    def layout(self, images: Batch) -> Batch:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
@@ -206,7 +218,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: Dataset,
-        batches: EpochBatches | None,
+        batches: EpochBatches | NaFlexBatches | None,
         collate: Callable,
         placement: Placement,
         *,
@@ -247,7 +259,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches of an epoch from number `batch` on."""
         if self._early is None:
             self._begin(epoch, batch, start)
@@ -365,7 +377,7 @@ class EvalLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches on the device."""
         for images, target in self._wrapped:
             images, target = self._placement.place(images, target)
@@ -393,13 +405,20 @@ class EvalLoader:
         """Cut the padding off, which evaluators otherwise find by counting the samples that arrive."""
         limit = getattr(self.sampler, 'num_valid_samples', None)
         valid = len(positions) if limit is None else sum(position < limit for position in positions)
-        return tuple(part[:valid] for part in batch) if valid else None
+        return tuple(_first(part, valid) for part in batch) if valid else None
 
     def _check(self, bad: list[BadImage]) -> None:
         if bad and not self._skip:
             raise RunFailed(f'{bad[0].path} cannot be read ({bad[0].reason}); {self._remedy} scores the other images')
         log_bad_images(bad)
         self.bad_images += bad
+
+
+def _first(part: Batch, number: int) -> Batch:
+    """Return the first samples of images, targets or patches."""
+    if isinstance(part, dict):
+        return {name: value[:number] if isinstance(value, Tensor) else value for name, value in part.items()}
+    return part[:number]
 
 
 def init_worker(worker: int, worker_seeding: str = 'all') -> None:

@@ -37,10 +37,15 @@ class World:
 
     def all_reduce_max(self, *values: torch.Tensor | int) -> list[int]:
         """Return the maximum of each value over all ranks; a collective call that waits for the device."""
-        numbers = torch.stack([torch.as_tensor(value, dtype=torch.int32, device=self.device) for value in values])
+        numbers = torch.stack([self._int32(value) for value in values])
         if self.distributed:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return numbers.tolist()
+
+    def _int32(self, value: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, torch.int32)
+        return torch.full((), value, dtype=torch.int32, device=self.device)  # a copy to the device would wait for it
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks; a collective call."""

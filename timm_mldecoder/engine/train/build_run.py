@@ -28,6 +28,7 @@ from timm_mldecoder.engine.input.datasets import (
     read_classes,
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
+from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
@@ -68,6 +69,7 @@ def build_run(options: Options, world: World) -> Run:
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
     config = resolve_config(options, model)
+    patches = patch_format(options, model)
     if options.split_bn:
         model = convert_splitbn_model(model, options.aug_splits or 2)
     model.to(device=world.device, dtype=model_dtype(options))
@@ -75,7 +77,9 @@ def build_run(options: Options, world: World) -> Run:
         model.to(memory_format=torch.channels_last)
     if options.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = create_train_loader(options, train, config, world, num_classes=num_classes, rng_state=rng_state)
+    train_loader = create_train_loader(
+        options, train, config, world, num_classes=num_classes, rng_state=rng_state, patches=patches
+    )
     eval_loader = validation and create_eval_loader(
         options,
         validation,
@@ -84,6 +88,7 @@ def build_run(options: Options, world: World) -> Run:
         batch_size=options.validation_batch_size or options.batch_size,
         bad_image=options.val_bad_image,
         remedy='--val-bad-image skip',
+        patches=patches,
         persistent_workers=options.persistent_workers,
     )
 
@@ -184,9 +189,10 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         and options.train_crop_mode is None
         and options.scale[0] < 0.5
     ):
+        squash = 'multi-label recipes use --train-crop-mode squash'
+        remedy = 'a larger --scale keeps them' if options.naflex_loader else squash
         _logger.warning(
-            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; '
-            'multi-label recipes use --train-crop-mode squash'
+            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; {remedy}'
         )
     return train, validation
 
