@@ -25,6 +25,7 @@ from timm_mldecoder.engine.input.datasets import create_split
 from timm_mldecoder.engine.input.images import KeyedSamples
 from timm_mldecoder.engine.input.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.engine.input.randomness import BATCH, key, seed_cpu
+from timm_mldecoder.engine.model import script
 from timm_mldecoder.engine.runtime.distributed import World
 from validate import main as validate
 
@@ -336,10 +337,16 @@ def test_multilabel_data(tmp_path, flags):
     ('--mixup-mode elem --mixup 1', '--mixup-mode'),
     ('--cutmix-minmax 0.2 0.8', '--cutmix-minmax'),
     ('--sampler balanced', '--sampler'),
+    ('--torchscript', '--torchscript'),
 ])  # fmt: skip
 def test_what_does_not_go_with_patches_is_named(data, tmp_path, flags, named):
     with pytest.raises(ValueError, match=named):
         build(data, tmp_path, *shlex.split(f'{MODEL} {PATCHES} -b 8 {flags}'))
+
+
+def test_torchscript_of_a_model_that_reads_patches_is_refused():
+    with pytest.raises(ValueError, match='--torchcompile'):
+        script(timm.create_model('naflexvit_base_patch16_gap', **SMALL))
 
 
 @pytest.mark.slow

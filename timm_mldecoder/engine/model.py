@@ -13,6 +13,7 @@ from timm.layers import set_fast_norm
 from timm.models import load_checkpoint
 from timm.utils import set_jit_fuser
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.folders import folder_settings
@@ -95,7 +96,7 @@ def script(model: nn.Module) -> nn.Module:
     """
     try:
         return torch.jit.script(model)
-    except (ValueError, RuntimeError) as error:  # torch's are RuntimeErrors
+    except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 

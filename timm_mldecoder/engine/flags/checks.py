@@ -57,7 +57,7 @@ _HEAD_ARGUMENTS = {
 #: Options of images of one size, which say nothing of sequences of patches.
 _NOT_WITH_PATCHES = (
     'channels_last', 'tta', 'report', 'test_pool', 'sampler', 'save_images', 'train_crop_mode', 'cutout', 'aug_repeats',
-    'aug_splits', 'resplit', 'cutmix_minmax', 'mixup_mode', 'train_img_sizes',
+    'aug_splits', 'resplit', 'cutmix_minmax', 'mixup_mode', 'train_img_sizes', 'torchscript', 'tf_preprocessing',
 )  # fmt: skip
 _PACKAGES = {
     'log_wandb': ('wandb', "pip install 'timm-mldecoder[trackers]'"),
