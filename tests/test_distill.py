@@ -264,8 +264,9 @@ def test_a_teacher_that_does_not_fit_is_refused(data, tmp_path, checkpoint, fold
     refused('--kd-student-feature-dim 5', '--kd-model-name', folder, *FEATURE, '--kd-student-feature-dim', '5')
     refused('--kd-distill-type token', '--kd-model-name', folder, '--kd-distill-type', 'token')
     # features have no classes
-    run = build(data, tmp_path, '--kd-model-name', f'local-dir:{tmp_path}/four', *FEATURE)
-    run.close()
+    others = ['--kd-checkpoint', checkpoint, '--class-map', write_map(tmp_path, '102')]
+    for flags in (['--kd-model-name', f'local-dir:{tmp_path}/four'], others):
+        build(data, tmp_path, *flags, *FEATURE).close()
 
 
 def write_map(folder, order):
@@ -289,6 +290,16 @@ def write_map(folder, order):
 def test_flags_that_contradict_each_other_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', *flags.split()])
+
+
+@pytest.mark.slow
+def test_ranks_start_from_the_same_weights_and_exchange_no_gradients_of_the_teacher(data, tmp_path, folder):
+    flags = [data, *PLAIN, '-b', '3', *FEATURE, '--kd-model-name', folder, '--output', tmp_path, tmp_path / 'start']
+    process = call('tests/programs/start_of_rank.py', *flags, processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f'start.{rank}') for rank in (0, 1))
+    assert_same(first, second)
+    assert_same(first['ema'], first['model'])
 
 
 @pytest.mark.slow

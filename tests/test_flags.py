@@ -37,6 +37,35 @@ PARSERS = {'train': train_parser, 'validate': validate_parser}
 PARSE = {'train': parse_train, 'validate': parse_validate}
 # validate.py picks raw or EMA weights itself; timm's takes the raw ones
 OTHER_DEFAULT = {('validate', 'use_ema')}
+# values of flags that do not take their default or 1, with what they need beside them
+FILES = '--class-map --initial-checkpoint --resume --class-stats --checkpoint --real-labels --valid-labels'
+VALUES = {
+    **dict.fromkeys(FILES.split(), __file__),
+    '--pretrained-path': f'{__file__} --pretrained',
+    **dict.fromkeys(['--opt-betas', '--drop', '--drop-connect', '--drop-path', '--drop-block'], '0.5'),
+    **dict.fromkeys(['--opt-kwargs', '--pretrained-cfg-overlay', '--model-kwargs'], 'a=1'),
+    '--aa': 'rand-m9',
+    '--aug-splits': '2',
+    '--crop-mode': 'border',
+    '--cutmix-minmax': '0.2 0.8',
+    '--data-dir': 'DIR',
+    '--fuser': 'te',
+    '--input-size': '3 32 32',
+    '--interpolation': 'bicubic',
+    '--jsd-loss': '--aug-splits 2',
+    '--kd-model-name': 'resnet18',
+    '--loss-pos-weight': '2 --loss bce',
+    '--lr-base-scale': 'sqrt',
+    '--model-dtype': 'bfloat16',
+    '--naflex-loader': '--model naflexvit_base_patch16_gap',
+    '--opt-betas': '0.5 0.6 --opt adamw',
+    '--split-bn': '--resplit',
+    '--target-key': 'label --dataset hfds/x',
+    '--torchcompile': 'inductor',
+    '--torchcompile-mode': 'default',
+    '--train-crop-mode': 'rrc',
+    '--wandb-resume-id': f'1 --resume {__file__}',
+}
 
 
 @pytest.fixture
@@ -74,6 +103,20 @@ class TestTimm:
     def test_what_timm_added_is_there(self, script):
         ours = {name for action in PARSERS[script]()._actions for name in action.option_strings}
         assert set(ADDED[script].split()) <= ours
+
+    @pytest.mark.parametrize('script', PARSERS)
+    def test_no_flag_is_refused_but_torchscript_with_a_head(self, script, monkeypatch):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: True)  # as if every optional package were there
+        for flag in (row for row in TIMM_FLAGS if row['script'] == script and row['flags'].startswith('-')):
+            name, default = flag['flags'].split()[-1], json.loads(flag['default'])
+            values = VALUES.get(name) or (flag['choices'].split() or [str(default or 1)])[-1]
+            if flag['action'] == 'StoreTrueAction' and name not in VALUES:
+                values = ''
+            elif isinstance(default, list) and name not in VALUES:
+                values = ' '.join(map(str, default or [1]))
+            PARSE[script](['DIR', name, *values.split()])
+        with pytest.raises(ValueError, match='--torchscript .*--torchcompile'):
+            PARSE[script](['DIR', '--torchscript', '--use-ml-decoder-head', '1'])
 
     def test_timms_helpers_take_the_options(self):
         options = parse_train(['DIR', '--opt', 'adamw', '--opt-betas', '0.9', '0.99', '--img-size', '64', '--lr', '1'])

@@ -48,6 +48,7 @@ def test_a_scripted_model_trains_as_a_plain_one(data, tmp_path, teacher, flags):
     assert contents[0].get('task_state', {}).keys() == contents[1].get('task_state', {}).keys()
 
 
+@pytest.mark.slow
 def test_a_scripted_run_resumes_to_the_last_bit(data, tmp_path):
     flags = [*FLAGS, '--torchscript']
     whole = train(data, tmp_path / 'whole', *flags)

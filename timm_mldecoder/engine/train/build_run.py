@@ -225,6 +225,7 @@ def _has_checkpoints(options: Options) -> bool:
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
     """Set up EMA weights, compilation and DistributedDataParallel, in this order; return the model to evaluate."""
     if options.model_ema and not task.has_ema():
+        world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
             decay=options.model_ema_decay,
             use_warmup=options.model_ema_warmup,

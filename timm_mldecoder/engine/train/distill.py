@@ -137,7 +137,8 @@ def _create_teacher(options: Options, student: nn.Module, dataset: Dataset, imag
         for batch in _image_sizes(options, images, like):
             _check_logits(options, model, student.num_classes, batch)
         # models of a hub may name their classes otherwise than folders do
-        if options.kd_checkpoint or source.startswith('local-dir:'):
+        named = options.kd_checkpoint or source.startswith('local-dir:')
+        if named and options.kd_distill_type != 'feature':
             check_class_names(dataset, trained.class_names)
     except ValueError as error:
         reason = str(error).removeprefix(f'--model {source}: ').removeprefix(f'--checkpoint {source}: ')
