@@ -36,7 +36,8 @@ SETUP = 'setup.json'
 # Threads that read at the same time: a disk reaches its speed in random order only with several requests under way.
 READERS = 16
 READ_BYTES = 2**20  # of a task of a thread, at least one row
-AHEAD_BYTES = 2**26  # features under way beside the batch in use; at least one batch
+PIECE = 2**15 - 1  # values to convert at a time: for more, torch waits for further threads
+AHEAD_BYTES = 2**25  # features under way beside the batch in use; at least one batch
 
 
 class FeatureCache:
@@ -140,44 +141,45 @@ class FeatureCache:
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
         """Yield the features of each group, while the disk reads the next ones."""
         with ThreadPoolExecutor(READERS) as pool:
-            coming: deque[tuple[list[Draw], np.ndarray, list[Future]]] = deque()
-            free: list[np.ndarray] = []  # memory to use again: new pages cost as much as reading into them
+            coming: deque[tuple[list[Draw], Tensor, list[Future]]] = deque()
             under_way = 0  # bytes
             for group in groups:
-                rows = (
-                    free.pop() if free and len(free[-1]) >= len(group) else np.empty((len(group), *self._shape), '<f2')
-                )
-                coming.append((group, rows, self._begin(group, rows, pool)))
+                coming.append(self._begin(group, pool))
                 under_way += len(group) * self.bytes_per_image
                 while under_way > AHEAD_BYTES and len(coming) > 1:
-                    yield self._finish(*coming[0])
-                    group, rows, _ = coming.popleft()
-                    free.append(rows)
-                    under_way -= len(group) * self.bytes_per_image
-            for several in coming:
-                yield self._finish(*several)
+                    under_way -= len(coming[0][0]) * self.bytes_per_image
+                    yield self._finish(*coming.popleft())
+            while coming:
+                yield self._finish(*coming.popleft())
 
-    def _begin(self, group: list[Draw], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
+    def _begin(self, group: list[Draw], pool: ThreadPoolExecutor) -> tuple[list[Draw], Tensor, list[Future]]:
         """Let threads read the tokens of a group, each some neighbours on the disk."""
+        # for another device the conversion to float32 is left to it: fewer bytes are sent
+        kind = torch.float32 if self._device.type == 'cpu' else torch.float16
+        tokens = torch.empty(len(group), *self._shape, dtype=kind)
         places = sorted((*self._place(draw), number) for number, draw in enumerate(group))
         step = max(1, READ_BYTES // self.bytes_per_image)
-        return [pool.submit(self._fill, rows, places[i : i + step]) for i in range(0, len(places), step)]
+        parts = [places[first : first + step] for first in range(0, len(places), step)]
+        return group, tokens, [pool.submit(self._fill, tokens, part) for part in parts]
 
-    def _fill(self, rows: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+    def _fill(self, tokens: Tensor, places: list[tuple[int, int, int]]) -> None:
         """Read the tokens of images at places (shard, row, number in the batch)."""
+        stored = torch.empty(self._shape, dtype=torch.float16)  # small: it stays in the cache of the CPU
+        pieces = stored.view(-1).split(PIECE)
         for shard, several in groupby(places, lambda place: place[0]):
             path = self.folder / self._name(shard, 'tokens')
             start, _ = self._open(shard)
             with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
                 for _, row, number in several:
                     file.seek(start + row * self.bytes_per_image)
-                    if file.readinto(rows[number]) != self.bytes_per_image:
+                    if file.readinto(stored.numpy()) != self.bytes_per_image:
                         raise RunFailed(f'{path} is damaged (too short): remove it, and run the command again')
+                    for target, piece in zip(tokens[number].view(-1).split(PIECE), pieces, strict=True):
+                        target.copy_(piece)
 
-    def _finish(self, group: list[Draw], rows: np.ndarray, tasks: list[Future]) -> Batch:
+    def _finish(self, group: list[Draw], tokens: Tensor, tasks: list[Future]) -> Batch:
         for task in tasks:
             task.result()
-        tokens = torch.from_numpy(rows[: len(group)])
         tokens = tokens.to(self._device).float()
         places = map(self._place, group)
         target = torch.stack([self._open(shard)[1][row] for shard, row in places]).to(self._device)
