@@ -34,9 +34,8 @@ _logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'
 # Threads that read at the same time: a disk reaches its speed in random order only with several requests under way.
-READERS = 16
+READERS = 8
 READ_BYTES = 2**20  # of a task of a thread, at least one row
-PIECE = 2**15 - 1  # values to convert at a time: for more, torch waits for further threads
 AHEAD_BYTES = 2**25  # features under way beside the batch in use; at least one batch
 
 
@@ -141,46 +140,45 @@ class FeatureCache:
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
         """Yield the features of each group, while the disk reads the next ones."""
         with ThreadPoolExecutor(READERS) as pool:
-            coming: deque[tuple[list[Draw], Tensor, list[Future]]] = deque()
+            coming: deque[tuple[list[Draw], np.ndarray, list[Future]]] = deque()
+            free: list[np.ndarray] = []  # memory to use again: new pages cost as much as reading into them
             under_way = 0  # bytes
             for group in groups:
-                coming.append(self._begin(group, pool))
+                used = free.pop() if free else np.empty(0)
+                rows = used if len(used) >= len(group) else np.empty((len(group), *self._shape), dtype=np.float16)
+                coming.append((group, rows, self._begin(group, rows, pool)))
                 under_way += len(group) * self.bytes_per_image
                 while under_way > AHEAD_BYTES and len(coming) > 1:
-                    under_way -= len(coming[0][0]) * self.bytes_per_image
-                    yield self._finish(*coming.popleft())
+                    group, rows, tasks = coming.popleft()
+                    batch = self._finish(group, rows, tasks)
+                    under_way -= len(group) * self.bytes_per_image
+                    free.append(rows)
+                    yield batch
             while coming:
                 yield self._finish(*coming.popleft())
 
-    def _begin(self, group: list[Draw], pool: ThreadPoolExecutor) -> tuple[list[Draw], Tensor, list[Future]]:
+    def _begin(self, group: list[Draw], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
         """Let threads read the tokens of a group, each some neighbours on the disk."""
-        # for another device the conversion to float32 is left to it: fewer bytes are sent
-        kind = torch.float32 if self._device.type == 'cpu' else torch.float16
-        tokens = torch.empty(len(group), *self._shape, dtype=kind)
         places = sorted((*self._place(draw), number) for number, draw in enumerate(group))
         step = max(1, READ_BYTES // self.bytes_per_image)
-        parts = [places[first : first + step] for first in range(0, len(places), step)]
-        return group, tokens, [pool.submit(self._fill, tokens, part) for part in parts]
+        return [pool.submit(self._fill, rows, places[first : first + step]) for first in range(0, len(places), step)]
 
-    def _fill(self, tokens: Tensor, places: list[tuple[int, int, int]]) -> None:
+    def _fill(self, rows: np.ndarray, places: list[tuple[int, int, int]]) -> None:
         """Read the tokens of images at places (shard, row, number in the batch)."""
-        stored = torch.empty(self._shape, dtype=torch.float16)  # small: it stays in the cache of the CPU
-        pieces = stored.view(-1).split(PIECE)
         for shard, several in groupby(places, lambda place: place[0]):
             path = self.folder / self._name(shard, 'tokens')
             start, _ = self._open(shard)
             with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
                 for _, row, number in several:
                     file.seek(start + row * self.bytes_per_image)
-                    if file.readinto(stored.numpy()) != self.bytes_per_image:
+                    if file.readinto(rows[number]) != self.bytes_per_image:
                         raise RunFailed(f'{path} is damaged (too short): remove it, and run the command again')
-                    for target, piece in zip(tokens[number].view(-1).split(PIECE), pieces, strict=True):
-                        target.copy_(piece)
 
-    def _finish(self, group: list[Draw], tokens: Tensor, tasks: list[Future]) -> Batch:
+    def _finish(self, group: list[Draw], rows: np.ndarray, tasks: list[Future]) -> Batch:
         for task in tasks:
             task.result()
-        tokens = tokens.to(self._device).float()
+        tokens = torch.from_numpy(rows[: len(group)])
+        tokens = _to_float32(tokens) if self._device.type == 'cpu' else tokens.to(self._device).float()
         places = map(self._place, group)
         target = torch.stack([self._open(shard)[1][row] for shard, row in places]).to(self._device)
         first = tokens[:, 0] if self._class_token else None
@@ -264,6 +262,14 @@ def data_digest(dataset: Any) -> str:
         labels = class_indices(dataset)
         digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
+
+
+def _to_float32(tokens: Tensor) -> Tensor:
+    result = torch.empty_like(tokens, dtype=torch.float32)
+    size = 2**15 - 1  # for more values torch would wait for other threads, and the readers have the processors
+    for piece, part in zip(result.view(-1).split(size), tokens.view(-1).split(size), strict=True):
+        piece.copy_(part)
+    return result
 
 
 def _save(array: np.ndarray, file: Any) -> None:
