@@ -7,7 +7,8 @@
 2. Multi-label: the backbone of the first is frozen, and every head of `benchmarks.probing` trained on its cached
    features of cluttered scenes, each at its own best learning rate and number of steps.
 
-Prints the tables and writes `demo.png`: what the classes attend to, and the heads' training curves.
+Prints the tables, and writes `demo.png` (what the classes attend to, and the heads' training curves) and the reports of
+validate.py: `report/single`, `report/digits` and `report/pairs`, each with an index.html.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from benchmarks.probing import DIGITS, HEADS, PAIRS, Setting, compare, print_table, single_digits, tokens
-from timm_mldecoder.data.digits import scenes
+from timm_mldecoder.checkpoints.folders import save_folder
+from timm_mldecoder.data.digits import scenes, write_digit_scenes
+from timm_mldecoder.models.probe_model import add_probe_head
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, CLASSES, SIZE = 'test_resnet', 10, 32
@@ -119,7 +123,9 @@ def single_label(folder: Path, quick: bool) -> None:
     model = load(folder / 'ML-Decoder', SINGLE_LABEL_HEADS['ML-Decoder'])
     model.pretrained_cfg |= dict(input_size=(1, SIZE, SIZE), mean=(0.5,), std=(0.5,))
     save_for_hf(model, folder / 'exported')
-    output = run('validate.py', str(data), *COMMON, '--model', f'local-dir:{folder / "exported"}', '--pretrained')
+    exported = ['--model', f'local-dir:{folder / "exported"}', '--pretrained']
+    (folder / 'report').mkdir(exist_ok=True)
+    output = run('validate.py', str(data), *COMMON, *exported, '--report', str(folder / 'report' / 'single'))
     top1 = json.loads(output.split('--result')[1])['top1']
     print(f'\nML-Decoder, validate.py --model local-dir:{folder / "exported"}: top-1 {top1:.1f}\n', flush=True)
 
@@ -152,6 +158,24 @@ def multi_label(folder: Path, quick: bool) -> None:
         draw_curves(axis, setting, results[setting.label])
     figure.savefig(folder / 'demo.png', dpi=80)
     print(f'Picture: {folder / "demo.png"}')
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        heads = [heads['ml_decoder_small'] for _, heads in answers]
+        list(pool.map(report, [folder] * number, SETTINGS, heads, [60 if quick else 600] * number))
+    print(f'Reports: {" ".join(str(path) for path in sorted(folder.glob("report/*/index.html")))}')
+
+
+def report(folder: Path, setting: Setting, head: nn.Module, count: int) -> None:
+    """Write the report of validate.py on the test scenes, for the frozen backbone with a head."""
+    scene, place = setting.scene, folder / f'scenes_{setting.label}'
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier demo
+    write_digit_scenes(place, 0, 0, count, **asdict(scene))
+    model = add_probe_head(load(folder / 'GAP', None), len(scene.class_names), 'ml_decoder_small')
+    model.get_classifier().load_state_dict(head.state_dict())
+    images = dict(input_size=(1, scene.size, scene.size), mean=(0.5,), std=(0.5,), crop_pct=1.0)
+    save_folder(model, place / 'model', class_names=scene.class_names, data_config=images, task='multilabel')
+    flags = ['--dataset', 'csv', '--split', 'test', '--in-chans', '1', '--device', 'cpu', '-j', '0']
+    model = ['--model', f'local-dir:{place / "model"}', '--pretrained']
+    run('validate.py', str(place), *flags, *model, '--report', str(folder / 'report' / setting.label))
 
 
 @torch.no_grad()

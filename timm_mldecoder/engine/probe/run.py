@@ -34,7 +34,7 @@ from timm_mldecoder.engine.probe.features import Backbone, ComputedFeatures, Ima
 from timm_mldecoder.engine.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
 from timm_mldecoder.engine.probe.train import Run, Trainer, choose
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.train.loss import create_train_loss
 from timm_mldecoder.models.factory import CLASSIFIERS
 from timm_mldecoder.models.probe_model import build_probe, remove_head
