@@ -1,11 +1,11 @@
 """ML-Decoder on real images that ship with scikit-learn, in minutes on two cores.
 
-    python -m benchmarks.demo [FOLDER] [--quick] [--steps 200]
+    python -m benchmarks.demo [FOLDER] [--quick]
 
 1. Single-label: train.py trains pooling + linear and ML-Decoder on single digits; validate.py scores the ML-Decoder
    model once more, through ``local-dir:``.
 2. Multi-label: the backbone of the first is frozen, and every head of `benchmarks.probing` trained on its cached
-   features of cluttered scenes, each at its own best learning rate.
+   features of cluttered scenes, each at its own best learning rate and number of steps.
 
 Prints the tables, and writes `demo.png` (what the classes attend to, and the heads' training curves) and the reports of
 validate.py: `report/single`, `report/digits` and `report/pairs`, each with an index.html.
@@ -135,16 +135,15 @@ def probe(folder: Path, setting: Setting, quick: bool) -> tuple[dict[str, dict],
     torch.set_num_threads(1)
     backbone = load(folder / 'GAP', None).requires_grad_(False)
     if quick:
-        setting = replace(setting, num_train=64, steps=6)
+        setting = replace(setting, num_train=64, steps=(3, 6))
     return compare(setting, backbone, PROBED, seeds=1 if quick else 3, num_held_out=60 if quick else 600)
 
 
-def multi_label(folder: Path, quick: bool, steps: int) -> None:
+def multi_label(folder: Path, quick: bool) -> None:
     """Compare the heads on both kinds of scenes; print the table, write the picture."""
     number = len(SETTINGS)
-    settings = [replace(setting, steps=steps) for setting in SETTINGS]
     with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context('spawn')) as pool:
-        answers = list(pool.map(probe, [folder] * number, settings, [quick] * number))
+        answers = list(pool.map(probe, [folder] * number, SETTINGS, [quick] * number))
     results = {setting.label: answer[0] for setting, answer in zip(SETTINGS, answers, strict=True)}
     (folder / 'probing.json').write_text(json.dumps(results, indent=2))
     print_table('Heads on the frozen backbone: test mAP of cluttered scenes', results)
@@ -203,7 +202,7 @@ def draw_attention(rows, setting: Setting, backbone: nn.Module, head: nn.Module)
 
 
 def draw_curves(axis, setting: Setting, results: dict[str, dict]) -> None:
-    """Validation mAP in training, mean of the seeds, of each head at its best learning rate."""
+    """Validation mAP in training, mean of the seeds, of each head at its best learning rate and number of steps."""
     for name, result in results.items():
         steps, scores = np.mean(result['curves'], axis=0).T
         axis.plot(steps, scores, marker='.', label=f'{name} ({result["parameters"]:,})')
@@ -218,11 +217,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, nargs='?', default=Path('demo_output'), help='where everything goes')
     parser.add_argument('--quick', action='store_true', help='little data, one seed, a few steps: to see that it runs')
-    parser.add_argument('--steps', type=int, default=200, help='to train a head on scenes (default: 200)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     single_label(folder, options.quick)
-    multi_label(folder, options.quick, options.steps)
+    multi_label(folder, options.quick)
 
 
 if __name__ == '__main__':

@@ -11,11 +11,12 @@ import timm
 import torch
 from image_folders import write_images
 from runs import environment
+from test_head_inference import computed_constants
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.engine.export import formats
 from timm_mldecoder.engine.export.compare import Images, compare
-from timm_mldecoder.engine.export.formats import FORMATS, Job, Network
+from timm_mldecoder.engine.export.formats import FORMATS, Job, Network, _program
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.export import load_source, read_metadata
 from timm_mldecoder.export import main as export
@@ -117,6 +118,13 @@ def test_folded_models_have_the_logits_of_the_model_and_no_label_embeddings(head
     torch.testing.assert_close(network(batch), expected, rtol=1e-5, atol=1e-5)
     assert not [name for name in network.state_dict() if 'vocabulary' in name]
     assert torch.equal(model(batch), expected), 'the model itself is as it was'
+
+
+@pytest.mark.parametrize(('head', 'precision'), [('fixed', 'float32'), ('text-grouped', 'bfloat16')])
+def test_an_exported_model_computes_nothing_on_queries_before_attention(head, precision):
+    metadata = dict(precision=precision, preprocessing={'input_size': [3, 64, 64]})
+    program = _program(Job(create(head=head), metadata)).run_decompositions()
+    assert computed_constants(program) <= {'aten.mul.Scalar', 'aten.clone.default'}, 'the scale of the attention'
 
 
 def test_text_queries_whose_classes_changed_are_folded_with_the_new_ones():

@@ -29,6 +29,7 @@ from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.predict import parts as parts_module
 from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction
 from timm_mldecoder.engine.predict.pictures import picture_path
+from timm_mldecoder.engine.predict.run import Predictor
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.files import harmless
 from timm_mldecoder.predict import main as predict
@@ -106,6 +107,19 @@ def test_labels_by_threshold_and_by_rank(images):
     predict([*base, '--threshold', str(median), '--top-k', '1', '--out', 'both.csv'])
     assert_rows(rows_of('both.csv'), expected_rows(model, median, top_k=1))
     assert not Path('labels.csv.parts').exists()
+
+
+def test_top_k_and_threshold_both_apply():
+    save_model(thresholds=dict(zip(NAMES, [0.5, 0.5, 0.8], strict=True)))
+    predictor = Predictor(load_trained('folder'), top_k=2)
+    for scores, expected in [
+        ([0.9, 0.6, 0.85], [0, 2]),
+        ([0.9, 0.6, 0.7], [0, 1]),
+        ([0.6, 0.1, 0.7], [0]),
+        ([0.1] * 3, []),
+    ]:
+        both = torch.tensor([scores, [0.0, 1.0, 1.0]])
+        assert [[label.index for label in labels] for labels in predictor.labels(both)] == [expected, [1, 2]]
 
 
 def test_the_formats_hold_the_same(images):

@@ -25,7 +25,7 @@ from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.eval.evaluate import autocast_context
 from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.engine.input.images import Placement
-from timm_mldecoder.engine.model import load_trained, set_classes
+from timm_mldecoder.engine.model import fuse_model, load_trained, set_classes
 from timm_mldecoder.engine.predict.parts import Parts, fingerprint
 from timm_mldecoder.engine.predict.pictures import draw_pictures
 from timm_mldecoder.engine.predict.run import Predictor, predict
@@ -118,6 +118,8 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
         set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
         names = head.class_names or range(model.num_classes)
+    if arguments.fuse_bn:
+        fuse_model(model, trained.data_config['input_size'])
     if arguments.channels_last:
         model.to(memory_format=torch.channels_last)
     return Predictor(
@@ -170,6 +172,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
     add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--fuse-bn', action='store_true', help='fold BatchNorm into the convolutions before it')
     add('--torchcompile', action='store_true', help='compile the model')
     return parser.parse_args(argv)
 

@@ -55,16 +55,20 @@ class Network(nn.Module):
     Args:
         model: The model; it is copied.
         dtype: Floating-point type of weights and activations.
+        device: Where the copy goes; moved later, ML-Decoder computes its query side for every batch again.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         for module in list(self.model.modules()):
             if type(module).__name__ in FOLDS:
                 FOLDS[type(module).__name__](module)
-        self.model.to(dtype).requires_grad_(False)
+        self.model.to(device, dtype).requires_grad_(False)
         self.dtype = dtype
+        for module in self.model.modules():
+            if isinstance(module, MLDecoder):
+                module.fold()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.to(self.dtype)).float()
@@ -94,7 +98,7 @@ FOLDS: dict[str, Callable[[Any], None]] = {
 
 def _program(job: Job) -> Any:
     """Return the `torch.export` program of a model, with a free or a fixed batch size."""
-    network = Network(job.model, getattr(torch, job.metadata['precision'])).to(job.device)
+    network = Network(job.model, getattr(torch, job.metadata['precision']), job.device)
     size = job.metadata['preprocessing']['input_size']
     images = torch.zeros(job.batch_size or 3, *size, device=job.device)  # no size that torch specialises
     batch = None if job.batch_size else {0: torch.export.Dim('batch', min=1, max=2**16)}

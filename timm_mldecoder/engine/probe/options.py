@@ -18,12 +18,14 @@ _AUGMENTATION = """
 _OTHERS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
     input_img_mode input_key target_key task target_format multilabel_threshold
-    word_embeddings class_split score_classes random_queries query_noise
+    word_embeddings class_split score_classes random_queries query_noise query_cutout
     model pretrained pretrained_path initial_checkpoint num_classes model_kwargs fast_norm channels_last
     img_size in_chans input_size crop_pct crop_mode mean std interpolation
     batch_size workers missing_images bad_image no_prefetcher pin_mem
     loss bce_loss bce_sum bce_target_thresh bce_pos_weight loss_pos_weight loss_class_weight loss_weight_power
-    class_stats class_priors poly_gamma poly_epsilon loss_kwargs smoothing
+    loss_weight_beta loss_weight_max class_stats class_priors poly_gamma poly_epsilon poly_alpha
+    asl_gamma_pos asl_gamma_neg asl_clip asl_reduction twoway_tp twoway_tn db_neg_scale db_init_bias db_focal_gamma
+    loss_kwargs smoothing
     opt opt_eps opt_betas momentum weight_decay opt_kwargs clip_grad clip_mode epochs
     seed output experiment val_interval eval_metric device device_modules amp amp_dtype local_rank
 """
@@ -93,10 +95,9 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
     if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
         raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
     defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
-    words = any(text.partition('=')[0] == '--word-embeddings' for text in others)
     given = parse_train([*defaults, '--no-aug', *others] if not own.augment else [*defaults, *others])
     _refuse_without_effect(given, own.augment)
-    train = given
+    train, words = given, bool(given.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):
             raise ValueError(f'--word-embeddings needs one of {", ".join(TEXT_HEADS)} in --heads')
