@@ -99,7 +99,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     if world.primary:
         if arguments.pictures:
             draw_pictures(predictor, dataset, arguments.pictures)
-        found = f'{len(dataset) - errors} images in {arguments.out}'
+        found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {arguments.out.with_name("errors.csv")}' if errors else ''))
 
 

@@ -13,7 +13,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.checkpoints.folders import folder_channels, folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
 from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.data.label_graph import read_label_graph
@@ -184,6 +184,8 @@ def load_model(options: Options) -> Trained:
         if 'task' in settings and 'task' not in options.given:
             options = options.replace(task=settings['task'])
             check_task(options)
+        if options.in_chans is None and options.input_size is None:
+            options = options.replace(in_chans=folder_channels(options.model))
         return Trained(create_model(options, pretrained=True), options, {}, settings)
     content = read_checkpoint(options.checkpoint)
     config: dict[str, Any] = {}
