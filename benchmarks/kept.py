@@ -1,8 +1,9 @@
 """Where the head's training memory goes: what a forward pass keeps for the backward pass, by the tensors' size.
 
-    python -m benchmarks.kept
+    python -m benchmarks.kept [--device cuda]
 
-1000 classes, K = 100, 49 tokens, batch 16; parameters are left out.
+1000 classes, K = 100, 49 tokens, batch 16; parameters and features are left out. The last row is the most that a
+training step holds, over what the backward pass must read.
 """
 
 from collections import Counter
@@ -10,14 +11,14 @@ from collections import Counter
 import torch
 from torch import nn
 
-from benchmarks.measure import MIB, autocast, markdown, parser
+from benchmarks.measure import MIB, autocast, markdown, parser, peak_memory, training
 from benchmarks.peers import ReferenceHead
 from timm_mldecoder import MLDecoder
 
 CLASSES, QUERIES, TOKENS, BATCH, WIDTH, DIM, HEADS, HIDDEN = 1000, 100, 49, 16, 2048, 768, 8, 2048
 # elements an image -> what it is
 TENSORS = {
-    TOKENS * WIDTH: 'features, N x F',
+    TOKENS * WIDTH: 'copy of the features, N x F',
     TOKENS * DIM: 'embedded tokens, keys, values, N x D',
     TOKENS * 2 * DIM: 'embedded tokens, keys, values, N x D',
     HEADS * QUERIES * TOKENS: 'attention weights, heads x K x N',
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> str:
     kept = [_kept(head.to(args.device), features) for head in heads]
     names = [*dict.fromkeys(TENSORS.values()), 'the rest']
     rows = [[name, *(mib[name] for mib in kept)] for name in names]
-    return markdown(HEADER, [*rows, ['all', *(sum(mib.values()) for mib in kept)]])
+    totals = [sum(mib.values()) for mib in kept]
+    peaks = [peak_memory(training(head, features), args.device) for head in heads]
+    ratios = [peak / total for peak, total in zip(peaks, totals, strict=True)]
+    return markdown(HEADER, [*rows, ['all', *totals], ['most of a training step', *peaks], ['over all', *ratios]])
 
 
 def _kept(head: nn.Module, features: torch.Tensor) -> Counter:

@@ -1,4 +1,7 @@
-"""What the head is measured against, written plainly: the reference's algorithm, and a full transformer decoder."""
+"""What the head is measured against, written plainly: its matrix products alone, the reference's algorithm, and a full
+transformer decoder."""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +62,44 @@ class FullDecoder(nn.Module):
         memory = torch.relu(self.embed(x.flatten(2).transpose(1, 2)))
         queries = self.queries.weight.expand(len(x), -1, -1)
         return (self.layer(queries, memory) * self.weight).sum(-1) + self.bias
+
+
+class Products:
+    """The matrix products of the head with its default widths, and nothing else: no cheaper head has the same layers.
+
+    Args:
+        features: [B, F, H, W], for their shape, device and dtype.
+        num_classes: Number of classes C.
+        num_queries: Number of queries K.
+        training: Whether queries are projected per image, as dropout requires, and gradients computed: of both factors.
+    """
+
+    def __init__(self, features: Tensor, num_classes: int, num_queries: int, training: bool) -> None:
+        dim, hidden, heads = 768, 2048, 8
+        batch, width = features.shape[:2]
+        tokens, queries = batch * features[0, 0].numel(), batch * num_queries
+        draw = partial(torch.randn, device=features.device, dtype=features.dtype)
+        linear = [  # rows, inputs, outputs; a weight is [outputs, inputs]
+            (tokens, width, dim),
+            (tokens, dim, 2 * dim),
+            (queries if training else num_queries, dim, dim),
+            (queries, dim, dim),
+            (queries, dim, hidden),
+            (queries, hidden, dim),
+        ]
+        self.factors = [(draw(rows, inputs), draw(outputs, inputs).mT) for rows, inputs, outputs in linear]
+        number, rows, columns, inner = batch * heads, num_queries, tokens // batch, dim // heads
+        self.factors += [
+            (draw(number, rows, inner), draw(number, columns, inner).mT),
+            (draw(number, rows, columns), draw(number, columns, inner)),
+            (draw(num_queries, batch, dim), draw(num_queries, dim, -(-num_classes // num_queries))),
+        ]
+        self.gradients = [torch.randn_like(a @ b) for a, b in self.factors] if training else []
+
+    def __call__(self) -> None:
+        for a, b in self.factors:
+            a @ b
+        kept = []  # as any training step keeps the gradients of the weights until the optimizer step
+        for (a, b), gradient in zip(self.factors, self.gradients, strict=False):
+            gradient @ b.mT
+            kept.append(gradient.mT @ a)

@@ -30,6 +30,20 @@ def _logging_as_it_was():
     logging.captureWarnings(False)
 
 
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def device(request) -> str:
+    """Each device: a test that takes it runs on both."""
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker('cuda'):
+            item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
+
 @pytest.fixture
 def program(tmp_path):
     """Run a file of tests/programs in a new interpreter, in an empty folder; keywords are environment variables."""

@@ -5,11 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.decoder_layer import Dropout, ReLUDropout
-
-
-def plain(kind: type, x: torch.Tensor, p: float) -> torch.Tensor:
-    return F.dropout(F.relu(x) if kind is ReLUDropout else x, p)
+from timm_mldecoder.head.decoder_layer import Attention, Dropout, ReLUDropout
 
 
 @pytest.fixture
@@ -24,7 +20,7 @@ def seeded(function, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize('p', (0.1, 0.5))
 def test_relu_dropout_is_dropout_of_relu(x, p):
-    output, expected = seeded(ReLUDropout(p), x), seeded(lambda x: plain(ReLUDropout, x, p), x)
+    output, expected = seeded(ReLUDropout(p), x), seeded(Dropout(p), F.relu(x))
     assert torch.equal(output, expected)
     direction = torch.randn_like(x)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, direction)[0] for y in (output, expected)))
@@ -36,6 +32,33 @@ def test_drops_its_share_and_keeps_the_mean(kind):
     output = kind(0.2)(x)
     assert (output == 0).double().mean().item() == pytest.approx(0.2, abs=0.002)
     torch.testing.assert_close(output[output != 0], (x / 0.8)[output != 0])
+
+
+@pytest.mark.parametrize('p', (0.001, 0.1, 0.5, 0.999))
+def test_every_element_is_dropped_with_the_same_probability_independently_of_the_others(p):
+    torch.manual_seed(0)
+    dropped = Dropout(p)(torch.ones(2_000_000)) == 0
+    for share, expected in (
+        (dropped, p),
+        (dropped[::2], p),  # even and odd elements are halves of one random number
+        (dropped[1::2], p),
+        (dropped[::2] & dropped[1::2], p**2),
+        (dropped[1:-1:2] & dropped[2::2], p**2),
+    ):
+        deviation = (expected * (1 - expected) / len(share)) ** 0.5
+        assert share.double().mean().item() == pytest.approx(expected, abs=4 * deviation)
+
+
+def test_attention_with_dropout_is_that_of_torch():
+    attention = Attention(16, 4, dropout=0.5).double().train()
+    queries, tokens = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 7, 16, dtype=torch.float64)
+    mask = torch.rand(3, 7) < 0.7
+    mask[:, 0] = True
+    number = 4000
+    repeated = (t.repeat(number, *[1] * (t.dim() - 1)) for t in (queries, tokens, mask))
+    mean = attention(*repeated).unflatten(0, (number, 3)).mean(dim=0)
+    expected = attention.eval()(queries, tokens, mask)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize('kind', (Dropout, ReLUDropout))

@@ -11,11 +11,12 @@ import timm
 import torch
 from image_folders import write_images
 from runs import environment
+from test_head_inference import computed_constants
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.engine.export import formats
 from timm_mldecoder.engine.export.compare import Images, compare
-from timm_mldecoder.engine.export.formats import FORMATS, Job, Network
+from timm_mldecoder.engine.export.formats import FORMATS, Job, Network, _program
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.export import load_source, read_metadata
 from timm_mldecoder.export import main as export
@@ -119,6 +120,13 @@ def test_folded_models_have_the_logits_of_the_model_and_no_label_embeddings(head
     assert torch.equal(model(batch), expected), 'the model itself is as it was'
 
 
+@pytest.mark.parametrize(('head', 'precision'), [('fixed', 'float32'), ('text-grouped', 'bfloat16')])
+def test_an_exported_model_computes_nothing_on_queries_before_attention(head, precision):
+    metadata = dict(precision=precision, preprocessing={'input_size': [3, 64, 64]})
+    program = _program(Job(create(head=head), metadata)).run_decompositions()
+    assert computed_constants(program) <= {'aten.mul.Scalar', 'aten.clone.default'}, 'the scale of the attention'
+
+
 def test_text_queries_whose_classes_changed_are_folded_with_the_new_ones():
     model = create(head='text-grouped')
     model.get_classifier().set_word_embeddings(torch.randn(4, 12), NAMES[:4])
@@ -163,6 +171,24 @@ def test_a_folder_becomes_a_file_in_half_precision_and_a_folder_again():
     assert expected['thresholds'] == dict.fromkeys(NAMES, 0.25) and expected['precision'] == 'float32'
     assert read_metadata('again') == expected
     assert read_metadata('half.pt2') == read_metadata('copy') == {**expected, 'precision': 'float16'}
+
+
+@pytest.mark.parametrize('out, form', [('m.onnx', 'onnx'), ('m.pt2', 'torch-export'), ('copy', 'safetensors')])
+def test_hostile_class_names_are_read_back_and_stay_text(out, form):
+    if form == 'onnx':
+        pytest.importorskip('onnxruntime')
+    names = ['=1+1', '../../up', '/etc/x', '<script>alert(1)</script>', 'line\n---\nbreak', '@a, "b"', 'é']
+    model = create(head='pooling')
+    save_folder(
+        model, 'folder', class_names=names, data_config=SIZE, task='multilabel', thresholds=dict.fromkeys(names, 0.3)
+    )
+    export(['folder', out, '--format', form])
+    metadata = read_metadata(out)
+    assert metadata['class_names'] == names and metadata['thresholds'] == dict.fromkeys(names, 0.3)
+    assert sorted(path.name for path in Path().iterdir()) == sorted(['folder', out])
+    if form == 'safetensors':
+        card = Path('copy/README.md').read_text()
+        assert '<script>' not in card and card.count('\n---\n') == 1 and 'line --- break' in card
 
 
 def test_a_fixed_batch_size_is_the_only_one():

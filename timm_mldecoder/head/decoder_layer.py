@@ -1,22 +1,42 @@
 """The decoder layer of ML-Decoder: queries attend to the image tokens, then pass a feed-forward network."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` that saves one byte per element for the backward pass; torch's saves four on a CPU."""
+    """`torch.nn.Dropout` that saves one byte per element for the backward pass, and draws faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, train=True)[0] if self.training and self.p > 0 else x
+        return _dropout(x, self.p) if self.training and self.p > 0 else x
 
 
 class ReLUDropout(Dropout):
     """ReLU followed by dropout. Saves one mask for both, one byte per element, and neither input nor output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _relu_dropout(x, self.p) if self.training and self.p > 0 else F.relu(x)
+        return _relu_dropout(x, self.p) if self.training and self.p > 0 else F.relu(x, inplace=True)
+
+
+@torch.fx.wrap  # one node to an fx tracer, which cannot follow a branch on a device
+def _dropout(x: Tensor, p: float) -> Tensor:
+    if _has_fused_dropout(x):
+        return torch.native_dropout(x, p, train=True)[0]
+    return x.masked_fill(_draw_dropped(x.shape, p), 0).mul_(1 / (1 - p))
+
+
+def _has_fused_dropout(x: Tensor) -> bool:
+    return not x.is_cpu or torch.compiler.is_compiling()
+
+
+def _draw_dropped(shape: torch.Size, p: float) -> Tensor:
+    """Draw on a CPU which elements to drop, each with probability p to 32 bits, from half the random bits of torch."""
+    number = shape.numel()
+    bits = torch.empty(-(-number // 2), dtype=torch.int64).random_(-(2**63), None)  # to None: all 64 bits
+    return (bits.view(torch.int32)[:number] < int(2**32 * p) - 2**31).view(shape)
 
 
 @torch.fx.wrap  # one node to an fx tracer, which cannot trace an autograd function
@@ -27,7 +47,7 @@ def _relu_dropout(x: Tensor, p: float) -> Tensor:
 class _ReLUDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        output = F.relu_(F.dropout(x, p))  # the two commute; dropout's output is a copy, safe to overwrite
+        output = F.relu_(_dropout(x, p))  # the two commute; dropout's output is a copy, safe to overwrite
         ctx.save_for_backward(output <= 0)
         ctx.scale = 1 / (1 - p)
         return output
@@ -92,29 +112,58 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend; a mask [B, N] is False at tokens to leave out."""
-        return self.attend(self.project_queries(queries), tokens, mask)
+        if not self.projections:
+            return self.attend(self.project_queries(queries), tokens, mask)
+        queries, keys, values = _project_all(queries, tokens, self.in_proj_weight, self.in_proj_bias)
+        queries, keys, values = self._split_heads(queries), self._split_heads(keys), self._split_heads(values)
+        return self._attend(queries, keys, values, tokens.shape[0], mask)
 
     def attend(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend with queries that `project_queries` has already projected."""
-        keys, values = self.project_tokens(tokens)
-        # batch size taken from the tokens: timm's ONNX exporter turns that of the keys into a constant
-        queries = queries.expand(tokens.shape[0], -1, -1, -1)
+        return self._attend(queries, *self.project_tokens(tokens), tokens.shape[0], mask)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, batch_size: int, mask: Tensor | None) -> Tensor:
+        queries = queries.expand(batch_size, -1, -1, -1)
         mask = None if mask is None else mask[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        if self.training and self.dropout > 0:
+            output = _attend_with_dropout(queries, keys, values, mask, self.dropout)
+        else:
+            output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         output = output.transpose(1, 2).flatten(2)
         return self.out_proj(output) if self.projections else output
 
-    def attention_weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def attention_weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention weights of projected queries, [B, K, N]: mean over heads, rows sum to 1."""
         keys, _ = self.project_tokens(tokens)
         scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], float('-inf'))
         return scores.softmax(dim=-1).mean(dim=1)
 
 
 @torch.fx.wrap  # one node to an fx tracer: FX quantisation cannot convert a product with a part of a weight
 def _project(x: Tensor, weight: Tensor, bias: Tensor, start: int, end: int) -> Tensor:
     return F.linear(x, weight[start:end], bias[start:end])
+
+
+@torch.fx.wrap
+def _project_all(queries: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project queries and tokens. The weight is split once: the gradient of a slice is as large as the whole weight."""
+    sizes = queries.shape[-1], 2 * queries.shape[-1]
+    query_weight, token_weight = weight.split(sizes)
+    query_bias, token_bias = bias.split(sizes)
+    keys, values = F.linear(tokens, token_weight, token_bias).chunk(2, dim=-1)
+    return F.linear(queries, query_weight, query_bias), keys, values
+
+
+@torch.fx.wrap
+def _attend_with_dropout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    if _has_fused_dropout(queries):
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return _dropout(scores.softmax(dim=-1), dropout) @ values
 
 
 class DecoderLayer(nn.Module):
@@ -175,11 +224,15 @@ class DecoderLayer(nn.Module):
 
     def decode(self, queries: Tensor, projected: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rest of the layer, given `query_side`."""
-        x = self.norm2(queries + self.dropout(self.multihead_attn.attend(projected, tokens, mask)))
+        return self._after_attention(queries, self.multihead_attn.attend(projected, tokens, mask))
+
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        queries = self.normalize_queries(queries)
+        return self._after_attention(queries, self.multihead_attn(queries, tokens, mask))
+
+    def _after_attention(self, queries: Tensor, attended: Tensor) -> Tensor:
+        x = self.norm2(queries + self.dropout(attended))
         if self.linear1 is None:
             return x
         hidden = self.activation(self.linear1(x))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
-
-    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.decode(*self.query_side(queries), tokens, mask)

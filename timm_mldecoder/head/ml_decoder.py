@@ -47,6 +47,7 @@ class MLDecoder(nn.Module):
         group_size: Classes per text query, instead of ceil(C / K).
         random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
         query_noise: Noise on the label embeddings in training, relative to their root mean square.
+        query_cutout: Probability that an entry of a label embedding is zero in training.
 
     Shapes:
         Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
@@ -77,6 +78,7 @@ class MLDecoder(nn.Module):
         group_size: int | None = None,
         random_queries: int = 0,
         query_noise: float = 0.0,
+        query_cutout: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -92,10 +94,10 @@ class MLDecoder(nn.Module):
         self.vocabulary = None
         if word_embeddings is not None:
             self.vocabulary = Vocabulary(
-                word_embeddings, num_classes, class_names, random_queries, query_noise, **factory
+                word_embeddings, num_classes, class_names, random_queries, query_noise, query_cutout, **factory
             )
-        elif class_names is not None or random_queries or query_noise:
-            raise ValueError('class_names, random_queries and query_noise need text queries: give word_embeddings')
+        elif class_names is not None or random_queries or query_noise or query_cutout:
+            raise ValueError('class_names and augmentations of queries need text queries: give word_embeddings')
         self.config = HeadConfig.resolve(
             num_classes=num_classes,
             num_of_groups=num_of_groups,
@@ -191,7 +193,7 @@ class MLDecoder(nn.Module):
             raise ValueError('fold() is for inference: call eval() first')
         self.unfold()
         with torch.no_grad():
-            self.folded_queries, self.folded_projection = self._query_side(self._label_embeddings(), 1)
+            self.folded_queries, self.folded_projection = self._query_side(1)
         return self
 
     def unfold(self) -> None:
@@ -221,22 +223,25 @@ class MLDecoder(nn.Module):
         tokens = self._embed_tokens(x)
         label_embeddings = self._label_embeddings()
         first, *others = self.layers
-        queries, projected = self._query_side(label_embeddings, tokens.shape[0])
-        queries = first.decode(queries, projected, tokens, mask)
+        if self.folded_queries is not None:
+            queries = first.decode(self.folded_queries, self.folded_projection, tokens, mask)
+        else:
+            queries = first(self._queries(label_embeddings, tokens.shape[0]), tokens, mask)
         for layer in others:
             queries = layer(queries, tokens, mask)
         return self.group_fc(queries, label_embeddings)
 
-    def attention_weights(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def attention_weights(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
 
-        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row.
+        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. The
+        arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
-        queries, projected = self._query_side(self._label_embeddings(), tokens.shape[0])
+        queries, projected = self._query_side(tokens.shape[0])
         for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
-            queries, projected = following.query_side(layer.decode(queries, projected, tokens))
-        return self.layers[-1].multihead_attn.attention_weights(projected, tokens)
+            queries, projected = following.query_side(layer.decode(queries, projected, tokens, mask))
+        return self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
 
     def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
@@ -252,14 +257,16 @@ class MLDecoder(nn.Module):
         """Label embeddings [C, E], None without text queries."""
         return None if self.vocabulary is None else self.vocabulary()
 
-    def _query_side(self, label_embeddings: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Normalized and projected queries of the first layer; per image only if dropout makes them differ."""
+    def _queries(self, label_embeddings: Tensor | None, batch_size: int) -> Tensor:
+        """Queries [1, K, D] of the first layer; [B, K, D] if dropout makes them differ from image to image."""
+        queries = self.queries(label_embeddings).unsqueeze(0)
+        return _expand(queries, batch_size) if self.training and self.dropout > 0 else queries
+
+    def _query_side(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Normalized and projected queries of the first layer."""
         if self.folded_queries is not None:
             return self.folded_queries, self.folded_projection
-        queries = self.queries(label_embeddings).unsqueeze(0)
-        if self.training and self.dropout > 0:
-            queries = _expand(queries, batch_size)
-        return self.layers[0].query_side(queries)
+        return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size))
 
 
 @torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size

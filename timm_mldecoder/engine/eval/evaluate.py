@@ -120,9 +120,13 @@ def _unseen_classes(model: nn.Module, evaluator: ClassificationEvaluator) -> Cla
 
 def _mean_logits(model: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """Return the mean of the logits of all views of a batch, [B, C]."""
-    outputs = [model(view) for view in views]
-    outputs = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
-    return outputs[0] if len(outputs) == 1 else torch.stack(outputs).float().mean(dim=0)
+    outputs = []
+    for view in views:
+        output = model(view)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        # a copy where there are several: the next replay of a CUDA graph overwrites the output
+        outputs.append(output if len(views) == 1 else output.to(torch.float32, copy=True))
+    return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
 
 def test_time_views(number: int, size: tuple[int, int]) -> Callable[[Tensor], Sequence[Tensor]] | None:

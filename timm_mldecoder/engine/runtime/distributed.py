@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from torch import nn
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 SLURM_PORTS = range(20_000, 30_000)
@@ -36,10 +37,15 @@ class World:
 
     def all_reduce_max(self, *values: torch.Tensor | int) -> list[int]:
         """Return the maximum of each value over all ranks; a collective call that waits for the device."""
-        numbers = torch.stack([torch.as_tensor(value, dtype=torch.int32, device=self.device) for value in values])
+        numbers = torch.stack([self._int32(value) for value in values])
         if self.distributed:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return numbers.tolist()
+
+    def _int32(self, value: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, torch.int32)
+        return torch.full((), value, dtype=torch.int32, device=self.device)  # a copy to the device would wait for it
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks; a collective call."""
@@ -62,6 +68,11 @@ class World:
         if self.distributed:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def share(self, module: nn.Module) -> None:
+        """Give the parameters and buffers of a module on every rank the values of rank 0; a collective call."""
+        for tensor in module.state_dict().values() if self.distributed else ():
+            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         if self.distributed:
