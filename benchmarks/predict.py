@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> str:
         save_folder(model, folder / 'model', data_config=config)
         _write_images(folder / 'images', args)
         loops = {'plain': _plain(folder / 'images', model, config, args), 'predict': _predict(folder, args)}
-        times = paired_times(loops, args.rounds, args.device)
+        times = paired_times(loops, args.rounds, args.device, workers=args.workers)
     plain, ours = (args.images / min(times[loop]) for loop in ('plain', 'predict'))
     return markdown(HEADER, [['plain', plain, '1.000'], ['`predict`', ours, f'{ours / plain:.3f}']])
 

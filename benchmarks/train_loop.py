@@ -38,12 +38,12 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder, 'data'), args)
+        write_images(Path(folder, 'data', 'train'), args.images, args.img_size)
         options = _options(folder, args)
         with join_world(options.device) as world:
             run = build_run(options, world)
             loops = {'plain': _plain_epoch(options), 'train.py': _engine_epoch(run)}
-            times = paired_times(loops, args.rounds, args.device)
+            times = paired_times(loops, args.rounds, args.device, workers=args.workers)
             run.close()
     # the best epoch of each: an epoch takes seconds, and whatever else the machine does makes it longer, never shorter
     plain, ours = (args.images / min(times[name]) for name in ('plain', 'train.py'))
@@ -102,12 +102,13 @@ def _plain_epoch(options: Options) -> Step:
     return epoch
 
 
-def _write_images(root: Path, args: Namespace) -> None:
+def write_images(root: Path, number: int, size: int) -> None:
+    """Write a split of random images, in a folder per class."""
     random = np.random.RandomState(0)
-    for index in range(args.images):
-        folder = root / 'train' / f'{index % CLASSES}'
+    for index in range(number):
+        folder = root / f'{index % CLASSES}'
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = random.randint(0, 256, (args.img_size, args.img_size, 3)).astype(np.uint8)
+        pixels = random.randint(0, 256, (size, size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f'{index}.jpg')
 
 
