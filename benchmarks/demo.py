@@ -1,13 +1,14 @@
 """ML-Decoder on real images that ship with scikit-learn, in minutes on two cores.
 
-    python -m benchmarks.demo [FOLDER] [--quick] [--steps 200]
+    python -m benchmarks.demo [FOLDER] [--quick]
 
 1. Single-label: train.py trains pooling + linear and ML-Decoder on single digits; validate.py scores the ML-Decoder
    model once more, through ``local-dir:``.
 2. Multi-label: the backbone of the first is frozen, and every head of `benchmarks.probing` trained on its cached
-   features of cluttered scenes, each at its own best learning rate.
+   features of cluttered scenes, each at its own best learning rate and number of steps.
 
-Prints the tables and writes `demo.png`: what the classes attend to, and the heads' training curves.
+Prints the tables, and writes `demo.png` (what the classes attend to, and the heads' training curves) and the reports of
+validate.py: `report/single`, `report/digits` and `report/pairs`, each with an index.html.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from benchmarks.probing import DIGITS, HEADS, PAIRS, Setting, compare, print_table, single_digits, tokens
-from timm_mldecoder.data.digits import scenes
+from timm_mldecoder.checkpoints.folders import save_folder
+from timm_mldecoder.data.digits import scenes, write_digit_scenes
+from timm_mldecoder.models.probe_model import add_probe_head
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, CLASSES, SIZE = 'test_resnet', 10, 32
@@ -119,7 +123,9 @@ def single_label(folder: Path, quick: bool) -> None:
     model = load(folder / 'ML-Decoder', SINGLE_LABEL_HEADS['ML-Decoder'])
     model.pretrained_cfg |= dict(input_size=(1, SIZE, SIZE), mean=(0.5,), std=(0.5,))
     save_for_hf(model, folder / 'exported')
-    output = run('validate.py', str(data), *COMMON, '--model', f'local-dir:{folder / "exported"}', '--pretrained')
+    exported = ['--model', f'local-dir:{folder / "exported"}', '--pretrained']
+    (folder / 'report').mkdir(exist_ok=True)
+    output = run('validate.py', str(data), *COMMON, *exported, '--report', str(folder / 'report' / 'single'))
     top1 = json.loads(output.split('--result')[1])['top1']
     print(f'\nML-Decoder, validate.py --model local-dir:{folder / "exported"}: top-1 {top1:.1f}\n', flush=True)
 
@@ -129,16 +135,15 @@ def probe(folder: Path, setting: Setting, quick: bool) -> tuple[dict[str, dict],
     torch.set_num_threads(1)
     backbone = load(folder / 'GAP', None).requires_grad_(False)
     if quick:
-        setting = replace(setting, num_train=64, steps=6)
+        setting = replace(setting, num_train=64, steps=(3, 6))
     return compare(setting, backbone, PROBED, seeds=1 if quick else 3, num_held_out=60 if quick else 600)
 
 
-def multi_label(folder: Path, quick: bool, steps: int) -> None:
+def multi_label(folder: Path, quick: bool) -> None:
     """Compare the heads on both kinds of scenes; print the table, write the picture."""
     number = len(SETTINGS)
-    settings = [replace(setting, steps=steps) for setting in SETTINGS]
     with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context('spawn')) as pool:
-        answers = list(pool.map(probe, [folder] * number, settings, [quick] * number))
+        answers = list(pool.map(probe, [folder] * number, SETTINGS, [quick] * number))
     results = {setting.label: answer[0] for setting, answer in zip(SETTINGS, answers, strict=True)}
     (folder / 'probing.json').write_text(json.dumps(results, indent=2))
     print_table('Heads on the frozen backbone: test mAP of cluttered scenes', results)
@@ -153,6 +158,24 @@ def multi_label(folder: Path, quick: bool, steps: int) -> None:
         draw_curves(axis, setting, results[setting.label])
     figure.savefig(folder / 'demo.png', dpi=80)
     print(f'Picture: {folder / "demo.png"}')
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        heads = [heads['ml_decoder_small'] for _, heads in answers]
+        list(pool.map(report, [folder] * number, SETTINGS, heads, [60 if quick else 600] * number))
+    print(f'Reports: {" ".join(str(path) for path in sorted(folder.glob("report/*/index.html")))}')
+
+
+def report(folder: Path, setting: Setting, head: nn.Module, count: int) -> None:
+    """Write the report of validate.py on the test scenes, for the frozen backbone with a head."""
+    scene, place = setting.scene, folder / f'scenes_{setting.label}'
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier demo
+    write_digit_scenes(place, 0, 0, count, **asdict(scene))
+    model = add_probe_head(load(folder / 'GAP', None), len(scene.class_names), 'ml_decoder_small')
+    model.get_classifier().load_state_dict(head.state_dict())
+    images = dict(input_size=(1, scene.size, scene.size), mean=(0.5,), std=(0.5,), crop_pct=1.0)
+    save_folder(model, place / 'model', class_names=scene.class_names, data_config=images, task='multilabel')
+    flags = ['--dataset', 'csv', '--split', 'test', '--in-chans', '1', '--device', 'cpu', '-j', '0']
+    model = ['--model', f'local-dir:{place / "model"}', '--pretrained']
+    run('validate.py', str(place), *flags, *model, '--report', str(folder / 'report' / setting.label))
 
 
 @torch.no_grad()
@@ -179,7 +202,7 @@ def draw_attention(rows, setting: Setting, backbone: nn.Module, head: nn.Module)
 
 
 def draw_curves(axis, setting: Setting, results: dict[str, dict]) -> None:
-    """Validation mAP in training, mean of the seeds, of each head at its best learning rate."""
+    """Validation mAP in training, mean of the seeds, of each head at its best learning rate and number of steps."""
     for name, result in results.items():
         steps, scores = np.mean(result['curves'], axis=0).T
         axis.plot(steps, scores, marker='.', label=f'{name} ({result["parameters"]:,})')
@@ -194,11 +217,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, nargs='?', default=Path('demo_output'), help='where everything goes')
     parser.add_argument('--quick', action='store_true', help='little data, one seed, a few steps: to see that it runs')
-    parser.add_argument('--steps', type=int, default=200, help='to train a head on scenes (default: 200)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     single_label(folder, options.quick)
-    multi_label(folder, options.quick, options.steps)
+    multi_label(folder, options.quick)
 
 
 if __name__ == '__main__':

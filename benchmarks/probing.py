@@ -5,9 +5,10 @@
 The backbone (timm's test_resnet at stride 8) is trained on single digits and then frozen. Heads are trained on its
 cached features of multi-label scenes (`timm_mldecoder.data.digits`). Training, validation and test digits are disjoint.
 
-Every head has its own learning rate: the best of at least four on the validation split, with the first seed. If the
-best is at an end of the range, the range is extended. Scores are mAP on the test split, mean and standard deviation
-over the seeds. Prints Markdown tables; writes `probing.png` and `probing.json` to FOLDER.
+Every head has its own learning rate and, where a setting has several, its own number of steps: the best on the
+validation split, with the first seed, of at least four rates for each number of steps. If the best rate is at an end of
+the range, the range is extended. Scores are mAP on the test split, mean and standard deviation over the seeds. Prints
+Markdown tables; writes `probing.png` and `probing.json` to FOLDER.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -51,43 +53,52 @@ FINE_TUNED = ('mean', 'attention_pool', 'ml_decoder_small')
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of a table."""
+    """One column of a table; every head is trained for each number of steps."""
 
     label: str
     scene: SceneOptions
     num_train: int = 1000
-    steps: int = 400
+    steps: tuple[int, ...] = (200, 400)
     fine_tune: bool = False
+
+
+class Trial(NamedTuple):
+    """What determines a run in a setting."""
+
+    head: str
+    rate: float
+    steps: int
+    seed: int = 0
 
 
 DIGITS = SceneOptions(size=64, sides=(10, 16), max_digits=6, max_classes=4, clutter=8)
 PAIRS = replace(DIGITS, kind='pairs', min_digits=2, max_classes=10, clutter=4)
-MAIN = Setting('digits', DIGITS)
+SWEPT = Setting('digits', DIGITS, steps=(400,))
 TABLES: dict[str, tuple[str, list[Setting]]] = {
-    'digits': ('Scenes of digits', [MAIN]),
+    'digits': ('Scenes of digits', [Setting('digits', DIGITS)]),
     'pairs': ('Pairs of digits: the evidence lies in two places', [Setting('pairs', PAIRS)]),
     'objects': (
         'Most digits per scene',
-        [replace(MAIN, label=str(n), scene=replace(DIGITS, max_digits=n)) for n in (2, 6, 10)],
+        [replace(SWEPT, label=str(n), scene=replace(DIGITS, max_digits=n)) for n in (2, 6, 10)],
     ),
     'clutter': (
         'Scrambled digits per scene',
-        [replace(MAIN, label=str(n), scene=replace(DIGITS, clutter=n)) for n in (0, 8, 14)],
+        [replace(SWEPT, label=str(n), scene=replace(DIGITS, clutter=n)) for n in (0, 8, 14)],
     ),
     'size': (
         'Side of a digit in pixels, in scenes of 64 pixels',
         [
-            replace(MAIN, label=f'{low} to {high}', scene=replace(DIGITS, sides=(low, high)))
+            replace(SWEPT, label=f'{low} to {high}', scene=replace(DIGITS, sides=(low, high)))
             for low, high in ((7, 10), (10, 16), (16, 24))
         ],
     ),
     'images': (
         'Training images',
-        [replace(MAIN, label=str(n), num_train=n) for n in (100, 300, 1000, 3000)],
+        [replace(SWEPT, label=str(n), num_train=n) for n in (100, 300, 1000, 3000)],
     ),
     'fine-tuned': (
         'Frozen, and fine-tuned end to end',
-        [replace(MAIN, label='frozen'), replace(MAIN, label='fine-tuned', steps=150, fine_tune=True)],
+        [replace(SWEPT, label='frozen'), replace(SWEPT, label='fine-tuned', steps=(150,), fine_tune=True)],
     ),
 }
 
@@ -154,18 +165,18 @@ def load(setting: Setting, backbone: nn.Module, num_held_out: int) -> Data:
 
 
 class Run:
-    """One head at one learning rate with one seed."""
+    """One head in training."""
 
-    def __init__(self, head: Callable, rate: float, seed: int, backbone: nn.Module, setting: Setting) -> None:
-        torch.manual_seed(seed)
-        head = head(backbone.num_features, len(setting.scene.class_names))
-        self.num_parameters = sum(p.numel() for p in head.parameters())
+    def __init__(self, trial: Trial, head: Callable, backbone: nn.Module, setting: Setting) -> None:
+        torch.manual_seed(trial.seed)
+        self.trial = trial
+        self.head = head(backbone.num_features, len(setting.scene.class_names))
+        self.num_parameters = sum(p.numel() for p in self.head.parameters())
         self.backbone = copy.deepcopy(backbone).requires_grad_(True) if setting.fine_tune else None
-        self.head = head
-        parameters = [*head.parameters(), *(self.backbone.parameters() if setting.fine_tune else ())]
+        parameters = [*self.head.parameters(), *(self.backbone.parameters() if setting.fine_tune else ())]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, rate, total_steps=setting.steps, pct_start=0.1
+            self.optimizer, trial.rate, total_steps=trial.steps, pct_start=0.1
         )
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []  # steps, and mAP on validation after them
@@ -202,62 +213,71 @@ class Run:
 
 
 def train_side_by_side(
-    runs: dict[tuple[str, float], int], data: Data, backbone: nn.Module, setting: Setting, heads: dict[str, Callable]
-) -> dict[tuple[str, float], Run]:
-    """Train runs (head and learning rate, and its seed) on the same batches."""
-    result = {}
-    for seed in sorted(set(runs.values())):
-        several = {key: Run(heads[key[0]], key[1], seed, backbone, setting) for key, s in runs.items() if s == seed}
+    trials: Iterable[Trial], data: Data, backbone: nn.Module, setting: Setting, heads: dict[str, Callable]
+) -> list[Run]:
+    """Train heads; those of one seed get the same batches."""
+    runs = [Run(trial, heads[trial.head], backbone, setting) for trial in trials]
+    for seed in sorted({run.trial.seed for run in runs}):
+        several = [run for run in runs if run.trial.seed == seed]
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.long)
-        for step in range(1, setting.steps + 1):
+        for step in range(1, max(run.trial.steps for run in several) + 1):
             while len(order) < BATCH_SIZE:
                 order = torch.cat([order, torch.randperm(setting.num_train, generator=generator)])
             batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
             inputs, targets = data.inputs['train'][batch], data.targets['train'][batch]
-            for run in several.values():
+            for run in several:
+                steps = run.trial.steps
+                if step > steps:
+                    continue
                 run.step(inputs, targets)
-                if step % max(setting.steps // CURVE_POINTS, 1) == 0 or step == setting.steps:
+                if step % max(steps // CURVE_POINTS, 1) == 0 or step == steps:
                     run.curve.append((step, run.score(data, 'validation')))
-        result |= several
-    return result
+    return runs
 
 
 def compare(
     setting: Setting, backbone: nn.Module, heads: dict[str, Callable], seeds: int, num_held_out: int
 ) -> tuple[dict[str, dict], dict[str, nn.Module]]:
-    """The score of each head at its best learning rate, and the heads that the first seed trained with it."""
+    """The score of each head at its best learning rate and number of steps, and the heads of the first seed."""
     data = load(setting, backbone, num_held_out)
     scale = 0.25 if setting.fine_tune else 1.0  # a whole network wants smaller rates
-    tried: dict[str, dict[float, Run]] = {name: {} for name in heads}
-    todo = {(name, scale * rate): 0 for name in heads for rate in LEARNING_RATES}
+    tried: dict[tuple[str, int], list[Run]] = {(name, steps): [] for name in heads for steps in setting.steps}
+    todo = [Trial(name, scale * rate, steps) for name, steps in tried for rate in LEARNING_RATES]
     while todo:
-        for (name, rate), run in train_side_by_side(todo, data, backbone, setting, heads).items():
-            tried[name][rate] = run
-            print(f'{setting.label}: {name} at {rate:.2g}: {run.validation:.1f}', file=sys.stderr, flush=True)
-        todo = {}
-        for name, by_rate in tried.items():
-            best = max(by_rate, key=lambda rate, runs=by_rate: runs[rate].validation)
-            further = {min(by_rate): best / 4, max(by_rate): best * 4}.get(best)
+        for run in train_side_by_side(todo, data, backbone, setting, heads):
+            name, rate, steps, _ = run.trial
+            tried[name, steps].append(run)
+            print(
+                f'{setting.label}: {name} at {rate:.2g}, {steps} steps: {run.validation:.1f}',
+                file=sys.stderr,
+                flush=True,
+            )
+        todo = []
+        for (name, steps), runs in tried.items():
+            rates = [run.trial.rate for run in runs]
+            best = max(runs, key=lambda run: run.validation).trial.rate
+            further = {min(rates): best / 4, max(rates): best * 4}.get(best)
             if further is not None and LIMITS[0] < further < LIMITS[1]:
-                todo[name, further] = 0
+                todo.append(Trial(name, further, steps))
     results, trained = {}, {}
-    for name, by_rate in tried.items():
-        rate = max(by_rate, key=lambda rate, runs=by_rate: runs[rate].validation)
-        runs = [by_rate[rate]]
-        for seed in range(1, seeds):
-            runs += train_side_by_side({(name, rate): seed}, data, backbone, setting, heads).values()
+    for name in heads:
+        of_head = [run for steps in setting.steps for run in tried[name, steps]]
+        best = max(of_head, key=lambda run: run.validation)
+        others = [best.trial._replace(seed=seed) for seed in range(1, seeds)]
+        runs = [best, *train_side_by_side(others, data, backbone, setting, heads)]
         scores = [run.score(data, 'test') for run in runs]
         results[name] = {
             'mean': statistics.mean(scores),
             'std': statistics.stdev(scores) if seeds > 1 else 0.0,
-            'rate': rate,
-            'tried': {tried_rate: run.validation for tried_rate, run in sorted(by_rate.items())},
-            'parameters': runs[0].num_parameters,
+            'rate': best.trial.rate,
+            'steps': best.trial.steps,
+            'tried': [(run.trial.steps, run.trial.rate, run.validation) for run in of_head],
+            'parameters': best.num_parameters,
             'seconds': statistics.mean(run.seconds for run in runs),
             'curves': [run.curve for run in runs],
         }
-        trained[name] = runs[0].head.eval()
+        trained[name] = best.head.eval()
     return results, trained
 
 
@@ -270,11 +290,11 @@ def heads_of(columns: dict[str, dict]) -> list[str]:
 def print_table(title: str, columns: dict[str, dict]) -> None:
     first = next(iter(columns.values()))
     print(f'### {title}\n')
-    print(f'| head | parameters | seconds | {" | ".join(columns)} | learning rates |')
+    print(f'| head | parameters | seconds | {" | ".join(columns)} | learning rates and steps |')
     print('|---|---|---|' + '---|' * (len(columns) + 1))
     for name in heads_of(columns):
         cells = [f'{column[name]["mean"]:.1f} ± {column[name]["std"]:.1f}' for column in columns.values()]
-        rates = ', '.join(f'{column[name]["rate"]:.2g}' for column in columns.values())
+        rates = ', '.join(f'{column[name]["rate"]:.2g} × {column[name]["steps"]}' for column in columns.values())
         row = first[name]
         print(f'| {name} | {row["parameters"]:,} | {row["seconds"]:.1f} | {" | ".join(cells)} | {rates} |')
     print(flush=True)
@@ -326,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables[name] = {}
         for setting in settings:
             if options.quick:
-                setting = replace(setting, num_train=100, steps=20)
+                setting = replace(setting, num_train=100, steps=(10, 20))
             names = [head for head in heads if not setting.fine_tune or head in FINE_TUNED]
             key = replace(setting, label='')
             if key not in done:

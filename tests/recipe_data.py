@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from image_folders import write_images
 from multilabel_data import LABELS, WRITTEN, write_image, write_text
 from PIL import Image
+from timm.models import save_for_hf
 
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 from timm_mldecoder.data.priors import write_priors
@@ -61,7 +63,17 @@ def flags(root: Path, recipe: str) -> list[str]:
         own += ['--class-priors', root / folder / 'priors.csv']
     if 'graph' in name:
         own += [*words, '--graph', label_graph(root / folder)]
+    if 'usi' in name:
+        own += ['--kd-model-name', f'local-dir:{teacher(root / folder)}']
     return [str(flag) for flag in (root / folder, *own)]
+
+
+def teacher(root: Path) -> Path:
+    """A small teacher in place of a pretrained one."""
+    path = root.parent / 'teacher'
+    if not path.exists():
+        save_for_hf(timm.create_model('test_efficientnet', num_classes=2), path)
+    return path
 
 
 def label_graph(root: Path) -> Path:

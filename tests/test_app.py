@@ -97,6 +97,16 @@ def test_the_threshold_moves_the_list_and_names_are_escaped(models):
     assert '<script' not in ''.join(lists.values()) and 'zebra' in lists[0.95]
 
 
+def test_names_of_models_and_of_uploads_stay_text(models, tmp_path):
+    shown = app.Shown('<b>x</b>/../"y"\n', models[0].predictor, True, None)
+    assert '<b>' not in shown.about() and '&quot;y&quot;' in shown.about()
+    (tmp_path / 'x.jpg').write_text('not an image')
+    upload = argparse.Namespace(path=str(tmp_path / 'x.jpg'), orig_name='../../<script>=1.jpg')
+    message = app._problem(app._read_upload(upload))
+    assert '<script' not in message and '../../&lt;script&gt;=1.jpg' in message
+    assert [path.name for path in tmp_path.iterdir()] == ['x.jpg']
+
+
 def test_the_server_answers_and_refuses(folder, address):
     gradio_client = pytest.importorskip('gradio_client')
     import httpx
@@ -134,14 +144,15 @@ def test_mistakes_are_value_errors(folder, flags, message, monkeypatch):
 
 @pytest.fixture
 def browser(tmp_path):
-    """A Chromium that logs its requests."""
+    """A Chromium that logs its requests; a machine of CI that has one must have all that drives it."""
     binary, driver = shutil.which('chromium'), shutil.which('chromedriver')
     try:
         from selenium import webdriver
     except ImportError:
         webdriver = None
     if not (binary and driver and webdriver):
-        pytest.skip('the browser test needs: apt-get install chromium chromium-driver; pip install selenium')
+        give_up = pytest.fail if binary and os.environ.get('CI') else pytest.skip
+        give_up("the browser test needs: apt-get install chromium chromium-driver; pip install 'timm-mldecoder[test]'")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in [*CHROMIUM.split(), f'--user-data-dir={tmp_path / "profile"}']:
@@ -167,7 +178,7 @@ def wait(condition, seconds=60):
         time.sleep(0.1)
 
 
-def test_the_page_in_a_browser(browser, folder, address):
+def test_the_page_in_a_browser(browser, folder, address, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     def all_of(selector):
@@ -202,6 +213,7 @@ def test_the_page_in_a_browser(browser, folder, address):
     wait(lambda: len(labels()) == 3)
 
     one('#labels-0 button').click()
+    browser.save_screenshot(str(tmp_path / 'page.png'))
     wait(lambda: all_of('#attention-0 img') and all_of('#labels-0 button[aria-pressed=true]'))
     assert not all_of('#attention-1 img'), 'a linear classifier has no attention'
 

@@ -80,6 +80,7 @@ def test_metrics_are_exact_where_images_do_not_divide_evenly(data, tmp_path):
     assert scores[0]['top1'] == float(row['eval_top1'])
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_and_repeated_augmentation_across_ranks(data, tmp_path):
     flags = [data, *SMALL, '-b', '4', '-j', '1', '--output', tmp_path]
     for name, extra in (('reduced', ['--aug-repeats', '3']), ('not_shared', ['--dist-bn', '', '--no-ddp-bb'])):
@@ -121,7 +122,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('launcher', [pytest.param('launch', marks=pytest.mark.slow), 'slurm'])
 def test_other_launchers_environments(data, tmp_path, launcher):
     variables, flags = LAUNCHERS[launcher]
     inherited = {name: value for name, value in environment().items() if not name.startswith('SLURM')}

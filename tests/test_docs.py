@@ -161,13 +161,6 @@ def test_every_flag_that_timm_lacks_is_on_a_page():
                 assert re.search(rf'{row.label}(?![\w-])', text), f'{row.label} is on no page'
 
 
-def test_refused_flags_are_listed():
-    section = TEXTS['docs/training.md'].split('## Flags that are refused')[1].split('\n## ')[0]
-    refused = {row.label for script in ('train', 'validate') for row in flags(script).values() if not row.supported}
-    listed = set(re.findall(r'`(--[\w-]+)`', '\n'.join(line.split(' | ')[0] for line in section.splitlines())))
-    assert listed == refused
-
-
 FENCES = [(name, code) for name, text in CURRENT.items() for code in fences(text, 'python')]
 
 

@@ -173,6 +173,24 @@ def test_a_folder_becomes_a_file_in_half_precision_and_a_folder_again():
     assert read_metadata('half.pt2') == read_metadata('copy') == {**expected, 'precision': 'float16'}
 
 
+@pytest.mark.parametrize('out, form', [('m.onnx', 'onnx'), ('m.pt2', 'torch-export'), ('copy', 'safetensors')])
+def test_hostile_class_names_are_read_back_and_stay_text(out, form):
+    if form == 'onnx':
+        pytest.importorskip('onnxruntime')
+    names = ['=1+1', '../../up', '/etc/x', '<script>alert(1)</script>', 'line\n---\nbreak', '@a, "b"', 'é']
+    model = create(head='pooling')
+    save_folder(
+        model, 'folder', class_names=names, data_config=SIZE, task='multilabel', thresholds=dict.fromkeys(names, 0.3)
+    )
+    export(['folder', out, '--format', form])
+    metadata = read_metadata(out)
+    assert metadata['class_names'] == names and metadata['thresholds'] == dict.fromkeys(names, 0.3)
+    assert sorted(path.name for path in Path().iterdir()) == sorted(['folder', out])
+    if form == 'safetensors':
+        card = Path('copy/README.md').read_text()
+        assert '<script>' not in card and card.count('\n---\n') == 1 and 'line --- break' in card
+
+
 def test_a_fixed_batch_size_is_the_only_one():
     save(create(head='pooling'))
     export(['folder', 'model.pt2', '--format', 'torch-export', '--batch-size', '2'])

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import itertools
 import shutil
 import sys
 import time
@@ -70,16 +71,17 @@ def test_checkpoint_path_loads_a_trained_model(tmp_path):
         timm.create_model('test_resnet', num_classes=7, checkpoint_path=tmp_path / 'model_best.pth.tar')
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout'])
-@pytest.mark.parametrize('pool', [None, 'avg'])
-def test_a_saved_folder_gives_the_same_logits_in_a_new_process(name, pool, tmp_path, program):
-    model = build(name, **({'global_pool': pool} if pool else {}))
-    folder, size = tmp_path / 'model', model.pretrained_cfg['input_size']
-    timm.models.save_for_hf(model, folder, model_config=dict(label_names=list('abcdefg')))
-    x = torch.randn(2, *size)
-    torch.save(x, tmp_path / 'x.pt')
-    program('load_folder.py', str(folder))
-    assert torch.equal(torch.load(tmp_path / 'y.pt'), model(x))
+def test_saved_folders_give_the_same_logits_in_a_new_process(tmp_path, program):
+    expected = {}
+    for name, pool in itertools.product(['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout'], [None, 'avg']):
+        model = build(name, **({'global_pool': pool} if pool else {}))
+        folder, x = tmp_path / f'{name}-{pool}', torch.randn(2, *model.pretrained_cfg['input_size'])
+        timm.models.save_for_hf(model, folder, model_config=dict(label_names=list('abcdefg')))
+        torch.save(x, folder / 'x.pt')
+        expected[folder] = model(x)
+    program('load_folders.py', *map(str, expected))
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / 'y.pt'), logits), folder.name
 
 
 def test_a_saved_head_for_other_classes_warns(folder, caplog):

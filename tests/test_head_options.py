@@ -177,6 +177,20 @@ def test_query_augmentations_act_in_training_only():
     assert torch.equal(head.vocabulary.embeddings, words(7))
 
 
+def test_query_cutout_sets_entries_of_classes_to_zero_in_training_only():
+    head = build(word_embeddings=words(7), query_cutout=0.25, random_queries=3)
+    assert torch.equal(head.vocabulary(), words(7))
+    torch.manual_seed(0)
+    draws = torch.stack([head.train().vocabulary() for _ in range(500)])
+    cut = draws[:, :7] == 0
+    assert cut.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(draws[:, :7], words(7) * ~cut), 'the other entries stay as they are'
+    assert draws[:, 7:].all(), 'random queries stay whole'
+    logits = head(torch.randn(2, 12, 2, 2, dtype=torch.float64))
+    logits.sum().backward()
+    assert logits.shape == (2, 10) and head.queries.proj.weight.grad.any()
+
+
 def test_random_queries_in_groups_share_the_last_group_and_get_the_gradient():
     head = build(7, word_embeddings=words(7), group_size=3, random_queries=4).train()
     logits = head(torch.randn(2, 12, 2, 2, dtype=torch.float64))
@@ -199,7 +213,9 @@ NAN = words(3).index_fill(0, torch.tensor([1]), math.nan)
     (dict(word_embeddings=6, class_names=list('abc')), '7 class names are needed'),
     (dict(class_names=list('abcdefg')), 'give word_embeddings'),
     (dict(query_noise=0.1), 'give word_embeddings'),
+    (dict(query_cutout=0.1), 'give word_embeddings'),
     (dict(word_embeddings=words(7), query_noise=-1), 'at least 0'),
+    (dict(word_embeddings=words(7), query_cutout=1.0), r'query_cutout.*1.0'),
     (dict(group_size=2), 'group_size'),
     (dict(word_embeddings=words(7), group_size=17), 'group_size must be in 1 to'),
     (dict(word_embeddings=words(7), group_size=2, groups=3, learnable_queries=True), '7 classes do not fit 3 groups'),

@@ -96,7 +96,19 @@ def test_reductions(name):
 
 
 def reference_csl(
-    logits, target, mode, gamma_neg, gamma_pos, gamma_unann, weight_unann, clip, prior, threshold, topk
+    logits,
+    target,
+    mode,
+    gamma_neg,
+    gamma_pos,
+    gamma_unann,
+    weight_unann,
+    weight_pos,
+    weight_neg,
+    clip,
+    prior,
+    threshold,
+    topk,
 ) -> float:
     """CSL as the paper says it, over Python lists."""
     logits, target = logits.tolist(), target.tolist()
@@ -106,29 +118,34 @@ def reference_csl(
     frequent = {j for j in range(CLASSES) if prior is not None and prior[j] > threshold}
     total = 0.0
     for i, row in enumerate(logits):
+        # "ignore_normalize_classes" of the published code: g = 1 / (1 + annotated labels of the image) + 1
+        share = 1 + 1 / (1 + sum(y >= 0 for y in target[i])) if mode == 'ignore_normalize_classes' else 1
         for j, x in enumerate(row):
             if target[i][j] >= 0:
-                total += asl_entry(x, target[i][j], gamma_neg, gamma_pos, clip)
+                weight = weight_pos if target[i][j] else weight_neg
+                total += share * weight * asl_entry(x, target[i][j], gamma_neg, gamma_pos, clip)
             elif mode == 'negative' or (mode == 'selective' and (i, j) not in likely and j not in frequent):
                 total += weight_unann * asl_entry(x, 0.0, gamma_unann, gamma_pos, clip)
     return total
 
 
-@pytest.mark.parametrize(('clip', 'weight'), [(0.0, 1.0), (0.05, 0.3)])
+@pytest.mark.parametrize(('clip', 'weights'), [(0.0, (1.0, 1.0, 1.0)), (0.05, (0.3, 1.0, 1.0)), (0.0, (0.3, 2.0, 0.7))])
 @pytest.mark.parametrize(
     ('mode', 'with_prior', 'topk'),
     [
         ('ignore', False, 5),
+        ('ignore_normalize_classes', False, 5),
         ('negative', False, 5),
         ('selective', False, 2),
         ('selective', True, 0),
         ('selective', True, 2),
     ],
 )
-def test_selective_loss_follows_the_paper(mode, with_prior, topk, clip, weight):
+def test_selective_loss_follows_the_paper(mode, with_prior, topk, clip, weights):
     logits, target = make_data('csl', ignored=0.6)
     prior = [0.01 * j for j in range(CLASSES)] if with_prior else None
-    gammas = dict(gamma_neg=1.0, gamma_pos=0.0, gamma_unann=2.0, weight_unann=weight)
+    gammas = dict(gamma_neg=1.0, gamma_pos=0.0, gamma_unann=2.0)
+    gammas |= dict(zip(('weight_unann', 'weight_pos', 'weight_neg'), weights, strict=True))
     expected = reference_csl(logits, target, mode, *gammas.values(), clip, prior, 0.05, topk)
     loss = create_loss('csl', mode=mode, class_prior=prior, likelihood_topk=topk, clip=clip, **gammas)
     assert loss(logits, target).item() == pytest.approx(expected, rel=1e-7)
@@ -218,6 +235,7 @@ def test_a_loss_without_a_scale_takes_the_automatic_one():
         ('csl', dict(mode='all'), 'all.*selective'),
         ('csl', dict(mode='ignore', class_prior=[0.1]), 'selective'),
         ('csl', dict(gamma_unann=-2.0), 'gamma_unann=-2'),
+        ('csl', dict(weight_pos=-1.0), 'weight_pos=-1'),
         ('aam', dict(balance=1.2), 'balance=1.2'),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_saved_folder_gives_the_same_logits(name, tmp_path):
     assert all(type(other) is type(model) and torch.equal(other(x), model(x)) for other in copies)
 
 
-def test_a_saved_classifier_for_other_classes_or_of_another_kind_starts_fresh(tmp_path, caplog):
+def test_a_saved_classifier_for_other_classes_or_of_another_kind_is_initialized(tmp_path, caplog):
     model = add_cosine_classifier(timm.create_model('test_resnet', num_classes=3), SCALE)
     save_for_hf(model, tmp_path)
     for options, kind, shape in (
@@ -128,7 +128,7 @@ def test_a_saved_classifier_for_other_classes_or_of_another_kind_starts_fresh(tm
         other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **options)
         assert type(other.fc) is kind and other.fc.weight.shape == shape
         assert torch.equal(other.conv1[0].weight, model.conv1[0].weight)
-        assert 'fresh' in caplog.text
+        assert 'initialized' in caplog.text
     with pytest.raises(ValueError, match=r'9\.0.*12\.0'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, cosine_classifier=9.0)
     with pytest.raises(ValueError, match='ml_decoder, cosine_classifier'):

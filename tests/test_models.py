@@ -36,7 +36,12 @@ def test_every_module_has_its_model_here():
     assert {timm.model_entrypoint(name).__module__ for name in SMALLEST} == modules
 
 
-@pytest.mark.parametrize('name', SMALLEST)
+SLOWEST = ('sequencer2d_s',)  # half a minute
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOWEST)) for name in SMALLEST]
+)
 def test_the_smallest_of_its_module(name):
     result = attach(name)
     assert result['outcome'] == 'attached', result['detail']

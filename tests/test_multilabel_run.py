@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from multilabel_data import WRITTEN, write_image
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.loss import create_classification_loss
+from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -256,6 +259,42 @@ def test_losses_are_those_of_timm_on_complete_labels_and_accept_labels_to_ignore
     timms = loss_of('coco2014', complete, '--bce-sum')  # an option of timm's class alone
     expected = create_classification_loss('bce', multi_label=True, bce_sum=True)
     torch.testing.assert_close(timms(logits, target), expected(logits, target))
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '--loss asl --asl-gamma-pos 0.5 --asl-gamma-neg 3 --asl-clip 0.1 --asl-reduction mean',
+        '--loss twoway --twoway-tp 2 --twoway-tn 3',
+        '--loss poly --poly-gamma 1 --poly-epsilon 3 --poly-alpha 0.3',
+        '--loss db --class-stats STATS --db-neg-scale 3 --db-init-bias 0.1 --db-focal-gamma 1',
+        '--loss bce --loss-class-weight effective_num --loss-weight-beta 0.9 --loss-weight-max 1.2 --class-stats STATS',
+        '--loss bce --loss-pos-weight neg_pos --loss-weight-power 0.5 --loss-weight-max 2 --class-stats STATS',
+    ],
+)
+def test_flags_of_losses_are_arguments_of_timms(tmp_path, flags):
+    WRITTEN['coco2014'][0](tmp_path / 'data')
+    stats = tmp_path / 'stats.json'
+    stats.write_text(json.dumps(dict(pos_counts=[10, 2], num_samples=20)))
+    words = flags.replace('STATS', str(stats)).split()
+    given = dict(zip((word[2:].replace('-', '_') for word in words[::2]), words[1::2], strict=True))
+    settings = {name: float(value) for name, value in given.items() if re.fullmatch(r'[\d.]+', value)}
+    weights = {name.removeprefix('loss_weight_'): settings.pop(name) for name in [*settings] if 'weight' in name}
+    if 'max' in weights:
+        weights['max_weight'] = weights.pop('max')
+    for kind in ('class_weight', 'pos_weight'):
+        if f'loss_{kind}' in given:
+            settings[kind] = resolve_class_weights(given[f'loss_{kind}'], kind, load_class_stats(stats), **weights)
+    if given['loss'] == 'db':
+        settings |= dict(class_counts=[10, 2], num_samples=20)
+    if 'asl_reduction' in given:
+        settings['asl_reduction'] = given['asl_reduction']
+    logits, target = torch.randn(6, 2), torch.eye(2).repeat(3, 1)
+    expected = create_classification_loss(given['loss'], multi_label=True, **settings)(logits, target)
+    loss = loss_of('coco2014', tmp_path / 'data', *words)(logits, target)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    plain = loss_of('coco2014', tmp_path / 'data', *words[:2], *(words[-2:] if 'db' in words else []))
+    assert not torch.isclose(plain(logits, target), loss), 'the flags change the loss'
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_d
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, random_seed
@@ -62,6 +63,64 @@ SUMMARIES = {
     """,
 }
 
+GAP = '--model test_resnet --lr 0.02'
+# in timm's script the plug-in reads it; --use-ml-decoder-head 1 is the same here
+HEAD = '--model test_resnet --lr 0.002 --model-kwargs ml_decoder={"dropout":0.0,"decoder_embedding":64}'
+TOKENS = '--model deit_tiny_distilled_patch16_224 --lr 0.02 --model-kwargs img_size=48 depth=2 embed_dim=48'
+# the second view is grey, the third too: views that differ without a draw
+VIEWS = f'{UNDRAWN} --jsd-loss --grayscale-prob 1 --aug-splits'
+# Training and evaluation losses of every epoch of timm's own script, of September 2026, with library 1.0.31 and torch
+# 2.15 on a CPU: `--num-classes 3 --device cpu --img-size 48 -j 1 -b 180 --epochs 4 --opt sgd --warmup-epochs 0
+# --smoothing 0.1` and the flags given here, on `write_images(folder)`; GAP_TEACHER and HEAD_TEACHER are `local-dir:`
+# folders of `write_teacher`. Nothing is drawn: one batch has all images.
+LOSSES = {
+    f'{GAP} --no-aug --kd-model-name GAP_TEACHER --task-loss-weight 0.4': """
+        10.61820 8.74543 7.21080 6.40601
+        1.12747 1.15195 1.21683 1.28726
+    """,
+    f'{HEAD} --no-aug --kd-model-name HEAD_TEACHER --distill-loss-weight 0.5 --kd-temperature 2': """
+        3.25992 2.01417 1.99017 1.90341
+        1.79861 1.70512 1.52897 1.47726
+    """,
+    f'{GAP} --no-aug --kd-model-name GAP_TEACHER --kd-distill-type feature --distill-loss-weight 0.01': """
+        5.23534 5.18641 5.13376 5.09843
+        1.09810 1.09821 1.09921 1.09889
+    """,
+    f'{HEAD} --no-aug --kd-model-name HEAD_TEACHER --kd-distill-type feature --distill-loss-weight 0.01 '
+    '--task-loss-weight 0.5': """
+        4.64286 4.44514 4.36360 4.35708
+        1.36066 1.14189 1.10797 1.10436
+    """,
+    f'{TOKENS} --no-aug --kd-model-name GAP_TEACHER --kd-distill-type token': """
+        18.90836 13.82031 2.86460 1.91747
+        1.20093 3.79945 4.86459 5.14847
+    """,
+    f'{TOKENS} --no-aug --kd-model-name HEAD_TEACHER --kd-distill-type token --kd-token-distill-type hard': """
+        2.25632 1.52544 1.30528 1.25741
+        1.14432 1.27983 1.37298 1.40105
+    """,
+    f'{GAP} {VIEWS} 2': """
+        1.14810 1.06916 1.00916 0.98144
+        1.09794 1.09846 1.09901 1.09901
+    """,
+    f'{HEAD} {VIEWS} 3': """
+        1.63996 1.10983 1.13979 1.15299
+        1.13475 1.11158 1.12070 1.12012
+    """,
+    f'{GAP} {VIEWS} 2 --split-bn': """
+        1.13680 1.08763 1.03873 1.00846
+        1.09804 1.09823 1.09924 1.09896
+    """,
+    f'{HEAD} {VIEWS.replace(" --jsd-loss", "")} 2 --split-bn': """
+        1.67695 1.10908 1.14688 1.16516
+        1.12983 1.12292 1.13208 1.13100
+    """,
+    f'{GAP} --no-aug --torchscript --fuser te': """
+        1.10504 1.05641 1.00413 0.96915
+        1.09810 1.09821 1.09921 1.09890
+    """,
+}
+
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
@@ -78,7 +137,12 @@ def run_train(flags, folder):
     return list(csv.DictReader((folder / 'run' / 'summary.csv').open()))
 
 
-@pytest.mark.parametrize('flags', SUMMARIES, ids=['sgd', 'lamb', 'full batch'])
+MARKS = {'sgd': (), 'lamb': (), 'full batch': (pytest.mark.slow,)}
+
+
+@pytest.mark.parametrize(
+    'flags', [pytest.param(flags, id=name, marks=MARKS[name]) for name, flags in zip(MARKS, SUMMARIES, strict=True)]
+)
 def test_runs_follow_those_of_timms_script(images, few_images, tmp_path, flags):
     expected = list(csv.DictReader(line.strip() for line in SUMMARIES[flags].strip().splitlines()))
     # later epochs have an order of their own, which shows unless one batch has all images
@@ -90,12 +154,49 @@ def test_runs_follow_those_of_timms_script(images, few_images, tmp_path, flags):
     for row, timms in zip(rows, followed, strict=True):
         for column in ('train_loss', 'eval_loss'):
             assert float(row[column]) == pytest.approx(float(timms[column]), abs=3e-3), column
-        assert float(row['eval_top1']) == pytest.approx(float(timms['eval_top1']), abs=1e-4)
+        # one image of 45 may be on the other side of the boundary on a CPU with other kernels
+        assert float(row['eval_top1']) == pytest.approx(float(timms['eval_top1']), abs=100 / 45 + 1e-4)
 
     if len(rows) < len(expected):  # the schedule of all epochs does not depend on model and data
         settings = f'--data-dir {few_images} --model test_resnet --img-size 32 -j 0'
         rows = run_train(shlex.split(f'{settings} {common}'), tmp_path / 'small')
     assert [float(row['lr']) for row in rows] == [float(row['lr']) for row in expected]
+
+
+def write_teacher(folder, **head):
+    torch.manual_seed(7)
+    model = create_model('test_efficientnet', num_classes=3, **head)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # statistics of one batch of noise, so that outputs differ from image to image
+    with torch.no_grad():
+        model.train()(torch.rand(64, 3, 48, 48))
+    save_for_hf(model, folder)
+    return f'local-dir:{folder}'
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('teachers')
+    return dict(
+        GAP_TEACHER=write_teacher(folder / 'gap'),
+        HEAD_TEACHER=write_teacher(folder / 'head', ml_decoder=dict(dropout=0.0, decoder_embedding=32)),
+    )
+
+
+FEW = [flags for flags in LOSSES if flags.startswith(HEAD) and '--kd-temperature' in flags or flags.endswith('token')]
+
+
+@pytest.mark.parametrize(
+    'flags', [pytest.param(flags, id=flags, marks=[] if flags in FEW else pytest.mark.slow) for flags in LOSSES]
+)
+def test_losses_of_every_epoch_are_those_of_timms_script(images, teachers, tmp_path, flags):
+    expected = [[float(loss) for loss in line.split()] for line in LOSSES[flags].strip().splitlines()]
+    common = '--num-classes 3 --device cpu --img-size 48 -j 0 -b 180 --epochs 4 --opt sgd --warmup-epochs 0'
+    given = [teachers.get(flag, flag) for flag in flags.split()]
+    rows = run_train(['--data-dir', str(images), *common.split(), '--smoothing', '0.1', *given], tmp_path)
+    for column, losses in zip(('train_loss', 'eval_loss'), expected, strict=True):
+        assert [float(row[column]) for row in rows] == pytest.approx(losses, abs=3e-3), column
 
 
 @pytest.mark.parametrize('samples', [1, 7, 24, 255, 256, 1000])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ import torch
 from PIL import Image
 from runs import command, environment
 from timm.data import create_transform
+from torch._dynamo.testing import CompileCounter
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction, harmless
+from timm_mldecoder.engine.predict import parts as parts_module
+from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction
 from timm_mldecoder.engine.predict.pictures import picture_path
+from timm_mldecoder.engine.predict.run import Predictor
 from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.engine.runtime.files import harmless
 from timm_mldecoder.predict import main as predict
 from train import main as train
 
@@ -56,9 +61,9 @@ def write_image(path, seed, size=(40, 30)):
     Image.fromarray(pixels.numpy()).save(path)
 
 
-def save_model(task='multilabel', thresholds=None, **head):
-    model = timm.create_model('test_resnet', num_classes=3, ml_decoder={**HEAD, **head}).eval()
-    save_folder(model, 'folder', class_names=NAMES, task=task, thresholds=thresholds)
+def save_model(task='multilabel', thresholds=None, names=NAMES, data_config=None, **head):
+    model = timm.create_model('test_resnet', num_classes=len(names), ml_decoder={**HEAD, **head}).eval()
+    save_folder(model, 'folder', class_names=names, task=task, thresholds=thresholds, data_config=data_config)
     return model
 
 
@@ -101,6 +106,17 @@ def test_labels_by_threshold_and_by_rank(images):
     predict([*base, '--threshold', str(median), '--top-k', '1', '--out', 'both.csv'])
     assert_rows(rows_of('both.csv'), expected_rows(model, median, top_k=1))
     assert not Path('labels.csv.parts').exists()
+
+
+def test_top_k_and_threshold_both_apply():
+    predictor = Predictor(None, {}, list('abc'), torch.tensor([0.5, 0.5, 0.8]), 'RGB', top_k=2)
+    for scores, expected in [
+        ([0.9, 0.6, 0.85], 'ac'),
+        ([0.9, 0.6, 0.7], 'ab'),
+        ([0.6, 0.1, 0.7], 'a'),
+        ([0.1] * 3, ''),
+    ]:
+        assert ''.join(label.name for label in predictor.labels(torch.tensor(scores))) == expected
 
 
 def test_the_formats_hold_the_same(images):
@@ -174,10 +190,14 @@ def test_unreadable_images_are_listed_and_do_not_stop_it(images):
     base = [images, '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--top-k', '1']
     predict([*base, '--out', 'labels.csv', '--scores', 's.npz'])
     assert [row[0] for row in rows_of('labels.csv')] == list(np.load('s.npz')['images']) == IMAGES
-    with open('errors.csv') as file:
+    with open('labels.csv.errors.csv') as file:
         assert [row['image'] for row in csv.DictReader(file)] == ['bad.jpg', 'empty.png']
     with pytest.raises(RunFailed, match='bad.jpg'):
         predict([*base, '--out', 'other.csv', '--bad-image', 'abort'])
+    Path('images/bad.jpg').unlink()
+    predict([*base, '--out', 'more.csv'])  # another output in the same folder has errors of its own
+    assert len(Path('labels.csv.errors.csv').read_text().splitlines()) == 3
+    assert len(Path('more.csv.errors.csv').read_text().splitlines()) == 2
 
 
 def test_a_kill_loses_at_most_the_parts_under_way(images):
@@ -197,39 +217,108 @@ def test_a_kill_loses_at_most_the_parts_under_way(images):
         process.wait()
     predict([*base, '--out', 'killed.csv'])
     assert Path('killed.csv').read_text() == Path('whole.csv').read_text()
-    assert len(Path('errors.csv').read_text().splitlines()) == 2
+    assert len(Path('killed.csv.errors.csv').read_text().splitlines()) == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize('place', ['_join_arrays', 'shutil.rmtree'])
+def test_a_kill_while_the_parts_are_joined_leaves_nothing_to_repair(images, place, monkeypatch):
+    save_model()
+    Path('images/bad.jpg').touch()
+    flags = [images, '--model', 'local-dir:folder', *SMALL, '--part-size', '1', '--out', 'labels.csv', '--scores']
+
+    def kill(*arguments, **settings):
+        raise Killed
+
+    predict([*flags[:-2], 'whole.csv', '--scores', 'whole.npz'])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(parts_module.shutil, 'rmtree', kill) if '.' in place else patch.setattr(Parts, place, kill)
+        predict([*flags, 'scores.npz'])
+    assert Path('labels.csv').exists() and Path('labels.csv.errors.csv').exists()
+    assert Path('labels.csv.parts').exists() == (place == '_join_arrays')
+    if place == '_join_arrays':
+        predict([*flags, 'scores.npz'])
+    else:  # everything is written
+        with pytest.raises(ValueError, match='labels.csv exists'):
+            predict([*flags, 'scores.npz'])
+    for name, whole in (('labels.csv', 'whole.csv'), ('labels.csv.errors.csv', 'whole.csv.errors.csv')):
+        assert Path(name).read_text() == Path(whole).read_text()
+    for name, found in np.load('scores.npz').items():
+        assert (found == np.load('whole.npz')[name]).all(), name
+
+
+def test_parts_of_other_options_are_not_continued(images, monkeypatch):
+    save_model()
+    base = [images, '--model', 'local-dir:folder', *SMALL, '--out', 'labels.csv', '--amp', '--amp-dtype']
+    monkeypatch.setattr(Parts, 'finish', lambda parts: pytest.skip('not reached'))
+    with pytest.raises(pytest.skip.Exception):
+        predict([*base, 'bfloat16'])
+    for flags in (['float16'], ['bfloat16', '--top-k', '1'], ['bfloat16', '--part-size', '1']):
+        with pytest.raises(ValueError, match='labels.csv.parts'):
+            predict([*base, *flags])
+
+
+@pytest.mark.parametrize('kind', ['pooled', 'queries'])
+def test_a_compiled_model_gives_features_too(images, kind, monkeypatch):
+    save_model()
+    base = [images, '--model', 'local-dir:folder', *SMALL, '--feature-kind', kind]
+    predict([*base, '--out', 'a.csv', '--features', 'a.npz'])
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=counter))
+    predict([*base, '--out', 'b.csv', '--features', 'b.npz', '--torchcompile'])
+    assert counter.op_count > 50, 'backbone and head run compiled'
+    assert rows_of('a.csv') == rows_of('b.csv')
+    np.testing.assert_allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-3)
 
 
 @pytest.mark.slow
-def test_twenty_thousand_images_killed_five_times(images):
-    """200 of them are damaged, and listed as errors. The rows are those of an undisturbed run, none twice."""
-    small = io.BytesIO()
-    for number in range(20_000):
-        if number % 100 == 0:
-            small = io.BytesIO()
-            Image.new('RGB', (8, 8), (number % 256, number // 256, 90)).save(small, 'png')
-        name = Path(f'many/{number // 1000}/{number:05d}.png')
-        name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_bytes(b'damaged' if number % 100 == 7 else small.getvalue())
-    save_model()
-    flags = shlex.split('many --model local-dir:folder --device cpu -j 1 -b 64 --threshold 0 --part-size 256 --out')
-    predict([*flags, 'whole.csv'])
-    assert len(Path('errors.csv').read_text().splitlines()) == 201
-    call = [sys.executable, '-m', 'timm_mldecoder.predict', *flags, 'killed.csv']
+def test_twenty_thousand_images_killed_five_times(tmp_path):
+    """200 of them are damaged, and listed as errors. The rows are those of an undisturbed run, none twice, and those
+    of two ranks. The memory of the process and its worker does not grow with the number of images."""
     draw = np.random.default_rng()
-    kills = 0
+    for number in range(20_000):
+        name = Path(f'many/{number // 1000:02d}/{number:05d}.png')
+        name.parent.mkdir(parents=True, exist_ok=True)
+        if number % 100 == 7:
+            name.write_bytes(b'damaged')
+        else:
+            Image.new('RGB', (32, 32), (number % 256, number // 256, 90)).save(name)
+    save_model(data_config={'input_size': (3, 32, 32)})
+    flags = shlex.split('--model local-dir:folder --device cpu -j 1 -b 64 --threshold 0 --part-size 256 --out')
+    module = ['-m', 'timm_mldecoder.predict']
+    silent = dict(stdout=subprocess.DEVNULL, env=environment())
+
+    memory = {}
+    for source, out in (('many/00', 'thousand.csv'), ('many', 'whole.csv')):
+        process = subprocess.Popen([sys.executable, *module, source, *flags, out], **silent)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        memory[out] = usage.ru_maxrss / (1 if sys.platform == 'darwin' else 1024)  # of the larger process, in KB
+    assert memory['whole.csv'] < memory['thousand.csv'] + 20 * 1024, memory
+    with open('whole.csv.errors.csv') as file:
+        assert [row['image'] for row in csv.DictReader(file)] == [
+            f'{number // 1000:02d}/{number:05d}.png' for number in range(7, 20_000, 100)
+        ]
+    assert Path('whole.csv').read_text().count('\n') == 1 + 3 * 19_800
+
     for parts in sorted(draw.choice(70, 5, replace=False)):
-        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        call = [sys.executable, *module, 'many', *flags, 'killed.csv']
+        process = subprocess.Popen(call, stderr=subprocess.DEVNULL, **silent)
         while len(list(Path().glob('killed.csv.parts/*.jsonl'))) <= parts and process.poll() is None:
             time.sleep(draw.uniform(0.002, 0.05))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills == 5
-    predict([*flags, 'killed.csv'])
-    assert Path('killed.csv').read_text() == Path('whole.csv').read_text()
-    ranks = [*command('train.py', processes=2)[:-1], '-m', 'timm_mldecoder.predict', *flags, 'ranks.csv']
-    subprocess.run(ranks, env=environment(), check=True, capture_output=True)
-    assert Path('ranks.csv').read_text() == Path('whole.csv').read_text()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(call, check=True, **silent)
+    launcher = command('train.py', processes=2)[:-1]
+    subprocess.run(
+        [*launcher, *module, 'many', *flags, 'ranks.csv'], check=True, capture_output=True, env=environment()
+    )
+    for out in ('killed.csv', 'ranks.csv'):
+        assert Path(out).read_text() == Path('whole.csv').read_text()
+        assert Path(f'{out}.errors.csv').read_text() == Path('whole.csv.errors.csv').read_text()
 
 
 @pytest.mark.slow
@@ -237,16 +326,71 @@ def test_two_ranks_write_what_one_does(images):
     for number in range(20):
         write_image(Path('many', f'{number:03d}.png'), number)
     save_model()
-    flags = ['many', '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--part-size', '3']
-    predict([*flags, '--out', 'one.csv'])
+    flags = ['many', '--model', 'local-dir:folder', *SMALL, '--threshold', '0', '--part-size', '3', '-j', '1']
+    predict([*flags, '--out', 'one.csv', '--scores', 'one.npz', '--pictures', 'one'])
     launcher = command('train.py', processes=2)[:-1]
     subprocess.run(
-        [*launcher, '-m', 'timm_mldecoder.predict', *flags, '--out', 'two.csv'],
+        [
+            *launcher,
+            '-m',
+            'timm_mldecoder.predict',
+            *flags,
+            '--out',
+            'two.csv',
+            '--scores',
+            'two.npz',
+            '--pictures',
+            'two',
+        ],
         env=environment(),
         check=True,
         timeout=300,
     )
     assert Path('two.csv').read_text() == Path('one.csv').read_text()
+    assert (np.load('two.npz')['scores'] == np.load('one.npz')['scores']).all()
+    assert sorted(os.listdir('two')) == sorted(os.listdir('one')) == [f'{number:03d}.png.png' for number in range(20)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_ctrl_c_and_an_unreadable_image_end_the_workers_too(images, processes):
+    for number in range(400):
+        write_image(Path('many', f'{number:03d}.png'), number, size=(600, 600))
+    save_model()
+    flags = [
+        'many',
+        '--model',
+        'local-dir:folder',
+        '--device',
+        'cpu',
+        '-j',
+        '2',
+        '-b',
+        '1',
+        '--part-size',
+        '2',
+        '--out',
+    ]
+    launcher = command('train.py', processes=processes)[:-1]
+    call = [*launcher, '-m', 'timm_mldecoder.predict', *flags]
+    process = subprocess.Popen(
+        [*call, 'x.csv'], env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not list(Path().glob('x.csv.parts/*.jsonl')) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode, errors
+    assert processes > 1 or process.returncode == 130 and 'Traceback' not in errors
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        for _ in range(200):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    Path('many/010.png').write_bytes(b'damaged')
+    process = subprocess.run(
+        [*call, 'y.csv', '--bad-image', 'abort'], env=environment(), timeout=120, capture_output=True, text=True
+    )
+    assert process.returncode == 1 and '010.png' in process.stderr
 
 
 def test_parts_of_another_prediction_are_not_continued(images):
@@ -344,9 +488,51 @@ def test_pictures_stay_in_their_folder(name):
     assert Path('pictures').resolve() in picture_path(Path('pictures'), name).resolve().parents
 
 
-@pytest.mark.parametrize('field', ['=1+1', '+1', '-1', '@x', '\tx'])
+@pytest.mark.parametrize('field', ['=1+1', '+1', '-1', '@x', '\tx', '\r=x'])
 def test_no_field_is_a_formula(field):
     assert harmless(field) == f"'{field}" and harmless(f'a{field}') == f'a{field}'
+
+
+@pytest.mark.parametrize('suffix', ['.csv', '.jsonl', '.parquet'])
+def test_hostile_names_of_images_and_classes_stay_text_within_the_outputs(suffix):
+    """From a shard and from a list, whose names are not those of files in a folder."""
+    names = ['=1+1', '../../up', '<script>alert(1)</script>', '@a\nb, "c"', '/etc/passwd']
+    members = ['=2+2.png', '/root/x.png', 'line\nbreak.png', 'a/=b,"c".png', '../../up.png', 'broken=\n.png']
+    write_image(Path('work/in/=x.png'), 1)
+    content = Path('work/in/=x.png').read_bytes()
+    with tarfile.open('work/in/=s.tar', 'w') as tar:
+        for name in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content) * ('broken' not in name)
+            tar.addfile(entry, io.BytesIO(content))
+    with open('work/in/list.csv', 'w', newline='') as file:
+        csv.writer(file).writerows([['path'], ['=x.png'], ['../in/=x.png'], ['=missing\n.png']])
+    save_model(names=names)
+    for number, source in enumerate(['work/in/=s.tar', 'work/in/list.csv']):
+        Path(f'work/{number}').mkdir()
+        flags = f'--model local-dir:folder --device cpu -j 0 --threshold 0 --pictures work/{number}/pictures'
+        outputs = ['--out', f'work/{number}/labels{suffix}', '--scores', f'work/{number}/scores.npz']
+        predict([source, *shlex.split(flags), *outputs])
+        readable = list(np.load(f'work/{number}/scores.npz')['images'])
+        assert len(readable) == (2 if number else 4) and list(np.load(f'work/{number}/scores.npz')['classes']) == names
+        found = {path.name for path in Path(f'work/{number}').iterdir()}
+        assert found == {f'labels{suffix}', f'labels{suffix}.errors.csv', 'scores.npz', 'pictures'}
+        assert len([path for path in Path(f'work/{number}/pictures').rglob('*') if path.is_file()]) == len(readable)
+        with open(f'work/{number}/labels{suffix}.errors.csv', newline='') as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        if suffix == '.csv':
+            with open(f'work/{number}/labels.csv', newline='') as file:
+                rows = list(csv.reader(file))
+            assert len(rows) == 1 + len(names) * len(readable) and {len(row) for row in rows} == {3}
+            cells += [cell for row in rows for cell in row]
+            assert "'=1+1" in cells and '@a\nb, "c"' in {cell.lstrip("'") for cell in cells}
+        elif suffix == '.jsonl':
+            lines = [json.loads(line) for line in Path(f'work/{number}/labels.jsonl').read_text().splitlines()]
+            assert [line['image'] for line in lines] == readable
+            assert all({found['label'] for found in line['labels']} == set(names) for line in lines)
+        assert not [cell for cell in cells if cell[:1] in tuple('=+-@\t\r')]
+    assert sorted(path.name for path in Path().iterdir()) == ['folder', 'work']
+    assert sorted(path.name for path in Path('work').iterdir()) == ['0', '1', 'in']
 
 
 @pytest.mark.parametrize(
@@ -355,11 +541,11 @@ def test_no_field_is_a_formula(field):
         ('images --model local-dir:folder --classes zebra --out x.csv', '--classes'),
         ('empty --model local-dir:folder --out x.csv', 'empty: no images'),
         ('nowhere --model local-dir:folder --out x.csv', 'nowhere: no such'),
-        ('images --checkpoint none.pth --out x.csv', 'none.pth: no such file'),
+        ('images --checkpoint none.pth --out x.csv', 'none.pth: no such'),
         ('images --model local-dir:folder --use-ema --out x.csv', '--use-ema'),
         ('images --model local-dir:folder --out x.xml', '--out x.xml'),
         ('images --model local-dir:folder --out nowhere/x.csv', 'nowhere'),
-        ('images --model zzz --out x.csv', '--model zzz'),
+        ('images --model zzz --out x.csv', 'zzz: no such'),
         ('images --model local-dir:folder --out x.csv --device zzz', '--device'),
         ('images --model local-dir:folder --out x.csv --device cuda:77', '--device'),
     ],
@@ -398,4 +584,4 @@ def test_file_names_that_are_not_utf8_are_escaped(suffix, tmp_path):
     parts.write(0, [Prediction(name, [Label(0, 'cat', 0.5)]), Prediction(name, error='damaged')])
     assert parts.finish() == 1
     assert b'caf\\udce9.png' in (tmp_path / f'out{suffix}').read_bytes().replace(b'\\\\', b'\\')
-    assert b'caf\\udce9.png' in (tmp_path / 'errors.csv').read_bytes()
+    assert b'caf\\udce9.png' in (tmp_path / f'out{suffix}.errors.csv').read_bytes()

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from PIL import Image, ImageOps
 from runs import call, start
 
 import validate
@@ -228,12 +229,17 @@ def test_a_kill_while_writing_loses_no_finished_shard(scenes, tmp_path):
         ('--model-kwargs output_stride=16', 'model'),
         ('--crop-pct 0.5', 'transform'),
         ('--augment', 'transform'),
+        ('--input-img-mode YCbCr', '--input-img-mode'),
+        ('--amp --amp-dtype bfloat16', 'precision'),
+        ('--fast-norm', 'precision'),
+        ('--val-split train', 'split'),
+        ('--dataset torch/image_folder', '--dataset'),
         ('touch', 'data'),
     ],
 )
 def test_a_cache_of_another_model_transform_or_data_is_refused(flags, named, images, tmp_path):
     base = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--cache', tmp_path / 'cache']
-    run(*base, output=tmp_path)
+    run(*base, '--epochs', '1', output=tmp_path)
     if flags == 'touch':
         image = next(images.glob('train/*/*.png'))
         os.utime(image, ns=(0, 0))
@@ -241,6 +247,31 @@ def test_a_cache_of_another_model_transform_or_data_is_refused(flags, named, ima
     with pytest.raises(ValueError, match=f'{named}.*remove') as error:
         run(*base, *flags.split(), output=tmp_path, name='other')
     assert '\n' not in str(error.value)
+
+
+def test_a_cache_of_other_columns_or_records_is_refused(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+
+    def write(value):
+        gray = [Image.new('RGB', (32, 32), (value + index,) * 3) for index in range(16)]
+        rows = {'image': gray, 'negative': [ImageOps.invert(image) for image in gray], 'label': [0, 1] * 8}
+        kinds = {'image': datasets.Image(), 'negative': datasets.Image(), 'label': datasets.ClassLabel(2)}
+        for split in ('train', 'validation'):
+            table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+            table.to_parquet(tmp_path / 'records' / f'{split}.parquet')
+
+    (tmp_path / 'records').mkdir()
+    flags = f'--dataset hfds/{tmp_path}/records --data-dir {tmp_path}/hub --heads linear --lrs 1e-2 --seeds 1'
+    base = [*SMALL, *flags.split(), '--epochs', '1', '--cache', tmp_path / 'cache']
+    write(0)
+    run(*base, '--input-key', 'image', output=tmp_path)
+    run(*base, '--input-key', 'image', output=tmp_path, name='again')
+    with pytest.raises(ValueError, match='--input-key changed'):
+        run(*base, '--input-key', 'negative', output=tmp_path, name='other')
+    write(100)
+    with pytest.raises(ValueError, match='data changed'):
+        run(*base, '--input-key', 'image', output=tmp_path, name='other')
 
 
 def test_other_heads_and_rates_read_the_same_cache(images, tmp_path):
@@ -303,8 +334,9 @@ def test_text_queries_are_trained_on_seen_classes_and_score_unseen_ones(scenes, 
         run(*flags, *text[:2], '--heads', 'linear', output=tmp_path, name='other')
 
 
-def test_backbones_from_files(scenes, images, tmp_path):
-    flags = ['--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--test-split', 'test']
+def test_backbones_from_files(scenes, images, tmp_path, monkeypatch):
+    heads = ('linear', 'ml_decoder_small:dim=16')
+    flags = ['--heads', ','.join(heads), '--lrs', '1e-2', '--seeds', '1', '--test-split', 'test']
     run(images, *SMALL, *flags[:-2], '--model-kwargs', 'output_stride=16', output=tmp_path, name='first')
     first = tmp_path / 'first' / 'linear.pth.tar'
     weights = load_trained(first).model.state_dict()
@@ -319,13 +351,18 @@ def test_backbones_from_files(scenes, images, tmp_path):
         'file': f'--model test_resnet --model-kwargs output_stride=16 --pretrained '
         f'--pretrained-path {tmp_path / "weights.pth"}',
     }
-    losses = {}
+    losses, read = {}, []
+    load = torch.load
+    monkeypatch.setattr(torch, 'load', lambda path, *args, **kwargs: read.append(path) or load(path, *args, **kwargs))
     for name, source in sources.items():
         device = ['--device', 'cpu', '-j', '0', '-b', '8', '--epochs', '1', '--img-size', '64']
         results = run(*multilabel(scenes, *device, *source.split(), *flags), output=tmp_path, name=name)
         losses[name] = results['runs'][0]['loss'][0]
-        trained = load_trained(tmp_path / name / 'linear.pth.tar')
-        assert all(torch.equal(trained.model.state_dict()[key], tensor) for key, tensor in stored.items()), name
+        assert read.count(str(first)) == (name == 'train.py'), 'a checkpoint is read once'
+        for head in results['heads'].values():
+            trained = load_trained(tmp_path / name / head['checkpoint'])
+            assert all(torch.equal(trained.model.state_dict()[key], tensor) for key, tensor in stored.items()), name
+        read.clear()
     assert losses['train.py'] == losses['folder'] == losses['file']
 
 

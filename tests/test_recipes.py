@@ -221,6 +221,7 @@ def test_a_recipe_runs_an_epoch_on_two_ranks(name, data, tmp_path):
     assert all(float(row['train_loss']) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_angular_margin_recipe_trains(tmp_path, monkeypatch):
     """All of its options at once, on scenes of digits, a small model and a short run; seconds on one core."""
     monkeypatch.chdir(tmp_path)

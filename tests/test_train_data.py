@@ -7,6 +7,8 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
+import torch
 from image_folders import write_images
 from PIL import Image
 from runs import build, fit, last, summary
@@ -110,3 +112,30 @@ def test_hugging_face_data_on_disk(tmp_path, monkeypatch):
     train.main([*shlex.split(flags), *SMALL, '--output', str(tmp_path), '--experiment', 'run'])
     assert len(summary(tmp_path / 'run')) == 2
     assert last(tmp_path / 'run')['class_names'] == ['class_0', 'class_1', 'class_2']
+
+
+@pytest.mark.parametrize(('flag', 'kept'), [('--persistent-workers', True), ('--no-persistent-workers', False)])
+def test_workers_are_kept_between_epochs_or_started_in_each(tmp_path, flag, kept):
+    data = write_images(tmp_path / 'images', train=4, validation=2)
+    run = build(data, tmp_path, '--epochs', '2', '-j', '1', flag)
+    loader = run.train_loader._loader
+    workers = []
+    for epoch in (0, 1):
+        for number, _ in enumerate(run.train_loader.epoch(epoch)):
+            if not number:
+                workers.append({worker.pid for worker in run.train_loader._running._workers})
+    run.close()
+    assert (workers[0] == workers[1]) == kept == loader.persistent_workers
+
+
+def test_entries_of_the_pretrained_configuration_are_replaced(tmp_path):
+    data = write_images(tmp_path / 'images', train=4, validation=2)
+    model = timm.create_model('test_resnet', num_classes=3)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    flags = ['--pretrained', '--pretrained-path', str(tmp_path / 'weights.pth')]
+    for extra, same in (([], False), (['--pretrained-cfg-overlay', 'num_classes=3'], True)):
+        run = build(data, tmp_path, *flags, *extra)
+        run.close()
+        found = run.state.task.get_trainable_module()
+        assert torch.equal(found.conv1[0].weight, model.conv1[0].weight)
+        assert torch.equal(found.fc.weight, model.fc.weight) == same, 'without the entry the classifier is new'

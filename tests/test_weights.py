@@ -112,7 +112,7 @@ class TestConvertStateDict:
         [
             ('M', 'tresnet_m', {}, 9605, 200),
             ('L', 'tresnet_v2_l', {}, 80, 80),
-            ('XL', 'tresnet_v2_l', {'layers': [3, 8, 34, 5]}, 80, 20),
+            pytest.param('XL', 'tresnet_v2_l', {'layers': [3, 8, 34, 5]}, 80, 20, marks=pytest.mark.slow),
             pytest.param('XL of the paper', 'tresnet_xl', {}, 196, 100, marks=pytest.mark.slow),
         ],
     )

@@ -165,7 +165,7 @@ def test_a_fresh_head_for_as_many_classes_is_for_the_same_ones(x):
     assert model(x).shape == (2, 4)
 
 
-@pytest.mark.parametrize('way', ['full', 'groups'])
+@pytest.mark.parametrize('way', [pytest.param('full', marks=pytest.mark.slow), 'groups'])
 def test_compile_and_export(way, x):
     model = create(**WAYS[way])
     compiled = torch.compile(model, backend='eager', fullgraph=True)

@@ -20,25 +20,22 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.engine.input.datasets import Classes
-from timm_mldecoder.engine.model import Trained, load_trained, other_classes, thresholds_for
-from timm_mldecoder.engine.predict.pictures import attention_overlay, denormalise
+from timm_mldecoder.engine.model import load_trained, other_classes
 from timm_mldecoder.engine.predict.run import Predictor
 from timm_mldecoder.engine.runtime.distributed import check_device
 from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.models.attention_maps import attention_maps
+from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
 
-BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
 LABELS = 30  # rows of a list
 TYPED = 1000  # classes that may be typed
 HINT = 'Attention: click a label'
@@ -95,8 +92,9 @@ class Shown:
     def __init__(self, name: str, predictor: Predictor, tuned: bool, more: Classes | None) -> None:
         self.name = name
         self.predictor = predictor
-        self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True)) if tuned else {}
         self.multilabel = predictor.thresholds is not None
+        tuned = tuned and self.multilabel
+        self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True)) if tuned else {}
         head = predictor.model.get_classifier()
         self.attends = isinstance(head, MLDecoder)
         self._transform = create_transform(**{**predictor.data_config, 'is_training': False})
@@ -206,36 +204,18 @@ def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Sho
     """Load a model for the page.
 
     Args:
-        place: Checkpoint or folder.
+        place: Checkpoint, folder, or name of a pretrained timm model.
         arguments: The command line.
         more: Label embeddings to type classes from.
 
     Raises:
         ValueError: If there is no model.
     """
+    trained = load_trained(place, device=arguments.device)
+    predictor = Predictor(trained, task=arguments.task)
     path = Path(place)
-    checkpoint = next((path / name for name in BEST if (path / name).is_file()), path)
-    if (path / 'config.json').is_file():
-        try:
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f'{place}: {error}') from error
-        settings = folder_settings(f'local-dir:{path}')
-        trained = Trained(model.eval().to(arguments.device), None, resolve_data_config({}, model=model), settings)
-        task = arguments.task or settings.get('task', 'classification')
-    elif checkpoint.is_file():
-        trained = load_trained(str(checkpoint), device=arguments.device)
-        task = trained.options.task
-    else:
-        raise ValueError(f'{place}: neither a checkpoint, nor a folder with config.json or {" or ".join(BEST)}')
-    names = [str(name) for name in trained.class_names or range(trained.model.num_classes)]
-    thresholds = tuned = None
-    if task == 'multilabel':
-        tuned = thresholds_for(trained.content, names)
-        thresholds = torch.full((len(names),), 0.5) if tuned is None else tuned
-    name = path.name if checkpoint == path and path.is_dir() else f'{checkpoint.parent.name}/{checkpoint.name}'
-    predictor = Predictor(trained.model, trained.data_config, names, thresholds, trained.image_mode)
-    return Shown(name.lstrip('/'), predictor, tuned is not None, more)
+    name = f'{path.parent.name}/{path.name}' if path.is_file() else path.name
+    return Shown(name.lstrip('/'), predictor, bool(trained.content.get('thresholds')), more)
 
 
 def build(models: Sequence[Shown], max_size: int) -> Any:
@@ -435,12 +415,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch(build(models, arguments.max_size), arguments)
 
 
-def _size(text: str) -> int:
-    if not 1 <= (value := int(text)) <= 1024:
-        raise argparse.ArgumentTypeError(f'{text} is not in [1, 1024]')
-    return value
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter)
@@ -451,7 +425,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--device', default='auto', help='device; auto takes the GPU if there is one (default: %(default)s)')
     add('--host', default='127.0.0.1', help='address to serve; 0.0.0.0 for all networks (default: %(default)s)')
     add('--port', type=int, help='port (default: the first free one from 7860)')
-    add('--max-size', type=_size, default=20, help='largest upload in MB (default: %(default)s)')
+    add('--max-size', type=number(int, '[1, 1024]'), default=20, help='largest upload in MB (default: %(default)s)')
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ trained (`--input-size`). docs/checkpoints.md has the details.
 
 import argparse
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +22,9 @@ from torch import Tensor
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options
-from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint, weights_of
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.flags.config import as_arguments
-from timm_mldecoder.engine.flags.parse import flags
+from timm_mldecoder.engine.export.card import run_facts
 from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.runtime.errors import run_command
 
@@ -111,48 +108,22 @@ def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: b
     if given:
         raise ValueError(f'{", ".join(given)}: {file} is a checkpoint of train.py, which says this itself')
     trained = load_trained(str(file), use_ema=use_ema)
-    task = vars(content['args'])['task']
     save_folder(
         trained.model,
         folder,
         class_names=trained.class_names,
         data_config=trained.data_config,
-        task=task,
+        task=trained.task,
         thresholds=content.get('thresholds'),
         facts=run_facts(content, use_ema),
     )
     return [
         f'architecture  {content["arch"]}',
         f'classes       {trained.model.num_classes}, {_describe_names(trained.class_names, content)}',
-        f'task          {task}',
+        f'task          {trained.task}',
         'images        ' + ', '.join(f'{key} {value}' for key, value in trained.data_config.items()),
         f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
     ]
-
-
-def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, str]:
-    """Return the lines of a model card for a checkpoint of train.py: metrics, and the command that trained it.
-
-    Args:
-        content: What the file holds.
-        use_ema: The weights taken; metrics are those of the weights that the checkpoint was ranked by.
-    """
-    rows = content[RUN]['rows'] if use_ema in (None, ranked_by_ema(content)) else []
-    row = {name: value for name, value in (rows[-1] if rows else {}).items() if name != 'eval_ema'}
-    metrics = [f'{name[5:]} {value:.3f}' for name, value in row.items() if name.startswith('eval_')]
-    command = shlex.join(['train.py', 'DATA', *chosen_flags(vars(content['args']))])
-    return {'Metrics of the validation split': ', '.join(metrics) or 'unknown', 'Training': f'`{command}`'}
-
-
-def chosen_flags(options: Mapping[str, Any]) -> list[str]:
-    """Return the flags of a run that decide its result and differ from the defaults."""
-    where = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'workers', 'device', 'log_interval'}
-    defaults, rows = train_options(data_dir='.').to_dict(), flags('train')
-    arguments = []
-    for name, row in rows.items():
-        if name not in where and name in options and options[name] != defaults[name]:
-            arguments += as_arguments(row, options[name])
-    return arguments
 
 
 def convert_published(

@@ -19,22 +19,21 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.checkpoints.folders import folder_settings
-from timm_mldecoder.convert import run_facts
+from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.engine.export.card import run_facts
 from timm_mldecoder.engine.export.compare import VERIFIED, compare, load_images, quantize, verify
 from timm_mldecoder.engine.export.formats import FORMATS, Job, preprocessing, read_metadata
-from timm_mldecoder.engine.model import load_trained, thresholds_for
+from timm_mldecoder.engine.flags.flag import number
+from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.runtime.errors import RunFailed, one_line, run_command
 
 __all__ = ['load_source', 'main', 'read_metadata']
@@ -111,48 +110,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_source(source: str, use_ema: bool | None = None) -> Source:
-    """Load a checkpoint of train.py, a model folder, or a pretrained timm model.
+    """Load a model to export.
 
     Args:
-        source: Path of a checkpoint or folder, or a name as `timm.create_model` takes it.
+        source: As `load_trained` takes it: checkpoint of train.py, folder, or name of a pretrained timm model.
         use_ema: Whether to take the EMA weights of a checkpoint; None takes those that it was ranked by.
 
     Raises:
         ValueError: If there is no such model, or it does not load.
     """
-    facts: dict[str, Any] = {}
-    if Path(source).is_file():
-        trained = load_trained(source, use_ema=use_ema)
-        model, names = trained.model, trained.class_names
-        architecture, data_config = model.pretrained_cfg['architecture'], trained.data_config
-        facts = run_facts(trained.content, use_ema)
-        settings = {'task': vars(trained.content['args'])['task'], 'thresholds': trained.content.get('thresholds')}
-    else:
-        if use_ema is not None:
-            raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
-        name = f'local-dir:{source}' if Path(source).is_dir() else source
-        if ':' not in name and not timm.is_model(name):
-            raise ValueError(f'{source}: no such checkpoint, folder or timm model')
-        try:
-            model = timm.create_model(name, pretrained=True).eval()
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
-            raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
-        settings, names = folder_settings(name), model.pretrained_cfg.get('label_names')
-        architecture, data_config = model.pretrained_cfg['architecture'], resolve_data_config({}, model=model)
-    names = [str(name) for name in names] if names else None
-    thresholds = thresholds_for(settings, names)
-    if thresholds is None and settings.get('thresholds'):
-        raise ValueError(f'the tuned thresholds of {source} do not include all of its classes: {names}')
+    trained = load_trained(source, use_ema=use_ema)
+    names = [str(name) for name in trained.class_names] if trained.class_names else None
+    thresholds = trained.thresholds(names)
     return Source(
-        model.float(),
+        trained.model.float(),
         {
-            'architecture': architecture,
-            'task': settings.get('task', 'classification'),
+            'architecture': trained.model.pretrained_cfg['architecture'],
+            'task': trained.task,
             'class_names': names,
-            'thresholds': None if thresholds is None else {name: settings['thresholds'][name] for name in names},
-            'preprocessing': preprocessing(data_config),
+            'thresholds': None if thresholds is None else {name: trained.content['thresholds'][name] for name in names},
+            'preprocessing': preprocessing(trained.data_config),
         },
-        facts,
+        run_facts(trained.content, use_ema) if RUN in trained.content else {},
     )
 
 
@@ -204,19 +183,6 @@ def _check_absent(out: Path) -> None:
             raise ValueError(f'{path} exists: remove it, or choose another name')
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float('nan')
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not in [{low:g}, {high:g}]')
-        return value
-
-    return parse
-
-
 DEFAULTS = dict(
     batch_size=None, opset=None, quantize=None, calibration=None, max_images=256, min_agreement=0.9, device='cpu'
 )
@@ -233,18 +199,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--half', action='store_true', help='half precision: float16 weights and activations')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
     add('--images', type=Path, help='images to verify with: a file, folder, tar file or list (default: digits)')
-    add('--tolerance', type=_number(float, 0, 1e3), help='bound of the difference, in units of the largest logit or 1 '
-        f'(default: {BOUNDS["float32"]:g}, with --half {BOUNDS["float16"]:g})')  # fmt: skip
-    add('--batch-size', type=_number(int, 1, 65536), help='the only batch size of the file (default: any)')
+    add('--tolerance', type=number(float, '[0, 1e3]'), help='bound of the difference, in units of the largest logit or '
+        f'1 (default: {BOUNDS["float32"]:g}, with --half {BOUNDS["float16"]:g})')  # fmt: skip
+    add('--batch-size', type=number(int, '[1, 65536]'), help='the only batch size of the file (default: any)')
     add('--device', help='device of the file, cpu or cuda (aot, torch-export; default: cpu)')
-    add('--opset', type=_number(int, 18, 99), help="ONNX operator set (default: torch's)")
+    add('--opset', type=number(int, '[18, 99]'), help="ONNX operator set (default: torch's)")
     quantization = parser.add_argument_group('quantization of ONNX files for a CPU')
     add = quantization.add_argument
     add('--quantize', choices=['int8'], help='also compares labels, accuracy and speed with float32')
     add('--calibration', type=Path, help='images that fix the ranges of activations, at best training images '
         '(default: linear layers only, with ranges that each batch computes)')  # fmt: skip
-    add('--max-images', type=_number(int, 1, 2**31), help='images of --images to compare on (default: 256)')
-    add('--min-agreement', type=_number(float, 0, 1), help='share of labels that must agree (default: 0.9)')
+    add('--max-images', type=number(int, '[1, inf)'), help='images of --images to compare on (default: 256)')
+    add('--min-agreement', type=number(float, '[0, 1]'), help='share of labels that must agree (default: 0.9)')
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,8 @@
 """Draw the curves of one or several runs from their `summary.csv`.
 
-python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output curves.png
+python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output curves.png [--best map]
+
+`--best` prints the best value of a metric in each run, and their mean: published figures are often means of three runs.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from statistics import mean, stdev
 
 from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.engine.runtime.summary import Metrics, read_summary
@@ -23,8 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or its summary.csv')
     parser.add_argument('--output', default='curves.png', metavar='FILE', help='picture (default: %(default)s)')
+    parser.add_argument('--best', default='', metavar='METRIC', help='print the best METRIC of each run and their mean')
     arguments = parser.parse_args(argv)
-    draw({Path(run): read_run(Path(run)) for run in arguments.runs}, Path(arguments.output))
+    runs = {Path(run): read_run(Path(run)) for run in arguments.runs}
+    if arguments.best:
+        print_best(runs, arguments.best)
+    draw(runs, Path(arguments.output))
     print(arguments.output)
 
 
@@ -39,8 +46,28 @@ def read_run(path: Path) -> list[Metrics]:
     return rows
 
 
+def print_best(runs: dict[Path, list[Metrics]], metric: str) -> None:
+    """Print the best value of a validation metric in each run, the mean and the sample standard deviation."""
+    column, best = f'eval_{metric}', min if metric == 'loss' else max
+    values = []
+    for path, rows in runs.items():
+        found = [(row[column], row['epoch']) for row in rows if column in row]
+        if not found:
+            known = sorted({name.removeprefix('eval_') for row in rows for name in row if name.startswith('eval_')})
+            raise ValueError(f'--best {metric}: {path} has {", ".join(known) or "no metrics of validation"}')
+        value, epoch = best(found, key=lambda pair: pair[0])
+        values.append(value)
+        print(f'{_name(path)}: {metric} {value:.2f} in epoch {epoch}')
+    if len(values) > 1:
+        print(f'mean of {len(values)} runs: {metric} {mean(values):.2f} ± {stdev(values):.2f}')
+
+
+def _name(path: Path) -> str:
+    return path.parent.name if path.name == 'summary.csv' else path.name
+
+
 def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
-    """One panel a metric, one line a run; training and validation of a metric share a panel."""
+    """Draw one panel per metric and one line per run; training and validation of a metric share a panel."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -54,7 +81,7 @@ def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout='constrained')
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for index, (path, rows) in enumerate(runs.items()):
-            name = path.parent.name if path.name == 'summary.csv' else path.name
+            name = _name(path)
             for column, style in ((f'train_{panel}', '--'), (f'eval_{panel}', '-'), (panel, '-')):
                 points = [(row['epoch'], row[column]) for row in rows if column in row]
                 if points:

@@ -7,7 +7,7 @@
 
 IMAGES is an image, a folder, a tar file or a folder of them (WebDataset shards), or a CSV or Parquet list with a column
 `path`. The output is written in finished parts: the same command continues after a kill. Images that cannot be read are
-listed in errors.csv beside the output. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a
+listed in OUT.errors.csv. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a
 folder for `local-dir:` with `python -m timm_mldecoder.convert`.
 """
 
@@ -16,19 +16,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-from timm.data import create_transform, resolve_data_config
-from torch import Tensor
+from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.checkpoints.folders import folder_settings
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.eval.evaluate import autocast_context
+from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.engine.input.images import Placement
-from timm_mldecoder.engine.model import Trained, load_trained, set_classes, thresholds_for
+from timm_mldecoder.engine.model import fuse_model, load_trained, set_classes
 from timm_mldecoder.engine.predict.parts import Parts, fingerprint
 from timm_mldecoder.engine.predict.pictures import draw_pictures
 from timm_mldecoder.engine.predict.run import Predictor, predict
@@ -57,50 +54,46 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     predictor = load_predictor(arguments, world.device)
     outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
     if arguments.dataset:
-        source = dataset_source(
-            create_dataset(arguments.dataset, str(arguments.images), arguments.split), arguments.images
-        )
+        dataset = create_dataset(arguments.dataset, str(arguments.images), arguments.split)
+        source = dataset_source(dataset, arguments.images)
     else:
         source = open_source(arguments.images, exclude=outputs)
     transform = create_transform(**{**predictor.data_config, 'is_training': False})
     dataset = SourceDataset(source, transform, predictor.image_mode)
-    arrays = {'scores': arguments.scores, 'features': arguments.features}
+    amp_dtype = arguments.amp_dtype if arguments.amp else None
+    weights = predictor.model.state_dict().values()
     setup = dict(
-        model=arguments.model or str(arguments.checkpoint),
-        weights=fingerprint(*(float(tensor.double().sum()) for tensor in predictor.model.state_dict().values())),
-        source=fingerprint(bytes(source.names.tobytes()) if hasattr(source.names, 'tobytes') else tuple(source.names)),
+        weights=fingerprint(tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in weights),
+        source=fingerprint([source.names]),
+        preprocessing=[predictor.data_config, predictor.image_mode],
         classes=predictor.class_names,
         thresholds=None if predictor.thresholds is None else predictor.thresholds.tolist(),
         top_k=arguments.top_k,
         features=predictor.features,
-        amp=arguments.amp,
+        amp=amp_dtype,
     )
-    parts = Parts(
-        arguments.out, len(dataset), arguments.part_size, setup, {name: path for name, path in arrays.items() if path}
-    )
-    if arguments.torchcompile:
-        predictor = predictor._replace(model=torch.compile(predictor.model))
-    if arguments.pictures and world.primary:
-        try:
-            arguments.pictures.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
-    errors = predict(
+    arrays = {name: path for name in ('scores', 'features') if (path := getattr(arguments, name))}
+    parts = Parts(arguments.out, len(dataset), arguments.part_size, setup, arrays)
+    autocast = autocast_context(world.device, amp_dtype)
+    predict(
         predictor,
         dataset,
         parts,
         world,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
-        autocast=autocast_context(world.device, arguments.amp_dtype if arguments.amp else None),
+        autocast=autocast,
         placement=Placement(world.device, channels_last=arguments.channels_last),
         bad_image=arguments.bad_image,
     )
+    if arguments.pictures:  # before the parts are joined: a kill meanwhile leaves a prediction to resume
+        with autocast():
+            draw_pictures(predictor, dataset, range(world.rank, len(dataset), world.size), arguments.pictures)
+        world.barrier()
     if world.primary:
-        if arguments.pictures:
-            draw_pictures(predictor, dataset, arguments.pictures)
+        errors = parts.finish()
         found = f'{len(dataset) - errors} images in {arguments.out}'
-        print(found + (f', {errors} unreadable ones in {arguments.out.with_name("errors.csv")}' if errors else ''))
+        print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
 
 
 def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:
@@ -109,62 +102,35 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
     Raises:
         ValueError: For a user's mistake.
     """
-    trained = _load(arguments, str(device))
-    model, content = trained.model, trained.content
-    if arguments.pictures and not isinstance(model.get_classifier(), MLDecoder):
-        raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
-    names = trained.class_names
+    source = arguments.model or str(arguments.checkpoint)
+    trained = load_trained(source, device=str(device), use_ema=arguments.use_ema)
+    model, names = trained.model, None
+    head = model.get_classifier()
+    if arguments.pictures:
+        if not isinstance(head, MLDecoder):
+            raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
+        try:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
     if arguments.classes or arguments.word_embeddings:
-        head = model.get_classifier()
         if not isinstance(head, MLDecoder) or head.vocabulary is None:
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
         set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
-        names = head.class_names
-    names = [str(name) for name in names or range(model.num_classes)]
-    if arguments.features and arguments.feature_kind == 'queries' and not isinstance(model.get_classifier(), MLDecoder):
-        raise ValueError('--feature-kind queries needs an ML-Decoder head: pass pooled')
+        names = head.class_names or range(model.num_classes)
+    if arguments.fuse_bn:
+        fuse_model(model, trained.data_config['input_size'])
     if arguments.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
     return Predictor(
-        model.eval().to(device),
-        {**resolve_data_config({}, model=model), **trained.data_config},
+        trained,
         names,
-        _thresholds(arguments, content, names),
-        trained.image_mode,
-        arguments.top_k,
-        arguments.feature_kind if arguments.features else '',
+        task=arguments.task,
+        threshold=arguments.threshold,
+        top_k=arguments.top_k,
+        features=arguments.feature_kind if arguments.features else '',
+        compiled=arguments.torchcompile,
     )
-
-
-def _load(arguments: argparse.Namespace, device: str) -> Trained:
-    if arguments.checkpoint:
-        return load_trained(arguments.checkpoint, device=device, use_ema=arguments.use_ema)
-    if arguments.use_ema is not None:
-        raise ValueError('--use-ema and --no-use-ema choose weights of a --checkpoint')
-    try:
-        model = timm.create_model(arguments.model, pretrained=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f'--model {arguments.model}: {error}') from error
-    return Trained(model, None, {}, {})
-
-
-def _thresholds(arguments: argparse.Namespace, content: dict[str, Any], names: list[str]) -> Tensor | None:
-    """Return the threshold of each class, None for a single-label model."""
-    stored = folder_settings(arguments.model) if arguments.model else content
-    task = arguments.task or (
-        stored.get('task', 'classification') if arguments.model else vars(content['args'])['task']
-    )
-    if task != 'multilabel':
-        if arguments.threshold is not None:
-            raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
-        return None
-    if arguments.threshold is not None or not stored.get('thresholds'):
-        return torch.full((len(names),), 0.5 if arguments.threshold is None else arguments.threshold)
-    tuned = thresholds_for(stored, names)
-    if tuned is None:
-        missing = next(name for name in names if name not in stored['thresholds'])
-        raise ValueError(f'the tuned thresholds do not include class {missing!r}: pass --threshold')
-    return tuned
 
 
 def _read_classes(classes: str | None) -> list[str] | None:
@@ -176,56 +142,39 @@ def _read_classes(classes: str | None) -> list[str] | None:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is below 1')
-    return value
-
-
-def _probability(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a probability in [0, 1]')
-    return value
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.predict', description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
+    add, positive = parser.add_argument, number(int, '[1, inf)')
     add('images', type=Path, help='image, folder, tar file, or CSV or Parquet list')
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument('--model', help='pretrained timm model, such as local-dir:FOLDER')
-    model.add_argument('--checkpoint', type=Path, help='checkpoint of train.py')
+    model.add_argument('--model', help='pretrained timm model, or folder of convert')
+    model.add_argument('--checkpoint', type=Path, help='checkpoint of train.py, or folder of a run')
     add('--dataset', default='', help='dataset in the folder IMAGES, as in train.py: coco2014, csv, ...')
     add('--split', default='validation', help='split of the --dataset (default: %(default)s)')
-    add(
-        '--use-ema',
-        action=argparse.BooleanOptionalAction,
-        help='EMA weights (default: as it was ranked)',
-    )
+    add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: as it was ranked)')
     add('--task', choices=['classification', 'multilabel'], help='task of a --model that does not know its own')
     add('--classes', help='classes of a model with text queries: a file with one per line, or a comma-separated list')
     add('--word-embeddings', type=Path, help='label embeddings of the classes')
     add('--out', type=Path, required=True, help='file to write: .csv, .jsonl or .parquet')
-    add('--top-k', type=_positive, help='largest number of labels per image')
-    add('--threshold', type=_probability, help='probability of a label (default: the tuned ones, else 0.5)')
+    add('--top-k', type=positive, help='largest number of labels per image')
+    add('--threshold', type=number(float, '[0, 1]'), help='probability of a label (default: the tuned ones, else 0.5)')
     add('--scores', type=Path, help='.npz for the scores of all classes, float16')
     add('--features', type=Path, help='.npz for features, float16')
     add('--feature-kind', choices=['pooled', 'queries'], default='pooled', help='mean of the tokens, or query outputs')
     add('--pictures', type=Path, help='folder for a picture per image, with attention maps')
     add('--bad-image', choices=['skip', 'abort'], default='skip', help='unreadable images (default: %(default)s)')
-    add('--part-size', type=_positive, default=4096, help='images per part (default: %(default)s)')
-    add('-b', '--batch-size', type=_positive, default=64, help='batch size per rank (default: %(default)s)')
-    add('-j', '--workers', type=int, default=4, help='data loader workers per rank (default: %(default)s)')
+    add('--part-size', type=positive, default=4096, help='images per part (default: %(default)s)')
+    add('-b', '--batch-size', type=positive, default=64, help='batch size per rank (default: %(default)s)')
+    workers = number(int, '[0, 256]')
+    add('-j', '--workers', type=workers, default=4, help='data loader workers per rank (default: %(default)s)')
     add('--device', default='auto', help='device; auto takes the GPU if there is one (default: %(default)s)')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
     add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--fuse-bn', action='store_true', help='fold BatchNorm into the convolutions before it')
     add('--torchcompile', action='store_true', help='compile the model')
-    arguments = parser.parse_args(argv)
-    if not 0 <= arguments.workers <= 256:
-        parser.error(f'--workers {arguments.workers} is not in [0, 256]')
-    return arguments
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

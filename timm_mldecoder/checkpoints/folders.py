@@ -6,6 +6,7 @@ What timm's `config.json` has no place for, such as the task and the tuned thres
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def model_card(
     head = 'ml_decoder' in config.get('model_args', {})
     size = ' x '.join(map(str, config['pretrained_cfg'].get('input_size', ())))
     tags = ['image-classification', 'timm', 'transformers', *(['ml-decoder'] if head else [])]
-    names = ', '.join(map(str, (class_names or [])[:20])) + (', ...' if len(class_names or []) > 20 else '')
+    shown = [
+        escape(' '.join(str(name).split())) for name in (class_names or [])[:20]
+    ]  # text, whatever a class is called
+    names = ', '.join(shown) + (', ...' if len(class_names or []) > 20 else '')
     lines = [
         '---',
         'tags:',

@@ -210,7 +210,7 @@ def _check(content: Mapping[str, Any], entries: Mapping[str, Entry], path: str |
     for name, entry in entries.items():
         if name not in content:
             if name in required:
-                raise ValueError(f'{path} lacks the entry {name!r} of a train.py checkpoint')
+                raise ValueError(f'{path} has no entry {name!r} of a train.py checkpoint')
         elif not entry.check(content[name]):
             raise ValueError(f'{path}: {name} must be {entry.expected}, got {content[name]!r:.100}')
 

@@ -39,7 +39,7 @@ def make_table(
     key = (np.asarray(image, dtype=np.int64) << bits) | (label << 2) | (np.asarray(value, dtype=np.int64) + 1)
     table = {'paths': paths}
     if instances is None:
-        key.sort()
+        key.sort(kind='stable')  # a merge sort: fast where most of a file is in order, as it is in Open Images
     else:
         order = np.argsort(key)
         key = key[order]

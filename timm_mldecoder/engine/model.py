@@ -1,8 +1,9 @@
 """The model that the options of either script describe, with the weights that they name."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -10,7 +11,9 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.models import load_checkpoint
+from timm.utils import set_jit_fuser
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.folders import folder_settings
@@ -25,11 +28,13 @@ from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.fusion import fuse_batch_norm
 from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classifier
 
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
+BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
 HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
 
 
@@ -55,6 +60,8 @@ def create_model(
     """
     if options.fast_norm:
         set_fast_norm()
+    if options.fuser:
+        set_jit_fuser(options.fuser)
     head: dict[str, Any] = {}
     if options.use_ml_decoder_head:
         sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
@@ -71,6 +78,7 @@ def create_model(
             num_classes=options.num_classes,
             in_chans=image_channels(options),
             global_pool=None if options.use_ml_decoder_head else options.gp,
+            scriptable=options.torchscript,
             **head,
             **options.model_kwargs,
             **settings,
@@ -80,15 +88,27 @@ def create_model(
     return model
 
 
+def script(model: nn.Module) -> nn.Module:
+    """Compile a model with torch.jit.script (`--torchscript`).
+
+    Raises:
+        ValueError: If the model cannot be compiled, as one with an ML-Decoder head.
+    """
+    try:
+        return torch.jit.script(model)
+    except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
+        raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
+
+
 def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
     """
-    overlay = {}
-    if options.pretrained_path:  # num_classes -1: adapt the head, whatever the file holds
-        overlay = dict(pretrained_cfg_overlay=dict(file=options.pretrained_path, num_classes=-1))
+    # num_classes -1: adapt the head, whatever the file holds
+    overlay = dict(file=options.pretrained_path, num_classes=-1) if options.pretrained_path else {}
+    overlay |= options.pretrained_cfg_overlay
     model = create_model(
         options,
         words=training_words(options, dataset),
@@ -99,7 +119,7 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         drop_block_rate=options.drop_block,
         bn_momentum=options.bn_momentum,
         bn_eps=options.bn_eps,
-        **overlay,
+        **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
     with refuse(options):
         if options.graph:
@@ -139,6 +159,7 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
         class_names=classes.names,
         random_queries=options.random_queries,
         query_noise=options.query_noise,
+        query_cutout=options.query_cutout,
     )
 
 
@@ -146,14 +167,15 @@ class Trained(NamedTuple):
     """A model with weights, and what they bring along.
 
     Attributes:
-        model: The model, on the CPU.
-        options: Options that built it: those of the checkpoint, but for the ones that the user gave.
+        model: The model.
+        options: Options that built it: those of the checkpoint, but for the ones that the user gave. None for a
+            pretrained model that `load_trained` took from elsewhere.
         data_config: timm's data configuration, as far as a checkpoint holds it.
         content: What the checkpoint holds; without one, task and thresholds of a model folder.
     """
 
     model: nn.Module
-    options: Options
+    options: Options | None
     data_config: dict[str, Any]
     content: dict[str, Any]
 
@@ -170,11 +192,35 @@ class Trained(NamedTuple):
         own = head.class_names if isinstance(head, MLDecoder) else None
         return own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
 
+    @property
+    def task(self) -> str:
+        """'classification' or 'multilabel'; the first for a model that does not know."""
+        return self.options.task if self.options else self.content.get('task', 'classification')
 
-def load_model(options: Options) -> Trained:
+    def thresholds(self, names: list[str] | None) -> Tensor | None:
+        """Return the tuned thresholds of these classes, [C]; None if there are none at all.
+
+        Raises:
+            ValueError: If they are of other classes.
+        """
+        tuned = thresholds_for(self.content, names)
+        if tuned is None and self.content.get('thresholds'):
+            missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
+            raise ValueError(
+                f'the tuned thresholds do not include class {missing!r}: tune them again (validate.py '
+                '--write-thresholds), or pass --threshold to predict'
+            )
+        return tuned
+
+
+def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
     Options that the user gave (`options.given`) win over those of the checkpoint.
+
+    Args:
+        options: Options of either script.
+        content: What `read_checkpoint` read from the checkpoint; None reads it.
 
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the options.
@@ -185,7 +231,7 @@ def load_model(options: Options) -> Trained:
             options = options.replace(task=settings['task'])
             check_task(options)
         return Trained(create_model(options, pretrained=True), options, {}, settings)
-    content = read_checkpoint(options.checkpoint)
+    content = read_checkpoint(options.checkpoint) if content is None else content
     config: dict[str, Any] = {}
     if RUN in content:
         options, config = inherit(options, content)
@@ -212,18 +258,27 @@ def load_model(options: Options) -> Trained:
     return Trained(model, options, config, content)
 
 
-def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None = None) -> Trained:
-    """Load a checkpoint of train.py as it was trained: the entry for other programs.
+def load_trained(
+    source: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
+) -> Trained:
+    """Load a model for use, in eval mode: the entry for other programs.
 
     Args:
-        checkpoint: Path of the checkpoint.
+        source: Checkpoint of train.py, which is loaded as it was trained; folder of a run, for its best checkpoint;
+            folder of convert; or name of a pretrained timm model.
         device: Name of the device to put the model on.
-        use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
+        use_ema: Whether to take the EMA weights of a checkpoint; None takes those that training ranked it by.
+        content: What `read_checkpoint` read from a checkpoint; None reads it.
 
     Raises:
-        ValueError: If the file is not such a checkpoint.
+        ValueError: If there is no such model, or it does not load.
     """
-    trained = load_model(validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema))
+    path = Path(source)
+    checkpoint = next((path / name for name in BEST if (path / name).is_file()), path)
+    if not checkpoint.is_file():
+        return _load_pretrained(str(source), device, use_ema)
+    options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
+    trained = load_model(options, content)
     if RUN not in trained.content:
         raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
     trained.model.eval().to(device)
@@ -232,6 +287,20 @@ def load_trained(checkpoint: str, *, device: str = 'cpu', use_ema: bool | None =
         if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
             config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
     return trained._replace(data_config=config)
+
+
+def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
+    """Load a model folder, or a pretrained timm model."""
+    name = f'local-dir:{source}' if Path(source).is_dir() else source
+    if ':' not in name and not timm.is_model(name):
+        raise ValueError(f'{source}: no such checkpoint, folder or timm model')
+    if use_ema is not None:
+        raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
+    try:
+        model = timm.create_model(name, pretrained=True).eval().to(device)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
+    return Trained(model, None, resolve_data_config({}, model=model), folder_settings(name))
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -270,6 +339,21 @@ def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
 def has_text_queries(options: Options) -> bool:
     """Return whether the options request a head with text queries."""
     return bool(options.use_ml_decoder_head and options.word_embeddings)
+
+
+def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Fold the BatchNorm layers of a model into the convolutions before them, in place.
+
+    Raises:
+        ValueError: If that changes its logits.
+    """
+    weight = next(model.parameters())
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
+    try:
+        fused = fuse_batch_norm(model.eval(), image.to(weight))
+    except ValueError as error:
+        raise ValueError(f'--fuse-bn: {error}') from error
+    _logger.info(f'--fuse-bn: {fused} BatchNorm layers are part of convolutions now')
 
 
 def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:

@@ -84,6 +84,13 @@ class TextClassifier(nn.Module):
         nn.init.xavier_normal_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
+        """Weights of the groups of these classes, [K, D, group_size]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
+        return grouped_matmul(x, self.group_weights(label_embeddings, x.shape[1]), len(label_embeddings)) + self.bias
+
     def extra_repr(self) -> str:
         return f'weight={list(self.weight.shape)}, group_size={self.group_size}'
 
@@ -94,7 +101,10 @@ class SharedTextClassifier(TextClassifier):
     def __init__(self, dim: int, group_size: int, device=None, dtype=None) -> None:
         super().__init__((dim, group_size), group_size, device, dtype)
 
-    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
+    def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
+        return self.weight.expand(num_queries, -1, -1)
+
+    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:  # one product for all groups
         return (x @ self.weight).flatten(1)[:, : len(label_embeddings)] + self.bias
 
 
@@ -107,9 +117,8 @@ class FactorizedTextClassifier(TextClassifier):
     def __init__(self, dim: int, group_size: int, embedding_width: int, device=None, dtype=None) -> None:
         super().__init__((dim, embedding_width), group_size, device, dtype)
 
-    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
-        weight = into_groups(F.linear(label_embeddings, self.weight), self.group_size).transpose(1, 2)
-        return grouped_matmul(x, weight, len(label_embeddings)) + self.bias
+    def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
+        return into_groups(F.linear(label_embeddings, self.weight), self.group_size).transpose(1, 2)
 
 
 class LearnedTextClassifier(TextClassifier):
@@ -118,8 +127,8 @@ class LearnedTextClassifier(TextClassifier):
     def __init__(self, num_queries: int, dim: int, group_size: int, device=None, dtype=None) -> None:
         super().__init__((num_queries, dim, group_size), group_size, device, dtype)
 
-    def forward(self, x: Tensor, label_embeddings: Tensor) -> Tensor:
-        return grouped_matmul(x, self.weight[: x.shape[1]], len(label_embeddings)) + self.bias
+    def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
+        return self.weight[:num_queries]
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, num_classes: int) -> Tensor:

@@ -132,10 +132,12 @@ class Attention(nn.Module):
         output = output.transpose(1, 2).flatten(2)
         return self.out_proj(output) if self.projections else output
 
-    def attention_weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def attention_weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention weights of projected queries, [B, K, N]: mean over heads, rows sum to 1."""
         keys, _ = self.project_tokens(tokens)
         scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], float('-inf'))
         return scores.softmax(dim=-1).mean(dim=1)
 
 

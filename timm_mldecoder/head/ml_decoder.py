@@ -47,6 +47,7 @@ class MLDecoder(nn.Module):
         group_size: Classes per text query, instead of ceil(C / K).
         random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
         query_noise: Noise on the label embeddings in training, relative to their root mean square.
+        query_cutout: Probability that an entry of a label embedding is zero in training.
 
     Shapes:
         Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
@@ -77,6 +78,7 @@ class MLDecoder(nn.Module):
         group_size: int | None = None,
         random_queries: int = 0,
         query_noise: float = 0.0,
+        query_cutout: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -92,10 +94,10 @@ class MLDecoder(nn.Module):
         self.vocabulary = None
         if word_embeddings is not None:
             self.vocabulary = Vocabulary(
-                word_embeddings, num_classes, class_names, random_queries, query_noise, **factory
+                word_embeddings, num_classes, class_names, random_queries, query_noise, query_cutout, **factory
             )
-        elif class_names is not None or random_queries or query_noise:
-            raise ValueError('class_names, random_queries and query_noise need text queries: give word_embeddings')
+        elif class_names is not None or random_queries or query_noise or query_cutout:
+            raise ValueError('class_names and augmentations of queries need text queries: give word_embeddings')
         self.config = HeadConfig.resolve(
             num_classes=num_classes,
             num_of_groups=num_of_groups,
@@ -229,16 +231,17 @@ class MLDecoder(nn.Module):
             queries = layer(queries, tokens, mask)
         return self.group_fc(queries, label_embeddings)
 
-    def attention_weights(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def attention_weights(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
 
-        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row.
+        Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. The
+        arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
         queries, projected = self._query_side(tokens.shape[0])
         for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
-            queries, projected = following.query_side(layer.decode(queries, projected, tokens))
-        return self.layers[-1].multihead_attn.attention_weights(projected, tokens)
+            queries, projected = following.query_side(layer.decode(queries, projected, tokens, mask))
+        return self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
 
     def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""

@@ -27,6 +27,8 @@ class Vocabulary(nn.Module):
         random_queries: Number of random embeddings appended in training; their target is positive
             (`timm_mldecoder.losses` has a wrapper that adds it).
         query_noise: Gaussian noise on the embeddings in training, relative to their root mean square.
+        query_cutout: Probability that an entry of an embedding is zero in training, without rescaling the others; no
+            figure of the paper has it.
 
     Raises:
         ValueError: If an option is out of range, or for the reasons of `set`.
@@ -39,17 +41,21 @@ class Vocabulary(nn.Module):
         class_names: Sequence[str] | None = None,
         random_queries: int = 0,
         query_noise: float = 0.0,
+        query_cutout: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         if random_queries < 0 or query_noise < 0:
             raise ValueError(f'random_queries and query_noise must be at least 0, got {random_queries}, {query_noise}')
+        if not 0 <= query_cutout < 1:
+            raise ValueError(f'query_cutout must be in [0, 1), got {query_cutout}')
         width = embeddings if isinstance(embeddings, int) else embeddings.shape[-1] if embeddings.dim() else 0
         if width < 1:
             raise ValueError(f'word_embeddings must be [C, E], or a width E of at least 1, got {embeddings}')
         self.random_queries = random_queries
         self.query_noise = query_noise
+        self.query_cutout = query_cutout
         self.known = False  # whether the embeddings have been set
         self.register_buffer('embeddings', torch.zeros(num_classes, width, device=device, dtype=dtype))
         self.register_buffer('names_utf8', torch.empty(0, device=device, dtype=torch.uint8))
@@ -98,15 +104,17 @@ class Vocabulary(nn.Module):
             self.names_utf8 = self.names_utf8.new_empty(0)
 
     def forward(self) -> Tensor:
-        """The embeddings that queries are made from: [C, E]; in training [C + random_queries, E], with noise."""
+        """The embeddings that queries are made from: [C, E]; in training [C + random_queries, E], augmented."""
         if not self.known:
             raise RuntimeError('this head does not have its classes yet: load a checkpoint, or set_word_embeddings')
         embeddings = self.embeddings
-        if not self.training or not (self.random_queries or self.query_noise):
+        if not self.training or not (self.random_queries or self.query_noise or self.query_cutout):
             return embeddings
         scale = embeddings.square().mean().sqrt()
         if self.query_noise:
             embeddings = embeddings + self.query_noise * scale * torch.randn_like(embeddings)
+        if self.query_cutout:
+            embeddings = embeddings * (torch.rand_like(embeddings) >= self.query_cutout)
         if self.random_queries:
             random = embeddings.new_empty(self.random_queries, self.width).normal_()
             embeddings = torch.cat([embeddings, scale * random])
@@ -143,6 +151,7 @@ class Vocabulary(nn.Module):
 
     def extra_repr(self) -> str:
         augmentation = f', random_queries={self.random_queries}, query_noise={self.query_noise}'
+        augmentation += f', query_cutout={self.query_cutout}'
         return f'num_classes={self.num_classes}, width={self.width}' + augmentation * self.training
 
 

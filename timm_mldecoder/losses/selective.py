@@ -13,12 +13,16 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
     """Loss for partial annotation (CSL, arXiv 2110.10955): ASL that also uses unannotated labels.
 
     Args:
-        mode: 'ignore' ignores unannotated entries; 'negative' treats all of them as negatives, with the exponent
-            `gamma_unann`; 'selective' does the same, except for those that are likely to be positive.
+        mode: 'ignore' ignores unannotated entries; 'ignore_normalize_classes' does, and multiplies those of an image
+            with n annotated labels by 1 + 1 / (1 + n), as the published code (after arXiv 1902.09720); 'negative'
+            treats all of them as negatives, with the exponent `gamma_unann`; 'selective' does the same, except for
+            those that are likely to be positive.
         gamma_neg: Focusing exponent of annotated negatives.
         gamma_pos: Focusing exponent of positives.
         gamma_unann: Focusing exponent of unannotated entries.
-        weight_unann: Weight of unannotated entries.
+        weight_unann: Weight of unannotated entries, `alpha_unann` of the published code.
+        weight_pos: Weight of positives, its `alpha_pos`. A soft target y has y weight_pos + (1 - y) weight_neg.
+        weight_neg: Weight of annotated negatives, its `alpha_neg`.
         clip: See `AsymmetricLoss`.
         class_prior: Estimated frequency of each class, [C]; see `timm_mldecoder.data.priors`. Without it, 'selective'
             uses the likelihood alone.
@@ -28,7 +32,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         reduction: See `MultiLabelLoss`.
     """
 
-    MODES = ('ignore', 'negative', 'selective')
+    MODES = ('ignore', 'ignore_normalize_classes', 'negative', 'selective')
 
     def __init__(
         self,
@@ -37,6 +41,8 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         gamma_pos: float = 0.0,
         gamma_unann: float = 2.0,
         weight_unann: float = 1.0,
+        weight_pos: float = 1.0,
+        weight_neg: float = 1.0,
         clip: float = 0.0,
         class_prior: Tensor | Sequence[float] | None = None,
         prior_threshold: float = 0.05,
@@ -49,11 +55,20 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             raise ValueError(f'unknown mode {mode!r} for unannotated labels: choose one of {self.MODES}')
         if class_prior is not None and mode != 'selective':
             raise ValueError(f"class_prior needs mode 'selective', got mode {mode!r}")
-        if min(gamma_unann, weight_unann, likelihood_topk) < 0:
-            raise ValueError(f'values must be at least 0, got {gamma_unann=}, {weight_unann=}, {likelihood_topk=}')
+        values = dict(
+            gamma_unann=gamma_unann,
+            weight_unann=weight_unann,
+            weight_pos=weight_pos,
+            weight_neg=weight_neg,
+            likelihood_topk=likelihood_topk,
+        )
+        if min(values.values()) < 0:
+            raise ValueError(
+                f'values must be at least 0, got {", ".join(f"{n}={v}" for n, v in values.items() if v < 0)}'
+            )
         self.mode = mode
         self.gamma_unann = gamma_unann
-        self.weight_unann = weight_unann
+        self.weights = weight_pos, weight_neg, weight_unann
         self.likelihood_topk = likelihood_topk
         self.prior_threshold = prior_threshold
         prior = None if class_prior is None else torch.as_tensor(class_prior, dtype=torch.float32)
@@ -61,13 +76,18 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
 
     def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:
         loss = super().elementwise(logits, target, unannotated)
-        return loss if self.weight_unann == 1 else torch.where(unannotated, self.weight_unann * loss, loss)
+        if self.weights != (1, 1, 1):
+            positive, negative, missing = self.weights
+            loss = loss * torch.where(unannotated, missing, positive * target + negative * (1 - target))
+        if self.mode == 'ignore_normalize_classes':
+            loss = loss * (1 + 1 / (1 + (~unannotated).sum(dim=1, keepdim=True)))
+        return loss
 
     def negative_gamma(self, unannotated: Tensor) -> Tensor:
         return torch.where(unannotated, self.gamma_unann, self.gamma_neg)
 
     def left_out(self, logits: Tensor, unannotated: Tensor) -> Tensor:
-        if self.mode == 'ignore':
+        if self.mode.startswith('ignore'):
             return unannotated
         left_out = torch.zeros_like(unannotated)
         if self.mode == 'negative':

@@ -1,11 +1,16 @@
-"""Attention maps: where in an image the query of a class attends."""
+"""Attention maps: where in an image the query of a class attends, and pictures of that."""
 
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from timm_mldecoder.head import MLDecoder
+
+# colours of attention from none to most: matplotlib's inferno, which the report and the page do without
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
 @torch.no_grad()
@@ -53,3 +58,34 @@ def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch
     if rows == 0 or num_tokens % rows or rows * (num_tokens // rows) != num_tokens:
         raise ValueError(f'{num_tokens} tokens form no grid over an image of {height} x {width}')
     return rows, num_tokens // rows
+
+
+def denormalise(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return a transformed image [C, H, W] as pixels in [0, 1], [H, W] if grey, else [H, W, 3]."""
+    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
+    pixels = (image * scale + shift).clamp(0, 1)
+    return pixels[0] if len(pixels) == 1 else pixels[:3].permute(1, 2, 0)
+
+
+def thumbnail(pixels: Tensor, side: int) -> Image.Image:
+    """Return pixels in [0, 1], [H, W] or [H, W, 3], as an RGB image whose longer side is `side` pixels."""
+    image = Image.fromarray((255 * pixels).round().byte().cpu().numpy()).convert('RGB')
+    scale = side / max(image.size)
+    return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+
+
+def attention_overlay(pixels: Tensor, attention: Tensor, side: int) -> Image.Image:
+    """Return an image in grey with an attention map over it.
+
+    Args:
+        pixels: Pixels in [0, 1], [H, W] or [H, W, 3].
+        attention: Attention [h, w] that sums to 1.
+        side: Longer side of the result, in pixels.
+    """
+    image = thumbnail(pixels, side)
+    # one scale for all maps: 0 to the largest share that a token may have beside an even spread
+    strength = (attention / max(attention.max().item(), 4 / attention.numel())).float().cpu().numpy()
+    strength = np.asarray(Image.fromarray(strength).resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    heat = np.stack([np.interp(strength, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)])
+    heat = Image.fromarray(heat.transpose(1, 2, 0).astype(np.uint8))
+    return Image.blend(image.convert('L').convert('RGB'), heat, 0.6)

@@ -22,7 +22,7 @@ from timm_mldecoder.models.probe_model import add_probe_head, parse_probe
 _logger = logging.getLogger(__name__)
 
 # Options of the head that change no trained tensor and nothing about what the trained tensors compute.
-_TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'class_names')
+_TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'query_cutout', 'class_names')
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kw
     A model without a classifier (``num_classes=0`` or ``features_only=True``) is timm's own, whatever the option.
 
     From a folder of ``save_for_hf`` (``local-dir:``, ``hf-hub:``) with one of these classifiers, ``pretrained=True``
-    loads every tensor strictly. A classifier for other classes keeps the tensors that belong to no class and draws the
-    others anew; so does, for all its tensors, ``fresh_head=True`` in the dict of ``ml_decoder``. With ``False`` or
+    loads every tensor strictly. A classifier for other classes loads the tensors that belong to no class and
+    initializes the others; ``fresh_head=True`` in the dict of ``ml_decoder`` initializes all of them. With ``False`` or
     another kind of classifier, only the backbone is loaded.
 
     Args:
@@ -240,9 +240,9 @@ def _load_with_classifier(model: nn.Module, kind: Classifier, filter_fn: Callabl
         fresh = sorted({name.removeprefix(prefix).partition('.')[0] for name in own - loaded})
         _logger.warning(
             f'the weights are for {stored_classes} classes, the model has {model.num_classes}: {", ".join(fresh)} of '
-            f'{prefix}* start fresh'
+            f'{prefix}* are initialized randomly'
             + (
-                f'; {", ".join(kind.class_independent)}* are loaded (fresh_head=True draws them anew too)'
+                f'; {", ".join(kind.class_independent)}* are loaded (fresh_head=True initializes them too)'
                 if kept
                 else ''
             )
@@ -283,7 +283,7 @@ class _BackboneLoader:
             fresh, unused = sorted(own - set(backbone)), sorted(set(backbone) - own)
             if fresh or unused:
                 _logger.warning(
-                    f'the weights were stored with {self.stored}: these tensors of the model start fresh: {fresh}; '
+                    f'the weights were stored with {self.stored}: these tensors are initialized randomly: {fresh}; '
                     f'these tensors of the backbone are not used: {unused}'
                 )
             return {name: value for name, value in backbone.items() if name in own}

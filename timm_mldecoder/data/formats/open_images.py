@@ -16,7 +16,7 @@ As distributed for the class-aware selective loss (CSL, arXiv 2110.10955):
     ROOT/mid_to_classes.pth     dictionary of LabelName and display name, in the order of the classes
 
 A class is positive (1), verified to be absent (0), or, most often, not annotated (-1). The labels (57 million for
-training) are read with pyarrow, which is about five times as fast as Python's csv module, and kept in a memory-mapped
+training) are read with pyarrow, several times as fast as Python's csv module reads, and kept in a memory-mapped
 cache, see `cache`. Without pyarrow the csv module is used; both give the same table.
 """
 
@@ -122,29 +122,37 @@ def _read_with_pyarrow(
     """The same as `_read_with_csv`, vectorized; None without pyarrow or if anything in the file is not as expected."""
     try:
         import pyarrow
+        from pyarrow import compute
         from pyarrow import csv as arrow_csv
     except ImportError:
         _logger.info("reading Open Images without pyarrow is slow: pip install 'timm-mldecoder[data]'")
         return None
+    if next(read_rows(path))[1] != COLUMNS:
+        return None
     coded = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    types = {**dict.fromkeys(USED, coded), 'ImageID': pyarrow.string()}
+    names, repeats, labels, values = [], [], [], []
     try:
-        rows = arrow_csv.read_csv(
+        # block by block, so that the strings of all rows are never in memory together
+        for block in arrow_csv.open_csv(
             path,
             read_options=arrow_csv.ReadOptions(block_size=1 << 23),
-            convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(USED, coded), include_columns=USED),
-        )
+            convert_options=arrow_csv.ConvertOptions(column_types=types, include_columns=USED),
+        ):
+            # the rows of an image follow each other, so that few names are left to compare
+            runs = compute.run_end_encode(block['ImageID'])
+            names.append(runs.values)
+            repeats.append(np.diff(runs.run_ends.to_numpy(), prepend=0))
+            labels.append(_translate(block['LabelName'], class_index))
+            values.append(_translate(block['Confidence'], MEANINGS))
     except pyarrow.ArrowException:
         return None
-    if next(read_rows(path))[1] != COLUMNS or not len(rows):
+    if not names or any((part == UNKNOWN).any() for part in labels + values):
         return None
-    rows = rows.unify_dictionaries()  # values in the order of their first occurrence, as in `_read_with_csv`
-    (images, image), (labels, label), (confidences, value) = (_codes(rows[name]) for name in USED)
-    del rows
-    label = np.array([class_index.get(name, UNKNOWN) for name in labels.to_pylist()], dtype=np.int32)[label]
-    meanings = [MEANINGS.get(name) for name in confidences.to_pylist()]
-    if None in meanings or (label == UNKNOWN).any():
-        return None
-    value = np.array(meanings, dtype=np.int8)[value]
+    # values in the order of their first occurrence, as in `_read_with_csv`
+    images = pyarrow.concat_arrays(names).dictionary_encode()
+    image, images = np.repeat(images.indices.to_numpy(), np.concatenate(repeats)), images.dictionary
+    label, value = np.concatenate(labels), np.concatenate(values).astype(np.int8)
     kept = label != SKIPPED
     if not kept.all():
         image, label, value = image[kept], label[kept], value[kept]
@@ -161,9 +169,10 @@ def _read_with_pyarrow(
     return paths, image, label, value
 
 
-def _codes(column: Any) -> tuple[Any, np.ndarray]:
-    """Distinct values of a dictionary-encoded Arrow column, and the index of the value of each row."""
-    return column.chunk(0).dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
+def _translate(column: Any, meanings: dict[str, int]) -> np.ndarray:
+    """Meaning of each row of a dictionary-encoded Arrow array, UNKNOWN if it has none."""
+    found = [meanings.get(name, UNKNOWN) for name in column.dictionary.to_pylist()]
+    return np.array(found, dtype=np.int32)[column.indices.to_numpy()]
 
 
 def _fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:

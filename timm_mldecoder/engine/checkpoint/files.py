@@ -164,7 +164,7 @@ class CheckpointFolder:
         if not self.same_metric(state):
             _logger.warning(
                 f'the checkpoints so far are ranked by {state["metric"]}, new ones by {self.metric}: the ranking '
-                'starts anew, and the numbered checkpoints so far are kept'
+                'starts again, and the numbered checkpoints so far are kept'
             )
             return
         entries = list(state.get('checkpoint_files', []))

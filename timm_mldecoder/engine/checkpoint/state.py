@@ -1,7 +1,6 @@
 """What changes while a run trains: collected for a checkpoint, and restored from one."""
 
 import logging
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -187,7 +186,9 @@ class TrainingState:
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
                 average = content.get('state_dict_ema')
-                self.task.load_checkpoint_state(clean_state_dict(average) if average else weights, ema=True)
+                weights = clean_state_dict(average) if average else weights
+                task_state = content.get('task_state_ema' if average else 'task_state')
+                self.task.load_checkpoint_state(weights, task_state, ema=True)
         except (RuntimeError, AttributeError, TypeError) as error:  # torch names every key that does not fit
             raise ValueError(f'the checkpoint holds another model: {one_line(error, 300)}') from error
 
@@ -209,13 +210,13 @@ class TrainingState:
             self.scaler.load_state_dict(content[SCALER])
 
     def _restore_position(self, run: dict[str, Any], world: World, loader: TrainLoader, changed: list[str]) -> None:
-        """Move to a position within an epoch; the samples that are left may be divided differently now."""
+        """Move to a position within an epoch; the remaining samples may be divided differently now."""
         self.batch, self.start = run['batch'], EpochStart(**run['start'])
         if changed:
             if run['restart'] is None or loader.batches is None or loader.batches.scheduled:
                 raise ValueError(
-                    f'{"; ".join(changed)}: streams and --train-img-sizes cannot resume within an epoch so; use the '
-                    'same, or a checkpoint of the end of an epoch'
+                    f'{"; ".join(changed)}: streams, --train-img-sizes and --naflex-loader cannot resume within an '
+                    'epoch after that change; undo it, or use a checkpoint of the end of an epoch'
                 )
             self.start = loader.batches.continued(EpochStart(**run['restart']))
             self.batch = self.start.batch
@@ -231,11 +232,6 @@ class TrainingState:
         loader.bad_images = [BadImage(*image) for image in bad]
         for ema, buffers in own['buffers'].items():
             unwrap_model(self.task.get_eval_model(ema=ema)).load_state_dict(buffers, strict=False)
-
-
-def options_of(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that a checkpoint was saved by, by name."""
-    return vars(content['args']) if isinstance(content.get('args'), Namespace) else {}
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -256,8 +252,7 @@ def _next_epoch(content: dict[str, Any]) -> int:
 
 
 def _schedule_state(schedule: Scheduler | None) -> dict[str, Any] | None:
-    """Return the state of the plateau schedule, which timm's state dict lacks; the others are functions of the "
-    "epoch."""
+    """Return the state of the plateau schedule, which is not in timm's state dict; other schedules have none."""
     if not isinstance(schedule, PlateauLRScheduler):
         return None
     return dict(plateau=schedule.lr_scheduler.state_dict(), restore_lr=schedule.restore_lr)

@@ -17,7 +17,8 @@ p { margin: 0 0 12px; color: #5b6472; max-width: 75ch; }
 section { background: #fff; border: 1px solid #e1e4ea; border-radius: 8px; padding: 16px 18px; margin-top: 18px;
   overflow-x: auto; }
 .row { display: flex; flex-wrap: wrap; gap: 0 18px; } .row section { max-width: 100%; box-sizing: border-box; }
-.row section:last-child { flex: 1; min-width: min(330px, 100%); }
+.row section { min-width: min(330px, 100%); } .row section:last-child { flex: 1; }
+.row p { width: 0; min-width: 100%; }
 dl { display: flex; flex-wrap: wrap; gap: 10px 26px; margin: 14px 0 0; }
 dt { color: #5b6472; font-size: 12px; } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }

@@ -21,13 +21,11 @@ from timm_mldecoder.engine.eval.report_scores import Entry, MultiLabelScores, Si
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.images import EvalLoader, image_path
 from timm_mldecoder.engine.input.loaders import DataConfig, create_eval_loader
-from timm_mldecoder.engine.predict.parts import utf8, write_csv
-from timm_mldecoder.engine.predict.pictures import attention_overlay, denormalise, thumbnail
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.files import write_atomically
+from timm_mldecoder.engine.runtime.files import utf8, write_atomically, write_csv
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.metrics import MultiLabelEvaluator
-from timm_mldecoder.models.attention_maps import attention_maps
+from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise, thumbnail
 
 _logger = logging.getLogger(__name__)
 

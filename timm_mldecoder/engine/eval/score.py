@@ -26,11 +26,14 @@ from timm_mldecoder.engine.eval.report import Report
 from timm_mldecoder.engine.flags import Options, warn_no_effect
 from timm_mldecoder.engine.input.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.engine.input.loaders import create_eval_loader, model_dtype, resolve_config
+from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import (
     class_names_of,
     count_parameters,
+    fuse_model,
     has_text_queries,
     load_model,
+    script,
     set_classes,
     thresholds_for,
 )
@@ -56,7 +59,7 @@ def score_model(options: Options, world: World) -> Result:
     if options.write_thresholds and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
-    dataset = create_split(options, options.split, num_samples=options.num_samples)
+    dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
     names = class_names_of(dataset)
     set_classes(model, names, options.word_embeddings)
     if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):
@@ -69,7 +72,9 @@ def score_model(options: Options, world: World) -> Result:
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:
         check_classes(dataset, num_classes, given='num_classes' in options.given)
-    plain = model
+    if options.fuse_bn:
+        fuse_model(model, config['input_size'])
+    plain, patches = model, patch_format(options, model)
     model = _prepare(options, model, world)
 
     loader = create_eval_loader(
@@ -81,6 +86,8 @@ def score_model(options: Options, world: World) -> Result:
         bad_image=options.bad_image,
         remedy='--bad-image skip',
         crop_border_pixels=options.crop_border_pixels,
+        patches=patches,
+        tf_preprocessing=options.tf_preprocessing,
     )
     limit = evaluation_sample_limit(loader)
     evaluator = _create_evaluator(options, content, dataset, names, device=world.device, max_samples=limit)
@@ -131,7 +138,9 @@ def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
     model = model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if options.torchcompile:
+    if options.torchscript:
+        model = script(model)
+    elif options.torchcompile:
         model = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
     elif options.aot_autograd:
         model = torch.compile(model, backend='aot_eager')
@@ -186,4 +195,5 @@ def _describe(options: Options, metrics: dict[str, float], model: nn.Module, con
         'img_size': config['input_size'][-1],
         'crop_pct': config['crop_pct'],
         'interpolation': config['interpolation'],
+        **({'seq_len': options.naflex_max_seq_len} if options.naflex_loader else {}),
     }

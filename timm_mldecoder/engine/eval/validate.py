@@ -15,7 +15,8 @@ from timm_mldecoder.engine.eval.report import report_folder
 from timm_mldecoder.engine.eval.score import Result, score_model
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.errors import RunFailed, is_out_of_memory
+from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.engine.runtime.memory import is_out_of_memory
 
 _logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from timm_mldecoder.checkpoints.folders import SETTINGS, save_folder
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.head.classifiers import GroupFullyConnected
+from timm_mldecoder.head.queries import Queries
 
 METADATA = ('architecture', 'task', 'class_names', 'thresholds', 'preprocessing', 'precision')
 KEY = 'timm_mldecoder'  # of the metadata, where a file has one entry for it
@@ -74,44 +74,20 @@ class Network(nn.Module):
         return self.model(images.to(self.dtype)).float()
 
 
-class Constant(nn.Module):
-    """A module that returns a tensor, whatever it is called with."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer('value', value)
-
-    def forward(self, *arguments: Any) -> Tensor:
-        return self.value
-
-
 @torch.no_grad()
 def fold_text_queries(head: MLDecoder) -> None:
-    """Replace the text queries of a head and its classifier by those of its classes; the label embeddings go."""
+    """Turn a head with text queries into one with the fixed queries of its classes; the label embeddings go."""
     if head.vocabulary is None:
         return
     words, classifier = head.vocabulary(), head.group_fc
-    queries = head.queries(words)  # [K, D]
-    weight = FOLDED_WEIGHTS[head.config.classifier](classifier, words, len(queries))
-    folded = GroupFullyConnected(len(words), *queries.shape)
+    values = head.queries(words)
+    queries, folded = Queries(*values.shape), GroupFullyConnected(len(words), *values.shape)
+    queries.weight = values
     folded.group_size = classifier.group_size
-    folded.weight = nn.Parameter(weight.contiguous())
+    folded.weight = nn.Parameter(classifier.group_weights(words, len(values)).contiguous())
     folded.bias = nn.Parameter(classifier.bias.expand(len(words)).clone())
-    head.queries, head.group_fc, head.vocabulary = Constant(queries), folded, None
+    head.queries, head.group_fc, head.vocabulary = queries, folded, None
 
-
-def _factorized(classifier: nn.Module, words: Tensor, queries: int) -> Tensor:
-    columns = F.linear(words, classifier.weight)  # [C, D], zeros for the places that the last group leaves empty
-    columns = F.pad(columns, (0, 0, 0, queries * classifier.group_size - len(words)))
-    return columns.unflatten(0, (queries, -1)).transpose(1, 2)
-
-
-#: Weight [K, D, group_size] of each classifier of text queries, from the classifier, the label embeddings [C, E] and K.
-FOLDED_WEIGHTS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
-    'shared': lambda classifier, words, queries: classifier.weight.expand(queries, -1, -1),
-    'word': _factorized,
-    'learned': lambda classifier, words, queries: classifier.weight[:queries],
-}
 
 #: How modules become constant, by the name of their class, so that nothing is imported that a model does not use.
 FOLDS: dict[str, Callable[[Any], None]] = {

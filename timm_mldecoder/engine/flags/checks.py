@@ -15,6 +15,8 @@ from timm.loss.class_weights import CLASS_WEIGHT_METHOD_KINDS, load_class_weight
 from timm.optim import list_optimizers
 from timm.task import ClassificationEvaluator
 
+from timm_mldecoder.data import TIMM_FOLDERS
+from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.engine.flags.flag import Flag, show
 from timm_mldecoder.engine.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.engine.flags.options import Options, closest
@@ -45,16 +47,23 @@ _HEAD_ARGUMENTS = {
     'word_embeddings': '--word-embeddings',
     'random_queries': '--random-queries',
     'query_noise': '--query-noise',
+    'query_cutout': '--query-cutout',
     'num_classes': '--num-classes',
     'initial_num_features': None,
     'class_names': None,
     'device': None,
     'dtype': None,
 }
+#: Options of images of one size, which say nothing of sequences of patches.
+_NOT_WITH_PATCHES = (
+    'channels_last', 'tta', 'report', 'test_pool', 'sampler', 'save_images', 'train_crop_mode', 'cutout', 'aug_repeats',
+    'aug_splits', 'resplit', 'cutmix_minmax', 'mixup_mode', 'train_img_sizes', 'torchscript', 'tf_preprocessing',
+)  # fmt: skip
 _PACKAGES = {
     'log_wandb': ('wandb', "pip install 'timm-mldecoder[trackers]'"),
     'log_trackio': ('trackio', "pip install 'timm-mldecoder[trackers]'"),
     'log_tensorboard': ('tensorboard', "pip install 'timm-mldecoder[trackers]'"),
+    'tf_preprocessing': ('tensorflow', 'pip install tensorflow'),
     'metrics_avg': ('sklearn', 'pip install scikit-learn'),
     'lr_find': ('matplotlib', 'pip install matplotlib'),
 }
@@ -69,17 +78,26 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
     """Check every option against its row, and the options against each other.
 
     Raises:
-        ValueError: For unsupported flags, values that are not allowed, and options that contradict each other.
+        ValueError: For values that are not allowed, and options that contradict each other.
     """
     for name, row in rows.items():
-        value = options[name]
-        if not row.supported and value != row.default:
-            raise ValueError(f'{options.flag(name)}: {row.help}')
-        row.check(value, options.flag(name), options.data_dir)
+        row.check(options[name], options.flag(name), options.data_dir)
+    check_patches(options, rows)
     for problem in _problems_of_both(options, rows):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
+
+
+def check_patches(options: Options, rows: Mapping[str, Flag]) -> None:
+    """Check that the flags go with sequences of patches, which a checkpoint may bring.
+
+    Raises:
+        ValueError: For flags that are for images of one size.
+    """
+    for name in _NOT_WITH_PATCHES:
+        if options.naflex_loader and name in rows and options[name] != rows[name].default:
+            raise ValueError(f'{options.flag(name)} does not work with --naflex-loader; give one of them')
 
 
 def check_task(options: Options) -> None:
@@ -112,6 +130,11 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
         values = o[name]
         if values is not None and len(values) not in (1, channels):
             yield f'--{name} {show(values)}: give one value, or one for each of {channels} channels'
+    if o.torchscript:
+        if o.torchcompile or o.to_dict().get('aot_autograd'):
+            yield '--torchscript contradicts --torchcompile and --aot-autograd; give one of them'
+        if o.use_ml_decoder_head or o.model_kwargs.get('ml_decoder'):
+            yield '--torchscript cannot compile an ML-Decoder head: use --torchcompile'
     if o.amp and o.model_dtype not in (None, 'float32'):
         yield f'--amp needs float32 weights, --model-dtype is {o.model_dtype}; give one of them'
     for name in o.model_kwargs:
@@ -174,8 +197,10 @@ def _problems_of_train(o: Options) -> Iterator[str]:
     info = optimizer_info(o)
     if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
         yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
-    if not (':' in o.model or timm.is_model(o.model.partition('.')[0].rpartition('/')[2])):
-        yield f'--model {o.model}: no such model in timm{closest(o.model, timm.list_models())}'
+    for flag in ('model', 'kd_model_name'):
+        model = o[flag]
+        if model and not (':' in model or timm.is_model(model.partition('.')[0].rpartition('/')[2])):
+            yield f'{o.flag(flag)} {model}: no such model in timm{closest(model, timm.list_models())}'
     if o.sam and o.grad_accum_steps > 1:
         yield f'--sam uses the gradients of one batch twice: leave --grad-accum-steps {o.grad_accum_steps} out'
     if o.sam and info.second_order:
@@ -196,6 +221,11 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield f'--sampler balanced contradicts --aug-repeats {o.aug_repeats:g}; give one of them'
     if o.class_split and o.task != 'multilabel':
         yield f'--class-split {o.class_split} needs --task multilabel'
+    if o.partial_labels:
+        try:
+            parse_partial(o.partial_labels)
+        except ValueError as error:
+            yield f'--partial-labels {error}'
     names = metric_names(o)
     if o.early_stop and o.eval_metric == 'loss':
         yield '--early-stop needs a metric in percent, not --eval-metric loss'
@@ -205,6 +235,10 @@ def _problems_of_train(o: Options) -> Iterator[str]:
     yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)
     yield from _problems_of_loss(o)
+    yield from _problems_of_distillation(o)
+    for name in ('sync_bn', 'split_bn', 'freeze_backbone'):
+        if o.torchscript and o[name]:
+            yield f'--torchscript does not work with {o.flag(name)}; give one of them'
 
 
 def metric_names(options: Options) -> tuple[str, ...]:
@@ -228,7 +262,7 @@ def _problems_of_images(o: Options) -> Iterator[str]:
         if values is not None and (len(values) != 2 or values[0] > values[1]):
             yield f'{o.flag(name)} {show(values)}: give the smallest and the largest value'
     sizes = o.train_batch_sizes or [o.batch_size]
-    if (o.mixup or o.cutmix or o.cutmix_minmax) and any(size % 2 for size in sizes):
+    if (o.mixup or o.cutmix or o.cutmix_minmax) and not o.naflex_loader and any(size % 2 for size in sizes):
         yield f'--batch-size {show(sizes)}: mixup and CutMix pair images, so the batch size must be even'
     for name in ('train_batch_sizes', 'train_size_probs'):
         values = o[name]
@@ -236,6 +270,9 @@ def _problems_of_images(o: Options) -> Iterator[str]:
             yield f'{o.flag(name)} {show(values)}: give one value per image size {show(o.train_img_sizes)}'
     if o.train_size_probs and not sum(o.train_size_probs):
         yield f'--train-size-probs {show(o.train_size_probs)}: one must be above 0'
+    sizes, shares = o.naflex_patch_sizes, o.naflex_patch_size_probs
+    if sizes and shares and (len(shares) != len(sizes) or not sum(shares)):
+        yield f'--naflex-patch-size-probs {show(shares)}: give one per patch size {show(sizes)}, one of them above 0'
     if o.aa:
         build = next((build for name, build in _POLICIES.items() if o.aa.startswith(name)), auto_augment_transform)
         try:
@@ -304,9 +341,34 @@ def _problems_of_loss(o: Options) -> Iterator[str]:
         yield f'--loss aam: for a cosine scale of {scale:g} add --loss-kwargs scale={scale:g} scaled_logits=True'
 
 
+def _problems_of_distillation(o: Options) -> Iterator[str]:
+    if not (o.kd_model_name or o.kd_checkpoint):
+        return
+    teacher = f'--kd-model-name {o.kd_model_name}' if o.kd_model_name else f'--kd-checkpoint {o.kd_checkpoint}'
+    if o.task == 'multilabel':
+        yield f'{teacher}: distillation needs --task classification'
+    for name in ('naflex_loader', 'random_queries', 'class_split'):
+        if o[name]:
+            yield f'{teacher} does not work with {o.flag(name)}; give one of them'
+    if o.distill_loss_weight is None and (o.task_loss_weight or 0) > 1:
+        yield (
+            f'--task-loss-weight {o.task_loss_weight:g}: above 1 it leaves a negative weight to the distillation loss; '
+            'add --distill-loss-weight'
+        )
+    if o.kd_distill_type == 'token' and o.torchscript:
+        yield '--kd-distill-type token does not work with --torchscript, which has the mean of both classifiers only'
+
+
 def _problems_of_validate(o: Options) -> Iterator[str]:
     if o.real_labels and o.bad_image == 'skip':
         yield '--real-labels matches images by their order: it needs --bad-image abort'
+    if o.tf_preprocessing:
+        if o.no_prefetcher:
+            yield '--tf-preprocessing does not work with --no-prefetcher; give one of them'
+        if o.dataset not in TIMM_FOLDERS:
+            yield f'--tf-preprocessing reads a folder or a tar file of images, not --dataset {o.dataset}'
+        if o.input_size and o.input_size[1] != o.input_size[2] or o.tta in (5, 10):
+            yield '--tf-preprocessing makes square images of the size of the model: leave --input-size and --tta out'
     if o.write_thresholds and not o.checkpoint:
         yield '--write-thresholds stores the thresholds in --checkpoint: give one'
     size = min(o.input_size[1:]) if o.input_size else o.img_size

@@ -12,11 +12,15 @@ _STREAMED_KINDS = ('hfids/', 'tfds/', 'wds/')
 STREAMED = dataset(*_STREAMED_KINDS)
 NOT_STREAMED = Need(lambda o: not o.dataset.lower().startswith(_STREAMED_KINDS), 'a dataset that is not streamed')
 _SIZES = given('train_img_sizes')
+_PATCHES = given('naflex_loader')
+_PATCH_SIZES = given('naflex_patch_sizes')
+IMAGES_OF_ONE_SIZE = Need(lambda o: not o.naflex_loader, 'images of one size: no --naflex-loader, which crops nothing')
 _SKIP = ('skip', 'abort')
 WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
 MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
 PROGRESSIVE = Need(lambda o: o.train_size_schedule == 'progressive', '--train-size-schedule progressive')
 TEXT_QUERIES = Need(lambda o: bool(o.use_ml_decoder_head or o.graph), '--use-ml-decoder-head 1 or --graph')
+PILLOW = Need(lambda o: not o.tf_preprocessing, 'no --tf-preprocessing, which has its own crop')
 NO_INPUT_SIZE = Need(lambda o: not o.input_size, 'no --input-size, which replaces it')
 
 DATASET: Group = ('Dataset', [
@@ -40,6 +44,8 @@ DATASET: Group = ('Dataset', [
     both('--class-map', str, '', 'file that lists the class names in the order of their indices', path='dataset file'),
     both('--voc-difficult', str, None, 'labels of Pascal-VOC that only difficult objects show; as VOC does (ignore) if '
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
+    train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
+          'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
     both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
     both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),
@@ -62,6 +68,8 @@ CLASSES: Group = ('Text queries and zero-shot classes', [
           range='[0, 100000]', needs=given('word_embeddings')),
     train('--query-noise', float, 0.0, 'noise on the label embeddings in training, relative to their root mean square',
           range='[0, inf)', needs=given('word_embeddings')),
+    train('--query-cutout', float, 0.0, 'probability that an entry of a label embedding is zero in training',
+          range='[0, 1)', needs=given('word_embeddings')),
 ])
 
 IMAGES: Group = ('Images', [
@@ -71,10 +79,14 @@ IMAGES: Group = ('Images', [
     both('--input-size', int, None, 'channels, height and width; replaces --img-size and --in-chans', nargs=3,
          range='[1, 8192]'),
     validate('--use-train-size', bool, False, 'use the training size of the model, not its test size'),
-    both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]'),
+    both('--crop-pct', float, None, 'center crop: share of the resized image that evaluation uses', range='[0.1, 2]',
+         needs=IMAGES_OF_ONE_SIZE),
     both('--crop-mode', str, None, 'how evaluation images are cropped', choices=('squash', 'border', 'center'),
-         needs=VALIDATES, in_validate=dict(needs=())),
-    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]'),
+         needs=(VALIDATES, IMAGES_OF_ONE_SIZE), in_validate=dict(needs=(PILLOW, IMAGES_OF_ONE_SIZE))),
+    validate('--crop-border-pixels', int, None, 'pixels cut off each border', range='[0, 4095]',
+             needs=PILLOW),
+    validate('--tf-preprocessing', bool, False, 'decode, crop and resize with TensorFlow, as models ported from it '
+             'were trained'),
     both('--mean', float, None, 'mean of the pixel values, in [0, 1], for all channels or for each', nargs='+'),
     both('--std', float, None, 'standard deviation of the pixel values, for all channels or for each', nargs='+',
          range='(0, inf)'),
@@ -85,11 +97,13 @@ IMAGES: Group = ('Images', [
 ])
 
 LOADING: Group = ('Loading', [
-    both('-b --batch-size', int, 128, 'images per batch and process', range='[1, 1048576]',
+    both('-b --batch-size', int, 128, 'batch size per rank', range='[1, 1048576]',
          in_validate=dict(default=256)),
-    train('-vb --validation-batch-size', int, None, 'images per validation batch and process; --batch-size if not '
-          'given', range='[1, 1048576]', needs=VALIDATES),
-    both('-j --workers', int, 4, 'data loader workers per process', range=f'[0, {4 * _CPUS + 16}]'),
+    train('-vb --validation-batch-size', int, None, 'validation batch size per rank (default: --batch-size)',
+          range='[1, 1048576]', needs=VALIDATES),
+    both('-j --workers', int, 4, 'data loader workers per rank', range=f'[0, {4 * _CPUS + 16}]'),
+    train('--persistent-workers', bool, True, 'keep the workers between epochs (on), or with --no-persistent-workers '
+          'start them in each', needs=WORKERS),
     train('--sampler', str, 'random', 'order of the training images: random, or balanced to draw each class equally '
           'often', choices=('random', 'balanced'), needs=NOT_STREAMED),
     train('--epoch-repeats', float, 0.0, 'passes over a streaming dataset per epoch', range='[0, inf)', needs=STREAMED),
@@ -124,4 +138,22 @@ SIZES: Group = ('Image and batch sizes that change in training', [
           needs=_SIZES),
     train('--variable-batch-loss-scale', str, 'none', 'growth of the loss with the batch size, relative to '
           '--batch-size', choices=('none', 'sqrt', 'linear'), needs=_SIZES),
+])
+
+NAFLEX: Group = ('Sequences of patches (NaFlex models)', [
+    both('--naflex-loader', bool, False, 'feed sequences of patches that keep the aspect ratio of each image',
+         inherited=True),
+    train('--naflex-train-seq-lens', int, [128, 256, 576, 784, 1024], 'sequence lengths that training batches are '
+          'drawn from; the longest has --batch-size images, shorter ones more', nargs='+', range='[1, 65536]',
+          needs=_PATCHES),
+    both('--naflex-max-seq-len', int, 576, 'sequence length of evaluation', range='[1, 65536]', needs=_PATCHES,
+         inherited=True),
+    train('--naflex-patch-sizes', int, None, 'patch sizes that training batches are drawn from; that of the model if '
+          'not given', nargs='+', range='[1, 1024]', needs=_PATCHES),
+    train('--naflex-patch-size-probs', float, None, 'probability of each patch size', nargs='+', range='[0, inf)',
+          needs=(_PATCHES, _PATCH_SIZES)),
+    train('--naflex-loss-scale', str, 'linear', 'growth of the loss with the batch size, relative to --batch-size',
+          choices=('none', 'sqrt', 'linear'), needs=_PATCHES),
+    train('--naflex-patchify-channels-first', bool, False, 'flatten each patch channel by channel, for models that '
+          'read patches so', needs=_PATCHES),
 ])

@@ -39,6 +39,22 @@ class Range:
 FINITE = Range('(-inf, inf)')
 
 
+def number(kind: type, interval: str) -> Callable[[str], Any]:
+    """Return the argparse type of numbers in an interval such as `[0, 1)`, for commands that have no rows."""
+    allowed = Range(interval)
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f'{text}: must be {allowed}')
+        return value
+
+    return parse
+
+
 class Need(NamedTuple):
     """The condition under which a flag has an effect, and its wording: what the flag needs."""
 
@@ -54,7 +70,7 @@ class Flag:
         names: Names on the command line; a name without dashes is a positional argument.
         type: `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs).
         default: Value of the option where the flag is not given.
-        help: Help text. For an unsupported flag, why it is refused and the remedy.
+        help: Help text.
         nargs: As in argparse.
         const: Value of a flag with `nargs='?'` that is given without one.
         metavar: Placeholder of the value in `--help`.
@@ -65,7 +81,6 @@ class Flag:
         needs: The conditions under which the flag has an effect; a warning names the first that does not hold.
         scripts: The scripts that have the flag.
         inherited: Whether validate.py takes the value from a checkpoint of train.py.
-        supported: False for flags of timm that are parsed but refused; they are not in `--help`.
         in_validate: The attributes that differ in validate.py.
     """
 
@@ -82,7 +97,6 @@ class Flag:
     needs: tuple[Need, ...] = ()
     scripts: tuple[str, ...] = ('train',)
     inherited: bool = False
-    supported: bool = True
     in_validate: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,9 +115,7 @@ class Flag:
 
     def add_to(self, parser: Any) -> None:
         """Add the flag to an argparse parser or group."""
-        settings: dict[str, Any] = dict(
-            default=self.default, help=self._help() if self.supported else argparse.SUPPRESS
-        )
+        settings: dict[str, Any] = dict(default=self.default, help=self._help())
         if self.names[0].startswith('-'):
             settings['dest'] = self.dest
         if self.type is bool:
@@ -213,7 +225,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]')
         self._negative_number_matcher = re.compile(r'^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # argparse's lacks -1e-3
         for title, rows in groups:
-            group = self.add_argument_group(title) if any(row.supported for row in rows) else self
+            group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)
 

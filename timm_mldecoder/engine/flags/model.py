@@ -9,6 +9,8 @@ _EMA = given('model_ema')
 USES_HEAD = Need(lambda o: bool(o.use_ml_decoder_head), '--use-ml-decoder-head 1')
 BIAS = Need(lambda o: not o.cosine_classifier, 'a classifier with a bias, which --cosine-classifier does not have')
 NO_CHECKPOINT = Need(lambda o: not o.checkpoint, 'no --checkpoint, which replaces the pretrained weights')
+SCRIPTED = given('torchscript')
+NO_SCRIPT = Need(lambda o: not o.torchscript, 'no --torchscript, which leaves it out')
 NO_COMPILE = Need(lambda o: not o.torchcompile, 'no --torchcompile, which replaces it')
 
 MODEL: Group = ('Model and weights', [
@@ -17,6 +19,8 @@ MODEL: Group = ('Model and weights', [
     both('--pretrained', bool, False, 'start from the pretrained weights of the model',
          in_validate=dict(help='evaluate the pretrained weights', needs=(NO_CHECKPOINT,))),
     train('--pretrained-path', str, None, 'file with the pretrained weights (with --pretrained)', path='file'),
+    train('--pretrained-cfg-overlay', dict, {}, 'entries of the pretrained configuration to replace', nargs='*',
+          needs=given('pretrained')),
     train('--initial-checkpoint', str, '', 'checkpoint loaded into the model after it is created', path='file'),
     train('--fresh-head', bool, False, 'initialize the whole head; without it, head weights that do not depend on the '
           'classes are loaded from a checkpoint with other classes'),
@@ -36,14 +40,20 @@ MODEL: Group = ('Model and weights', [
           needs=given('freeze_backbone')),
     train('--head-init-scale', float, None, 'factor of the initial classifier weights', needs=BIAS),
     train('--head-init-bias', float, None, 'initial bias of the classifier', needs=BIAS),
-    train('--grad-checkpointing', bool, False, 'recompute activations in the backward pass to save memory'),
+    train('--grad-checkpointing', bool, False, 'recompute activations in the backward pass to save memory',
+          needs=NO_SCRIPT),
     both('--fast-norm', bool, False, "use timm's faster normalization layers under autocast"),
     both('--channels-last', bool, False, 'use the channels-last memory layout', inherited=True),
     validate('--reparam', bool, False, 'fuse reparameterizable layers'),
+    validate('--fuse-bn', bool, False, 'fold BatchNorm into the convolutions before it'),
     both('--torchcompile', str, None, 'compile the model with torch.compile', nargs='?', const='inductor',
          metavar='BACKEND'),
     both('--torchcompile-mode', str, None, 'mode of torch.compile', needs=given('torchcompile'),
          choices=('default', 'lite', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')),
+    both('--torchscript', bool, False, 'compile the model with torch.jit.script; not with an ML-Decoder head, which '
+         '--torchcompile compiles'),
+    both('--fuser', str, '', 'fuser of torch.jit.script', choices=('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
+         needs=SCRIPTED),
     validate('--aot-autograd', bool, False, 'compile with the AOT Autograd backend', needs=NO_COMPILE),
 ])
 

@@ -36,12 +36,57 @@ LOSS: Group = ('Loss', [
           'file, or a method with --class-stats: inv_freq or effective_num', metavar='W'),
     train('--loss-weight-power', float, 1.0, 'exponent of weights computed from --class-stats', range='[0, inf)',
           needs=given('class_stats')),
+    train('--loss-weight-beta', float, 0.999, 'beta of --loss-class-weight effective_num', range='[0, 1)',
+          needs=given('loss_class_weight')),
+    train('--loss-weight-max', float, None, 'largest weight computed from --class-stats', range='(0, inf)', metavar='W',
+          needs=given('loss_class_weight', 'loss_pos_weight')),
     train('--class-stats', str, '', 'JSON file with pos_counts and num_samples', path='file', needs=CLASS_STATS),
     train('--class-priors', str, '', 'CSV file of class priors', path='file', needs=loss('csl')),
+    train('--asl-gamma-pos', float, 1.0, 'focusing parameter of positives', range='[0, inf)', needs=loss('asl')),
+    train('--asl-gamma-neg', float, 4.0, 'focusing parameter of negatives', range='[0, inf)', needs=loss('asl')),
+    train('--asl-clip', float, 0.05, 'margin of the probability of negatives', range='[0, 1)', needs=loss('asl')),
+    train('--asl-reduction', str, 'batchmean', 'sum over classes and mean over images, sum, or mean',
+          choices=('batchmean', 'sum', 'mean'), needs=loss('asl')),
+    train('--twoway-tp', float, 4.0, 'temperature of positives', range='(0, inf)', needs=loss('twoway')),
+    train('--twoway-tn', float, 1.0, 'temperature of negatives', range='(0, inf)', needs=loss('twoway')),
+    train('--db-neg-scale', float, 2.0, 'scale of the logits of negatives', range='(0, inf)', needs=loss('db')),
+    train('--db-init-bias', float, 0.05, 'factor of the logit shift by class frequency', needs=loss('db')),
+    train('--db-focal-gamma', float, 2.0, 'focusing parameter', range='[0, inf)', needs=loss('db')),
+    train('--poly-alpha', float, None, 'weight of positives of the poly loss', range='[0, 1]', needs=loss('poly')),
     train('--poly-gamma', float, 0.0, 'focusing parameter of the poly loss', range='[0, inf)', needs=loss('poly')),
     train('--poly-epsilon', float, 2.0, 'coefficient of the poly loss', needs=loss('poly')),
     train('--loss-kwargs', dict, {}, 'more arguments of the loss: asl_gamma_pos=0 (timm.loss), '
           'detach_focusing=True or mode=selective (timm_mldecoder.losses)', nargs='*'),
+])
+
+DISTILLS = given('kd_model_name', 'kd_checkpoint')
+LOGITS = Need(lambda o: DISTILLS.holds(o) and o.kd_distill_type != 'feature', 'a teacher, and --kd-distill-type other '
+              'than feature')
+FEATURES = Need(lambda o: DISTILLS.holds(o) and o.kd_distill_type == 'feature', 'a teacher, and --kd-distill-type '
+                'feature')
+TOKEN = Need(lambda o: DISTILLS.holds(o) and o.kd_distill_type == 'token', 'a teacher, and --kd-distill-type token')
+
+DISTILLATION: Group = ('Knowledge distillation', [
+    train('--kd-model-name', str, None, 'teacher: a timm model with its pretrained weights, also hf-hub:... or '
+          'local-dir:FOLDER'),
+    train('--kd-checkpoint', str, '', 'teacher: a checkpoint of train.py, as it was trained; or a file of weights of '
+          '--kd-model-name', path='file'),
+    train('--kd-distill-type', str, 'logit', 'what the student learns from the teacher: logits, pooled features, or '
+          'logits by the second classifier of a distilled model', choices=('logit', 'feature', 'token'),
+          needs=DISTILLS),
+    train('--kd-loss-type', str, 'kl', 'loss of logits', choices=('kl',), needs=LOGITS),
+    train('--distill-loss-weight', float, None, 'weight of the distillation loss; if not given, 1 minus '
+          '--task-loss-weight, or 1 without that', range='[0, inf)', metavar='W', needs=DISTILLS),
+    train('--task-loss-weight', float, None, 'weight of the classification loss; 1 if not given', range='[0, inf)',
+          metavar='W', needs=DISTILLS),
+    train('--kd-temperature', float, 4.0, 'temperature of the softmax of both', range='(0, inf)', metavar='T',
+          needs=LOGITS),
+    train('--kd-student-feature-dim', int, None, 'width of the student features; that of the model if not given',
+          range='[1, inf)', needs=FEATURES),
+    train('--kd-teacher-feature-dim', int, None, 'width of the teacher features; that of the model if not given',
+          range='[1, inf)', needs=FEATURES),
+    train('--kd-token-distill-type', str, 'soft', 'token: learn the probabilities of the teacher, or its class',
+          choices=('soft', 'hard'), needs=TOKEN),
 ])
 
 OPTIMIZER: Group = ('Optimizer', [

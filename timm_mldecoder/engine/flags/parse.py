@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run, unsupported
-from timm_mldecoder.engine.flags.checks import check, check_task, default_metric
+from timm_mldecoder.engine.flags import augmentation, data, model, optimization, run
+from timm_mldecoder.engine.flags.checks import check, check_patches, check_task, default_metric
 from timm_mldecoder.engine.flags.config import as_arguments, find_recipe, read_config
 from timm_mldecoder.engine.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.engine.flags.options import Options, closest
@@ -24,18 +24,19 @@ GROUPS = (
     data.IMAGES,
     data.LOADING,
     optimization.LOSS,
+    optimization.DISTILLATION,
     optimization.OPTIMIZER,
     optimization.SCHEDULE,
     augmentation.AUGMENTATION,
     augmentation.REGULARIZATION,
     data.SIZES,
+    data.NAFLEX,
     model.BATCH_NORM,
     model.EMA,
     model.DEVICE,
     run.RUN,
     run.TRACKERS,
     run.RESULTS,
-    unsupported.UNSUPPORTED,
 )
 _FOLDER = {'data', 'data_dir'}  # two names of one option
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
@@ -70,8 +71,7 @@ def parse_train(argv: Sequence[str] | None = None) -> Options:
     """The options of a training run: defaults, then the YAML file, then the command line.
 
     Raises:
-        ValueError: For an unknown or unsupported flag, a value that is not allowed, or options that contradict each
-            other.
+        ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
     return _parse('train', argv)
 
@@ -111,12 +111,14 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
         trained: The options of the training run, by name.
 
     Raises:
-        ValueError: If a flag that the user gave is not for the task of the checkpoint.
+        ValueError: If a flag that the user gave is not for the task or the loader of the checkpoint.
     """
     kept = options.given | (_PRECISION if options.given & {'amp', 'model_dtype'} else set())
-    names = [name for name, row in flags('validate').items() if row.inherited and name in trained]
+    rows = flags('validate')
+    names = [name for name, row in rows.items() if row.inherited and name in trained]
     options = options.replace(**{name: trained[name] for name in names if name not in kept})
     check_task(options)
+    check_patches(options, rows)
     trained_on_cpu = trained.get('device', '').startswith('cpu')
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, scores_both
@@ -46,6 +47,11 @@ def image_channels(options: Options) -> int:
     return options.input_size[0] if options.input_size is not None else 3
 
 
+def image_mode(options: Options) -> str:
+    """Return the PIL mode in which images are read."""
+    return options.input_img_mode or ('RGB' if image_channels(options) == 3 else 'L')
+
+
 def create_split(
     options: Options,
     split: str,
@@ -54,6 +60,7 @@ def create_split(
     num_samples: int | None = None,
     repeats: float = 0,
     missing: str = 'error',
+    load_bytes: bool = False,
 ) -> Dataset:
     """Create the dataset of one split.
 
@@ -64,15 +71,15 @@ def create_split(
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
         missing: 'error' or 'skip' at images that are annotated but not on disk.
+        load_bytes: Whether the transform takes the bytes of image files.
 
     Raises:
         ValueError: If the data is missing, or does not fit the task.
     """
-    channels = image_channels(options)
-    mode = options.input_img_mode or ('RGB' if channels == 3 else 'L')
+    mode = image_mode(options)
     kind = dataset_kind(options.dataset)
     _check_folder(options.dataset, options.data_dir, split)
-    _check_image_mode(options.dataset, mode, channels)
+    _check_image_mode(options.dataset, mode, image_channels(options))
     multilabel = options.task == 'multilabel'
     settings = dict(
         class_map=options.class_map,
@@ -87,6 +94,8 @@ def create_split(
         num_samples=num_samples,
         trust_remote_code=options.dataset_trust_remote_code,
     )
+    if load_bytes:
+        settings['load_bytes'] = True
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     try:
@@ -103,6 +112,16 @@ def create_split(
             raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     elif multilabel and getattr(dataset, 'target_transform', None) is None:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+    if training and options.partial_labels:
+        if not isinstance(dataset, MultiLabelDataset):
+            raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
+        dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
+        values = dataset.annotations.entries()[2]
+        positive = int((values == POSITIVE).sum())
+        _logger.info(
+            f'--partial-labels {options.partial_labels}: kept {positive} positive and {len(values) - positive} '
+            'negative labels'
+        )
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
@@ -128,7 +147,7 @@ def read_classes(path: str, dataset: Dataset) -> Classes:
     """Return the label embeddings of the classes of a dataset, in its order.
 
     Raises:
-        ValueError: If the dataset does not name its classes, or the file lacks some of them.
+        ValueError: If the dataset does not name its classes, or the file has not all of them.
     """
     names = class_to_index(dataset)
     if names is None:

@@ -13,16 +13,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from PIL import Image
 from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
+from timm.data.naflex_loader import NaFlexPrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_mldecoder.engine.input.naflex import NaFlexBatches, PatchBatch
 from timm_mldecoder.engine.input.randomness import (
     BATCH,
     SAMPLE,
@@ -39,6 +41,8 @@ from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.files import write_atomically
 
 _logger = logging.getLogger(__name__)
+
+Batch = Tensor | PatchBatch  # images [B, C, H, W], or their patches
 
 BAD_IMAGES = 'bad_images.csv'
 REPLACEMENTS = 10  # as many in a row as timm tries: more are a fault of the disk, not of the files
@@ -58,11 +62,10 @@ class StrictImageDataset(ImageDataset):
         try:
             file, target = self.reader[index][:2]
             with file:
-                image = Image.open(file)
-                image = image.convert(self.input_img_mode or image.mode)
+                image = self._decode(file)
         except Exception as error:  # damaged bytes make PIL's decoders raise anything
             raise OSError(str(error)) from error
-        if self.transform is not None:
+        if self.transform is not None and not self.load_bytes:
             image = self.transform(image)
         if target is None:
             target = -1
@@ -70,12 +73,18 @@ class StrictImageDataset(ImageDataset):
             target = self.target_transform(target)
         return image, target
 
+    def _decode(self, file: IO[bytes]) -> Any:
+        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
+            return self.transform(file.read())
+        image = Image.open(file)
+        return image.convert(self.input_img_mode or image.mode)
+
 
 def strict(dataset: Dataset) -> Dataset:
     """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
     if type(dataset) is not ImageDataset:
         return dataset
-    settings = ('reader', 'input_img_mode', 'transform', 'target_transform')
+    settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
     return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
 
 
@@ -144,7 +153,7 @@ class KeyedCollate:
         first = samples[0][0]
         if isinstance(first, Draw):
             seed_cpu(key(BATCH, first.seed, first.epoch, first.place))
-            if isinstance(self._collate, Mixup):
+            if hasattr(self._collate, 'mixup_enabled'):
                 self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
         return self._collate([samples[position][1] for position in positions]), positions, bad
 
@@ -156,28 +165,35 @@ class Placement(NamedTuple):
         device: Device of the model.
         dtype: Dtype of images, None for float32.
         channels_last: Whether images take the channels-last memory layout.
-        prefetch: Options of timm's `PrefetchLoader`, which normalises on the device; None if the transform does.
+        prefetch: Options of `prefetcher`; None if the transform normalises.
+        prefetcher: timm's loader that normalises on the device, for images or for patches.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     channels_last: bool = False
     prefetch: dict[str, Any] | None = None
+    prefetcher: type[PrefetchLoader | NaFlexPrefetchLoader] = PrefetchLoader
 
     def wrap(self, batches: Any) -> Any:
         """Return an iterable of batches on the device, normalised where `prefetch` says so."""
         if self.prefetch is None:
             return batches
-        return PrefetchLoader(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
+        return self.prefetcher(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
 
-    def place(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def place(self, images: Batch, target: Tensor) -> tuple[Batch, Tensor]:
         """Move a batch that was not prefetched to the device."""
-        if self.prefetch is None:
-            images = images.to(self.device, self.dtype, non_blocking=True)
-            target = target.to(self.device, non_blocking=True)
-        return images, target
+        if self.prefetch is not None:
+            return images, target
+        move = dict(device=self.device, non_blocking=True)
+        if isinstance(images, dict):
+            moved = {name: part.to(**move) for name, part in images.items() if isinstance(part, Tensor)}
+            images = {**images, **moved, 'patches': moved['patches'].to(self.dtype or torch.float32)}
+        else:
+            images = images.to(dtype=self.dtype, **move)
+        return images, target.to(**move)
 
-    def layout(self, images: Tensor) -> Tensor:
+    def layout(self, images: Batch) -> Batch:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
@@ -194,6 +210,7 @@ class TrainLoader:
         bad_image: 'skip' or 'abort' at unreadable images.
         seed: Seed of the run.
         rank: Rank of this process.
+        persistent_workers: Whether workers live from epoch to epoch.
         stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
         **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
     """
@@ -201,7 +218,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: Dataset,
-        batches: EpochBatches | None,
+        batches: EpochBatches | NaFlexBatches | None,
         collate: Callable,
         placement: Placement,
         *,
@@ -210,6 +227,7 @@ class TrainLoader:
         bad_image: str = 'skip',
         seed: int = 0,
         rank: int = 0,
+        persistent_workers: bool = True,
         stream: dict[str, Any] | None = None,
         **workers: Any,
     ) -> None:
@@ -233,7 +251,7 @@ class TrainLoader:
                 batch_sampler=batches,
                 collate_fn=KeyedCollate(collate, partial=False, mixup_off_epoch=mixup_off_epoch),
                 generator=self._generator,
-                persistent_workers=workers['num_workers'] > 0,
+                persistent_workers=persistent_workers and workers['num_workers'] > 0,
                 **workers,
             )
         self._wrapped = placement.wrap(_Batches(self))
@@ -241,7 +259,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches of an epoch from number `batch` on."""
         if self._early is None:
             self._begin(epoch, batch, start)
@@ -327,6 +345,7 @@ class EvalLoader:
         placement: Device and form of the batches.
         bad_image: 'abort' or 'skip' at unreadable images.
         remedy: The flag that scores the other images, for the error message.
+        persistent_workers: Whether workers live from pass to pass.
         **workers: Further options of `DataLoader`: batch size, number of workers, pinned memory, start method.
     """
 
@@ -339,6 +358,7 @@ class EvalLoader:
         *,
         bad_image: str = 'abort',
         remedy: str = '',
+        persistent_workers: bool = True,
         **workers: Any,
     ) -> None:
         self.dataset = dataset
@@ -350,14 +370,14 @@ class EvalLoader:
         self._stream = isinstance(dataset, IterableDataset)
         if not self._stream:
             dataset, collate = KeyedSamples(dataset), KeyedCollate(collate, partial=True)
-            workers['persistent_workers'] = workers['num_workers'] > 0
+            workers['persistent_workers'] = persistent_workers and workers['num_workers'] > 0
         self._loader = DataLoader(dataset, sampler=sampler, collate_fn=collate, **workers)
         self._wrapped = placement.wrap(self)
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches on the device."""
         for images, target in self._wrapped:
             images, target = self._placement.place(images, target)
@@ -385,13 +405,20 @@ class EvalLoader:
         """Cut the padding off, which evaluators otherwise find by counting the samples that arrive."""
         limit = getattr(self.sampler, 'num_valid_samples', None)
         valid = len(positions) if limit is None else sum(position < limit for position in positions)
-        return tuple(part[:valid] for part in batch) if valid else None
+        return tuple(_first(part, valid) for part in batch) if valid else None
 
     def _check(self, bad: list[BadImage]) -> None:
         if bad and not self._skip:
             raise RunFailed(f'{bad[0].path} cannot be read ({bad[0].reason}); {self._remedy} scores the other images')
         log_bad_images(bad)
         self.bad_images += bad
+
+
+def _first(part: Batch, number: int) -> Batch:
+    """Return the first samples of images, targets or patches."""
+    if isinstance(part, dict):
+        return {name: value[:number] if isinstance(value, Tensor) else value for name, value in part.items()}
+    return part[:number]
 
 
 def init_worker(worker: int, worker_seeding: str = 'all') -> None:

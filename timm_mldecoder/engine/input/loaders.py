@@ -8,9 +8,11 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_transform, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, NaFlexMixup, create_transform, resolve_data_config
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from timm.data.loader import fast_collate
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.naflex_dataset import NaFlexCollator
+from timm.data.naflex_loader import NaFlexPrefetchLoader
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -20,6 +22,7 @@ from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import STREAMS, balanced_weights, check_image_size, dataset_kind
 from timm_mldecoder.engine.input.images import EvalLoader, Placement, SplitDataset, TrainLoader, init_worker
+from timm_mldecoder.engine.input.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.engine.input.randomness import EpochBatches, Order
 from timm_mldecoder.engine.runtime import signals
 from timm_mldecoder.engine.runtime.distributed import World
@@ -69,6 +72,7 @@ def create_train_loader(
     *,
     num_classes: int,
     rng_state: Tensor,
+    patches: PatchFormat | None = None,
 ) -> TrainLoader:
     """Create the loader of the training split.
 
@@ -79,34 +83,42 @@ def create_train_loader(
         world: This rank and the others.
         num_classes: Number of classes.
         rng_state: State of torch's generator once the model is built, see `Order`.
+        patches: How the model reads patches; None for images.
 
     Raises:
         ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
     """
     mixing = _create_mixing(options, num_classes)
-    stream = isinstance(dataset, IterableDataset)
-    weights = balanced_weights(dataset) if options.sampler == 'balanced' and not stream else None
-    dataset, schedule = set_train_transform(options, dataset, config)
     batches = None
-    if stream:
+    collate = default_collate if options.no_prefetcher else fast_collate
+    if patches is not None:
+        augmentation = _augmentation(options, config)
+        dataset, batches, collate = create_train_batches(
+            options, dataset, patches, world, augmentation=augmentation, mixing=mixing
+        )
+        mixing = None  # `collate` mixes
+    elif isinstance(dataset, IterableDataset):
+        set_train_transform(options, dataset, config)
         dataset.set_loader_cfg(num_workers=options.workers)
     else:
+        weights = balanced_weights(dataset) if options.sampler == 'balanced' else None
+        dataset, schedule = set_train_transform(options, dataset, config)
         order = Order(len(dataset), options.seed, rng_state, repeats=options.aug_repeats, weights=weights)
         pairs = mixing is not None or (options.split_bn and not options.aug_splits)
         batches = EpochBatches(order, options.batch_size, world.rank, world.size, pairs, schedule)
-    collate = default_collate if options.no_prefetcher else fast_collate
     return TrainLoader(
         dataset,
         batches,
         mixing if isinstance(mixing, FastCollateMixup) else collate,
-        create_placement(options, config, world, erase=not options.no_aug),
+        create_placement(options, config, world, patches, erase=not options.no_aug),
         mix=None if isinstance(mixing, FastCollateMixup) else mixing,
         mixup_off_epoch=options.mixup_off_epoch,
         bad_image=options.bad_image,
         seed=options.seed,
         rank=world.rank,
+        persistent_workers=options.persistent_workers,
         stream=dict(batch_size=options.batch_size, drop_last=True),
-        **worker_options(options, world, options.workers, options.worker_seeding),
+        **worker_options(world, options.workers, options.pin_mem, options.worker_seeding),
     )
 
 
@@ -119,10 +131,15 @@ def create_eval_loader(
     batch_size: int,
     bad_image: str,
     remedy: str,
-    crop_border_pixels: int | None = None,
+    patches: PatchFormat | None = None,
+    persistent_workers: bool = True,
+    **crop: Any,
 ) -> EvalLoader:
-    """Create a loader of every image of a split; see `EvalLoader` for `bad_image` and `remedy`."""
-    set_eval_transform(options, dataset, config, crop_border_pixels)
+    """Create a loader of every image of a split.
+
+    See `EvalLoader` for `bad_image`, `remedy` and `persistent_workers`, `set_eval_transform` for `crop`.
+    """
+    set_eval_transform(options, dataset, config, patches=patches, **crop)
     stream = isinstance(dataset, IterableDataset)
     # fewer workers pad a stream less, as in timm
     workers = (
@@ -135,60 +152,67 @@ def create_eval_loader(
     return EvalLoader(
         dataset,
         sampler,
-        collate,
-        create_placement(options, config, world),
+        collate if patches is None else NaFlexCollator(options.naflex_max_seq_len),
+        create_placement(options, config, world, patches),
         bad_image=bad_image,
         remedy=remedy,
+        persistent_workers=persistent_workers,
         batch_size=batch_size,
-        **worker_options(options, world, workers),
+        **worker_options(world, workers, options.pin_mem),
     )
 
 
 def set_eval_transform(
-    options: Options, dataset: Dataset, config: DataConfig, crop_border_pixels: int | None = None
+    options: Options,
+    dataset: Dataset,
+    config: DataConfig,
+    crop_border_pixels: int | None = None,
+    patches: PatchFormat | None = None,
+    tf_preprocessing: bool = False,
 ) -> None:
-    """Give a dataset the transform of evaluation."""
+    """Give a dataset the transform of evaluation; with `tf_preprocessing` TensorFlow's, of the bytes of files."""
+    form = {}
+    if patches is not None:
+        form = dict(naflex=True, patchify=True, max_seq_len=options.naflex_max_seq_len, patch_size=patches.size)
+        form |= dict(patchify_channels_last=patches.channels_last)
     dataset.transform = create_transform(
         config['input_size'],
         use_prefetcher=not options.no_prefetcher,
         crop_border_pixels=crop_border_pixels,
+        tf_preprocessing=tf_preprocessing,
         **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
+        **form,
     )
 
 
-def _create_mixing(options: Options, num_classes: int) -> Mixup | None:
+def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | None:
     """Create mixup and CutMix, in the collate function where batches are prefetched; None if both are off."""
     if not mixes(options):
         return None
-    return (Mixup if options.no_prefetcher else FastCollateMixup)(
+    settings = dict(
         mixup_alpha=options.mixup,
         cutmix_alpha=options.cutmix,
-        cutmix_minmax=options.cutmix_minmax,
         prob=options.mixup_prob,
         switch_prob=options.mixup_switch_prob,
-        mode=options.mixup_mode,
         label_smoothing=options.smoothing,
         num_classes=num_classes,
         multi_label=options.task == 'multilabel',
     )
+    if options.naflex_loader:
+        return NaFlexMixup(**settings)
+    settings |= dict(cutmix_minmax=options.cutmix_minmax, mode=options.mixup_mode)
+    return (Mixup if options.no_prefetcher else FastCollateMixup)(**settings)
 
 
-def set_train_transform(
-    options: Options, dataset: Dataset, config: DataConfig
-) -> tuple[Dataset, dict[str, Any] | None]:
-    """Give a dataset its training transform.
-
-    Returns:
-        The dataset, wrapped for several views per image or changing image sizes, and the schedule of the sizes.
-    """
+def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
+    """Return the options of timm's `create_transform` for training."""
     interpolation = (
         config['interpolation'] if options.no_aug else options.train_interpolation or config['interpolation']
     )
-    squashed = options.train_crop_mode == 'squash'
-    settings = dict(
+    return dict(
         is_training=True,
         no_aug=options.no_aug,
-        train_crop_mode=None if squashed else options.train_crop_mode,
+        train_crop_mode=None if options.train_crop_mode == 'squash' else options.train_crop_mode,
         scale=options.scale,
         ratio=options.ratio,
         hflip=options.hflip,
@@ -208,6 +232,19 @@ def set_train_transform(
         use_prefetcher=not options.no_prefetcher,
         separate=options.aug_splits > 0,
     )
+
+
+def set_train_transform(
+    options: Options, dataset: Dataset, config: DataConfig
+) -> tuple[Dataset, dict[str, Any] | None]:
+    """Give a dataset its training transform.
+
+    Returns:
+        The dataset, wrapped for several views per image or changing image sizes, and the schedule of the sizes.
+    """
+    settings = _augmentation(options, config)
+    interpolation = settings['interpolation']
+    squashed = options.train_crop_mode == 'squash'
     sizes = [(config['input_size'][0], size, size) for size in options.train_img_sizes or ()]
     try:
         transforms = [create_transform(size, **settings) for size in sizes or [config['input_size']]]
@@ -260,20 +297,26 @@ def _erasing_splits(options: Options) -> int:
     return (options.aug_splits or 2) if options.resplit else 0
 
 
-def create_placement(options: Options, config: DataConfig, world: World, erase: bool = False) -> Placement:
+def create_placement(
+    options: Options, config: DataConfig, world: World, patches: PatchFormat | None = None, erase: bool = False
+) -> Placement:
     prefetch = None
     if not options.no_prefetcher:
         prefetch = dict(mean=config['mean'], std=config['std'], channels=config['input_size'][0])
         if erase:
             prefetch |= dict(re_prob=options.reprob, re_mode=options.remode, re_count=options.recount)
             prefetch |= dict(re_num_splits=_erasing_splits(options))
-    return Placement(world.device, model_dtype(options), options.channels_last, prefetch)
+        if patches is not None:
+            prefetch |= dict(patchify_channels_last=patches.channels_last)
+    prefetcher = PrefetchLoader if patches is None else NaFlexPrefetchLoader
+    return Placement(world.device, model_dtype(options), options.channels_last, prefetch, prefetcher)
 
 
-def worker_options(options: Options, world: World, workers: int, worker_seeding: str = 'all') -> dict[str, Any]:
+def worker_options(world: World, workers: int, pin_memory: bool, worker_seeding: str = 'all') -> dict[str, Any]:
+    """Return the options of `DataLoader` about its workers."""
     return dict(
         num_workers=workers,
-        pin_memory=options.pin_mem,
+        pin_memory=pin_memory,
         worker_init_fn=partial(init_worker, worker_seeding=worker_seeding),
         multiprocessing_context=_worker_server() if world.distributed and workers else None,
     )

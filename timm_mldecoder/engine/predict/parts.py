@@ -4,9 +4,7 @@ Part p holds the images [p * size, (p + 1) * size) of the source, whatever rank 
 or not at all, so that a kill loses the parts under way, and the same command writes those that are missing.
 """
 
-import csv
 import hashlib
-import io
 import json
 import shutil
 import zipfile
@@ -18,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.engine.predict.sources import parquet_module
-from timm_mldecoder.engine.runtime.files import write_atomically
+from timm_mldecoder.engine.runtime.files import TEMPORARY, utf8, write_atomically, write_csv
 
 SETUP = 'setup.json'
-ERRORS = 'errors.csv'
+CHUNK = 65_536  # rows to write at a time
 FORMATS = ('.csv', '.jsonl', '.parquet')
 
 
@@ -60,7 +58,7 @@ class Parts:
         arrays: Files for scores and features, by the name of the array.
 
     Raises:
-        ValueError: If the format is unknown, the file exists, or the parts there belong to another prediction.
+        ValueError: If the format is unknown, or two outputs are the same file.
     """
 
     def __init__(self, out: Path, number: int, size: int, setup: dict[str, Any], arrays: dict[str, Path]) -> None:
@@ -69,23 +67,38 @@ class Parts:
         if out.suffix.lower() == '.parquet':
             parquet_module(f'--out {out}')
         self.out = out
+        self.errors = out.with_name(f'{out.name}.errors.csv')
         self.folder = out.with_name(f'{out.name}.parts')
+        self._removed = out.with_name(f'.{self.folder.name}{TEMPORARY}')
         self.number = number
         self.size = size
         self.arrays = arrays
         self.count = -(-number // size)
-        self.setup = {**setup, 'images': number, 'part_size': size, 'arrays': sorted(arrays)}
+        setup = {**setup, 'images': number, 'part_size': size, 'arrays': sorted(arrays)}
+        self.setup = json.loads(json.dumps(setup))  # as it is read back
+        self._outputs = [out, self.errors, *arrays.values()]
+        if len({path.resolve() for path in self._outputs}) < len(self._outputs):
+            raise ValueError(f'{", ".join(map(str, self._outputs))}: each output needs a file of its own')
 
     def begin(self) -> None:
-        """Create the folder of the parts; called on the first rank."""
-        for path in (self.out, *self.arrays.values()):
-            if path.exists():
+        """Create the folder of the parts; called on the first rank.
+
+        Raises:
+            ValueError: If an output exists, or the parts there belong to another prediction.
+        """
+        setup = self.folder / SETUP
+        same = setup.exists() and json.loads(setup.read_text()) == self.setup
+        # of a prediction that was killed while its parts were joined, some of the outputs exist
+        joining = same and not self.missing()
+        for path in self._outputs:
+            if path.exists() and not joining:
                 raise ValueError(f'{path} exists: remove it, or choose another name')
             if not path.parent.is_dir():
                 raise ValueError(f'{path}: there is no folder {path.parent}')
-        setup = self.folder / SETUP
-        if setup.exists() and json.loads(setup.read_text()) != self.setup:
+        if setup.exists() and not same:
             raise ValueError(f'{self.folder} holds parts of another prediction: remove it, or choose another --out')
+        if self._removed.exists():
+            shutil.rmtree(self._removed)
         self.folder.mkdir(exist_ok=True)
         write_atomically(setup, lambda file: file.write(json.dumps(self.setup).encode()))
 
@@ -111,15 +124,16 @@ class Parts:
         write_atomically(self.folder / f'{part:08d}.jsonl', lambda file: file.write(''.join(lines).encode()))
 
     def finish(self) -> int:
-        """Join the parts into the output files, write `errors.csv` beside them, and return the number of errors."""
+        """Join the parts into the output files, list the errors beside them, and return their number."""
         write = {'.csv': self._write_csv, '.jsonl': self._write_json_lines, '.parquet': self._write_parquet}
         write[self.out.suffix.lower()]()
         errors = [(image, error) for image, _, error in self._rows() if error]
         if errors:
-            write_csv(self.out.with_name(ERRORS), [('image', 'reason'), *errors])
+            write_csv(self.errors, [('image', 'reason'), *errors])
         for name, path in self.arrays.items():
             self._join_arrays(name, path)
-        shutil.rmtree(self.folder)
+        self.folder.rename(self._removed)  # the parts disappear at once: never some of them without their setup
+        shutil.rmtree(self._removed)
         return len(errors)
 
     def _rows(self) -> Iterator[tuple[str, list, str]]:
@@ -127,14 +141,15 @@ class Parts:
         for part in range(self.count):
             with (self.folder / f'{part:08d}.jsonl').open(encoding='utf-8') as file:
                 for line in file:
-                    yield json.loads(line)
+                    image, labels, error = json.loads(line)
+                    yield utf8(image), labels, error
 
     def _flat(self) -> Iterator[tuple[str, str, float | None]]:
         """Yield a row per label; an image without labels has one row, with an empty label."""
         for image, labels, error in self._rows():
             if not error:
                 for name, score in labels or [('', None)]:
-                    yield utf8(image), name, score
+                    yield image, name, score
 
     def _write_csv(self) -> None:
         rows = ((image, name, '' if score is None else f'{score:.6f}') for image, name, score in self._flat())
@@ -145,9 +160,7 @@ class Parts:
             for image, labels, error in self._rows():
                 if not error:
                     found = [{'label': name, 'score': score} for name, score in labels]
-                    file.write(
-                        (json.dumps({'image': utf8(image), 'labels': found}, ensure_ascii=False) + '\n').encode()
-                    )
+                    file.write((json.dumps({'image': image, 'labels': found}, ensure_ascii=False) + '\n').encode())
 
         write_atomically(self.out, write)
 
@@ -162,12 +175,9 @@ class Parts:
         def write(file: Any) -> None:
             with parquet.ParquetWriter(file, schema) as writer:
                 rows = self._flat()
-                while chunk := list(islice(rows, 65_536)):
-                    columns = [
-                        pyarrow.array(column, kind)
-                        for column, kind in zip(zip(*chunk, strict=True), schema.types, strict=True)
-                    ]
-                    writer.write_table(pyarrow.table(columns, schema=schema))
+                while chunk := list(islice(rows, CHUNK)):
+                    pairs = zip(zip(*chunk, strict=True), schema.types, strict=True)
+                    writer.write_table(pyarrow.table([pyarrow.array(*pair) for pair in pairs], schema=schema))
 
         write_atomically(self.out, write)
 
@@ -175,48 +185,30 @@ class Parts:
         """Write an `.npz` with the rows of all parts, and the names of their images."""
         parts = [np.load(self.folder / f'{part:08d}.{name}.npy', mmap_mode='r') for part in range(self.count)]
         parts = [part for part in parts if len(part)]
-        shape = (sum(len(part) for part in parts), *(parts[0].shape[1:] if parts else ()))
-        images = np.array([image for image, _, error in self._rows() if not error])
-        extra = {'images': images, **({'classes': np.array(self.setup['classes'])} if name == 'scores' else {})}
+        shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else ()))
+        kind = f'<U{max((len(image) for image, _, error in self._rows() if not error), default=1)}'
+        names = (image for image, _, error in self._rows() if not error)
+        chunks = iter(lambda: list(islice(names, CHUNK)), [])
+        arrays = {name: ('<f2', shape, parts), 'images': (kind, shape[:1], chunks)}
+        if name == 'scores':
+            classes = np.array(self.setup['classes'])
+            arrays['classes'] = (classes.dtype.str, classes.shape, [classes])
 
         def write(file: Any) -> None:
             with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
-                with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
-                    header = {'descr': '<f2', 'fortran_order': False, 'shape': shape}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for part in parts:
-                        member.write(np.ascontiguousarray(part, dtype='<f2').tobytes())
-                for key, value in extra.items():
-                    with archive.open(f'{key}.npy', 'w') as member:
-                        np.save(member, value)
+                for key, (descr, shape, chunks) in arrays.items():
+                    with archive.open(f'{key}.npy', 'w', force_zip64=True) as member:
+                        header = {'descr': descr, 'fortran_order': False, 'shape': shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for chunk in chunks:
+                            member.write(np.ascontiguousarray(chunk, descr).tobytes())
 
         write_atomically(path, write)
 
 
-def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    """Write CSV that spreadsheets take as text: fields that would be formulas begin with an apostrophe."""
-
-    def write(file: Any) -> None:
-        text = io.TextIOWrapper(file, encoding='utf-8', newline='')
-        csv.writer(text).writerows([harmless(field) for field in row] for row in rows)
-        text.flush()
-        text.detach()
-
-    write_atomically(path, write)
-
-
-def harmless(field: Any) -> Any:
-    """Return a field that UTF-8 can hold and no spreadsheet takes for a formula."""
-    if not isinstance(field, str):
-        return field
-    return f"'{utf8(field)}" if field[:1] in ('=', '+', '-', '@', '\t', '\r') else utf8(field)
-
-
-def utf8(name: Any) -> str:
-    """Return a name as text that UTF-8 can hold: bytes of file names that are not UTF-8 become escapes."""
-    return str(name).encode('utf-8', 'backslashreplace').decode()
-
-
-def fingerprint(*values: Any) -> str:
-    """Return a digest of values, for comparing the setups of two predictions."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """Return a digest of arrays, for comparing the setups of two predictions."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()[:16]

@@ -1,14 +1,16 @@
 """The pass of a model over images, in finished parts, shared by all ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from timm_mldecoder.engine.input.images import KeyedCollate, KeyedSamples, Placement, init_worker
+from timm_mldecoder.engine.input.images import KeyedCollate, KeyedSamples, Placement, shut_down
+from timm_mldecoder.engine.input.loaders import worker_options
+from timm_mldecoder.engine.model import Trained
 from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction
 from timm_mldecoder.engine.predict.sources import SourceDataset
 from timm_mldecoder.engine.runtime.distributed import World
@@ -17,61 +19,98 @@ from timm_mldecoder.engine.runtime.log import progress_bar
 from timm_mldecoder.head import MLDecoder
 
 
-class Predictor(NamedTuple):
-    """A model, and how its outputs become labels.
+class Predictor:
+    """A trained model, and how its outputs become labels.
 
-    Attributes:
-        model: The model, in eval mode on its device.
-        data_config: timm's data configuration.
-        class_names: Names of the outputs in order.
-        thresholds: Probability from which a label is given, [C]; None for a single-label model, which gives the best.
-        image_mode: PIL mode of the images.
+    Args:
+        trained: The model, in eval mode on its device.
+        class_names: Names of the outputs; None for the model's own, else their numbers.
+        task: 'classification' or 'multilabel'; None for the model's own.
+        threshold: Probability from which a label of a multi-label model is given; None for the tuned ones, else 0.5.
         top_k: Largest number of labels per image; None for no limit, or one of a single-label model.
         features: 'pooled' or 'queries' to give features too; '' for none.
+        compiled: Whether to compile the model.
+
+    Attributes:
+        thresholds: Probability from which a label is given, [C]; None for a single-label model, which gives the best.
+
+    Raises:
+        ValueError: If there are thresholds for a single-label model, tuned ones for other classes, or the model has no
+            queries to take features from.
     """
 
-    model: nn.Module
-    data_config: dict[str, Any]
-    class_names: list[str]
-    thresholds: Tensor | None
-    image_mode: str
-    top_k: int | None = None
-    features: str = ''
+    def __init__(
+        self,
+        trained: Trained,
+        class_names: Sequence[str] | None = None,
+        *,
+        task: str | None = None,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        features: str = '',
+        compiled: bool = False,
+    ) -> None:
+        self.model = trained.model
+        self.data_config = trained.data_config
+        self.image_mode = trained.image_mode
+        self.class_names = [str(name) for name in class_names or trained.class_names or range(self.model.num_classes)]
+        self.thresholds: Tensor | None = None
+        if (task or trained.task) == 'multilabel':
+            tuned = trained.thresholds(self.class_names) if threshold is None else None
+            default = torch.full((len(self.class_names),), 0.5 if threshold is None else threshold)
+            self.thresholds = default if tuned is None else tuned
+        elif threshold is not None:
+            raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
+        self.top_k = top_k or (1 if self.thresholds is None else len(self.class_names))
+        self.features = features
+        network = _Network(self.model, features)
+        self._network = torch.compile(network) if compiled else network
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the probabilities [B, C] of a batch of images, and its features, both float32 on the CPU."""
-        features = None
-        if not self.features:
-            logits = self.model(images)
-        else:
-            maps = self.model.forward_features(images)
-            if self.features == 'pooled':
-                features = self.model.forward_head(maps, pre_logits=True)
-                logits = self.model.forward_head(maps)
-            else:
-                logits, features = _query_outputs(self.model, maps)
-        logits = (logits[0] if isinstance(logits, (tuple, list)) else logits).float()
+        logits, features = self._network(images)
+        logits = logits.float()
         scores = logits.softmax(dim=1) if self.thresholds is None else logits.sigmoid()
         return scores.cpu(), None if features is None else features.float().cpu()
 
-    def labels(self, scores: Tensor) -> list[Label]:
-        """Return the labels of one image: those that reach their threshold, at most `top_k`, the likeliest first."""
-        order = scores.argsort(descending=True)
+    def labels(self, scores: Tensor) -> list[list[Label]]:
+        """Return the labels of each image from its scores, [B, C]: those that reach their threshold, at most `top_k`,
+        the likeliest first."""
         if self.thresholds is not None:
-            order = order[(scores >= self.thresholds)[order]]
-        limit = self.top_k or (1 if self.thresholds is None else None)
-        return [Label(index, self.class_names[index], scores[index].item()) for index in order[:limit].tolist()]
+            scores = scores.masked_fill(scores < self.thresholds, -1)
+        most = int((scores >= 0).sum(dim=1).max())
+        values, indices = (found.tolist() for found in scores.topk(min(self.top_k, most)))
+        return [
+            [Label(index, self.class_names[index], score) for index, score in zip(*found, strict=True) if score >= 0]
+            for found in zip(indices, values, strict=True)
+        ]
 
 
-def _query_outputs(model: nn.Module, maps: Any) -> tuple[Tensor, Tensor]:
-    """Return the logits of a model with an ML-Decoder head, and what its decoder gives for each query, [B, K, D]."""
-    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
-    outputs: list[Tensor] = []
-    handle = head.group_fc.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
-    try:
-        return model.forward_head(maps), outputs[-1]
-    finally:
-        handle.remove()
+class _Network(nn.Module):
+    """A model that gives logits [B, C] and features: pooled ones [B, F], query outputs [B, K, D], or None."""
+
+    def __init__(self, model: nn.Module, features: str) -> None:
+        super().__init__()
+        self.model = model
+        self.features = features
+        self.query_outputs: Tensor | None = None
+        if features == 'queries':
+            head = model.get_classifier()
+            if not isinstance(head, MLDecoder):
+                raise ValueError('--feature-kind queries needs an ML-Decoder head: pass pooled')
+            head.group_fc.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.query_outputs = inputs[0]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.features == 'pooled':
+            maps = self.model.forward_features(images)
+            logits, features = self.model.forward_head(maps), self.model.forward_head(maps, pre_logits=True)
+        else:
+            logits = self.model(images)
+            features = self.query_outputs
+        return (logits[0] if isinstance(logits, (tuple, list)) else logits), features
 
 
 def predict(
@@ -85,11 +124,8 @@ def predict(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     placement: Placement,
     bad_image: str = 'skip',
-) -> int:
-    """Predict every image of the missing parts and join them; a collective call.
-
-    Returns:
-        The number of images that could not be read.
+) -> None:
+    """Predict every image of the missing parts; a collective call, after which the first rank joins the parts.
 
     Raises:
         RunFailed: If an image cannot be read and `bad_image` is 'abort'.
@@ -100,29 +136,30 @@ def predict(
     missing = parts.missing()
     world.barrier()  # no rank writes a part before all have listed what is missing
     batches = PartBatches(parts, missing[world.rank :: world.size], batch_size)
-    loader = DataLoader(
-        KeyedSamples(dataset),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=KeyedCollate(default_collate, partial=True),
-        pin_memory=placement.device.type == 'cuda',
-        worker_init_fn=init_worker,
-        multiprocessing_context='forkserver' if world.distributed and workers else None,
+    loader = iter(
+        DataLoader(
+            KeyedSamples(dataset),
+            batch_sampler=batches,
+            collate_fn=KeyedCollate(default_collate, partial=True),
+            **worker_options(world, workers, pin_memory=placement.device.type == 'cuda'),
+        )
     )
     pending: list[Prediction] = []
-    results = _predictions(predictor, loader, dataset, autocast, placement, 'scores' in parts.arrays)
-    with progress_bar('Predict', sum(len(batch) for _, batch in batches.all()), world.primary) as bar:
-        for (part, batch), predictions in zip(batches.all(), results, strict=True):
-            failed = next((item for item in predictions if item.error), None)
-            if failed is not None and bad_image == 'abort':
-                raise RunFailed(f'{failed.image} cannot be read ({failed.error}); --bad-image skip leaves it out')
-            pending += predictions
-            bar.update(len(batch))
-            if len(pending) == len(parts.images(part)):
-                parts.write(part, pending)
-                pending = []
+    results = _predictions(predictor, batches, loader, dataset, autocast, placement, 'scores' in parts.arrays)
+    try:
+        with progress_bar('Predict', sum(len(batch) for _, batch in batches.all()), world.primary) as bar:
+            for (part, batch), predictions in zip(batches.all(), results, strict=True):
+                failed = next((item for item in predictions if item.error), None)
+                if failed is not None and bad_image == 'abort':
+                    raise RunFailed(f'{failed.image} cannot be read ({failed.error}); --bad-image skip leaves it out')
+                pending += predictions
+                bar.update(len(batch))
+                if len(pending) == len(parts.images(part)):
+                    parts.write(part, pending)
+                    pending = []
+    finally:
+        shut_down(loader)
     world.barrier()
-    return world.broadcast(parts.finish() if world.primary else None)
 
 
 class PartBatches(Sampler[range]):
@@ -150,27 +187,25 @@ class PartBatches(Sampler[range]):
 @torch.inference_mode()
 def _predictions(
     predictor: Predictor,
-    loader: DataLoader,
+    batches: PartBatches,
+    loader: Iterator[Any],
     dataset: SourceDataset,
     autocast: Callable[[], AbstractContextManager],
     placement: Placement,
     keep_scores: bool,
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of each batch in order, unreadable images included."""
-    for indices, (batch, positions, bad) in zip(loader.batch_sampler, loader, strict=True):
+    for indices, (batch, positions, bad) in zip(batches, loader, strict=True):
         names = [dataset.filename(index) for index in indices]
         errors = {image.path: image.reason for image in bad}
-        found: dict[int, Prediction] = {}
+        predictions = [Prediction(name, error=errors.get(name, '')) for name in names]
         if batch is not None:
             images, _ = placement.place(*batch)
             with autocast():
                 scores, features = predictor(placement.layout(images))
-            for row, position in enumerate(positions):
-                arrays = {'scores': scores[row].half().numpy()} if keep_scores else {}
-                if features is not None:
-                    arrays['features'] = features[row].half().numpy()
-                found[position] = Prediction(names[position], predictor.labels(scores[row]), '', arrays)
-        yield [
-            found[position] if position in found else Prediction(name, error=errors[name])
-            for position, name in enumerate(names)
-        ]
+            arrays = {'scores': scores.half().numpy()} if keep_scores else {}
+            arrays |= {} if features is None else {'features': features.half().numpy()}
+            for row, (position, labels) in enumerate(zip(positions, predictor.labels(scores), strict=True)):
+                kept = {name: rows[row] for name, rows in arrays.items()}
+                predictions[position] = predictions[position]._replace(labels=labels, arrays=kept)
+        yield predictions

@@ -18,7 +18,7 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif', '
 class Source(Protocol):
     """Images by number, each with a name that is unique within the source."""
 
-    names: Sequence[str]
+    names: np.ndarray  # bytes, which workers share without copies
 
     def open(self, index: int) -> BinaryIO: ...
 
@@ -28,7 +28,7 @@ class Files:
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
-        self.names = np.array([os.fsencode(name) for name in names])  # bytes, which workers share without copies
+        self.names = np.array([os.fsencode(name) for name in names])
 
     def open(self, index: int) -> BinaryIO:
         return open(self.root / os.fsdecode(self.names[index]), 'rb')

@@ -1,4 +1,4 @@
-"""Features in files: float16 tokens of a split in shards, written once and read through memory maps.
+"""Features in files: float16 tokens of a split in shards, written once and read in any order at the speed of the disk.
 
 A folder per split holds `setup.json` and, for each shard, `NNNNNN.targets.npy` and `NNNNNN.tokens.npy`
 [n, tokens, F], of which the first token is the class token if there is one. A shard whose tokens are there is complete:
@@ -8,21 +8,22 @@ a kill loses the shards under way, and the same command writes those that are mi
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from timm_mldecoder.data import MultiLabelDataset, class_to_index
-from timm_mldecoder.data.summary import summarize
+from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.engine.input.randomness import Draw
 from timm_mldecoder.engine.probe.features import Backbone, Batch, ImageBatches
 from timm_mldecoder.engine.runtime.distributed import World
@@ -32,7 +33,10 @@ from timm_mldecoder.engine.runtime.files import write_atomically
 _logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'
-READERS, AHEAD = 2, 8  # threads, and batches that are read ahead
+# Threads that read at the same time: a disk reaches its speed in random order only with several requests under way.
+READERS = 16
+READ_BYTES = 2**20  # of a task of a thread, at least one row
+AHEAD_BYTES = 2**26  # features under way beside the batch in use; at least one batch
 
 
 class FeatureCache:
@@ -69,7 +73,7 @@ class FeatureCache:
         self._shard = shard
         self._shards_per_view = -(-number // shard)
         self._device = device
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._opened: dict[int, tuple[int, Tensor]] = {}  # offset of the tokens in its file, and targets, by shard
         self.setup = {**setup, 'images': number, 'tokens': list(shape), 'views': views, 'shard': shard}
 
     @property
@@ -136,50 +140,64 @@ class FeatureCache:
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
         """Yield the features of each group, while the disk reads the next ones."""
         with ThreadPoolExecutor(READERS) as pool:
-            coming: deque[Future] = deque()
-            for number in range(len(groups) + AHEAD):
-                if number < len(groups):
-                    self._advise(groups[number])
-                    coming.append(pool.submit(self._rows, groups[number]))
-                if number >= AHEAD:
-                    tokens, target = (torch.from_numpy(part).to(self._device) for part in coming.popleft().result())
-                    tokens = tokens.float()
-                    first = tokens[:, 0] if self._class_token else None
-                    yield Batch(tokens[:, 1:] if self._class_token else tokens, first, target)
+            coming: deque[tuple[list[Draw], np.ndarray, list[Future]]] = deque()
+            free: list[np.ndarray] = []  # memory to use again: new pages cost as much as reading into them
+            under_way = 0  # bytes
+            for group in groups:
+                rows = (
+                    free.pop() if free and len(free[-1]) >= len(group) else np.empty((len(group), *self._shape), '<f2')
+                )
+                coming.append((group, rows, self._begin(group, rows, pool)))
+                under_way += len(group) * self.bytes_per_image
+                while under_way > AHEAD_BYTES and len(coming) > 1:
+                    yield self._finish(*coming[0])
+                    group, rows, _ = coming.popleft()
+                    free.append(rows)
+                    under_way -= len(group) * self.bytes_per_image
+            for several in coming:
+                yield self._finish(*several)
 
-    def _rows(self, group: list[Draw]) -> tuple[np.ndarray, np.ndarray]:
-        places = [self._place(draw) for draw in group]
-        found = np.empty((len(group), *self._shape), dtype=np.float16)
-        for number, (shard, row) in enumerate(places):
-            found[number] = self._arrays(shard)[0][row]
-        return found, np.stack([self._arrays(shard)[1][row] for shard, row in places])
+    def _begin(self, group: list[Draw], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
+        """Let threads read the tokens of a group, each some neighbours on the disk."""
+        places = sorted((*self._place(draw), number) for number, draw in enumerate(group))
+        step = max(1, READ_BYTES // self.bytes_per_image)
+        return [pool.submit(self._fill, rows, places[i : i + step]) for i in range(0, len(places), step)]
 
-    def _advise(self, group: list[Draw]) -> None:
-        """Let the system begin to read the rows of a group."""
-        if not hasattr(mmap, 'MADV_WILLNEED'):
-            return
-        for draw in group:
-            shard, row = self._place(draw)
-            array = self._arrays(shard)[0]
-            start = array.offset + row * array.strides[0]
-            page = start - start % mmap.PAGESIZE
-            start_in_map = page - (array.offset - array.offset % mmap.ALLOCATIONGRANULARITY)
-            array._mmap.madvise(mmap.MADV_WILLNEED, max(start_in_map, 0), array.strides[0] + start - page)
+    def _fill(self, rows: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+        """Read the tokens of images at places (shard, row, number in the batch)."""
+        for shard, several in groupby(places, lambda place: place[0]):
+            path = self.folder / self._name(shard, 'tokens')
+            start, _ = self._open(shard)
+            with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
+                for _, row, number in several:
+                    file.seek(start + row * self.bytes_per_image)
+                    if file.readinto(rows[number]) != self.bytes_per_image:
+                        raise RunFailed(f'{path} is damaged (too short): remove it, and run the command again')
+
+    def _finish(self, group: list[Draw], rows: np.ndarray, tasks: list[Future]) -> Batch:
+        for task in tasks:
+            task.result()
+        tokens = torch.from_numpy(rows[: len(group)])
+        tokens = tokens.to(self._device).float()
+        places = map(self._place, group)
+        target = torch.stack([self._open(shard)[1][row] for shard, row in places]).to(self._device)
+        first = tokens[:, 0] if self._class_token else None
+        return Batch(tokens[:, 1:] if self._class_token else tokens, first, target)
 
     def _place(self, draw: Draw) -> tuple[int, int]:
         view = draw.epoch % self.views
         return view * self._shards_per_view + draw.index // self._shard, draw.index % self._shard
 
-    def _arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        if shard not in self._open:
+    def _open(self, shard: int) -> tuple[int, Tensor]:
+        """Return the offset of the first row in the file of a shard, and the targets of its images."""
+        if shard not in self._opened:
             path = self.folder / self._name(shard, 'tokens')
             try:
-                tokens = np.load(path, mmap_mode='r')
-                targets = np.load(self.folder / self._name(shard, 'targets'))
+                offset = np.load(path, mmap_mode='r').offset
+                self._opened[shard] = offset, torch.from_numpy(np.load(self.folder / self._name(shard, 'targets')))
             except (ValueError, EOFError) as error:
                 raise RunFailed(f'{path} is damaged ({error}): remove it, and run the command again') from error
-            self._open[shard] = tokens, targets
-        return self._open[shard]
+        return self._opened[shard]
 
     def _images(self, shard: int) -> range:
         first = shard % self._shards_per_view * self._shard
@@ -228,7 +246,10 @@ def fill(
 def data_digest(dataset: Any) -> str:
     """Return a digest of the images (names, sizes and times of their files) and labels of a split."""
     digest = hashlib.sha256(repr((len(dataset), class_to_index(dataset))).encode())
-    if hasattr(dataset, 'filename'):
+    records = getattr(getattr(dataset, 'reader', None), 'dataset', None)
+    if hasattr(records, '_fingerprint'):  # Hugging Face's digest of its files and columns
+        digest.update(records._fingerprint.encode())
+    elif hasattr(dataset, 'filename'):
         for index in range(len(dataset)):
             path = os.fspath(dataset.filename(index, absolute=True))
             found = os.stat(path) if os.path.exists(path) else None
@@ -238,8 +259,8 @@ def data_digest(dataset: Any) -> str:
             digest.update(np.ascontiguousarray(part).tobytes())
         digest.update(repr(dataset.annotations.unlisted).encode())
     else:
-        positives = summarize(dataset).positives
-        digest.update(b'' if positives is None else positives.tobytes())
+        labels = class_indices(dataset)
+        digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
 
 

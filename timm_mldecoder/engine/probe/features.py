@@ -92,7 +92,7 @@ class ImageBatches:
             batch_sampler=self._groups,
             collate_fn=KeyedCollate(default_collate if options.no_prefetcher else fast_collate, partial=False),
             persistent_workers=options.workers > 0,
-            **worker_options(options, world, options.workers),
+            **worker_options(world, options.workers, options.pin_mem),
         )
         self._placement = create_placement(options, config, world)
         self._wrapped = self._placement.wrap(self)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from timm_mldecoder.engine.flags import Options, parse_train
+from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.models.probes import PROBES
 
 TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
@@ -17,12 +18,14 @@ _AUGMENTATION = """
 _OTHERS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
     input_img_mode input_key target_key task target_format multilabel_threshold
-    word_embeddings class_split score_classes random_queries query_noise
+    word_embeddings class_split score_classes random_queries query_noise query_cutout
     model pretrained pretrained_path initial_checkpoint num_classes model_kwargs fast_norm channels_last
     img_size in_chans input_size crop_pct crop_mode mean std interpolation
     batch_size workers missing_images bad_image no_prefetcher pin_mem
     loss bce_loss bce_sum bce_target_thresh bce_pos_weight loss_pos_weight loss_class_weight loss_weight_power
-    class_stats class_priors poly_gamma poly_epsilon loss_kwargs smoothing
+    loss_weight_beta loss_weight_max class_stats class_priors poly_gamma poly_epsilon poly_alpha
+    asl_gamma_pos asl_gamma_neg asl_clip asl_reduction twoway_tp twoway_tn db_neg_scale db_init_bias db_focal_gamma
+    loss_kwargs smoothing
     opt opt_eps opt_betas momentum weight_decay opt_kwargs clip_grad clip_mode epochs
     seed output experiment val_interval eval_metric device device_modules amp amp_dtype local_rank
 """
@@ -92,10 +95,9 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
     if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
         raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
     defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
-    words = any(text.partition('=')[0] == '--word-embeddings' for text in others)
     given = parse_train([*defaults, '--no-aug', *others] if not own.augment else [*defaults, *others])
     _refuse_without_effect(given, own.augment)
-    train = given
+    train, words = given, bool(given.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):
             raise ValueError(f'--word-embeddings needs one of {", ".join(TEXT_HEADS)} in --heads')
@@ -159,12 +161,6 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _positive(text: str) -> int:
-    if not 1 <= (value := int(text)) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f'{text} is not in [1, 1000000]')
-    return value
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message.removeprefix('argument '))
@@ -188,10 +184,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         '(default: %(default)s)')  # fmt: skip
     add('--lrs', type=_rates, default=_rates('1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'), help='learning rates (default: 1e-4, '
         '3e-4, 1e-3, 3e-3, 1e-2, 3e-2)')  # fmt: skip
-    add('--seeds', type=_positive, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
+    positive = number(int, '[1, 1e6]')
+    add('--seeds', type=positive, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')
     add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')
-    add('--cache-views', type=_positive, default=1, help='augmented views per image (default: %(default)s)')
-    add('--cache-shard', type=_positive, help='images per file of the cache (default: 1024)')
+    add('--cache-views', type=positive, default=1, help='augmented views per image (default: %(default)s)')
+    add('--cache-shard', type=positive, help='images per file of the cache (default: 1024)')
     return parser

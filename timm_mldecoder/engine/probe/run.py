@@ -1,6 +1,7 @@
 """One probe from its options to its table."""
 
 import logging
+import os
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -14,11 +15,17 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint, weights_of
 from timm_mldecoder.data import summarize
 from timm_mldecoder.engine.eval.evaluate import create_autocast, multilabel_evaluator
 from timm_mldecoder.engine.flags import Options
-from timm_mldecoder.engine.input.datasets import check_classes, check_same_classes, create_split, read_classes
+from timm_mldecoder.engine.input.datasets import (
+    check_classes,
+    check_same_classes,
+    create_split,
+    image_mode,
+    read_classes,
+)
 from timm_mldecoder.engine.input.loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
 from timm_mldecoder.engine.model import class_names_of, create_train_model, load_trained, refuse, training_words
 from timm_mldecoder.engine.probe import report
@@ -27,8 +34,9 @@ from timm_mldecoder.engine.probe.features import Backbone, ComputedFeatures, Ima
 from timm_mldecoder.engine.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
 from timm_mldecoder.engine.probe.train import Run, Trainer, choose
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.train.loss import create_train_loss
+from timm_mldecoder.models.factory import CLASSIFIERS
 from timm_mldecoder.models.probe_model import build_probe, remove_head
 
 _logger = logging.getLogger(__name__)
@@ -79,7 +87,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
         partial(_create_evaluator, train, splits['validation'], world),
         world,
     )
-    sources = _create_sources(options, splits, backbone, config, world, closing)
+    sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
     if world.primary:
         _create_folder(folder)  # a mistake found above leaves no folder
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
@@ -143,10 +151,11 @@ def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
     Returns:
         The model, the options that describe it, and the data configuration that came with it.
     """
-    plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='')
+    plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='', initial_checkpoint='')
     stored: DataConfig = {}
-    if options.initial_checkpoint and RUN in read_checkpoint(options.initial_checkpoint):
-        trained = load_trained(options.initial_checkpoint)
+    content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}
+    if RUN in content:
+        trained = load_trained(options.initial_checkpoint, content=content)
         if 'model' in options.given and options.model != trained.options.model:
             raise ValueError(
                 f'--model {options.model} contradicts --initial-checkpoint {options.initial_checkpoint}, which holds '
@@ -159,8 +168,13 @@ def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
         model = trained.model
     else:
         model = create_train_model(plain, None)
+        if content:
+            with refuse(options):
+                model.load_state_dict(weights_of(content))
+    # the classifier is removed, so the options that build it must go too
+    kept = {name: value for name, value in options.model_kwargs.items() if name not in CLASSIFIERS}
     with refuse(options):
-        return remove_head(model), options, stored
+        return remove_head(model), options.replace(model_kwargs=kept), stored
 
 
 def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
@@ -182,6 +196,7 @@ def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
 def _create_sources(
     options: ProbeOptions,
     splits: dict[str, Dataset],
+    num_classes: int,
     backbone: Backbone,
     config: DataConfig,
     world: World,
@@ -201,15 +216,23 @@ def _create_sources(
     tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))
     shape = (tokens.shape[1] + (class_token is not None), tokens.shape[2])
     weights = backbone.digest()
+    names = {'train': train.train_split, 'validation': train.val_split, 'test': options.test_split}
     caches = {}
     for role, dataset in splits.items():
         augmented = role == 'train' and options.augment
         augmentation = {name: getattr(train, name) for name in (*AUGMENTATION, 'seed')} if augmented else None
         setup = {
-            'model': [train.model, repr(sorted(train.model_kwargs.items())), train.amp and train.amp_dtype],
+            'model': [train.model, repr(sorted(train.model_kwargs.items()))],
+            'precision': [train.amp and train.amp_dtype, train.fast_norm],
             'weights': weights,
             'transform': repr((sorted(config.items()), augmentation)),
             'data': data_digest(dataset),
+            '--dataset': train.dataset,
+            '--data-dir': train.data_dir and os.path.abspath(train.data_dir),
+            'split': names[role],
+            '--input-key': train.input_key,
+            '--input-img-mode': image_mode(train),
+            'targets': [train.task, train.target_key, train.target_format, num_classes],
         }
         caches[role] = FeatureCache(
             Path(options.cache) / role,

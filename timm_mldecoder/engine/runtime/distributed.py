@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from torch import nn
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 SLURM_PORTS = range(20_000, 30_000)
@@ -67,6 +68,11 @@ class World:
         if self.distributed:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def share(self, module: nn.Module) -> None:
+        """Give the parameters and buffers of a module on every rank the values of rank 0; a collective call."""
+        for tensor in module.state_dict().values() if self.distributed else ():
+            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         if self.distributed:

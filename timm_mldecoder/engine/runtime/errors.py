@@ -4,10 +4,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from timm.utils import setup_default_logging
 
 from timm_mldecoder.engine.runtime import signals
@@ -15,9 +13,6 @@ from timm_mldecoder.engine.runtime import signals
 USER_ERROR = 2  # as argparse exits
 FAILURE = 1
 INTERRUPTED = 130  # Ctrl-C before there is anything to save
-
-# What torch raises on a CPU as a plain RuntimeError; the last is oneDNN's, for its own scratch memory.
-_CPU_MESSAGES = ("can't allocate memory", 'not enough memory', 'could not create a primitive')
 
 
 class RunFailed(RuntimeError):
@@ -59,29 +54,3 @@ def _report(error: Exception, code: int, rank: str) -> int:
 def one_line(error: Exception, limit: int | None = None) -> str:
     """Return the message of an error with its line breaks replaced, cut to `limit` characters."""
     return ' '.join(str(error).split())[:limit]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on whatever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
-
-
-@contextmanager
-def advise_on_memory(batch_size: int, validation_batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Turn out-of-memory errors in training into advice about the batch size.
-
-    Raises:
-        RunFailed: In place of an out-of-memory error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunFailed(
-            f'out of memory with --batch-size {batch_size} (--validation-batch-size {validation_batch_size}): reduce '
-            f'it and raise --grad-accum-steps (now {grad_accum_steps}) by the same factor, or try --amp or '
-            '--grad-checkpointing'
-        ) from error

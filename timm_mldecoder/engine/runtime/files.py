@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and CSV that spreadsheets take as text."""
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
+    """Write CSV that spreadsheets take as text: fields that would be formulas begin with an apostrophe."""
+
+    def write(file: Any) -> None:
+        text = io.TextIOWrapper(file, encoding='utf-8', newline='')
+        csv.writer(text).writerows([harmless(field) for field in row] for row in rows)
+        text.flush()
+        text.detach()
+
+    write_atomically(path, write)
+
+
+def harmless(field: Any) -> Any:
+    """Return a field that UTF-8 can hold and no spreadsheet takes for a formula."""
+    if not isinstance(field, str):
+        return field
+    return f"'{utf8(field)}" if field[:1] in ('=', '+', '-', '@', '\t', '\r') else utf8(field)
+
+
+def utf8(name: Any) -> str:
+    """Return a name as text that UTF-8 can hold: bytes of file names that are not UTF-8 become escapes."""
+    return str(name).encode('utf-8', 'backslashreplace').decode()

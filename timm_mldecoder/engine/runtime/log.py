@@ -9,6 +9,8 @@ import torch
 from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
+from timm_mldecoder.engine.runtime.memory import peak_memory
+
 _logger = logging.getLogger(__name__)
 
 
@@ -115,15 +117,3 @@ class EvalLog:
 
     def _format(self, metrics: Mapping[str, float]) -> str:
         return '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in metrics.items())
-
-
-def peak_memory(device: torch.device) -> str:
-    """Return the peak of memory so far, in MB: of the device, or of the process on a CPU."""
-    if device.type == 'cuda':
-        used = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # POSIX only
-
-        unit = 1 if sys.platform == 'darwin' else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f'{used / 2**20:.0f}MB'

@@ -28,7 +28,8 @@ from timm_mldecoder.engine.input.datasets import (
     read_classes,
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
-from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes
+from timm_mldecoder.engine.input.naflex import patch_format
+from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
@@ -68,6 +69,7 @@ def build_run(options: Options, world: World) -> Run:
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
     config = resolve_config(options, model)
+    patches = patch_format(options, model)
     if options.split_bn:
         model = convert_splitbn_model(model, options.aug_splits or 2)
     model.to(device=world.device, dtype=model_dtype(options))
@@ -75,7 +77,9 @@ def build_run(options: Options, world: World) -> Run:
         model.to(memory_format=torch.channels_last)
     if options.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = create_train_loader(options, train, config, world, num_classes=num_classes, rng_state=rng_state)
+    train_loader = create_train_loader(
+        options, train, config, world, num_classes=num_classes, rng_state=rng_state, patches=patches
+    )
     eval_loader = validation and create_eval_loader(
         options,
         validation,
@@ -84,10 +88,12 @@ def build_run(options: Options, world: World) -> Run:
         batch_size=options.validation_batch_size or options.batch_size,
         bad_image=options.val_bad_image,
         remedy='--val-bad-image skip',
+        patches=patches,
+        persistent_workers=options.persistent_workers,
     )
 
     # task and optimizer
-    task = create_task(options, model, train, world)
+    task = create_task(options, model, train, config, world)
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -183,9 +189,10 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         and options.train_crop_mode is None
         and options.scale[0] < 0.5
     ):
+        squash = 'multi-label recipes use --train-crop-mode squash'
+        remedy = 'a larger --scale keeps them' if options.naflex_loader else squash
         _logger.warning(
-            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; '
-            'multi-label recipes use --train-crop-mode squash'
+            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; {remedy}'
         )
     return train, validation
 
@@ -198,17 +205,30 @@ def _log_summary(split: str, dataset: Dataset) -> None:
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
     """Set up EMA weights, compilation and DistributedDataParallel, in this order; return the model to evaluate."""
     if options.model_ema:
+        world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
             decay=options.model_ema_decay,
             use_warmup=options.model_ema_warmup,
             device='cpu' if options.model_ema_force_cpu else None,
         )
+    if options.torchscript:
+        _script(task)
     if options.torchcompile:
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
         task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
     eval_model = task.get_eval_model()
     prepare_distributed(options, task, world)
     return eval_model
+
+
+def _script(task: TrainingTask) -> None:
+    """Compile the model of a task with torch.jit.script, for training and evaluation.
+
+    Raises:
+        ValueError: If the model cannot be compiled.
+    """
+    trained = task.trainable_module = script(task.get_trainable_module())
+    task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is not evaluated
 
 
 def _eval_classes(options: Options, model: nn.Module, validation: Dataset | None) -> Classes | None:

@@ -32,6 +32,7 @@ class Freezer:
     """
 
     def __init__(self, model: nn.Module, enabled: bool, until: int | None = None) -> None:
+        self._model = model  # tasks of distillation wrap it together with parts that are trained too
         head = head_parameters(model)
         self._backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
         self._trainable = [parameter for parameter in self._backbone if parameter.requires_grad]
@@ -56,6 +57,6 @@ class Freezer:
         """Put a model into training mode, its backbone only if it is trained."""
         model.train()
         if self.is_frozen(epoch):
-            unwrap_model(model).eval()
-            for module in head_modules(model):
+            self._model.eval()
+            for module in head_modules(self._model):
                 module.train()

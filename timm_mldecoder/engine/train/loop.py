@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_views
-from timm_mldecoder.engine.input.images import BadImage, record_bad_images
+from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.summary import print_result, summary_row
 from timm_mldecoder.engine.train import nonfinite
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
@@ -99,8 +99,8 @@ def train_epoch(run: Run) -> Metrics:
         if options.sam:
             with perturbed(model, options.sam):
                 backward(run, images, target, accumulated)
-        trained.append(TrainedBatch(loss, len(images), loader.image_indices(batch)))
-        timer.batch_done(len(images))
+        trained.append(TrainedBatch(loss, len(target), loader.image_indices(batch)))
+        timer.batch_done(len(target))
         bar.update()
         if not completes_step:
             continue
@@ -143,7 +143,7 @@ def rewrap(run: Run) -> None:
         prepare_distributed(run.options, task, run.world)
 
 
-def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tensor:
+def backward(run: Run, images: Batch, target: Tensor, accumulated: int) -> Tensor:
     """Compute the gradients of one of the `accumulated` batches of an optimizer step.
 
     Returns:
@@ -152,7 +152,7 @@ def backward(run: Run, images: Tensor, target: Tensor, accumulated: int) -> Tens
     state = run.state
     with run.autocast():
         loss = state.task(images, target)['loss']
-    scaled = loss * run.loss_scale(len(images)) / accumulated
+    scaled = loss * run.loss_scale(len(target)) / accumulated
     state.scaler.scale(scaled).backward(create_graph=getattr(state.optimizer, 'is_second_order', False))
     return loss.detach()
 

@@ -16,8 +16,9 @@ from timm_mldecoder.engine.eval.evaluate import multilabel_evaluator
 from timm_mldecoder.engine.flags import Options, scores_both
 from timm_mldecoder.engine.flags.needs import loss_name
 from timm_mldecoder.engine.input.datasets import has_ignored
-from timm_mldecoder.engine.input.loaders import mixes, model_dtype
+from timm_mldecoder.engine.input.loaders import DataConfig, mixes, model_dtype
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.train.distill import create_distillation_task
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
 
@@ -25,8 +26,15 @@ _logger = logging.getLogger(__name__)
 
 # timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
 TIMM_DEFAULTS = {
-    'asl': dict(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_focusing=False, reduction='batchmean'),
+    'asl': dict(detach_focusing=False),
     'bce': dict(reduction='mean'),
+}
+# Flags of each loss, named as timm's factory names its arguments.
+LOSS_FLAGS = {
+    'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
+    'poly': ('poly_gamma', 'poly_epsilon', 'poly_alpha'),
+    'twoway': ('twoway_tp', 'twoway_tn'),
+    'db': ('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
 }
 # Options of those losses that only timm's classes have.
 TIMM_ONLY = ('bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'loss_pos_weight', 'loss_class_weight')
@@ -48,8 +56,8 @@ class MultiLabelTask(MultiLabelClassificationTask):
         return multilabel_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
 
 
-def create_task(options: Options, model: nn.Module, dataset: Dataset, world: World) -> TrainingTask:
-    """Create timm's task of the model and the loss that the options and the labels request."""
+def create_task(options: Options, model: nn.Module, dataset: Dataset, images: DataConfig, world: World) -> TrainingTask:
+    """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options, dataset)
     settings: dict[str, Any] = dict(
         criterion=RandomQueryLoss(loss) if options.random_queries else loss,
@@ -57,6 +65,8 @@ def create_task(options: Options, model: nn.Module, dataset: Dataset, world: Wor
         dtype=model_dtype(options),
         verbose=world.primary,
     )
+    if options.kd_model_name or options.kd_checkpoint:
+        return create_distillation_task(options, model, dataset, images, **settings)
     if options.task == 'classification':
         return ClassificationTask(model, **settings)
     num_seen = len(dataset.class_names) if scores_both(options) else None
@@ -96,7 +106,8 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
 
 def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
     name = options.loss or 'bce'
-    settings = {option.removeprefix(f'{name}_'): value for option, value in options.loss_kwargs.items()}
+    given = {flag: options[flag] for flag in LOSS_FLAGS.get(name, ())} | options.loss_kwargs
+    settings = {option.removeprefix(f'{name}_'): value for option, value in given.items()}
     if options.class_priors:
         settings['class_prior'] = read_priors(options.class_priors, dataset.class_names)
     settings.setdefault('smoothing', 0.0 if mixes(options) else options.smoothing)  # mixup smooths targets itself
@@ -123,14 +134,13 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
         soft_targets=mixes(options),
         class_weight=class_weight,
         pos_weight=pos_weight,
+        **{flag: options[flag] for flag in LOSS_FLAGS.get(name, ())},
     )
     if name == 'bce':
         settings |= dict(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
         settings['pos_weight'] = options.bce_pos_weight if pos_weight is None else pos_weight
     if name == 'jsd':
         settings['jsd_splits'] = options.aug_splits
-    if name == 'poly':
-        settings |= dict(poly_gamma=options.poly_gamma, poly_epsilon=options.poly_epsilon)
     if name == 'db':
         if stats is None:
             raise ValueError(
@@ -153,6 +163,13 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
 
 def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
     try:
-        return resolve_class_weights(value, kind=kind, class_stats=stats, power=options.loss_weight_power)
+        return resolve_class_weights(
+            value,
+            kind=kind,
+            class_stats=stats,
+            power=options.loss_weight_power,
+            beta=options.loss_weight_beta,
+            max_weight=options.loss_weight_max,
+        )
     except ValueError as error:
         raise ValueError(f'--loss-{kind.replace("_", "-")} {value}: {error}') from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
-from timm_mldecoder.engine.runtime.errors import advise_on_memory
+from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.signals import Stopped
 from timm_mldecoder.engine.train.loop import backward, step_optimizer
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
@@ -134,4 +134,4 @@ def _backward(run: Run, images: Tensor, target: Tensor, accumulated: int, comple
     if options.sam:
         with perturbed(state.task.get_trainable_module(), options.sam):
             backward(run, images, target, accumulated)
-    return TrainedBatch(loss, len(images), run.train_loader.image_indices(batch))
+    return TrainedBatch(loss, len(target), run.train_loader.image_indices(batch))

@@ -96,7 +96,8 @@ class Run:
     def loss_scale(self, images: int) -> float:
         """Return the factor of the loss of a batch where batch sizes change."""
         ratio = images / (self.options.batch_size * (self.options.aug_splits or 1))
-        return {'none': 1.0, 'sqrt': ratio**0.5, 'linear': ratio}[self.options.variable_batch_loss_scale]
+        option = 'naflex_loss_scale' if self.options.naflex_loader else 'variable_batch_loss_scale'
+        return {'none': 1.0, 'sqrt': ratio**0.5, 'linear': ratio}[self.options[option]]
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients are clipped; adaptive clipping leaves the classifier out."""
