@@ -34,6 +34,7 @@ SMALLEST = {
     'a2_step': '--rounds 1 --model test_resnet --batch-size 2 --img-size 64',
     'million_images': '--images 30 --classes 3',
     'validate_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
+    'plan': '--classes 1000 --ranks 2',
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
     'freeze': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',
