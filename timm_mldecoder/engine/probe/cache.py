@@ -169,7 +169,8 @@ class FeatureCache:
             path = self.folder / self._name(shard, 'tokens')
             start, _ = self._open(shard)
             with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
-                if hasattr(os, 'posix_fadvise'):  # no reading ahead, which a cache larger than memory would read in vain
+                # read ahead of random rows, a cache larger than memory would be read several times
+                if hasattr(os, 'posix_fadvise'):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for _, row, number in several:
                     file.seek(start + row * self.bytes_per_image)
