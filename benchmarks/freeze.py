@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--img-size', type=int, default=224)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, join_world(args.device) as world:
-        write_images(Path(folder, 'data', 'train'), CLASSES * args.batch_size, args.img_size, CLASSES)  # to build a run
+        write_images(Path(folder, 'data'), CLASSES * args.batch_size, CLASSES, args.img_size)  # to build a run
         return markdown(HEADER, [row for name in args.models for row in _rows(name, args, folder, world)])
 
 

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> str:
 def _script_pairs(args: Namespace) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
         for split in ('train', 'validation'):
-            write_images(Path(folder, split), 16, 64)
+            write_images(Path(folder), 16, 10, 64, split)
         programs = [
             FIRST_STEP.format(argv=[str(script), folder, *FLAGS.split(), '--device', args.device, '--output', output])
             for script, output in ((args.timm_script, f'{folder}/timm'), (TRAIN, f'{folder}/ours'))

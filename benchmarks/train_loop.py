@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, 'data', 'train'), args.images, args.img_size)
+        write_images(Path(folder, 'data'), args.images, CLASSES, args.img_size)
         options = _options(folder, args)
         with join_world(options.device) as world:
             run = build_run(options, world)
@@ -104,11 +104,11 @@ def _plain_epoch(options: Options) -> Step:
     return epoch
 
 
-def write_images(root: Path, number: int, size: int, classes: int = CLASSES) -> None:
-    """Write a split of random images, in a folder per class."""
+def write_images(root: Path, number: int, classes: int, size: int, split: str = 'train') -> None:
+    """Write an image folder of noise."""
     random = np.random.RandomState(0)
     for index in range(number):
-        folder = root / f'{index % classes}'
+        folder = root / split / f'{index % classes}'
         folder.mkdir(parents=True, exist_ok=True)
         pixels = random.randint(0, 256, (size, size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f'{index}.jpg')

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> str:
     args = flags.parse_args(argv)
     fast = dict(amp=True, amp_dtype='bfloat16', channels_last=True) if args.device == 'cuda' else {}
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, 'validation'), args.images, args.img_size)
+        write_images(Path(folder), args.images, CLASSES, args.img_size, 'validation')
         checkpoint = f'{folder}/model.pth'
         torch.save(timm.create_model(args.model, num_classes=CLASSES, ml_decoder=True).state_dict(), checkpoint)
         options = validate_options(

@@ -202,7 +202,7 @@ def test_views_at_test_time_are_flips_and_crops(finished, images, tmp_path, caps
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     caplog.set_level('INFO')
     lines = []
-    whole = ['--crop-pct', '1']  # a crop may be a pixel off the centre, and is then another one of the mirrored image
+    whole = ['--crop-pct', '1']  # a crop may be a pixel off the centre, and is then another one when mirrored
     for folder, views, flags in (
         (images, '2', whole),
         (mirrored, '2', whole),
