@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder, 'data'), args)
+        write_images(Path(folder, 'data'), args.images, CLASSES, args.img_size)
         options = _options(folder, args)
         with join_world(options.device) as world:
             run = build_run(options, world)
@@ -102,12 +102,13 @@ def _plain_epoch(options: Options) -> Step:
     return epoch
 
 
-def _write_images(root: Path, args: Namespace) -> None:
+def write_images(root: Path, number: int, classes: int, size: int) -> None:
+    """Write an image folder of noise."""
     random = np.random.RandomState(0)
-    for index in range(args.images):
-        folder = root / 'train' / f'{index % CLASSES}'
+    for index in range(number):
+        folder = root / 'train' / f'{index % classes}'
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = random.randint(0, 256, (args.img_size, args.img_size, 3)).astype(np.uint8)
+        pixels = random.randint(0, 256, (size, size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f'{index}.jpg')
 
 

@@ -31,6 +31,7 @@ SMALLEST = {
     'startup': '--rounds 1',
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
+    'freeze': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',
     'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
 }
 

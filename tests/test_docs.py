@@ -29,7 +29,7 @@ CURRENT = {name: text for name, text in TEXTS.items() if name != 'CHANGELOG.md'}
 FOREIGN = {
     *('--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id', '--max-restarts'),
     *('--nodes', '--ntasks-per-node', '--gpus-per-node', '--cpus-per-task', '--signal', '--help', '--local-rank'),
-    '--output_model',  # OpenVINO's ovc
+    *('--output_model', '--compress_to_fp16'),  # OpenVINO's ovc
 }
 FLAG = re.compile(r'(?<![\w-])--[a-z][\w-]*\w(?![\w-])')
 

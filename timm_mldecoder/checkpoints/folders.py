@@ -98,10 +98,9 @@ def model_card(
     head = 'ml_decoder' in config.get('model_args', {})
     size = ' x '.join(map(str, config['pretrained_cfg'].get('input_size', ())))
     tags = ['image-classification', 'timm', 'transformers', *(['ml-decoder'] if head else [])]
-    shown = [
-        escape(' '.join(str(name).split())) for name in (class_names or [])[:20]
-    ]  # text, whatever a class is called
-    names = ', '.join(shown) + (', ...' if len(class_names or []) > 20 else '')
+    class_names = class_names or []
+    names = ', '.join(escape(' '.join(str(name).split())) for name in class_names[:20])  # text, whatever they are
+    names += ', ...' if len(class_names) > 20 else ''
     lines = [
         '---',
         'tags:',
