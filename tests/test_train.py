@@ -202,13 +202,17 @@ def test_views_at_test_time_are_flips_and_crops(finished, images, tmp_path, caps
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     caplog.set_level('INFO')
     lines = []
-    for folder, views, share in ((images, '2', '1'), (mirrored, '2', '1'), (images, '0', '1'), (images, '10', '0.875')):
+    whole = ['--crop-pct', '1']  # a crop may be a pixel off the centre, and is then another one when mirrored
+    for folder, views, flags in (
+        (images, '2', whole),
+        (mirrored, '2', whole),
+        (images, '0', whole),
+        (images, '10', []),
+    ):
         caplog.clear()
-        flags = ['-j', '0', '--tta', views, '--crop-pct', share]
-        validate.main([str(folder), '--checkpoint', str(finished / 'last.pth.tar'), *flags])
+        validate.main([str(folder), '--checkpoint', str(finished / 'last.pth.tar'), '-j', '0', '--tta', views, *flags])
         lines.append(float(re.search(r'\* Loss ([\d.]+)', caplog.text)[1]))
-    assert lines[0] == pytest.approx(lines[1], abs=1e-3)
-    assert lines[2] != lines[0] != lines[3] != lines[2]
+    assert lines[0] == pytest.approx(lines[1], abs=1e-3) and len(set(lines)) >= 3
 
 
 def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkeypatch):

@@ -7,11 +7,14 @@ import fcntl
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.engine.runtime.files import TEMPORARY, duplicate, sync_folder, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +63,42 @@ def lock(folder: Path) -> IO:
         raise ValueError(f'--experiment: another run is training in {folder}; choose another name') from error
     for path in (*folder.glob(f'.*{TEMPORARY}'), folder / PENDING):
         path.unlink(missing_ok=True)
+    remove_unused_shards(folder)
     return file
+
+
+def shards_of(path: Path) -> Path | None:
+    """Return the folder with the tensors of a checkpoint, None if they are in the file.
+
+    Raises:
+        ValueError: If the file or the folder is damaged.
+    """
+    content = read_checkpoint(path, whole=False)
+    return path.parent / content[SHARDS] if SHARDS in content else None
+
+
+def remove_unused_shards(folder: Path) -> None:
+    """Remove the folders of tensors that no checkpoint names: of dropped ones, and of one that was being written."""
+    found = set(folder.glob(f'{PREFIX}*'))
+    if not found:
+        return
+    try:
+        used = {shards_of(path) for path in folder.glob(f'*{SUFFIX}')}  # copies that the user made, too
+    except ValueError as error:
+        _logger.warning(f'{error}: no folder of tensors is removed from {folder}')
+        return
+    for unused in found - used:
+        shutil.rmtree(unused)
+
+
+def duplicate_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, in this folder or another, to which its folder of tensors is copied."""
+    shards = shards_of(source)
+    if shards is not None and not (target.parent / shards.name).exists():
+        (target.parent / shards.name).mkdir()
+        for file in shards.iterdir():
+            duplicate(file, target.parent / shards.name / file.name)
+    duplicate(source, target)
 
 
 class CheckpointFolder:
@@ -127,6 +165,7 @@ class CheckpointFolder:
             (self.folder / old).unlink(missing_ok=True)
         for recovery in self.recoveries():
             recovery.unlink(missing_ok=True)
+        remove_unused_shards(self.folder)
         listing = ''.join(f' {kept}: {self.metric} {metric:.3f}\n' for kept, metric in self.ranked)
         _logger.info(f'Current checkpoints:\n{listing}')
 
@@ -136,6 +175,7 @@ class CheckpointFolder:
         write_atomically(path, lambda file: torch.save(content, file))
         for old in [other for other in self.recoveries() if other != path][1:]:
             old.unlink(missing_ok=True)
+        remove_unused_shards(self.folder)
         return path
 
     def save_milestone(self, epochs: int) -> None:
@@ -182,7 +222,7 @@ class CheckpointFolder:
             self.best_metric, self.best_epoch = metric, epoch
         for best in (folder / f'checkpoint-{self.best_epoch}{SUFFIX}', folder / BEST):
             if best.exists() and not (self.folder / BEST).exists():
-                duplicate(best, self.folder / BEST)
+                duplicate_checkpoint(best, self.folder / BEST)
 
     def sort_key(self, metric: float) -> tuple[bool, float]:
         """Return a key that sorts the best first, and a NaN last."""

@@ -86,6 +86,11 @@ class TrainingState:
         self.epoch, self.batch, self.start = epoch, 0, EpochStart()
         self.loss.reset()
 
+    def models(self) -> dict[str, nn.Module]:
+        """Return the model, and the one with the EMA weights if there is one, by the key of their weights."""
+        average = {'state_dict_ema': self.task.get_eval_model(ema=True)} if self.task.has_ema() else {}
+        return {'state_dict': self.task.get_eval_model(), **average}
+
     def collect(
         self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
         class_names: list[str] | None, metric: float | None = None,
