@@ -59,7 +59,7 @@ def test_every_table_of_the_page_is_tried_here():
 
 def test_every_table_is_made_and_written_by_one_command(tmp_path):
     page = tmp_path / 'page.md'
-    page.write_text('<!-- aims -->\n<!-- end -->\n<!-- million_classes cpu -->\n<!-- end -->\n')
+    page.write_text('<!-- aims -->\n-\n<!-- end -->\n<!-- million_classes cpu -->\n<!-- end -->\n')
     command = [sys.executable, '-m', 'benchmarks.all', '--only', 'million_classes', '--page', str(page), '--']
     subprocess.run([*command, *SMALLEST['million_classes'].split()], cwd=ROOT, check=True)
     assert '`python -m benchmarks.million_classes --device cpu' in page.read_text()
