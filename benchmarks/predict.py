@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> str:
             'plain': _plain(folder / 'images', predictor.model, transform, args),
             'predict': _predict(folder / 'labels.csv', predictor, dataset, args),
         }
-        times = paired_times(loops, args.rounds, args.device)
+        times = paired_times(loops, args.rounds, args.device, workers=args.workers)
     best = {loop: min(found) for loop, found in times.items()}
     rows = [
         ['plain', best['plain'], args.images / best['plain'], '1.000'],

@@ -98,12 +98,13 @@ def assert_rows(found, wanted):
     assert [row[2] for row in found] == pytest.approx([row[2] for row in wanted], abs=1e-4)
 
 
-def test_labels_by_threshold_and_by_rank(images):
+def test_labels_by_threshold_and_by_rank(images, capsys):
     model = save_model()
     median = torch.cat([scores_of(model, Path('images', name)) for name in IMAGES]).median().item() + 1e-6
     base = [images, '--model', 'local-dir:folder', *SMALL]
     predict([*base, '--threshold', str(median), '--out', 'labels.csv'])
     assert_rows(rows_of('labels.csv'), expected_rows(model, median))
+    assert f' {sum(bool(label) for _, label, _ in rows_of("labels.csv"))} labels' in f' {capsys.readouterr().out}'
     predict([*base, '--threshold', str(median), '--top-k', '1', '--out', 'both.csv'])
     assert_rows(rows_of('both.csv'), expected_rows(model, median, top_k=1))
     assert not Path('labels.csv.parts').exists()

@@ -95,8 +95,10 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(data, tmp_path, un
     assert_same_run(tmp_path / 'run', undisturbed)
 
 
-def test_all_ranks_skip_a_step_that_is_not_finite_on_one(data, tmp_path):
+@pytest.mark.parametrize('parallel', ['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one(data, tmp_path, parallel):
     flags = [data, *MODEL, '--epochs', '1', '-b', '2', '--no-ddp-bb', '--output', tmp_path, '--experiment', 'run']
+    flags += ['--parallel', parallel]
     script = 'tests/programs/nonfinite_on_one_rank.py'
     launcher = start(script, *flags, tmp_path / 'report', log=tmp_path / 'log', processes=2)
     log = tmp_path / 'log'

@@ -2,6 +2,7 @@
 
     python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
     python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
+    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a divided one, as one file
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
@@ -13,10 +14,12 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from timm.models import resolve_model_input_args
 from torch import Tensor
 
@@ -24,9 +27,11 @@ from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options
 from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint, weights_of
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.checkpoint.files import SUFFIX
 from timm_mldecoder.engine.export.card import run_facts
 from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.engine.runtime.files import write_atomically
 
 
 class Architecture(NamedTuple):
@@ -83,9 +88,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = vars(_parse(argv))
     content = read_checkpoint(arguments['file'])
+    if arguments['folder'].name.endswith(SUFFIX):
+        print(write_single(content, arguments['folder']))
+        return
     convert = convert_run if RUN in content else convert_published
     for line in convert(content, **arguments):
         print(line)
+
+
+def write_single(content: Mapping[str, Any], target: Path) -> str:
+    """Write a checkpoint, whose tensors may lie in a folder, as a single file to resume from.
+
+    Raises:
+        ValueError: If the file exists.
+    """
+    if target.exists():
+        raise ValueError(f'{target} exists: choose another name')
+    write_atomically(target, partial(torch.save, content))
+    return f'written       {target}'
 
 
 def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: bool | None, **others: Any) -> list[str]:
@@ -251,7 +271,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter)
     parser.add_argument('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
-    parser.add_argument('folder', type=Path, help='folder to write, new or empty')
+    parser.add_argument(
+        'folder',
+        type=Path,
+        help='folder to write, new or empty; or a file NAME.pth.tar, for a copy of the checkpoint in one file',
+    )
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)'
     )

@@ -97,7 +97,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         world.barrier()
     if world.primary:
         errors = parts.finish()
-        found = f'{len(dataset) - errors} images in {arguments.out}'
+        found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
 
 

@@ -8,8 +8,10 @@ import json
 import sys
 
 import torch
+from torch import nn
 
 from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.parallel.fsdp import local
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
@@ -25,7 +27,7 @@ def main() -> None:
 
         def snapshot(module, inputs):
             steps[0] += 1
-            before.append([tensor.clone() for tensor in model.state_dict().values()])
+            before.append([local(tensor).clone() for tensor in model.state_dict().values()])
 
         def nonfinite_loss(module, inputs, result):
             if world.rank == 1 and steps[0] == 2:
@@ -34,9 +36,14 @@ def main() -> None:
         def nonfinite_gradient(gradient):
             return gradient / 0 if world.rank == 1 and steps[0] == 4 else gradient
 
+        def hook_gradient(module, inputs, output):
+            if output.requires_grad:
+                output.register_hook(nonfinite_gradient)
+
         task.register_forward_pre_hook(snapshot)
         task.register_forward_hook(nonfinite_loss)
-        next(model.parameters()).register_hook(nonfinite_gradient)
+        stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        stem.register_forward_hook(hook_gradient)
         run.state.optimizer.register_step_post_hook(lambda *_: made.append(steps[0]))
         fit(run)
 

@@ -6,6 +6,7 @@ key more. docs/checkpoints.md has the same table.
 
 import argparse
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 from torch import Tensor
+
+from timm_mldecoder.checkpoints.sharded import SHARDS, check_folder, fill
 
 RUN = 'timm_mldecoder'  # what train.py keeps beside timm's keys
 VERSION = 2  # timm's: 'epoch' is the epoch that ended
@@ -123,6 +126,10 @@ def _saver(value: Any) -> bool:
     )
 
 
+def _folder_name(value: Any) -> bool:
+    return _is(str)(value) and value not in ('', '.', '..') and Path(value).name == value
+
+
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -144,6 +151,8 @@ ENTRIES = {
     'class_names': Entry(_names, 'a list of names', 'class names in the order of the outputs; all readers'),
     'thresholds': Entry(_thresholds, 'a probability per class name', 'thresholds of validate.py --write-thresholds; '
                         'validate.py, predict'),
+    SHARDS: Entry(_folder_name, 'the name of a folder', 'folder beside the file with the divided tensors (--parallel '
+                  'fsdp); all readers'),
     RUN: Entry(_is(Mapping), 'a mapping', 'the entries below; resume, validate.py, predict, convert'),
 }
 RUN_ENTRIES = {
@@ -165,11 +174,16 @@ RUN_ENTRIES = {
 # fmt: on
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """Read a ``.safetensors`` or ``torch.save`` file, onto the CPU.
 
     Beside tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted; nothing in the file is
     executed. The entries of a checkpoint of train.py are checked against the schema.
+
+    Args:
+        path: Path of the file.
+        whole: Whether to read the tensors of a checkpoint that is divided into shards; otherwise their folder is only
+            checked, they stay on the meta device, and those of other files are mapped into memory.
 
     Raises:
         ValueError: If the file does not exist, holds anything else, is damaged, or has an invalid entry.
@@ -183,7 +197,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError(f'{path} is not a complete safetensors file: {error}') from error
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            mapped = not whole and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes make the unpickler raise anything
         blocked = re.search(r'GLOBAL (\S+)', str(error))
         # torch's message goes on to recommend a load that may execute code
@@ -194,6 +209,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path} holds a {type(content).__name__}, not tensors or entries by name')
     if RUN in content:
         check_entries(content, path)
+    if _folder_name(content.get(SHARDS)):
+        check_folder(path, content[SHARDS])
+        if whole:
+            fill(content, path)
     return dict(content)
 
 

@@ -7,11 +7,14 @@ import fcntl
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.engine.runtime.files import TEMPORARY, duplicate, sync_folder, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -19,6 +22,7 @@ _logger = logging.getLogger(__name__)
 SUFFIX = '.pth.tar'
 LAST, BEST = 'last' + SUFFIX, 'model_best' + SUFFIX
 PENDING = 'pending' + SUFFIX
+LOCK = '.lock'
 Progress = tuple[int, int]  # epochs done, and batches of the next
 _NUMBERS = {'checkpoint': 1, 'milestone': 1, 'recovery': 2}  # numbers in the names of each kind
 
@@ -51,7 +55,7 @@ def lock(folder: Path) -> IO:
     Raises:
         ValueError: If another run holds the lock.
     """
-    file = open(folder / '.lock', 'w')  # noqa: SIM115 - open for as long as the run
+    file = open(folder / LOCK, 'w')  # noqa: SIM115 - open for as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -59,7 +63,42 @@ def lock(folder: Path) -> IO:
         raise ValueError(f'--experiment: another run is training in {folder}; choose another name') from error
     for path in (*folder.glob(f'.*{TEMPORARY}'), folder / PENDING):
         path.unlink(missing_ok=True)
+    remove_unused_shards(folder)
     return file
+
+
+def shards_of(path: Path) -> Path | None:
+    """Return the folder with the tensors of a checkpoint, None if they are in the file.
+
+    Raises:
+        ValueError: If the file or the folder is damaged.
+    """
+    content = read_checkpoint(path, whole=False)
+    return path.parent / content[SHARDS] if SHARDS in content else None
+
+
+def remove_unused_shards(folder: Path) -> None:
+    """Remove the folders of tensors that no checkpoint names: of dropped ones, and of one that was being written."""
+    found = set(folder.glob(f'{PREFIX}*'))
+    if not found:
+        return
+    try:
+        used = {shards_of(path) for path in folder.glob(f'*{SUFFIX}')}  # copies that the user made, too
+    except ValueError as error:
+        _logger.warning(f'{error}: no folder of tensors is removed from {folder}')
+        return
+    for unused in found - used:
+        shutil.rmtree(unused)
+
+
+def duplicate_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, in this folder or another, to which its folder of tensors is copied."""
+    shards = shards_of(source)
+    if shards is not None and not (target.parent / shards.name).exists():
+        (target.parent / shards.name).mkdir()
+        for file in shards.iterdir():
+            duplicate(file, target.parent / shards.name / file.name)
+    duplicate(source, target)
 
 
 class CheckpointFolder:
@@ -126,6 +165,7 @@ class CheckpointFolder:
             (self.folder / old).unlink(missing_ok=True)
         for recovery in self.recoveries():
             recovery.unlink(missing_ok=True)
+        remove_unused_shards(self.folder)
         listing = ''.join(f' {kept}: {self.metric} {metric:.3f}\n' for kept, metric in self.ranked)
         _logger.info(f'Current checkpoints:\n{listing}')
 
@@ -135,6 +175,7 @@ class CheckpointFolder:
         write_atomically(path, lambda file: torch.save(content, file))
         for old in [other for other in self.recoveries() if other != path][1:]:
             old.unlink(missing_ok=True)
+        remove_unused_shards(self.folder)
         return path
 
     def save_milestone(self, epochs: int) -> None:
@@ -169,18 +210,19 @@ class CheckpointFolder:
             return
         entries = list(state.get('checkpoint_files', []))
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks
-        if epoch is not None and metric is not None:
+        pending = epoch is not None and metric is not None
+        if pending:
             entries.append((f'checkpoint-{epoch}{SUFFIX}', metric))
         # names alone: what drops out of the ranking is deleted
         own = {path.name for path in numbered(self.folder)}
         entries = {name: value for name, value in entries if name in own and value is not None}
         self.ranked = sorted(entries.items(), key=lambda entry: self.sort_key(entry[1]))
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
-        if epoch is not None and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
+        if pending and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
         for best in (folder / f'checkpoint-{self.best_epoch}{SUFFIX}', folder / BEST):
             if best.exists() and not (self.folder / BEST).exists():
-                duplicate(best, self.folder / BEST)
+                duplicate_checkpoint(best, self.folder / BEST)
 
     def sort_key(self, metric: float) -> tuple[bool, float]:
         """Return a key that sorts the best first, and a NaN last."""

@@ -24,6 +24,8 @@ from timm_mldecoder.engine.runtime.errors import one_line
 _logger = logging.getLogger(__name__)
 
 SCALER = 'amp_scaler'  # timm's key
+#: Options of the schedule, which a resumed run follows from its beginning to the present epoch.
+SCHEDULE = ('epochs', 'sched', 'lr', 'min_lr', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'decay_epochs')
 
 
 @dataclass
@@ -83,6 +85,11 @@ class TrainingState:
         """Move to the beginning of an epoch."""
         self.epoch, self.batch, self.start = epoch, 0, EpochStart()
         self.loss.reset()
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the model, and the one with the EMA weights if there is one, by the key of their weights."""
+        average = {'state_dict_ema': self.task.get_eval_model(ema=True)} if self.task.has_ema() else {}
+        return {'state_dict': self.task.get_eval_model(), **average}
 
     def collect(
         self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
@@ -167,9 +174,13 @@ class TrainingState:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):
             self._restore_position(run, world, loader, changed)
+        if changed and self.batch:
+            changed.append('the rest of the epoch is divided into other batches')
+        before = vars(content['args']) if run else {}
+        changed += [f'{name} was {before[name]} and is {options[name]}' for name in SCHEDULE
+                    if name in before and before[name] != options[name]]  # fmt: skip
         if changed and world.primary:
-            within = '; the rest of the epoch is divided into other batches' if self.batch else ''
-            _logger.warning(f'resumed with a change: {"; ".join(changed)}{within}')
+            _logger.warning(f'resumed with a change: {"; ".join(changed)}')
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
         if self.early_stop and run.get('early_stop'):
             self.early_stop.load_state_dict(run['early_stop'])

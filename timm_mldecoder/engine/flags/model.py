@@ -12,6 +12,7 @@ NO_CHECKPOINT = Need(lambda o: not o.checkpoint, 'no --checkpoint, which replace
 SCRIPTED = given('torchscript')
 NO_SCRIPT = Need(lambda o: not o.torchscript, 'no --torchscript, which leaves it out')
 NO_COMPILE = Need(lambda o: not o.torchcompile, 'no --torchcompile, which replaces it')
+FSDP = Need(lambda o: o.parallel == 'fsdp', '--parallel fsdp')
 
 MODEL: Group = ('Model and weights', [
     both('--model -m', str, 'resnet50', 'timm model to train', inherited=True,
@@ -75,7 +76,7 @@ HEAD: Group = ('Head', [
 ])
 
 DEVICE: Group = ('Device and precision', [
-    both('--device', str, 'cuda', 'device, such as cuda, cuda:1 or cpu'),
+    both('--device', str, 'cuda', 'device, such as cuda:1 or cpu; if not given, cuda where there is one, else cpu'),
     train('--device-modules', str, None, 'Python modules to import for the device', nargs='+', metavar='MODULE'),
     validate('--num-gpu', int, 1, 'number of GPUs of a single process', range='[1, 1024]'),
     both('--amp', bool, False, 'automatic mixed precision', inherited=True),
@@ -83,6 +84,12 @@ DEVICE: Group = ('Device and precision', [
          choices=('float16', 'bfloat16'), needs=given('amp'), inherited=True),
     both('--model-dtype', str, None, 'dtype of the weights and images', choices=('float32', 'float16', 'bfloat16'),
          inherited=True),
+    train('--parallel', str, 'ddp', 'ranks that each hold the model (ddp), or divide it among them (fsdp)',
+          choices=('ddp', 'fsdp'), needs=DISTRIBUTED),
+    train('--hsdp', int, None, 'ranks that divide one copy of the model, such as the GPUs of a node (default: all)',
+          range='[1, inf)', needs=FSDP),
+    train('--head-parallel', bool, False, 'divide the groups of the ML-Decoder head over ranks: their weights are '
+          'never gathered', needs=(DISTRIBUTED, FSDP, USES_HEAD)),
     train('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks', needs=DISTRIBUTED),
     train('--synchronize-step', bool, False, 'synchronize with the device after each optimizer step',
           needs=ON_ACCELERATOR),

@@ -169,6 +169,9 @@ class FeatureCache:
             path = self.folder / self._name(shard, 'tokens')
             start, _ = self._open(shard)
             with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
+                # read ahead of random rows, a cache larger than memory would be read several times
+                if hasattr(os, 'posix_fadvise'):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for _, row, number in several:
                     file.seek(start + row * self.bytes_per_image)
                     if file.readinto(rows[number]) != self.bytes_per_image:

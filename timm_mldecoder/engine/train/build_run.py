@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import overlap, summarize
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock
+from timm_mldecoder.engine.checkpoint.files import LOCK, CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.engine.checkpoint.resume import resume
+from timm_mldecoder.engine.checkpoint.shards import ShardWriter
 from timm_mldecoder.engine.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.engine.eval.evaluate import create_autocast, widen
 from timm_mldecoder.engine.flags import Options
@@ -30,11 +31,12 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, parameters_on_meta, shard_task
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
 from timm_mldecoder.engine.runtime.trackers import create_trackers
-from timm_mldecoder.engine.train.freeze import Freezer, head_parameters
+from timm_mldecoder.engine.train.freeze import Freezer, head_modules, head_parameters
 from timm_mldecoder.engine.train.loss import create_task
 from timm_mldecoder.engine.train.optim import (
     create_optimizer,
@@ -48,6 +50,7 @@ from timm_mldecoder.engine.train.run import Run, prepare_distributed
 _logger = logging.getLogger(__name__)
 
 ARGS = 'args.yaml'
+DEFAULT_OUTPUT = './output/train'
 
 
 def build_run(options: Options, world: World) -> Run:
@@ -64,7 +67,8 @@ def build_run(options: Options, world: World) -> Run:
     # data, then the model: random draws begin with the model's initialisation, as in timm's script
     train, validation = _create_splits(options)
     random_seed(options.seed, world.rank)
-    model = create_train_model(options, train)
+    divided = is_sharded(options, world)
+    model = _create_divided(options, train, world) if divided else create_train_model(options, train)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
@@ -72,7 +76,7 @@ def build_run(options: Options, world: World) -> Run:
     patches = patch_format(options, model)
     if options.split_bn:
         model = convert_splitbn_model(model, options.aug_splits or 2)
-    model.to(device=world.device, dtype=model_dtype(options))
+    model.to(device=None if divided else world.device, dtype=model_dtype(options))
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if options.sync_bn and world.distributed:
@@ -94,6 +98,8 @@ def build_run(options: Options, world: World) -> Run:
 
     # task and optimizer
     task = create_task(options, model, train, config, world)
+    if divided:
+        shard_task(task, options, world, head_modules(model))
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -108,7 +114,7 @@ def build_run(options: Options, world: World) -> Run:
     schedule, epochs = create_schedule(options, optimizer, steps, decreasing)
 
     # folder, state, resume
-    folder = _create_folder(options, config['input_size'][-1]) if world.primary else None
+    folder, made = _create_folder(options, config['input_size'][-1]) if world.primary else (None, [])
     written = yaml.safe_dump({name: value for name, value in options.to_dict().items() if name != 'config'})
     source = _resume_source(options, world, folder, written)
     state = TrainingState(
@@ -137,20 +143,22 @@ def build_run(options: Options, world: World) -> Run:
         folder=folder,
         data_config=config,
         class_names=class_names_of(train),
-        folder_lock=lock(folder) if folder else None,  # first: a run that is refused must not start a tracker
-        trackers=create_trackers(options, folder) if folder else [],
+        folder_lock=lock(folder) if folder else None,
+        trackers=[],
+        shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
         freezer=freezer,
     )
     try:
         _begin(run, source, written)
     except BaseException:
+        _remove(made)
         run.close()
         raise
     return run
 
 
 def _begin(run: Run, source: str, written: str) -> None:
-    """Resume a run from `source`, if there is one, set its learning rate, and write its options into its folder."""
+    """Resume a run from `source`, if there is one, set its learning rate, start trackers, and write its options."""
     state, schedule = run.state, run.state.schedule
     resumed = bool(source) and resume(source, state, run.options, run.world, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
@@ -158,6 +166,7 @@ def _begin(run: Run, source: str, written: str) -> None:
             run.step_schedule(metric=None)
         schedule.step_update(run.steps_done())
     if run.folder:
+        run.trackers += create_trackers(run.options, run.folder)  # last: a run that is refused must not start one
         (run.folder / ARGS).write_text(written)
         if state.rows:
             write_summary(run.folder / SUMMARY, state.rows)
@@ -202,9 +211,22 @@ def _log_summary(split: str, dataset: Dataset) -> None:
         _logger.info(line)
 
 
+def _create_divided(options: Options, dataset: Dataset, world: World) -> nn.Module:
+    """Create the model without parameters, except on the first rank if they do not come from a checkpoint."""
+    resumed = world.primary and bool(options.resume) and (options.resume != 'auto' or _has_checkpoints(options))
+    if world.primary and not resumed:
+        return create_train_model(options, dataset)
+    with parameters_on_meta():
+        return create_train_model(options.replace(pretrained=False, pretrained_path='', initial_checkpoint=''), dataset)
+
+
+def _has_checkpoints(options: Options) -> bool:
+    return bool(checkpoints_in(Path(options.output or DEFAULT_OUTPUT) / options.experiment))
+
+
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
     """Set up EMA weights, compilation and DistributedDataParallel, in this order; return the model to evaluate."""
-    if options.model_ema:
+    if options.model_ema and not task.has_ema():
         world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
             decay=options.model_ema_decay,
@@ -247,17 +269,29 @@ def _check_metric(name: str, task: TrainingTask) -> str:
     return name
 
 
-def _create_folder(options: Options, image_size: int) -> Path:
+def _create_folder(options: Options, image_size: int) -> tuple[Path, list[Path]]:
+    """Create the folder of the run; return it, and the folders that were made for it, the innermost first."""
     time = datetime.now().strftime('%Y%m%d-%H%M%S')
     name = options.experiment or f'{time}-{safe_model_name(options.model)}-{image_size}'
-    folder = Path(options.output or './output/train') / name
+    folder = Path(options.output or DEFAULT_OUTPUT) / name
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.writable').touch()
         (folder / '.writable').unlink()
     except OSError as error:
         raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-    return folder
+    return folder, made
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove the folders that were made for a run that did not begin."""
+    for folder in folders:
+        (folder / LOCK).unlink(missing_ok=True)
+        try:
+            folder.rmdir()
+        except OSError:  # a tracker has written there
+            return
 
 
 def _resume_source(options: Options, world: World, folder: Path | None, written: str) -> str:

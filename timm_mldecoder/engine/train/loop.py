@@ -15,6 +15,7 @@ from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_vie
 from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
+from timm_mldecoder.engine.parallel.fsdp import broadcast_buffers
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.summary import print_result, summary_row
@@ -34,6 +35,7 @@ def fit(run: Run) -> None:
         with run.signals, advise_on_memory(options.batch_size, validation_batch_size, options.grad_accum_steps):
             while run.state.epoch < run.epochs and not run.stopped_early():
                 fit_epoch(run)
+            run.finish_saving()
     finally:
         run.close()
 
@@ -93,6 +95,9 @@ def train_epoch(run: Run) -> Metrics:
         accumulated, completes_step = run.accumulation(batch)
         seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
 
+        if not (trained or run.shards is None or options.no_ddp_bb):
+            broadcast_buffers(model)
+
         # forward and backward; gradients are exchanged once per optimizer step
         with nullcontext() if completes_step else state.task.no_sync():
             loss = backward(run, images, target, accumulated)
@@ -114,7 +119,7 @@ def train_epoch(run: Run) -> Metrics:
 
         # log
         step = batch // options.grad_accum_steps
-        if step % options.log_interval == 0 or state.batch == len(loader):
+        if step % options.log_interval == 0 or loader.is_last(batch):
             log_step(run, step, loss, timer, bar)
             if options.save_images and run.folder:
                 save_images(images, run.folder / f'train-batch-{batch}.jpg')
@@ -124,6 +129,7 @@ def train_epoch(run: Run) -> Metrics:
             state.schedule.step_update(num_updates=run.steps_done())
 
         # checkpoint
+        run.poll_saving()
         if stop:
             run.stop(stop)
         if options.recovery_interval and (step + 1) % options.recovery_interval == 0:
@@ -138,7 +144,7 @@ def train_epoch(run: Run) -> Metrics:
 def rewrap(run: Run) -> None:
     """Wrap the model again: DistributedDataParallel exchanges gradients of the parameters that were trainable then."""
     task = run.state.task
-    if run.world.distributed:
+    if run.world.distributed and run.shards is None:
         task.trainable_module = task.trainable_module.module
         prepare_distributed(run.options, task, run.world)
 
@@ -254,7 +260,7 @@ def score(run: Run, ema: bool) -> Metrics:
                 'Test (EMA)' if ema else 'Test', evaluator, len(loader), options.log_interval, run.world.primary
             ),
             views=test_time_views(options.tta, run.data_config['input_size'][1:]),
-            until=run.signals.until_stopped,
+            until=run.until_stopped,
         )
     # stopped now, the run resumes with the validation, after all batches of the epoch
     (stop,) = run.world.all_reduce_max(run.signals.received)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from timm_mldecoder.engine.parallel.fsdp import local
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.errors import RunFailed
 
@@ -58,7 +59,8 @@ def nonfinite_loss(batches: list[TrainedBatch]) -> Tensor:
 
 def nonfinite_gradient(model: nn.Module) -> Tensor | bool:
     """Return whether a gradient is not finite, in the same form."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]  # a rank may hold nothing of a short one
     if not gradients:
         return False
     # extremes: unlike a sum of squares they do not overflow where every entry is finite

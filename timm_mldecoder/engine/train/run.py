@@ -1,7 +1,7 @@
 """Everything the training loop needs: options, loaders, state, helpers."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import IO, Any, NoReturn
 from timm.task import TrainingTask
 from torch import nn
 
+from timm_mldecoder.engine.checkpoint.shards import ShardWriter
 from timm_mldecoder.engine.checkpoint.state import TrainingState
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader, TrainLoader
+from timm_mldecoder.engine.parallel.fsdp import is_sharded
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.signals import Stopped, StopSignals
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
@@ -47,6 +49,7 @@ class Run:
         freezer: Freezes the backbone.
         folder_lock: Lock of the folder, held as long as the run lives.
         trackers: Called with the metrics of each epoch.
+        shards: Writes the checkpoints of a model that is divided over ranks; None for other models.
         signals: Signals that stop the run.
     """
 
@@ -68,6 +71,7 @@ class Run:
     freezer: Freezer
     folder_lock: IO | None
     trackers: list[Tracker]
+    shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
     def steps_done(self) -> int:
@@ -87,11 +91,15 @@ class Run:
         return epoch + 1 in (self.options.save_epochs or ())
 
     def accumulation(self, batch: int) -> tuple[int, bool]:
-        """Return how many batches the optimizer step of `batch` consists of, and whether it is the last of them."""
+        """Return how many batches the optimizer step of `batch` consists of, and whether it is the last of them.
+
+        A stream may end before the length that it reports, which makes the last step a smaller one, or after it.
+        """
         steps, first = self.options.grad_accum_steps, self.state.start.batch
         batches, number = len(self.train_loader) - first, batch - first
-        size = min(steps, batches - number // steps * steps)
-        return size, number == batches - 1 or (number + 1) % steps == 0
+        left = batches - number // steps * steps
+        size = min(steps, left) if left > 0 else steps
+        return size, number == batches - 1 or (number + 1) % steps == 0 or self.train_loader.is_last(batch)
 
     def loss_scale(self, images: int) -> float:
         """Return the factor of the loss of a batch where batch sizes change."""
@@ -116,27 +124,54 @@ class Run:
     def save_epoch(self, epoch: int, metric: float) -> None:
         """Save the end of an epoch, its row of the summary and its metrics; a collective call."""
         checkpoints = self.state.checkpoints
+        self.finish_saving()
         is_best, dropped = checkpoints.rank(epoch, metric)
-        content = self._content(metric)
+
+        def write(content: dict[str, Any]) -> None:
+            checkpoints.save_epoch(epoch, content, is_best, dropped)
+            if self.is_milestone(epoch):
+                checkpoints.save_milestone(epoch + 1)
+
+        self._save(self._content(metric), write)
         if self.folder is None:
             return
-        checkpoints.save_epoch(epoch, content, is_best, dropped)
-        if self.is_milestone(epoch):
-            checkpoints.save_milestone(epoch + 1)
         write_summary(self.folder / SUMMARY, self.state.rows)
         for track in self.trackers:
             track(self.state.rows[-1])
 
     def save_recovery(self) -> Path | None:
         """Save the position within the epoch, and return the file on the first rank; a collective call."""
-        content = self._content()
-        if self.folder is None:
-            return None
-        return self.state.checkpoints.save_recovery(self.state.epoch, self.state.batch, content)
+        epoch, batch = self.state.epoch, self.state.batch
+        return self._save(self._content(), lambda content: self.state.checkpoints.save_recovery(epoch, batch, content))
+
+    def poll_saving(self) -> None:
+        """Complete the checkpoint of a divided model, if its tensors are written by now."""
+        if self.shards is not None:
+            self.shards.poll()
+
+    def finish_saving(self) -> Any:
+        """Wait for the checkpoint of a divided model that is being written, and return what writing it returned."""
+        return None if self.shards is None else self.shards.wait()
+
+    def _save(self, content: dict[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
+        """Let the first rank write a checkpoint: now, or once the ranks have written the tensors of a divided model."""
+        if self.shards is not None:
+            return self.shards.save(content, write, (self.state.epoch, self.state.batch))
+        return None if self.folder is None else write(content)
+
+    def until_stopped(self, batches: Iterable) -> Iterator:
+        """Yield batches up to the one during which a signal arrives: at any rank, where their forward passes wait."""
+        if self.shards is None:
+            yield from self.signals.until_stopped(batches)
+            return
+        for batch in batches:
+            yield batch
+            if self.world.all_reduce_max(self.signals.received)[0]:
+                return
 
     def stop(self, number: int) -> NoReturn:
         """Save the position and end the run, for a signal that one of the ranks received; a collective call."""
-        saved = self.save_recovery()
+        saved = self.save_recovery() or self.finish_saving()
         if saved is not None:
             where = f'in epoch {self.state.epoch} after batch {self.state.batch}'
             _logger.warning(f'{Signals(number).name}: stopped {where}; --resume {saved} continues there')
@@ -157,8 +192,8 @@ class Run:
 
 
 def prepare_distributed(options: Options, task: TrainingTask, world: World) -> None:
-    """Wrap the model of a task in DistributedDataParallel, on several ranks."""
-    if world.distributed:
+    """Wrap the model of a task in DistributedDataParallel, on several ranks that each hold all of it."""
+    if world.distributed and not is_sharded(options, world):
         devices = None if world.device.type == 'cpu' else [world.device]
         buffers = dict(broadcast_buffers=False) if options.no_ddp_bb else {}
         task.prepare_distributed(device_ids=devices, **buffers)

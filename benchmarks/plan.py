@@ -1,0 +1,94 @@
+"""What a model with very many classes takes on paper: memory, bytes sent and time per step, for each way to divide it.
+
+    python -m benchmarks.plan --classes 10_000_000 --ranks 8
+
+An ML-Decoder head on a backbone, float32 weights and a step of Adam; one GPU per rank. Memory is that of weights,
+gradients, optimizer state and logits, without activations. Time is that of the bytes at published
+bandwidths, not overlapped with computation, which hides some of it.
+"""
+
+import argparse
+
+from benchmarks.measure import markdown
+
+GB = 1e9
+FLOAT = 4  # bytes
+#: Bytes per second that a GPU sends, each way. NVLink 4 (H100, 900 GB/s both ways together): NVIDIA H100 data sheet;
+#: NDR InfiniBand: 400 Gbit/s per port, one port per GPU as in a DGX H100.
+BANDWIDTHS = {'NVLink 4': 450 * GB, 'NDR InfiniBand': 50 * GB}
+GPUS_PER_NODE = 8
+HEADER = (
+    'divided by',
+    *('head, state GB', 'head, gathered GB', 'logits GB', 'backbone, state GB', 'sum GB'),
+    *('sent per step GB', 'time, ms', 'over'),
+)
+DDP, FSDP, HEAD = '--parallel ddp', '--parallel fsdp', '--head-parallel'
+
+
+def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
+    """Return the bytes per rank of weights, their gradients and the optimizer's tensors of their shape."""
+    return (2 + states) * FLOAT * parameters / ranks
+
+
+def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, logits: float = 0.0) -> float:
+    """Return the bytes that a rank sends per step, with collectives over rings.
+
+    Args:
+        way: How the model is divided.
+        parameters: Number of parameters that are exchanged: with `--head-parallel` not those of the classifier.
+        ranks: Number of ranks.
+        tokens: Bytes of the embedded tokens of the global batch.
+        logits: Bytes of the logits of a rank's batch.
+    """
+    passes = 2 if way == DDP else 3  # gradients are summed everywhere; weights gathered twice and gradients divided
+    whole = passes * FLOAT * parameters + (2 * (tokens + logits) if way == HEAD else 0)
+    return whole * (ranks - 1) / ranks
+
+
+def plan(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return bytes per rank for each way to divide the model."""
+    dim, hidden, ranks = args.dim, args.dim_feedforward, args.ranks
+    classifier = args.groups * dim * -(-args.classes // args.groups)
+    decoder = (args.features + 1) * dim + 4 * dim * (dim + 1) + 2 * hidden * dim + hidden + dim + 6 * dim
+    rest = decoder + args.classes  # with the bias of each class
+    logits = FLOAT * args.batch_size * args.classes
+    tokens = FLOAT * args.batch_size * args.tokens * dim * ranks
+    found = {}
+    for way in (DDP, FSDP, HEAD):
+        divided = 1 if way == DDP else ranks
+        sent = (0 if way == HEAD else classifier) + rest + args.backbone
+        gathered = {DDP: 0, FSDP: FLOAT * (classifier + rest), HEAD: FLOAT * rest + tokens}[way]
+        found[way] = dict(
+            head=state_bytes(classifier + rest, divided),
+            gathered=2 * gathered,  # and the gradients
+            logits=2 * logits,
+            backbone=state_bytes(args.backbone, divided),
+            sent=sent_bytes(way, sent, ranks, tokens, logits),
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> str:
+    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    flags.add_argument('--classes', type=int, default=10_000_000)
+    flags.add_argument('--ranks', type=int, default=8)
+    flags.add_argument('--groups', type=int, help='default: classes / 1000')
+    flags.add_argument('--dim', type=int, default=768, help='width of the head')
+    flags.add_argument('--dim-feedforward', type=int, default=2048)
+    flags.add_argument('--features', type=int, default=1024, help='width of the features of the backbone')
+    flags.add_argument('--tokens', type=int, default=196, help='tokens per image')
+    flags.add_argument('--batch-size', type=int, default=32, help='images per rank')
+    flags.add_argument('--backbone', type=int, default=303_000_000, help='parameters of the backbone: ViT-L')
+    args = flags.parse_args(argv)
+    args.groups = args.groups or max(1, args.classes // 1000)
+    link = 'NVLink 4' if args.ranks <= GPUS_PER_NODE else 'NDR InfiniBand'
+    rows = []
+    for way, found in plan(args).items():
+        held = [found[name] for name in ('head', 'gathered', 'logits', 'backbone')]
+        values = [value / GB for value in (*held, sum(held), found['sent'])]
+        rows.append([way, *values, 1e3 * found['sent'] / BANDWIDTHS[link], link])
+    return markdown(HEADER, rows)
+
+
+if __name__ == '__main__':
+    print(main())

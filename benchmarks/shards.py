@@ -1,0 +1,138 @@
+"""Memory of a rank by number of ranks: weights, gradients and optimizer state, and the peak of a training step.
+
+    python -m benchmarks.shards [--ranks 1 2 4] [--num-classes 1_000_000]
+
+Gloo on the CPU, float32, AdamW. Memory is what torch allocated on the last rank: the slices that it holds, and the most
+that a step allocates beside them. `planned` is what `benchmarks.plan` expects of weights, gradients and state.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import timm
+import torch
+from timm.task import ClassificationTask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.measure import MIB, markdown, parser, peak_memory
+from benchmarks.plan import DDP, FSDP, HEAD, sent_bytes, state_bytes
+from timm_mldecoder.engine.flags import train_options
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, parameters_on_meta, shard_task
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.optim import timm_optimizer
+from timm_mldecoder.engine.train.run import prepare_distributed
+
+HEADER = (
+    *('model', 'ranks', 'divided by', 'state, MiB', 'planned', 'of one rank'),
+    *('step, MiB', 'both, of one rank', 'sent, MiB', 'planned'),
+)
+WAYS = {DDP: {}, FSDP: dict(parallel='fsdp'), HEAD: dict(parallel='fsdp', head_parallel=True)}
+DIM, BATCH, TOKENS = 64, 2, 100  # of test_vit, 160 pixels in patches of 16
+#: What a rank sends, by the tensor that a collective fills or reads, of which (ranks - 1) / ranks go to other ranks.
+SENT = {'allgather_': 1, '_allgather_base_': 1, '_reduce_scatter_base_': 1, 'alltoall_base_': 1, 'allreduce_': 2}
+
+
+def main(argv: list[str] | None = None) -> str:
+    flags = parser(__doc__, rounds=1)
+    flags.add_argument('--ranks', type=int, nargs='+', default=[1, 2, 4])
+    flags.add_argument('--models', nargs='*', default=['vit_small_patch16_224', 'resnet50'])
+    flags.add_argument('--num-classes', type=int, default=1_000_000, help='of the ML-Decoder head; 0: without')
+    flags.add_argument('--head-model', default='test_vit', help='backbone of that model')
+    flags.add_argument('--work', help=argparse.SUPPRESS)
+    args = flags.parse_args(argv)
+    if args.work:
+        return json.dumps(_measure(**json.loads(args.work)))
+    rows = []
+    heads = [(args.head_model, args.num_classes)] if args.num_classes else []
+    for name, classes in [*((model, 0) for model in args.models), *heads]:
+        first = None
+        for ranks in args.ranks:
+            for way in WAYS:
+                if (way == DDP) != (ranks == 1) or (way == HEAD and not classes):
+                    continue
+                found = _start(ranks, dict(name=name, classes=classes, way=way))
+                first = first or found
+                planned = state_bytes(found['parameters'], 1 if way == DDP else ranks) / MIB
+                state, both = found['state'] / first['state'], found['state'] + found['step']
+                both /= first['state'] + first['step']
+                label = f'{name}, {classes:,} classes' if classes else name
+                memory = [found['state'], planned, state, found['step'], both]
+                sent = [found['sent'] / MIB, found['planned_sent'] / MIB]
+                rows.append([label, ranks, way if ranks > 1 else '', *memory, *sent])
+    return markdown(HEADER, rows)
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that a rank sends in collectives over rings."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.bytes, self._share = 0.0, (ranks - 1) / ranks
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition('.')[0]
+        if function.namespace == 'c10d' and name in SENT:
+            tensors = tree_leaves(args)
+            largest = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+            self.bytes += SENT[name] * self._share * largest
+        return function(*args, **(kwargs or {}))
+
+
+def _start(ranks: int, work: dict) -> dict[str, float]:
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}'] if ranks > 1 else []
+    command = [sys.executable, *launcher, '-m', 'benchmarks.shards', '--work', json.dumps(work)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def _measure(name: str, classes: int, way: str) -> dict[str, float]:
+    with join_world('cpu') as world:
+        options = train_options(
+            data_dir='.', device='cpu', use_ml_decoder_head=int(bool(classes)), opt='adamw', lr=1e-4, **WAYS[way]
+        )
+        head = dict(num_of_groups=min(4000, classes), decoder_embedding=DIM, dim_feedforward=64, num_heads=4)
+        settings = dict(num_classes=classes, ml_decoder=head) if classes else {}
+        divided = is_sharded(options, world)
+        if divided and not world.primary:
+            with parameters_on_meta():
+                model = timm.create_model(name, **settings)
+        else:
+            model = timm.create_model(name, **settings)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        size = model.pretrained_cfg['input_size']
+        task = ClassificationTask(model, device=world.device, verbose=False)
+        if divided:
+            shard_task(task, options, world, [model.get_classifier()])
+        optimizer = timm_optimizer(options, task.get_trainable_module())
+        prepare_distributed(options, task, world)
+        images, labels = torch.randn(BATCH, *size), torch.tensor([0, 1])
+
+        def step() -> None:
+            task(images, labels)['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        peak = peak_memory(step)
+        with Sent(world.size) as sent:
+            step()
+        tokens = logits = own = 0
+        if way == HEAD:
+            own = model.get_classifier().group_fc.weight.numel()
+            tokens = 4 * BATCH * world.size * TOKENS * DIM
+            logits = 4 * BATCH * classes
+        planned = sent_bytes(way, parameters - own, world.size, tokens, logits)
+        task(images, labels)['loss'].backward()
+        tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        state = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors) / MIB
+        found = world.all_gather(
+            dict(parameters=parameters, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
+        )
+    return found[-1]
+
+
+if __name__ == '__main__':
+    print(main())

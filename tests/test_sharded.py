@@ -1,0 +1,266 @@
+"""Models divided over ranks (`--parallel fsdp`): the same training, and checkpoints that any number of ranks reads."""
+
+import json
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from image_folders import write_images
+from runs import ROOT, call, environment, summary
+
+from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
+from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.engine.checkpoint.files import shards_of
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
+from timm_mldecoder.engine.model import load_trained
+
+COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
+# no draws, no BatchNorm: the same for any number of ranks
+VIT = (
+    f'{COMMON} --model test_vit --img-size 160 --opt adamw --lr 1e-3 --smoothing 0 --use-ml-decoder-head 1 '
+    '--decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
+)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Write image folders, and lists with one label or two of the same images."""
+    root = write_images(tmp_path_factory.mktemp('images'), train=16, validation=5)
+    for split in ('train', 'validation'):
+        lines = [
+            f'{path.relative_to(root)},{label}{f";{(label + 1) % 3}" if number % 2 else ""}'
+            for label in range(3)
+            for number, path in enumerate(sorted((root / split / f'class_{label}').iterdir()))
+        ]
+        (root / f'{split}.csv').write_text('\n'.join(['path,labels', *lines]))
+    write_word_embeddings(root / 'words.safetensors', torch.eye(3, 8), [f'class_{label}' for label in range(3)])
+    return root
+
+
+def run_all(folder, commands, ranks=2):
+    """Run command lines one after the other in the same ranks, and return the losses of their steps."""
+    file = folder / 'commands.json'
+    file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    process = call('tests/programs/runs_of_ranks.py', file, processes=ranks)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads((folder / 'commands.json.losses').read_text())
+
+
+def compare(data, folder, flags, *ways, ranks=2):
+    """Train with ddp and in other ways, and compare the losses and the checkpoints; return the losses of ddp."""
+    ways = ('--parallel ddp', *(ways or ('--parallel fsdp',)))
+    commands = [
+        [data, *shlex.split(flags), '--output', folder, '--experiment', str(number), *shlex.split(way)]
+        for number, way in enumerate(ways)
+    ]
+    expected, *others = run_all(folder, commands, ranks)
+    whole = read_checkpoint(folder / '0' / 'last.pth.tar')
+    assert not shards_of(folder / '0' / 'last.pth.tar')
+    for number, losses in enumerate(others, 1):
+        assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5), ways[number]
+        path = folder / str(number) / 'last.pth.tar'
+        content = read_checkpoint(path)
+        assert shards_of(path)
+        for key in ('state_dict', 'state_dict_ema'):
+            assert content.get(key, {}).keys() == whole.get(key, {}).keys()
+            for name, value in whole.get(key, {}).items():
+                torch.testing.assert_close(content[key][name], value, rtol=1e-4, atol=1e-4, msg=name)
+        assert content['optimizer']['state'].keys() == whole['optimizer']['state'].keys()
+        for ours, theirs in zip(summary(folder / str(number)), summary(folder / '0'), strict=True):
+            assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4)
+    return expected
+
+
+def numbers(row):
+    return {name: float(value) for name, value in row.items()}
+
+
+def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
+    """And what they saved is read in one process, as by convert."""
+    flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
+    compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel')
+    folder = tmp_path / '2'
+    assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
+
+    trained = load_trained(str(folder / 'last.pth.tar'))
+    for name, value in read_checkpoint(folder / 'last.pth.tar')['state_dict_ema'].items():
+        assert torch.equal(trained.model.state_dict()[name], value)
+    single = tmp_path / 'single.pth.tar'
+    process = subprocess.run(
+        [sys.executable, '-m', 'timm_mldecoder.convert', str(folder / 'last.pth.tar'), str(single)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    shutil.move(folder, tmp_path / 'elsewhere')
+    content = read_checkpoint(single)
+    assert SHARDS not in content
+    expected = read_checkpoint(tmp_path / 'elsewhere' / 'last.pth.tar')
+    for name, value in expected['state_dict'].items():
+        assert torch.equal(content['state_dict'][name], value)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A divided checkpoint of one rank: the path of its index."""
+    import torch.distributed.checkpoint as dcp
+
+    name = f'{PREFIX}1-0-x'
+    dcp.save({'state_dict.weight': torch.arange(6.0)}, checkpoint_id=tmp_path / name, no_dist=True)
+    empty = torch.empty(6, device='meta')
+    torch.save({SHARDS: name, 'state_dict': {'weight': empty}}, tmp_path / 'last.pth.tar')
+    return tmp_path / 'last.pth.tar'
+
+
+def test_an_index_brings_the_tensors_of_its_folder(index):
+    assert read_checkpoint(index)['state_dict']['weight'].tolist() == list(range(6))
+    assert read_checkpoint(index, whole=False)['state_dict']['weight'].is_meta
+
+
+@pytest.mark.parametrize('damage', ['missing', 'short', 'metadata'])
+def test_a_damaged_folder_of_tensors_is_refused(index, damage):
+    folder = shards_of(index)
+    (tensors,) = folder.glob('*.distcp')
+    if damage == 'missing':
+        shutil.rmtree(folder)
+    else:
+        file = tensors if damage == 'short' else folder / '.metadata'
+        file.write_bytes(file.read_bytes()[:-10])
+    for whole in (True, False):
+        with pytest.raises(ValueError, match=PREFIX):
+            read_checkpoint(index, whole)
+
+
+def test_metadata_that_would_execute_code_is_refused(index, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ('executed',))
+
+    (shards_of(index) / '.metadata').write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match='builtins.print'):
+        read_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '--sam 0.05', '--sync-bn', '--channels-last', '--model-ema --model-ema-force-cpu', '--opt muon',
+        '--opt adafactor', '--opt kron', '--opt lookahead_adam', '--amp --amp-dtype float16',
+        '--clip-grad 1 --clip-mode agc', '--dataset wds/x', '--lr-find 20',
+        '--aug-splits 2 --split-bn', '--head-parallel --hsdp 2', '--head-parallel --torchcompile eager',
+    ],
+)  # fmt: skip
+def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags):
+    first = next(word for word in reversed(flags.split()) if word.startswith('--'))
+    name = {'--amp-dtype': '--amp'}.get(first, first)
+    with pytest.raises(ValueError, match=f'{name}.*(--parallel fsdp|--head-parallel)'):
+        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
+
+
+RESNET = f'{COMMON} --opt sgd --lr 0.05 -b 4 --epochs 4'
+SEVERAL = '--dataset csv --task multilabel'
+HEAD = '--use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
+FOLLOWED = {
+    'resnet50 bce': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 --loss bce --smoothing 0.1',
+    'resnet50 asl': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 --loss asl {SEVERAL}',
+    'resnet accumulation': f'{RESNET} --model test_resnet --img-size 32 --grad-accum-steps 2 --model-ema '
+    '--recovery-interval 2',
+    'text queries': f'{RESNET} --model test_resnet --img-size 32 --epochs 2 --model-ema --use-ml-decoder-head 1 '
+    '--decoder-embedding 64 --ml-decoder-kwargs dropout=0.0 --word-embeddings WORDS',
+    'unfrozen': f'{RESNET} --model test_resnet --img-size 32 --freeze-backbone --unfreeze-epoch 1',
+    'bfloat16': f'{VIT} -b 4 --epochs 2 --model-dtype bfloat16 --model-ema',
+    'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
+}
+FOLLOWED_WITH_HEADS = {
+    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 32 --lr 0.005 {HEAD}',
+    'resnet bce': f'{RESNET} --model test_resnet --img-size 32 --loss bce {HEAD} learnable_queries=True '
+    'classifier=cosine',
+    'resnet asl': f'{RESNET} --model test_resnet --img-size 32 --loss asl {SEVERAL} {HEAD} num_layers=2',
+    'vit bce': f'{VIT} -b 4 --epochs 4 --loss bce',
+    'vit asl': f'{VIT} -b 4 --epochs 4 --loss asl {SEVERAL}',
+    'vit ce': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FOLLOWED)
+def test_a_divided_model_follows_ddp(data, tmp_path, name):
+    losses = compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors')))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
+def test_a_divided_head_follows_ddp(data, tmp_path, name):
+    losses = compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], '--parallel fsdp', '--parallel fsdp --head-parallel')
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_two_copies_on_two_ranks_each_follow_ddp(data, tmp_path):
+    compare(data, tmp_path, f'{VIT} -b 2 --epochs 1 --model-ema', '--parallel fsdp --hsdp 2', ranks=4)
+
+
+@pytest.mark.slow
+def test_mixed_precision_stays_near_ddp(data, tmp_path):
+    flags = [data, *shlex.split(VIT), *shlex.split('-b 4 --epochs 2 --amp --amp-dtype bfloat16 --output'), tmp_path]
+    expected, losses = run_all(tmp_path, [[*flags, '--parallel', kind] for kind in ('ddp', 'fsdp')])
+    assert losses == pytest.approx(expected, rel=2e-2)  # bfloat16 has 8 bits
+
+
+@pytest.mark.slow
+def test_two_ranks_four_ranks_and_one_continue_as_one_run(data, tmp_path):
+    """With fsdp, ddp and in one process."""
+    flags = [data, *shlex.split(VIT), *shlex.split('--epochs 4 --model-ema --clip-grad 1')]
+    flags += ['--output', tmp_path]
+    whole = call('train.py', *flags, '-b', '12', '--experiment', 'whole')
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    parts = [(2, 6, 'fsdp --head-parallel'), (4, 3, 'fsdp'), (2, 6, 'ddp'), (1, 12, 'fsdp')]
+    for number, (ranks, size, parallel) in enumerate(parts, 1):
+        more = ['-b', size, '--parallel', *parallel.split(), '--stop-epoch', number, '--resume', 'auto']
+        process = call('train.py', *flags, *more, '--experiment', 'parts', processes=ranks)
+        assert process.returncode == 0, process.stderr[-3000:]
+    for ours, theirs in zip(summary(tmp_path / 'parts'), summary(tmp_path / 'whole'), strict=True):
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-5, abs=1e-5)
+
+
+FAMILIES = """
+    test_byobnet test_coatnet test_convnext test_efficientnet test_efficientnet_evos test_efficientnet_gn test_mambaout
+    test_maxvit test_nfnet test_resnet test_vit test_vit3 test_vit_relpos swin_tiny_patch4_window7_224
+"""
+
+
+@pytest.mark.slow
+def test_models_of_many_families_are_divided():
+    """With their own classifier and an ML-Decoder, scored before they are trained."""
+    process = call('tests/programs/divided_families.py', *FAMILIES.split())
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == FAMILIES.split(), process.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_while_writing_always_leaves_a_checkpoint(tmp_path):
+    """Twenty kills of both ranks; after each, every checkpoint loads and no folder is left over."""
+    process = subprocess.run(
+        [sys.executable, str(ROOT / 'tests/programs/saving_shards.py'), '20'],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert int(process.stdout) >= 1
+
+
+@pytest.mark.slow
+def test_every_optimizer_that_is_allowed_steps_slices_as_whole_parameters():
+    process = call('tests/programs/step_of_slices.py', *DIVISIBLE_OPTIMIZERS, processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == list(DIVISIBLE_OPTIMIZERS)

@@ -1,0 +1,255 @@
+"""Divide a timm model over ranks with torch's FSDP2 (`--parallel fsdp`), one unit per block of the model.
+
+Every rank keeps a slice of each parameter (a DTensor, divided along its first dimension), and of its gradient,
+optimizer state and EMA weights. A unit is gathered for its forward and backward pass, and freed after each.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.engine.parallel.head import divide_groups
+from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.head.vocabulary import Vocabulary
+
+_logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
+
+
+def is_sharded(options: Options, world: World) -> bool:
+    """Return whether the run divides its model over ranks."""
+    return options.parallel == 'fsdp' and world.distributed
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the slice of a tensor that this rank holds; an ordinary tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def create_mesh(options: Options, world: World) -> DeviceMesh:
+    """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
+
+    Raises:
+        ValueError: If N does not divide the number of ranks.
+    """
+    kind = world.device.type
+    if options.hsdp is None:
+        return init_device_mesh(kind, (world.size,), mesh_dim_names=('shard',))
+    if world.size % options.hsdp:
+        raise ValueError(f'--hsdp {options.hsdp}: must divide the number of ranks, {world.size}')
+    shape = (world.size // options.hsdp, options.hsdp)
+    return init_device_mesh(kind, shape, mesh_dim_names=('replicate', 'shard'))
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Create modules without memory for their parameters; buffers, which few modules can compute again, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else _meta(parameter))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to('meta'), requires_grad=parameter.requires_grad)
+
+
+def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequence[nn.Module]) -> None:
+    """Divide the model of a task over ranks, and its EMA weights, which are created here.
+
+    Args:
+        task: The task. Rank 0's model has its initial values, in host memory, unless all are on the meta device: then
+            they come from a checkpoint.
+        options: Options of train.py.
+        world: This rank and the others.
+        heads: The classifier, a unit of its own; two for a distilled model.
+
+    Raises:
+        ValueError: If FSDP2 does not take the model.
+    """
+    model, mesh = task.get_trainable_module(), create_mesh(options, world)
+    _check(model)
+    names = [type(module).__name__ for module in units(model, heads)]
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = _meta(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # of a head, which is built on the device of the backbone
+                module._buffers[name] = torch.zeros_like(buffer, device=world.device)
+    average = deepcopy(model) if options.model_ema else None
+    paths = {id(module): path for path, module in model.named_modules()}
+    head_paths = [paths[id(head)] for head in heads]
+    divide(model, heads, mesh, options)
+    fresh = world.all_reduce_max(not any(value.is_meta for value in values.values()))[0]
+    fill(model, values if fresh else None, world)
+    _allocate(model)
+    if fresh:
+        share_buffers(model, world)
+    if average is not None:
+        divide(average, [average.get_submodule(path) for path in head_paths], mesh, options)
+        fill(average, None, world)
+        average.load_state_dict(model.state_dict())
+        for own, buffer in zip(average.buffers(), model.buffers(), strict=True):
+            own.copy_(buffer)  # those too that a state dict leaves out
+        _allocate(average)
+        task.trainable_module_ema = ShardedEma(
+            average, world.device, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup
+        )
+    held = sum(local(parameter).numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info(f'FSDP: {len(names)} units ({", ".join(dict.fromkeys(names))}); {held} of {total} parameters per rank')
+
+
+def _check(model: nn.Module) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if scalars := [name for name, parameter in named.items() if not parameter.dim()]:
+        raise ValueError(f'--parallel fsdp cannot divide parameters without dimensions: {", ".join(scalars)}')
+    if len(named) != len(list(model.parameters())):
+        raise ValueError('--parallel fsdp cannot divide a model whose modules share parameters')
+
+
+def units(model: nn.Module, heads: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules that are gathered on their own, inner ones first: the head, and the layers of the model.
+
+    The layers are those of timm's `group_matcher`, by which it decays learning rates. What is in none of them (stem,
+    final norm, a layer of several modules) is gathered with the model as a whole.
+    """
+    own = [head for head in heads if next(head.parameters(), None) is not None]
+    inside = {id(module) for head in own for module in head.modules()}
+    found = []
+    for names in group_parameters(model, model.group_matcher(coarse=False)).values():
+        path = _common_path(names)
+        if path:
+            found += _called(model.get_submodule(path))
+    found = [module for module in found if id(module) not in inside and next(module.children(), None) is not None]
+    depth = {id(module): path.count('.') for path, module in model.named_modules()}
+    distinct = {id(module): module for module in (*own, *found)}
+    return sorted(distinct.values(), key=lambda module: -depth[id(module)])
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """Return the path of the innermost module that has all of some parameters."""
+    parts = [name.split('.')[:-1] for name in names]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return '.'.join(common)
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """Return the module, or what it contains: timm's models iterate over containers instead of calling them."""
+    if not isinstance(module, _CONTAINERS):
+        return [module]
+    return [called for child in module.children() for called in _called(child)]
+
+
+def divide(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
+    """Apply `fully_shard` to each unit of a model, and to the model."""
+    own = {part for head in heads for part in divide_groups(head, mesh)} if options.head_parallel else set()
+    for module in units(model, heads):
+        narrow = not any(module is head for head in heads)
+        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None), ignored_params=own)
+    fully_shard(model, mesh=mesh, mp_policy=precision(options, None), ignored_params=own)
+
+
+def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy:
+    """Return the dtypes of a unit: gradients are summed in float32, and with `--amp` blocks are gathered in bfloat16.
+
+    Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters
+    in the dtype of the buffers. Autocast converts these, as it does under DistributedDataParallel.
+    """
+    narrow = options.amp and block is not None and not any(buffer.is_floating_point() for buffer in block.buffers())
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor] | None, world: World) -> None:
+    """Give a divided model on the meta device memory, and rank 0's values; zeros without values.
+
+    One parameter at a time is in the memory of the device as a whole.
+    """
+    filled = {}
+    for name, parameter in model.named_parameters():
+        mesh, placements = parameter.device_mesh, parameter.placements
+        if values is None:
+            slice_ = torch.zeros_like(parameter.to_local(), device=world.device)
+            tensor = DTensor.from_local(
+                slice_, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
+        else:
+            value = values[name]
+            value = torch.empty_like(value, device=world.device) if value.is_meta else value.to(world.device)
+            tensor = distribute_tensor(value, mesh, placements)
+        filled[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    model.load_state_dict(filled, assign=True, strict=False)
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Give all ranks the buffers of rank 0, whose class names other ranks may not have read."""
+    first = world.broadcast({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in model.named_buffers()})
+    for name, (shape, dtype) in first.items():
+        path, _, leaf = name.rpartition('.')
+        holder = model.get_submodule(path)
+        if tuple(holder._buffers[leaf].shape) != shape:
+            holder._buffers[leaf] = torch.empty(shape, dtype=dtype, device=world.device)
+        if holder._buffers[leaf].numel():
+            dist.broadcast(holder._buffers[leaf], src=0)
+    for module in model.modules():
+        if isinstance(module, Vocabulary):
+            module.known = world.broadcast(module.known)
+
+
+def _allocate(model: nn.Module) -> None:
+    """Create what FSDP2 gathers into: created in a first pass in inference mode, it could not be trained with."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, as DistributedDataParallel does before the first batch of a step."""
+    buffers = list(model.buffers())
+    if buffers:
+        dist._broadcast_coalesced(dist.group.WORLD, buffers, _BUCKET_BYTES, 0)
+
+
+class ShardedEma(ModelEmaV3):
+    """timm's EMA weights, of a divided model: each rank averages its slices.
+
+    Args:
+        module: The model that holds the average, divided as the trained one.
+        device: Device of the slices.
+        **options: Options of `ModelEmaV3`.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, **options: Any) -> None:
+        super().__init__(nn.Linear(1, 1, device=device), **options)  # it would copy the model, which FSDP2 refuses
+        self.module = module.eval()
+
+    def _foreach_lerp_(self, ema_values: list[Tensor], model_values: list[Tensor], weight: float) -> None:
+        super()._foreach_lerp_([*map(local, ema_values)], [*map(local, model_values)], weight)

@@ -1,0 +1,114 @@
+"""An ML-Decoder head whose groups are divided over ranks (`--head-parallel`).
+
+Groups are independent: each rank holds K / ranks of the group fully-connected weights [K, D, group_size] and of learned
+queries, with gradients, optimizer state and EMA weights; these weights are never sent. The embedded tokens of all ranks
+are gathered, each rank decodes its own queries for the global batch, and the logits return to the ranks that the images
+came from. All else in the head is small, and divided by FSDP2 as in other modules.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from timm_mldecoder.head import MLDecoder
+
+
+class ParallelMLDecoder(MLDecoder):
+    """The head of one rank; made of an `MLDecoder` by `divide_groups`."""
+
+    def forward(self, x, mask: Tensor | None = None) -> Tensor:
+        """Return the logits [B, C] of this rank's images; every rank has as many."""
+        tokens = _Gather.apply(self._embed_tokens(x))
+        mask = None if mask is None else _Gather.apply(mask)
+        first, *others = self.layers
+        queries = functional_call(self.queries, {'weight': self._own(self.queries.weight)}, (None,)).unsqueeze(0)
+        if self.training and self.dropout > 0:
+            queries = queries.expand(len(tokens), -1, -1)
+        queries = first(queries, tokens, mask)
+        for layer in others:
+            queries = layer(queries, tokens, mask)
+        padding = self.config.num_queries * self.config.group_size - self.num_classes
+        own = dict(weight=self._own(self.group_fc.weight), bias=self._own(F.pad(self.group_fc.bias, (0, padding))))
+        logits = _Exchange.apply(functional_call(self.group_fc, own, (queries, None)))
+        return logits[:, : self.num_classes].clone() if padding else logits  # FSDP2 wants no view
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Return this rank's part of a tensor over groups or classes."""
+        if isinstance(tensor, DTensor):
+            return _MeanGradient.apply(tensor.to_local())
+        return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def divide_groups(head: MLDecoder, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Divide the groups of a head on the meta device over ranks, in place.
+
+    Returns:
+        The parameters that the ranks have parts of from now on, and that FSDP2 must leave alone.
+
+    Raises:
+        ValueError: If the ranks do not divide the groups, or the groups are not independent.
+    """
+    if not isinstance(head, MLDecoder) or head.vocabulary is not None:
+        raise ValueError('--head-parallel needs an ML-Decoder head with fixed or learned queries')
+    if any(layer.self_attn is not None for layer in head.layers):
+        raise ValueError('--head-parallel does not work with self_attention=True: there each query needs all others')
+    ranks, queries = mesh.size(), head.config.num_queries
+    if queries % ranks:
+        raise ValueError(f'--head-parallel: {ranks} ranks must divide --num-of-groups {queries}')
+    head.__class__ = ParallelMLDecoder
+    for module in (head.queries, head.group_fc):
+        if isinstance(module.weight, nn.Parameter):
+            whole = module.weight
+            own = whole.detach()[: queries // ranks]
+            part = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+            module.weight = nn.Parameter(part, requires_grad=whole.requires_grad)
+    return [module.weight for module in (head.queries, head.group_fc) if isinstance(module.weight, nn.Parameter)]
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate the batches of all ranks; the gradient of each returns to its rank, summed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        own = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+class _Exchange(torch.autograd.Function):
+    """Logits of the global batch and the classes of a rank to those of its own batch and all classes."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        parts = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, logits.contiguous())
+        return torch.cat(parts.chunk(dist.get_world_size()), dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        parts = torch.cat(grad.chunk(dist.get_world_size(), dim=1))
+        logits = torch.empty_like(parts)
+        dist.all_to_all_single(logits, parts)
+        return logits
+
+
+class _MeanGradient(torch.autograd.Function):
+    """Pass a part of a weight on; its gradient, a sum over the batches of all ranks, becomes their mean."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor) -> Tensor:
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad / dist.get_world_size()
