@@ -6,7 +6,7 @@ QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_
 
 .PHONY: demo quick test test-slow models clean
 
-demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png
+demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png and report/
 	$(RUN) -m benchmarks.demo
 
 test: .venv/ready  ## linter and the fast suite

@@ -210,7 +210,7 @@ def draw_curves(axis, setting: Setting, results: dict[str, dict]) -> None:
     axis.set_xlabel('steps', fontsize=8)
     axis.set_ylabel('validation mAP', fontsize=8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=6, title='head (parameters)', title_fontsize=6, loc='lower right')
+    axis.legend(fontsize=6, title='head (parameters)', title_fontsize=6)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,24 +34,33 @@ def machine(device: str) -> str:
     if device == 'cuda':
         name = f'{torch.cuda.get_device_name()}, bfloat16'
     else:
-        name = f'{_cpu_name()}, {torch.get_num_threads()} threads, float32'
+        threads = torch.get_num_threads()
+        name = f'{_cpu_name()}, {f"{threads} threads" if threads > 1 else "1 thread, processor time"}, float32'
     return f'{name}, torch {torch.__version__}, {date.today().isoformat()}'
 
 
 def paired_times(
-    steps: Mapping[Hashable, Step], rounds: int, device: str = 'cpu', warmup: int = 1, seconds: float = 1.0
+    steps: Mapping[Hashable, Step],
+    rounds: int,
+    device: str = 'cpu',
+    warmup: int = 1,
+    seconds: float = 1.0,
+    workers: int = 0,
 ) -> dict[Hashable, list[float]]:
     """Seconds of each step in each round; the steps of a round follow each other, so a slow spell hits them all.
 
-    At least `rounds` rounds, and more until they took `seconds` together: short steps need more of them.
+    At least `rounds` rounds, and more until they took `seconds` together: short steps need more of them. On one CPU
+    thread without workers these are seconds of the processor, which other work on the machine does not lengthen.
     """
+    of_processor = device == 'cpu' and torch.get_num_threads() == 1 and not workers
+    clock = time.process_time if of_processor else time.perf_counter
     for step in list(steps.values()) * warmup:
-        _seconds(step, device)
+        _seconds(step, device, clock)
     times = {name: [] for name in steps}
     start = time.perf_counter()
     while rounds > 0 or time.perf_counter() - start < seconds:
         for name, step in steps.items():
-            times[name].append(_seconds(step, device))
+            times[name].append(_seconds(step, device, clock))
         rounds -= 1
     return times
 
@@ -130,14 +139,14 @@ def _cell(value: object) -> str:
     return f'{value:,}' if isinstance(value, int) else str(value)
 
 
-def _seconds(step: Step, device: str) -> float:
+def _seconds(step: Step, device: str, clock: Callable[[], float]) -> float:
     if device == 'cuda':
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     if device == 'cuda':
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _cpu_name() -> str:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--img-size', type=int, default=128)
     flags.add_argument('--batch-size', type=int, default=32)
     flags.add_argument('--images', type=int, default=1024)
-    flags.add_argument('--part-size', type=int, default=256)
+    flags.add_argument('--part-size', type=int, default=1024)
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> str:
             'plain': _plain(folder / 'images', predictor.model, transform, args),
             'predict': _predict(folder / 'labels.csv', predictor, dataset, args),
         }
-        times = paired_times(loops, args.rounds, args.device)
+        times = paired_times(loops, args.rounds, args.device, workers=args.workers)
     best = {loop: min(found) for loop, found in times.items()}
     rows = [
         ['plain', best['plain'], args.images / best['plain'], '1.000'],

@@ -307,10 +307,11 @@ def plot(tables: dict[str, dict[str, dict]], path: Path) -> None:
     for axis, (name, columns) in zip(panels, tables.items(), strict=True):
         for head in heads_of(columns):
             means, spread = ([column[head][key] for column in columns.values()] for key in ('mean', 'std'))
+            color = f'C{list(HEADS).index(head)}'  # the same in every panel
             if len(columns) == 1:
-                axis.bar([head], means, yerr=spread, capsize=2)
+                axis.bar([head], means, yerr=spread, capsize=2, color=color)
             else:
-                axis.errorbar(list(columns), means, yerr=spread, label=head, marker='o', capsize=2)
+                axis.errorbar(list(columns), means, yerr=spread, label=head, marker='.', capsize=2, color=color)
         if len(columns) == 1:
             axis.tick_params(axis='x', labelrotation=90, labelsize=7)
         else:

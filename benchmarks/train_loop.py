@@ -10,6 +10,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import timm
@@ -18,7 +19,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from benchmarks.measure import Step, markdown, paired_times, parser
+from benchmarks.measure import Step, markdown, paired_times, parser, ratio
 from timm_mldecoder.engine.flags import Options, train_options
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.build_run import build_run
@@ -30,7 +31,7 @@ CLASSES = 10
 
 
 def main(argv: list[str] | None = None) -> str:
-    flags = parser(__doc__, rounds=3)
+    flags = parser(__doc__, rounds=5)
     flags.add_argument('--model', default='resnet18')
     flags.add_argument('--img-size', type=int, default=64)
     flags.add_argument('--batch-size', type=int, default=32)
@@ -38,16 +39,17 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--workers', type=int, default=1)
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder, 'data'), args)
+        write_images(Path(folder, 'data'), args.images, CLASSES, args.img_size)
         options = _options(folder, args)
         with join_world(options.device) as world:
             run = build_run(options, world)
             loops = {'plain': _plain_epoch(options), 'train.py': _engine_epoch(run)}
-            times = paired_times(loops, args.rounds, args.device)
+            times = paired_times(loops, args.rounds, args.device, workers=args.workers)
             run.close()
-    # the best epoch of each: an epoch takes seconds, and whatever else the machine does makes it longer, never shorter
-    plain, ours = (args.images / min(times[name]) for name in ('plain', 'train.py'))
-    return markdown(HEADER, [['plain', plain, '1.000'], ['`train.py`', ours, f'{ours / plain:.3f}']])
+    plain, ours = times.values()
+    speeds = [args.images / median(each) for each in (plain, ours)]
+    rows = [['plain', speeds[0], '1.000'], ['`train.py`', speeds[1], f'{ratio(plain, ours):.3f}']]
+    return markdown(HEADER, rows)
 
 
 def _options(folder: str, args: Namespace) -> Options:
@@ -102,12 +104,13 @@ def _plain_epoch(options: Options) -> Step:
     return epoch
 
 
-def _write_images(root: Path, args: Namespace) -> None:
+def write_images(root: Path, number: int, classes: int, size: int, split: str = 'train') -> None:
+    """Write an image folder of noise."""
     random = np.random.RandomState(0)
-    for index in range(args.images):
-        folder = root / 'train' / f'{index % CLASSES}'
+    for index in range(number):
+        folder = root / split / f'{index % classes}'
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = random.randint(0, 256, (args.img_size, args.img_size, 3)).astype(np.uint8)
+        pixels = random.randint(0, 256, (size, size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f'{index}.jpg')
 
 

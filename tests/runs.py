@@ -94,11 +94,12 @@ def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subproce
         )
 
 
-def call(script: str, *flags: str | Path, folder: Path | None = None, **launch: int) -> subprocess.CompletedProcess:
+def call(
+    script: str, *flags: str | Path, folder: Path | None = None, timeout: int = 400, **launch: int
+) -> subprocess.CompletedProcess:
     """Run a script to its end, in `folder` or the working folder."""
-    return subprocess.run(
-        command(script, *flags, **launch), capture_output=True, text=True, env=environment(), timeout=400, cwd=folder
-    )
+    arguments = command(script, *flags, **launch)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=folder)
 
 
 def last(folder: Path) -> dict[str, Any]:

@@ -213,8 +213,8 @@ def test_the_page_in_a_browser(browser, folder, address, tmp_path):
     wait(lambda: len(labels()) == 3)
 
     one('#labels-0 button').click()
-    browser.save_screenshot(str(tmp_path / 'page.png'))
     wait(lambda: all_of('#attention-0 img') and all_of('#labels-0 button[aria-pressed=true]'))
+    browser.save_screenshot(str(tmp_path / 'page.png'))
     assert not all_of('#attention-1 img'), 'a linear classifier has no attention'
 
     one('#classes textarea').send_keys('lamp, tram')

@@ -93,7 +93,7 @@ def test_a_folder_scores_what_its_checkpoint_scores(flags, capsys):
 def test_a_folder_of_one_channel_scores_what_its_checkpoint_scores(capsys):
     write_images(Path('data'), train=8, validation=5)
     train([*SINGLE, *RUN, *HEAD.split(), '--in-chans', '1'])
-    check_transformers(check_folder(capsys, '--in-chans', '1'))
+    check_transformers(check_folder(capsys))
 
 
 @pytest.mark.parametrize('words', [False, True], ids=['fixed', 'text-queries'])

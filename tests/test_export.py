@@ -173,7 +173,14 @@ def test_a_folder_becomes_a_file_in_half_precision_and_a_folder_again():
     assert read_metadata('half.pt2') == read_metadata('copy') == {**expected, 'precision': 'float16'}
 
 
-@pytest.mark.parametrize('out, form', [('m.onnx', 'onnx'), ('m.pt2', 'torch-export'), ('copy', 'safetensors')])
+@pytest.mark.parametrize(
+    'out, form',
+    [
+        pytest.param('m.onnx', 'onnx', marks=pytest.mark.slow),
+        ('m.pt2', 'torch-export'),
+        ('copy', 'safetensors'),
+    ],
+)
 def test_hostile_class_names_are_read_back_and_stay_text(out, form):
     if form == 'onnx':
         pytest.importorskip('onnxruntime')

@@ -420,11 +420,11 @@ UNEXERCISED = {
         """,
         'parsed only, the effect has no test yet': """
             --aot-autograd --crop-border-pixels --dataset-trust-remote-code --device-modules --drop-block
-            --early-stop --epoch-repeats --fast-norm --graph-layer --log-freq --loss-weight-power
-            --lr-decay-fn --lr-stable-timescale --model-ema-force-cpu --no-resume-opt --poly-epsilon
+            --epoch-repeats --fast-norm --log-freq --loss-weight-power
+            --lr-decay-fn --lr-stable-timescale --no-resume-opt --poly-epsilon
             --poly-gamma --reparam --results-format --save-images --torchcompile-mode
             --train-batches-per-epoch --train-num-samples --train-size-probs --train-size-random-mix
-            --train-size-schedule --train-size-schedule-spread --train-split --tta --use-train-size
+            --train-size-schedule-spread --train-split --use-train-size
             --val-num-samples --voc-difficult --wandb-resume-id --wandb-tags --worker-seeding
         """,
     }.items()
@@ -604,7 +604,7 @@ def test_defaults_that_depend_on_other_options():
     assert parse_train(['DIR', '--sched', 'wsd']).decay_epochs == 0.2
     assert parse_train(['DIR', '--amp', '--device', 'cpu']).amp_dtype == 'bfloat16'
     assert parse_train(['DIR', '--amp', '--device', 'cpu', '--amp-dtype', 'float16']).amp_dtype == 'float16'
-    assert parse_train(['DIR', '--amp']).amp_dtype == 'float16'
+    assert parse_train(['DIR', '--amp', '--device', 'cuda']).amp_dtype == 'float16'
     assert parse_train(['DIR', '--grad-accum-steps', '0']).grad_accum_steps == 1
     assert parse_train(['DIR', '--early-stop']).early_stop == 10
 

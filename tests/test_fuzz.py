@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from image_folders import write_images
@@ -23,7 +24,7 @@ from test_reliability_checkpoints import WRONG
 
 from timm_mldecoder import app
 from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
-from timm_mldecoder.data import digits
+from timm_mldecoder.data import digits, shapes
 from timm_mldecoder.engine.flags import parse_train, parse_validate
 from timm_mldecoder.engine.flags.parse import flags
 from timm_mldecoder.engine.runtime.errors import run_command
@@ -71,6 +72,11 @@ class Place:
         return {path for path in self.root.rglob('*') if path.name != '__pycache__'}
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+
+
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
     """Images, a tiny trained model with an ML-Decoder head, and the other inputs of the commands."""
@@ -102,6 +108,7 @@ BASES = {
     'label_graph': 'data={csv} --dataset=csv --out=graph.safetensors',
     'data.embed': 'names={root}/names.txt out=out.safetensors --text-vectors={root}/vectors.txt',
     'data.digits': 'folder=out',
+    'data.shapes': 'folder=out',
 }
 
 
@@ -121,6 +128,8 @@ def short(monkeypatch):
     compose, load = digits.scenes, digits.load_split
     monkeypatch.setattr(digits, 'scenes', lambda split, count, *rest: islice(compose(split, count, *rest), 1))
     monkeypatch.setattr(digits, 'load_split', lambda split: tuple(part[:10] for part in load(split)))
+    draw = shapes.draw_scenes
+    monkeypatch.setattr(shapes, 'draw_scenes', lambda classes, count, rng: draw(classes, 1, rng))
     monkeypatch.setattr(app, 'build', lambda *_: Page())
 
 
@@ -232,79 +241,98 @@ def test_every_value_of_every_flag_of_a_command_ends_in_one_line(command, inputs
     fuzz(command, inputs, tmp_path, capsys, every=1)
 
 
-def fuzz_script(script, tmp_path, monkeypatch, capsys, every):
+#: What the values of the flags of a script are added to.
+SCRIPTS = {
+    'train': '{data} --model test_resnet --img-size 32 --num-classes 3 --device cpu -b 2 -j 0 --epochs 2 '
+    '--stop-epoch 1',
+    'validate': '{data} --checkpoint {checkpoint} --device cpu -j 0 -b 2',
+}
+PARTS = 6  # of the flags of a script, so that none takes minutes
+ORDINARY = ('0', '1', '0.5')  # values that other tests run with: here they are parsed only
+
+
+def script_cases(script, inputs, place):
+    """Yield the flag, its value and the arguments of every case of a script."""
+    base = SCRIPTS[script].format(**inputs).split()
+    for row in flags(script).values():
+        for value in VALUES:
+            value = value.replace('{place}', str(place.root))
+            argv = [f'{row.label}={value}'] if row.nargs in (None, '?') else [row.label, value, value]
+            if row.names[0][0] != '-':
+                yield row, value, [*base[1:], '--', value]
+            else:
+                yield row, value, [*(base[1:] if row.dest == 'data_dir' else base), *argv]
+
+
+def fuzz_script(script, inputs, tmp_path, capsys, every=1, part=slice(None)):
+    """Run a script with every value; a failed run may leave its folder, as a real one does."""
     place = Place(tmp_path / 'place')
-    monkeypatch.chdir(place.work)
-    parse = dict(train=parse_train, validate=parse_validate)[script]
-    problems, count, before = [], 0, place.files()
-    pairs = [(row, value) for row in flags(script).values() for value in VALUES]
-    for row, value in pairs[::every]:
-        value = value.replace('{place}', str(place.root))
-        argv = [f'{row.label}={value}'] if row.nargs in (None, '?') else [row.label, value, value]
-        argv = ['--', value] if row.names[0][0] != '-' else argv if row.dest == 'data_dir' else ['.', *argv]
-        count += 1
-        try:
-            with time_limit(argv):
-                parse(argv)
-        except ValueError as error:
-            if not any(name and name in str(error) for name in (*row.names, value, repr(value)[1:-1])):
-                problems.append(f'not named: {error!s:.200}: {argv!r:.100}')
-        except Exception as error:
-            problems.append(f'{type(error).__name__}: {error!s:.200}: {argv!r:.100}')
+    main, parse = importlib.import_module(script).main, dict(train=parse_train, validate=parse_validate)[script]
+    problems, found = [], list(script_cases(script, inputs, place))[part]
+    for row, value, argv in found[::every]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place.work)
+            run = parse if value in ORDINARY else main
+            problem = assert_survives(run, argv, [*row.names, *spellings(value)], place, capsys)
+        problems += [problem] if problem else []
     with capsys.disabled():
-        print(f' {script}.py: {count} cases', end='')
-    assert place.files() == before
-    assert not problems, report(problems, count)
+        print(f' {script}.py: {len(found[::every])} cases', end='')
+    assert not problems, report(problems, len(found))
 
 
-@pytest.mark.parametrize('script', ['train', 'validate'])
-def test_some_values_of_the_flags_of_a_script_are_taken_or_named(script, tmp_path, monkeypatch, capsys):
-    fuzz_script(script, tmp_path, monkeypatch, capsys, every=EVERY)
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_some_values_of_the_flags_of_a_script_are_taken_or_named(script, inputs, tmp_path, capsys):
+    fuzz_script(script, inputs, tmp_path, capsys, every=11 * EVERY)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('script', ['train', 'validate'])
-def test_every_value_of_every_flag_of_a_script_is_taken_or_named(script, tmp_path, monkeypatch, capsys):
-    fuzz_script(script, tmp_path, monkeypatch, capsys, every=1)
+@pytest.mark.parametrize('part', range(PARTS))
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_value_of_every_flag_of_a_script_is_taken_or_named(script, part, inputs, tmp_path, capsys):
+    fuzz_script(script, inputs, tmp_path, capsys, part=slice(part, None, PARTS))
 
 
-def fuzz_checkpoint(command, inputs, tmp_path, capsys, every):
+#: How a command is given the checkpoint `{checkpoint}`: its module, and its arguments.
+HEAD = '--use-ml-decoder-head 1 --num-of-groups 2 --decoder-embedding 8'
+READERS = {
+    **{name: (f'timm_mldecoder.{name}', BASES[name]) for name in ('predict', 'export', 'app')},
+    'convert': ('timm_mldecoder.convert', 'file={checkpoint} folder=out'),
+    'probe': ('timm_mldecoder.probe', BASES['probe'] + ' --initial-checkpoint={checkpoint}'),
+    'validate.py': ('validate', SCRIPTS['validate']),
+    'train.py --resume': ('train', f'{SCRIPTS["train"]} {HEAD} --resume={{checkpoint}}'),
+    'train.py --initial-checkpoint': ('train', f'{SCRIPTS["train"]} {HEAD} --initial-checkpoint={{checkpoint}}'),
+    'train.py --pretrained-path': ('train', f'{SCRIPTS["train"]} {HEAD} --pretrained --pretrained-path={{checkpoint}}'),
+}
+
+
+def fuzz_checkpoint(reader, inputs, tmp_path, capsys, every):
     """Read a checkpoint with a wrong value in each entry of the schema; some values are valid for some entries."""
     place = Place(tmp_path / 'place')
     path, content = place.root / 'wrong.pth.tar', last(inputs['run'])
-    main = importlib.import_module(f'timm_mldecoder.{command}').main
-    bases = {name: text.format(**{**inputs, 'checkpoint': path}) for name, text in BASES.items()}
-    arguments = bases[command]
-    if command == 'convert':
-        arguments = f'file={path} folder=out'
-    if command == 'probe':
-        arguments += f' --initial-checkpoint={path}'
-    argv = [text if text[:2] == '--' else text.partition('=')[2] for text in arguments.split()]
-    problems, count = [], 0
-    for number, (name, value) in enumerate((name, value) for name in (*ENTRIES, *RUN_ENTRIES) for value in WRONG):
-        if number % every:
-            continue
-        count += 1
-        wrong = {**content, RUN: {**content[RUN], name: value}} if name in RUN_ENTRIES else {**content, name: value}
-        torch.save(wrong, path)
+    module, arguments = READERS[reader]
+    main = importlib.import_module(module).main
+    named = [text if text[:1] == '-' else text.partition('=')[2] or text for text in arguments.split()]
+    argv = [text.format(**{**inputs, 'checkpoint': path}) for text in named]
+    wrong = [(name, value) for name in (*ENTRIES, *RUN_ENTRIES) for value in WRONG][::every]
+    problems = []
+    for name, value in wrong:
+        changed = {RUN: {**content[RUN], name: value}} if name in RUN_ENTRIES else {name: value}
+        torch.save({**content, **changed}, path)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place.work)
             problem = assert_survives(main, argv, [str(path)], place, capsys)
         problems += [f'{name}={value!r:.60}: {problem}'] if problem else []
     with capsys.disabled():
-        print(f' {command}: {count} cases', end='')
-    assert not problems, report(problems, count)
+        print(f' {reader}: {len(wrong)} cases', end='')
+    assert not problems, report(problems, len(wrong))
 
 
-READERS = ('predict', 'convert', 'export', 'probe', 'app')  # validate.py and --resume: test_reliability_checkpoints
-
-
-@pytest.mark.parametrize('command', READERS)
-def test_some_wrong_entries_of_a_checkpoint_end_in_one_line(command, inputs, short, tmp_path, capsys):
-    fuzz_checkpoint(command, inputs, tmp_path, capsys, every=EVERY)
+@pytest.mark.parametrize('reader', [reader for reader in READERS if '.py' not in reader])
+def test_some_wrong_entries_of_a_checkpoint_end_in_one_line(reader, inputs, short, tmp_path, capsys):
+    fuzz_checkpoint(reader, inputs, tmp_path, capsys, every=EVERY)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command', READERS)
-def test_every_wrong_entry_of_a_checkpoint_ends_in_one_line(command, inputs, short, tmp_path, capsys):
-    fuzz_checkpoint(command, inputs, tmp_path, capsys, every=1)
+@pytest.mark.parametrize('reader', READERS)
+def test_every_wrong_entry_of_a_checkpoint_ends_in_one_line(reader, inputs, short, tmp_path, capsys):
+    fuzz_checkpoint(reader, inputs, tmp_path, capsys, every=1)

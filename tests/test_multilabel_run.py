@@ -28,10 +28,10 @@ from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.runtime.distributed import World, join_world
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.loss import create_train_loss
+from timm_mldecoder.engine.train.loss import create_task, create_train_loss
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, ClassAwareSelectiveLoss
 from train import main as train
 from validate import main as validate
@@ -155,7 +155,7 @@ def test_the_better_of_raw_and_ema_weights_ranks_an_epoch_and_is_what_validate_s
     assert scores[''] == scores['--use-ema' if row['eval_ema'] == '1' else '--no-use-ema']
 
 
-def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(scenes, capsys):
+def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(scenes, capsys, caplog):
     train_scenes(scenes)
     capsys.readouterr()
     base = [scenes, *SCORE, '--checkpoint', CHECKPOINT]
@@ -181,6 +181,22 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
         scenes,
         *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another'),
     )
+    assert '--loss csl selects among labels to ignore' in caplog.text
+
+
+def test_the_loss_for_cosines_warns_about_other_logits(scenes, caplog):
+    options = parse_train([scenes, '--dataset', 'csv', *SMALL, '--num-classes', '10', '--loss', 'aam'])
+    dataset = create_dataset('csv', scenes, 'train')
+    cosine = dict(classifier='cosine', decoder_embedding=32)
+    for head, warned in (
+        ({}, True),
+        ({'cosine_classifier': 1.0}, False),
+        ({'ml_decoder': True}, True),
+        ({'ml_decoder': cosine}, False),
+    ):
+        caplog.clear()
+        create_task(options, timm.create_model('test_resnet', num_classes=10, **head), dataset, {}, World('cpu'))
+        assert ('--loss aam' in caplog.text) == warned, head
 
 
 def test_the_class_report_has_the_scores_of_each_class_over_its_annotated_images(scenes):

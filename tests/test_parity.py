@@ -210,7 +210,7 @@ def test_the_first_order_of_one_rank_is_that_of_torchs_loader(samples):
 
 @pytest.mark.parametrize('samples', [2, 7, 24, 255, 256, 300, 1000])
 @pytest.mark.parametrize('repeats', [0, 1, 1.5, 2, 3, 4])
-def test_orders_of_several_ranks_are_those_of_timms_samplers(samples, repeats):
+def test_orders_of_several_ranks_are_those_of_timms_samplers_with_the_seed_of_the_run(samples, repeats):
     for ranks in (2, 3):
         order = Order(samples, 42, torch.get_rng_state(), repeats=repeats)
         for epoch in (0, 1, 5):
@@ -219,9 +219,10 @@ def test_orders_of_several_ranks_are_those_of_timms_samplers(samples, repeats):
                 settings = dict(num_replicas=ranks, rank=rank)
                 if repeats:
                     sampler = RepeatAugSampler(range(samples), num_repeats=repeats, **settings)
+                    sampler.set_epoch(42 + epoch)  # it has no seed of its own
                 else:
-                    sampler = DistributedSampler(range(samples), **settings)
-                sampler.set_epoch(epoch)
+                    sampler = DistributedSampler(range(samples), seed=42, **settings)
+                    sampler.set_epoch(epoch)
                 expected = list(map(int, sampler))
                 assert list(indices[rank::ranks]) == expected
                 assert order.length(ranks) == len(sampler)

@@ -78,6 +78,22 @@ def test_nonfinite_abort_ends_the_run_at_once(data, tmp_path):
     assert batch['loss'] == 'nan' and len(batch['indices']) == len(batch['files']) == 4
 
 
+def test_the_images_of_a_batch_are_those_that_were_read(data, tmp_path):
+    damaged = shutil.copytree(data, tmp_path / 'damaged')
+    (damaged / 'train' / 'class_1' / '003.png').write_bytes(b'')
+    counts = []
+    for more in ([], ['--no-prefetcher']):  # timm's prefetcher loads the next batch before it yields one
+        loader = build(damaged, tmp_path, '--epochs', '1', *more).train_loader
+        counts.append([len(loader.bad_images) for _ in loader.epoch(0)])
+    assert counts[0] == counts[1] and counts[0][-1] == 1
+
+    run = build(damaged, tmp_path, '--epochs', '1', '--train-img-sizes', '24', '32')
+    read = []
+    for number, _ in enumerate(run.train_loader.epoch(0)):
+        read += run.train_loader.image_indices(number)
+    assert sorted(read) == [*range(11), 12, *range(12, 24)], 'image 11 is replaced by the next'
+
+
 def test_a_skipped_step_changes_neither_ema_weights_nor_mean_loss(data, tmp_path):
     run = build(data, tmp_path, '--epochs', '1', '--model-ema', '--lr', '1e-9', '--grad-accum-steps', '2')
     losses = make_nonfinite(run, {3})

@@ -263,6 +263,9 @@ def test_another_batch_size_warns_and_resumes_within_an_epoch_too(data, tmp_path
     fit(resumed)
     assert images == [4, 4, 4], 'twelve of 24 images are left'
     assert resumed.state.loss.samples == 0 and [row['epoch'] for row in summary(folder)] == ['0', '1', '2']
+    assert 'epochs was' not in caplog.text
+    build(data, tmp_path, *MOVING, '--resume', 'auto', '--epochs', '4')
+    assert 'epochs was 3 and is 4' in caplog.text
 
 
 @pytest.mark.parametrize('flags', [('--train-img-sizes', '24', '32')])
@@ -401,6 +404,8 @@ def test_names_in_a_ranking_that_are_not_those_of_checkpoints_are_ignored(tmp_pa
     names = ['../outside.pth.tar', 'mine.pth.tar', str(tmp_path / 'outside.pth.tar')]
     checkpoints.load_state_dict(dict(checkpoint_files=[(name, 0.0) for name in names]), folder)
     assert checkpoints.ranked == []
+    checkpoints.load_state_dict(dict(pending=(3, None)), folder)  # timm's, of an epoch that was not scored
+    assert checkpoints.best_metric is None
     for epoch in range(3):
         save(checkpoints, epoch, float(epoch))
     assert (tmp_path / 'outside.pth.tar').exists() and (folder / 'mine.pth.tar').exists()

@@ -1,5 +1,6 @@
-"""A small run killed over and over, at random moments, comes to the same as one that was left alone."""
+"""Runs killed over and over, at random moments, come to the same as those that were left alone."""
 
+import json
 import os
 import random
 import shlex
@@ -7,7 +8,8 @@ import signal
 import time
 
 import pytest
-from runs import MODEL, MOVING, assert_same_run, last, start, train, write_data
+from runs import MODEL, MOVING, assert_same_run, call, last, start, train, write_data
+from soak_runs import GROUPS
 
 from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
 from timm_mldecoder.engine.checkpoint.resume import newest
@@ -73,3 +75,17 @@ def test_fifty_kills(tmp_path):
         f'final weights equal to the undisturbed run: {"yes" if equal else "no"}'
     )
     assert (lost, failed, equal) == (0, 0, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('group', GROUPS)
+def test_killed_runs_of_every_kind_end_like_undisturbed_ones(group, tmp_path):
+    """Prints the rows of the table of docs/reliability.md."""
+    process = call('tests/programs/soak.py', tmp_path, group, 0, timeout=1200)
+    rows = [json.loads(line) for line in process.stdout.splitlines() if line[:1] == '{']
+    for row in rows:
+        print(f'| {group} | `{row["name"]}` | {row["kills"]} | {row["resumed"]} | {"yes" if row["equal"] else "no"} |')
+    assert [row['name'] for row in rows] == list(GROUPS[group]), process.stderr[-3000:]
+    wrong = [row for row in rows if not row['equal'] or row['lost'] or row['unreadable'] or row['left']]
+    assert not wrong, json.dumps(wrong, indent=1)
+    assert all(row['kills'] for row in rows), 'a run that is not killed shows nothing'

@@ -5,6 +5,7 @@ import shlex
 import sqlite3
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 from runs import call, summary, write_data
@@ -73,4 +74,14 @@ def test_a_missing_tracker_is_named_with_the_remedy(tmp_path, monkeypatch, packa
     options = parse_train(['data', f'--log-{package}'])
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf'--log-{package}.*timm-mldecoder\[trackers\]'):
+        create_trackers(options, tmp_path)
+
+
+def test_a_tracker_that_does_not_start_is_named(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError('no key')
+
+    options = parse_train(['data', '--log-wandb'])
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match='--log-wandb: .*no key'):
         create_trackers(options, tmp_path)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import shutil
 
@@ -11,12 +12,14 @@ import timm
 import torch
 import yaml
 from image_folders import write_images
+from PIL import Image
 from runs import build, fit, summary
 
 import train
 import validate
 from timm_mldecoder.checkpoints.schema import read_checkpoint
 from timm_mldecoder.engine.eval import validate as sweep
+from timm_mldecoder.engine.eval.evaluate import test_time_views as views_of
 from timm_mldecoder.engine.eval.score import score_model
 from timm_mldecoder.engine.input import loaders
 from timm_mldecoder.engine.runtime.errors import RunFailed
@@ -188,6 +191,30 @@ def test_valid_labels_select_outputs(finished, images, tmp_path, capsys):
     assert plain == same > other
 
 
+def test_views_at_test_time_are_flips_and_crops(finished, images, tmp_path, capsys, caplog):
+    batch = torch.randn(2, 3, 8, 8)
+    assert torch.equal(views_of(2, (8, 8))(batch)[1], batch.flip(-1))
+    corners, whole = views_of(5, (6, 6))(batch), views_of(10, (6, 6))(batch)
+    assert torch.equal(corners[3], batch[..., 2:, 2:]) and torch.equal(whole[8], batch.flip(-1)[..., 2:, 2:])
+
+    mirrored = shutil.copytree(images, tmp_path / 'mirrored')
+    for path in mirrored.glob('validation/*/*.png'):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    caplog.set_level('INFO')
+    lines = []
+    whole = ['--crop-pct', '1']  # a crop may be a pixel off the centre, and is then another one when mirrored
+    for folder, views, flags in (
+        (images, '2', whole),
+        (mirrored, '2', whole),
+        (images, '0', whole),
+        (images, '10', []),
+    ):
+        caplog.clear()
+        validate.main([str(folder), '--checkpoint', str(finished / 'last.pth.tar'), '-j', '0', '--tta', views, *flags])
+        lines.append(float(re.search(r'\* Loss ([\d.]+)', caplog.text)[1]))
+    assert lines[0] == pytest.approx(lines[1], abs=1e-3) and len(set(lines)) >= 3
+
+
 def test_pooling_at_test_time_sees_whole_images(images, tmp_path, capsys, monkeypatch):
     weights, seen = tmp_path / 'weights.pth', []
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
@@ -309,6 +336,12 @@ def test_the_curves_of_runs_are_drawn(finished, tmp_path, monkeypatch):
     for column in ('train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'):
         values = [float(row[column]) for row in rows]
         assert sum(curve == pytest.approx(values) for curve in drawn) >= 2, f'{column} of both runs'
+
+    lone = tmp_path / 'lone.csv'
+    lone.write_text('epoch,' + ','.join(f'eval_metric_{number}' for number in range(18)) + '\n0' + ',1' * 18 + '\n')
+    plot.main([str(lone)])
+    assert max(figures[1].get_size_inches()) < 20, 'a page of panels, not a row'
+    assert all(line.get_marker() == 'o' for axes in figures[1].axes for line in axes.get_lines())
     (tmp_path / 'nothing').mkdir()
     with pytest.raises(ValueError, match='nothing/summary.csv'):
         plot.main([str(tmp_path / 'nothing')])

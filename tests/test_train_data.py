@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ import torch
 from image_folders import write_images
 from PIL import Image
 from runs import build, fit, last, summary
+from torch.utils.data import default_collate
 
 import train
 import validate
+from timm_mldecoder.engine.input.images import Placement, TrainLoader
+from timm_mldecoder.engine.input.randomness import EpochStart
+from timm_mldecoder.engine.train.run import Run
 
 SMALL = shlex.split("""
     --num-classes 3 --device cpu --model test_resnet --img-size 32 -b 6 -j 0 --epochs 2 --warmup-epochs 0 --opt adamw
@@ -54,10 +59,11 @@ def write_shards(folder, labels):
     return folder
 
 
-def test_webdataset_shards_train_resume_and_score(tmp_path, capsys):
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_webdataset_shards_train_resume_and_score(workers, tmp_path, capsys):
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda index: {'cls': str(index % 3).encode()})
-    run = [str(shards), '--dataset', 'wds/small', *SMALL, '-j', '1', '--output', str(tmp_path)]
+    run = [str(shards), '--dataset', 'wds/small', *SMALL, '-j', workers, '--output', str(tmp_path)]
     train.main([*run, '--experiment', 'whole'])
     train.main([*run, '--experiment', 'parts', '--stop-epoch', '1'])
     train.main([*run, '--experiment', 'parts', '--resume', 'auto'])
@@ -68,6 +74,35 @@ def test_webdataset_shards_train_resume_and_score(tmp_path, capsys):
     )
     scored = json.loads(capsys.readouterr().out.split('--result\n')[1])
     assert scored['top1'] == float(summary(tmp_path / 'whole')[-1]['eval_top1'])
+
+
+@pytest.mark.parametrize('reported', [3, 4, 5, 6, 7])
+def test_every_batch_of_a_stream_counts_whatever_length_it_reports(reported):
+    """Five batches in optimizer steps of two: the last one is a step too, and no step divides by zero."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 2 * reported
+
+        def __iter__(self):
+            return iter([(torch.zeros(3, 4, 4), 0)] * 10)
+
+    options = dict(stream=dict(batch_size=2, drop_last=True), num_workers=0)
+    loader = TrainLoader(Stream(), None, default_collate, Placement(torch.device('cpu')), **options)
+    run = SimpleNamespace(
+        options=SimpleNamespace(grad_accum_steps=2), state=SimpleNamespace(start=EpochStart()), train_loader=loader
+    )
+    steps, weight = [], 0.0
+    for batch, _ in enumerate(loader.epoch(0)):
+        accumulated, completes = Run.accumulation(run, batch)
+        weight += 1 / accumulated
+        if completes:
+            steps.append((batch, weight))
+            weight = 0.0
+    assert len(loader) == reported and weight == 0 and steps[-1][0] == 4
+    assert all(0.5 <= weight <= 1 for _, weight in steps)
+    if reported == 5:
+        assert steps == [(1, 1), (3, 1), (4, 1)]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import re
 import shlex
 import shutil
 import socket
+import warnings
 
 import pytest
 import torch
 from runs import MODEL, ROOT, build, call, train, write_data
 
-from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.flags import parse_train, parse_validate
 from timm_mldecoder.engine.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
@@ -60,6 +61,18 @@ def test_data_that_is_not_there(data, tmp_path, line_of):
     assert "has no folder 'testing'" in line_of(train_main, data, *MODEL, '--val-split', 'testing')
     (tmp_path / 'empty').mkdir()
     assert 'empty' in line_of(train_main, tmp_path / 'empty', *MODEL)
+
+
+def test_images_without_class_folders_get_the_flag_of_the_annotations(data, tmp_path, line_of, checkpoint):
+    flat = tmp_path / 'flat'
+    for split in ('train', 'validation'):
+        shutil.copytree(data / split / 'class_0', flat / split)
+    line = line_of(train_main, flat, *MODEL)
+    assert '--dataset' in line and '--dataset csv' not in line
+    for split in ('train', 'validation'):
+        (flat / f'{split}.csv').write_text('path,labels\n')
+    assert 'train.csv is there: add --dataset csv' in line_of(train_main, flat, *MODEL)
+    assert 'add --dataset csv' in line_of(validate_main, flat, '--checkpoint', checkpoint, '--device', 'cpu')
 
 
 def test_a_class_without_images(data, tmp_path, line_of):
@@ -171,6 +184,12 @@ def test_an_output_that_cannot_be_written(data, tmp_path, line_of):
 def test_cuda_where_there_is_none(data, line_of):
     line = line_of(train_main, data, *MODEL, '--device', 'cuda')
     assert '--device cuda' in line and '--device cpu' in line
+    assert parse_train([str(data), *MODEL]).device == parse_validate([str(data)]).device == 'cpu'
+
+
+def test_a_warning_is_one_line_without_code(capsys, caplog):
+    run_command(lambda: [warnings.warn('twice', stacklevel=1) for _ in range(2)])
+    assert [record.getMessage().endswith('UserWarning: twice') for record in caplog.records] == [True]
 
 
 def test_a_batch_larger_than_the_data(data, line_of):

@@ -213,7 +213,7 @@ def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Sho
     """
     trained = load_trained(place, device=arguments.device)
     predictor = Predictor(trained, task=arguments.task)
-    path = Path(place)
+    path = Path(place).resolve()
     name = f'{path.parent.name}/{path.name}' if path.is_file() else path.name
     return Shown(name.lstrip('/'), predictor, bool(trained.content.get('thresholds')), more)
 

@@ -173,7 +173,11 @@ def _check(arguments: argparse.Namespace) -> None:
     ):
         raise ValueError(f'--device {arguments.device} is not available: pass cpu')
     if not arguments.out.parent.is_dir():
-        raise ValueError(f'{arguments.out.parent}: no such folder')
+        raise ValueError(f'{arguments.out}: no such folder {arguments.out.parent}')
+    try:
+        str(arguments.out).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'{arguments.out}: the name is not valid UTF-8') from error
     _check_absent(arguments.out)
 
 

@@ -16,6 +16,8 @@ from statistics import mean, stdev
 from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.engine.runtime.summary import Metrics, read_summary
 
+COLUMNS = 4  # of panels; more rows for further metrics
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs that the command line names.
@@ -72,21 +74,21 @@ def draw(runs: dict[Path, list[Metrics]], output: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('drawing needs matplotlib: pip install matplotlib') from error
-    columns = [
-        name
-        for name in dict.fromkeys(name for rows in runs.values() for row in rows for name in row)
-        if name != 'epoch'
-    ]
-    panels = list(dict.fromkeys(name.removeprefix('train_').removeprefix('eval_') for name in columns))
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout='constrained')
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for index, (path, rows) in enumerate(runs.items()):
+    names = dict.fromkeys(name for epochs in runs.values() for row in epochs for name in row if name != 'epoch')
+    panels = list(dict.fromkeys(name.removeprefix('train_').removeprefix('eval_') for name in names))
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout='constrained')
+    for number, panel in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, number)
+        for index, (path, epochs) in enumerate(runs.items()):
             name = _name(path)
             for column, style in ((f'train_{panel}', '--'), (f'eval_{panel}', '-'), (panel, '-')):
-                points = [(row['epoch'], row[column]) for row in rows if column in row]
+                points = [(row['epoch'], row[column]) for row in epochs if column in row]
                 if points:
                     kind = ' (training)' if style == '--' else ''
-                    axis.plot(*zip(*points, strict=True), style, color=f'C{index}', label=f'{name}{kind}')
+                    marker = 'o' if len(points) == 1 else ''  # a line of one point shows nothing
+                    axis.plot(*zip(*points, strict=True), marker + style, color=f'C{index}', label=f'{name}{kind}')
         axis.set(title=panel, xlabel='epoch')
         axis.grid(alpha=0.3)
         axis.legend(fontsize='small')

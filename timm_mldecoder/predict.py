@@ -7,8 +7,8 @@
 
 IMAGES is an image, a folder, a tar file or a folder of them (WebDataset shards), or a CSV or Parquet list with a column
 `path`. The output is written in finished parts: the same command continues after a kill. Images that cannot be read are
-listed in OUT.errors.csv. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a
-folder for `local-dir:` with `python -m timm_mldecoder.convert`.
+listed in OUT.errors.csv. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a folder for
+`local-dir:` with `python -m timm_mldecoder.convert`.
 """
 
 import argparse
@@ -74,6 +74,11 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     )
     arrays = {name: path for name in ('scores', 'features') if (path := getattr(arguments, name))}
     parts = Parts(arguments.out, len(dataset), arguments.part_size, setup, arrays)
+    if arguments.pictures:
+        try:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
     autocast = autocast_context(world.device, amp_dtype)
     predict(
         predictor,
@@ -92,7 +97,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         world.barrier()
     if world.primary:
         errors = parts.finish()
-        found = f'{len(dataset) - errors} images in {arguments.out}'
+        found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
 
 
@@ -106,13 +111,8 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
     trained = load_trained(source, device=str(device), use_ema=arguments.use_ema)
     model, names = trained.model, None
     head = model.get_classifier()
-    if arguments.pictures:
-        if not isinstance(head, MLDecoder):
-            raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
-        try:
-            arguments.pictures.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
+    if arguments.pictures and not isinstance(head, MLDecoder):
+        raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
     if arguments.classes or arguments.word_embeddings:
         if not isinstance(head, MLDecoder) or head.vocabulary is None:
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')

@@ -14,8 +14,7 @@ class JoinedBatches(EpochBatches):
         ranks = [EpochBatches(self.order, self.batch_size // 2, rank, 2) for rank in range(2)]
         for rank in ranks:
             rank.begin(self.epoch)
-        for number, (first, second) in enumerate(zip(*ranks, strict=True)):
-            self.drawn[number] = [draw.index for draw in (*first, *second)]
+        for first, second in zip(*ranks, strict=True):
             yield [*first, *second]
 
 

@@ -70,13 +70,23 @@ def folder_settings(model: str) -> dict[str, Any]:
     Args:
         model: Name as `timm.create_model` takes it; `local-dir:` and `hf-hub:` names may have settings.
     """
+    return _folder_config(model).get(SETTINGS, {})
+
+
+def folder_channels(model: str) -> int | None:
+    """Return the number of image channels of the folder that a model name stands for, None if it is not one."""
+    size = _folder_config(model).get('pretrained_cfg', {}).get('input_size')
+    return size[0] if size else None
+
+
+def _folder_config(model: str) -> dict[str, Any]:
     scheme, _, place = model.partition(':')
     if scheme == 'local-dir' and (Path(place) / 'config.json').is_file():
-        return load_cfg_from_json(Path(place) / 'config.json').get(SETTINGS, {})
+        return load_cfg_from_json(Path(place) / 'config.json')
     if scheme in ('hf-hub', 'hf_hub'):
         from timm.models._hub import download_from_hf
 
-        return load_cfg_from_json(download_from_hf(place, 'config.json')).get(SETTINGS, {})
+        return load_cfg_from_json(download_from_hf(place, 'config.json'))
     return {}
 
 
@@ -88,10 +98,9 @@ def model_card(
     head = 'ml_decoder' in config.get('model_args', {})
     size = ' x '.join(map(str, config['pretrained_cfg'].get('input_size', ())))
     tags = ['image-classification', 'timm', 'transformers', *(['ml-decoder'] if head else [])]
-    shown = [
-        escape(' '.join(str(name).split())) for name in (class_names or [])[:20]
-    ]  # text, whatever a class is called
-    names = ', '.join(shown) + (', ...' if len(class_names or []) > 20 else '')
+    class_names = class_names or []
+    names = ', '.join(escape(' '.join(str(name).split())) for name in class_names[:20])  # text, whatever they are
+    names += ', ...' if len(class_names) > 20 else ''
     lines = [
         '---',
         'tags:',

@@ -10,7 +10,6 @@ Nothing is downloaded, and the arguments determine every pixel. Training, valida
 
 import argparse
 import csv
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,15 +232,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--scenes', action='store_true', help='multi-label scenes instead of single digits')
     parser.add_argument('--seed', type=int, default=0, help='determines the scenes (default: 0)')
-    fields = {field.name: field for field in dataclasses.fields(SceneOptions)}
-    for name, field in fields.items():
-        parser.add_argument(
-            f'--{name.replace("_", "-")}',
-            type=field.type if field.type in (int, str) else int,
-            nargs=2 if name == 'sides' else None,
-            choices=tuple(KINDS) if name == 'kind' else None,
-            help=f'see SceneOptions (default: {field.default})',
-        )
+    add = parser.add_argument_group('scenes').add_argument
+    add('--kind', choices=tuple(KINDS), help='classes: digits, or pairs of successive digits (default: digits)')
+    add('--size', type=int, help='side of a scene in pixels (default: 64)')
+    add('--sides', type=int, nargs=2, help='smallest and largest side of a digit in pixels (default: 10 28)')
+    add('--min-digits', type=int, help='least digits to place (default: 1)')
+    add('--max-digits', type=int, help='most digits to place (default: 6)')
+    add('--max-classes', type=int, help='most distinct digits in a scene (default: 10)')
+    add('--clutter', type=int, help='scrambled digits to place (default: 0)')
     given = vars(parser.parse_args(arguments))
     folder, seed, is_scenes = (given.pop(name) for name in ('folder', 'seed', 'scenes'))
     options = {name: tuple(value) if name == 'sides' else value for name, value in given.items() if value is not None}

@@ -50,6 +50,7 @@ TEXTURES = {
 }
 ATTRIBUTES = (tuple(TEXTURES), tuple(COLOURS), tuple(SHAPES))
 CLASSES = [' '.join(combination) for combination in itertools.product(*ATTRIBUTES)]
+LARGEST = 100_000  # number of scenes of a split
 UNSEEN_EVERY = 5
 
 
@@ -118,9 +119,9 @@ def draw_scenes(
 
 def write_shapes(root: str | Path, num_train: int = 4000, num_validation: int = 1000, *, seed: int = 0) -> Path:
     """Write the dataset, its class split and its label embeddings, and return `root`."""
+    seen, unseen = split_classes(seed)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    seen, unseen = split_classes(seed)
     (root / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
     (root / 'split.json').write_text(json.dumps({'seen': seen, 'unseen': unseen}, indent=1) + '\n', encoding='utf-8')
     write_word_embeddings(
@@ -149,7 +150,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--num-validation', type=int, default=1000, help='validation scenes (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='determines every pixel (default: %(default)s)')
     options = parser.parse_args(arguments)
-    write_shapes(options.folder, options.num_train, options.num_validation, seed=options.seed)
+    for name, least, most in (('num_train', 1, LARGEST), ('num_validation', 1, LARGEST), ('seed', 0, 2**31 - 1)):
+        value = getattr(options, name)
+        if not least <= value <= most:
+            parser.error(f'--{name.replace("_", "-")} {value}: must be in [{least}, {most}]')
+    try:
+        write_shapes(options.folder, options.num_train, options.num_validation, seed=options.seed)
+    except (ValueError, OSError) as error:
+        parser.error(' '.join(str(error).split()))
     print(f'wrote {options.num_train} + {options.num_validation} scenes of {len(CLASSES)} classes to {options.folder}')
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.jit.frontend import FrontendError
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoints.folders import folder_settings
+from timm_mldecoder.checkpoints.folders import folder_channels, folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
 from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.data.label_graph import read_label_graph
@@ -230,6 +230,8 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         if 'task' in settings and 'task' not in options.given:
             options = options.replace(task=settings['task'])
             check_task(options)
+        if options.in_chans is None and options.input_size is None:
+            options = options.replace(in_chans=folder_channels(options.model))
         return Trained(create_model(options, pretrained=True), options, {}, settings)
     content = read_checkpoint(options.checkpoint) if content is None else content
     config: dict[str, Any] = {}

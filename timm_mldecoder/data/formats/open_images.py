@@ -142,7 +142,7 @@ def _read_with_pyarrow(
             # the rows of an image follow each other, so that few names are left to compare
             runs = compute.run_end_encode(block['ImageID'])
             names.append(runs.values)
-            repeats.append(np.diff(runs.run_ends.to_numpy(), prepend=0))
+            repeats.append(np.diff(np.from_dlpack(runs.run_ends), prepend=np.int32(0)))
             labels.append(_translate(block['LabelName'], class_index))
             values.append(_translate(block['Confidence'], MEANINGS))
     except pyarrow.ArrowException:
@@ -151,7 +151,7 @@ def _read_with_pyarrow(
         return None
     # values in the order of their first occurrence, as in `_read_with_csv`
     images = pyarrow.concat_arrays(names).dictionary_encode()
-    image, images = np.repeat(images.indices.to_numpy(), np.concatenate(repeats)), images.dictionary
+    image, images = np.repeat(np.from_dlpack(images.indices), np.concatenate(repeats)), images.dictionary
     label, value = np.concatenate(labels), np.concatenate(values).astype(np.int8)
     kept = label != SKIPPED
     if not kept.all():
@@ -172,7 +172,8 @@ def _read_with_pyarrow(
 def _translate(column: Any, meanings: dict[str, int]) -> np.ndarray:
     """Meaning of each row of a dictionary-encoded Arrow array, UNKNOWN if it has none."""
     found = [meanings.get(name, UNKNOWN) for name in column.dictionary.to_pylist()]
-    return np.array(found, dtype=np.int32)[column.indices.to_numpy()]
+    # to_numpy would import pandas where that is installed
+    return np.array(found, dtype=np.int32)[np.from_dlpack(column.indices)]
 
 
 def _fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:

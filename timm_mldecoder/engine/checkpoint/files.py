@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 SUFFIX = '.pth.tar'
 LAST, BEST = 'last' + SUFFIX, 'model_best' + SUFFIX
 PENDING = 'pending' + SUFFIX
+LOCK = '.lock'
 Progress = tuple[int, int]  # epochs done, and batches of the next
 _NUMBERS = {'checkpoint': 1, 'milestone': 1, 'recovery': 2}  # numbers in the names of each kind
 
@@ -54,7 +55,7 @@ def lock(folder: Path) -> IO:
     Raises:
         ValueError: If another run holds the lock.
     """
-    file = open(folder / '.lock', 'w')  # noqa: SIM115 - open for as long as the run
+    file = open(folder / LOCK, 'w')  # noqa: SIM115 - open for as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -209,14 +210,15 @@ class CheckpointFolder:
             return
         entries = list(state.get('checkpoint_files', []))
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks
-        if epoch is not None and metric is not None:
+        pending = epoch is not None and metric is not None
+        if pending:
             entries.append((f'checkpoint-{epoch}{SUFFIX}', metric))
         # names alone: what drops out of the ranking is deleted
         own = {path.name for path in numbered(self.folder)}
         entries = {name: value for name, value in entries if name in own and value is not None}
         self.ranked = sorted(entries.items(), key=lambda entry: self.sort_key(entry[1]))
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
-        if epoch is not None and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
+        if pending and (self.best_metric is None or self.sort_key(metric) < self.sort_key(self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
         for best in (folder / f'checkpoint-{self.best_epoch}{SUFFIX}', folder / BEST):
             if best.exists() and not (self.folder / BEST).exists():

@@ -24,6 +24,8 @@ from timm_mldecoder.engine.runtime.errors import one_line
 _logger = logging.getLogger(__name__)
 
 SCALER = 'amp_scaler'  # timm's key
+#: Options of the schedule, which a resumed run follows from its beginning to the present epoch.
+SCHEDULE = ('epochs', 'sched', 'lr', 'min_lr', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'decay_epochs')
 
 
 @dataclass
@@ -172,9 +174,13 @@ class TrainingState:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):
             self._restore_position(run, world, loader, changed)
+        if changed and self.batch:
+            changed.append('the rest of the epoch is divided into other batches')
+        before = vars(content['args']) if run else {}
+        changed += [f'{name} was {before[name]} and is {options[name]}' for name in SCHEDULE
+                    if name in before and before[name] != options[name]]  # fmt: skip
         if changed and world.primary:
-            within = '; the rest of the epoch is divided into other batches' if self.batch else ''
-            _logger.warning(f'resumed with a change: {"; ".join(changed)}{within}')
+            _logger.warning(f'resumed with a change: {"; ".join(changed)}')
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
         if self.early_stop and run.get('early_stop'):
             self.early_stop.load_state_dict(run['early_stop'])

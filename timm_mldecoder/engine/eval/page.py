@@ -38,8 +38,8 @@ td.number, th.number { text-align: right; }
 figure { margin: 0; } figcaption { font-size: 13px; overflow-wrap: anywhere; } figcaption small { color: #5b6472; }
 .curves figure { width: 172px; } .curves svg { width: 170px; height: 170px; background: #fafbfc; overflow: visible; }
 .errors > figure { border: 1px solid #e1e4ea; border-radius: 6px; padding: 10px; }
-.pictures { display: flex; gap: 8px; margin-top: 6px; } .pictures figure { width: 120px; }
-.pictures img { width: 120px; display: block; border-radius: 3px; }
+.pictures { display: flex; gap: 8px; margin-top: 6px; } .pictures figure { width: 112px; }
+.pictures img { width: 112px; display: block; border-radius: 3px; }
 .missed { color: #9a5b00; } .wrong { color: #b3261e; } .right { color: #2b6b3f; }
 """
 

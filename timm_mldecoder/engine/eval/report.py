@@ -185,7 +185,7 @@ class Report:
             item = worst[place.item()]
             entries = item.entries[:MAPS]
             pixels = denormalise(images[0].float().cpu(), config['mean'], config['std'])
-            captions = [f'{"missed" if e.missed else "wrong"}: {names[e.index]} {e.score:.2f}' for e in entries]
+            captions = [f'{"missed" if e.missed else "wrong"}: {names[e.index]} ({e.score:.2f})' for e in entries]
             kinds = ['missed' if entry.missed else 'wrong' for entry in entries]
             maps: Sequence[Tensor] = []
             if attends:

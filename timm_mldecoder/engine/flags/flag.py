@@ -49,7 +49,7 @@ def number(kind: type, interval: str) -> Callable[[str], Any]:
         except ValueError:
             value = math.nan
         if value not in allowed:
-            raise argparse.ArgumentTypeError(f'{text}: must be {allowed}')
+            raise argparse.ArgumentTypeError(f'{" ".join(text.split())}: must be {allowed}')
         return value
 
     return parse

@@ -76,7 +76,7 @@ HEAD: Group = ('Head', [
 ])
 
 DEVICE: Group = ('Device and precision', [
-    both('--device', str, 'cuda', 'device, such as cuda, cuda:1 or cpu'),
+    both('--device', str, 'cuda', 'device, such as cuda:1 or cpu; if not given, cuda where there is one, else cpu'),
     train('--device-modules', str, None, 'Python modules to import for the device', nargs='+', metavar='MODULE'),
     validate('--num-gpu', int, 1, 'number of GPUs of a single process', range='[1, 1024]'),
     both('--amp', bool, False, 'automatic mixed precision', inherited=True),

@@ -183,9 +183,9 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
 def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
     """The defaults that depend on other options, for the options that are not given."""
     defaults = {}
-    if script == 'validate' and 'device' not in options.given and not torch.cuda.is_available():
+    if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
-        _logger.warning('no CUDA device found: evaluating on the CPU')
+        _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')
     defaults |= _amp_default(options, defaults.get('device', options.device))
     if script == 'train':
         if options.task == 'multilabel':

@@ -107,6 +107,13 @@ def create_split(
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
+    if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
+        found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
+        there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
+        raise ValueError(
+            f'{options.data_dir}: the images of {split!r} are in no class folders; --dataset names the format of other '
+            f'annotations{there}'
+        )
     if isinstance(dataset, MultiLabelDataset):
         if not multilabel:
             raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')

@@ -98,7 +98,8 @@ class SplitDataset(AugMixDataset):
 class KeyedSamples(Dataset):
     """Samples with the draws of their place in the epoch, and the images that could not be read.
 
-    Yields `(draw, sample, bad)`; the sample is None if neither the image nor one of its replacements can be read.
+    Yields `(draw, sample, bad)`, with the index of the image that was read; the sample is None if neither the image nor
+    one of its replacements can be read.
 
     Args:
         dataset: Map-style dataset that raises OSError for unreadable images.
@@ -121,18 +122,20 @@ class KeyedSamples(Dataset):
         first, *size = index if isinstance(index, tuple) else (index,)
         for number in range(first, first + self._replacements + 1):
             number %= len(self)
+            index = (number, *size) if size else number
             try:
-                return draw, self.dataset[(number, *size) if size else number], bad
+                sample = self.dataset[index]
+                return draw._replace(index=index) if isinstance(draw, Draw) else draw, sample, bad
             except OSError as error:
                 bad.append(BadImage(image_path(self.dataset, number), str(error)))
         return draw, None, bad
 
 
 class KeyedCollate:
-    """Collate the readable samples of a batch into `(batch, positions, bad)`, mixed with the draws of that batch.
+    """Collate the readable samples of a batch into `(batch, numbers, bad)`, mixed with the draws of that batch.
 
-    `positions` are those of the samples within the batch. The batch is None if no sample is left, or if one is missing
-    and `partial` is False.
+    `numbers` are the indices of the images in the dataset where they were drawn, else their positions within the batch.
+    The batch is None if no sample is left, or if one is missing and `partial` is False.
 
     Args:
         collate: Collate function; timm's `FastCollateMixup` mixes too.
@@ -155,7 +158,8 @@ class KeyedCollate:
             seed_cpu(key(BATCH, first.seed, first.epoch, first.place))
             if hasattr(self._collate, 'mixup_enabled'):
                 self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
-        return self._collate([samples[position][1] for position in positions]), positions, bad
+        batch = self._collate([samples[position][1] for position in positions])
+        return batch, [samples[n][0].image for n in positions] if isinstance(first, Draw) else positions, bad
 
 
 class Placement(NamedTuple):
@@ -240,6 +244,9 @@ class TrainLoader:
         self._bad_image = bad_image
         self._key = (seed, rank)
         self._position = (0, 0)  # epoch, first batch
+        self._end: int | None = None  # number of batches of the epoch of a stream, once it is known
+        self._drawn: dict[int, list[int]] = {}  # indices of the images of each batch, until they are read
+        self._bad: dict[int, list[BadImage]] = {}  # those of the batches that are loaded and not yet yielded
         self._early: Iterator | None = None
         self._running: Iterator | None = None
         self._generator = torch.Generator()
@@ -266,7 +273,8 @@ class TrainLoader:
         if not batch:  # else those of the batches before are restored from a checkpoint
             self.bad_images = []
         mixing = self._mix is not None and not (self._mixup_off_epoch and epoch >= self._mixup_off_epoch)
-        for images, target in self._wrapped:
+        for number, (images, target) in enumerate(self._wrapped, batch):
+            self.bad_images += self._bad.pop(number, [])
             images, target = self._placement.place(images, target)
             if mixing:
                 images, target = self._mix(images, target)
@@ -279,18 +287,24 @@ class TrainLoader:
 
     def image_indices(self, batch: int) -> list[int]:
         """Return the dataset indices of the images of a batch, once; empty for a stream."""
-        return [] if self.batches is None else self.batches.drawn.pop(batch, [])
+        return self._drawn.pop(batch, [])
+
+    def is_last(self, batch: int) -> bool:
+        """Return whether a batch that has been yielded is the last of the epoch; the length of a stream is a guess."""
+        return batch + 1 == (len(self) if self.batches is not None else self._end)
 
     def close(self) -> None:
         """End the workers."""
         shut_down(self._early, self._running, self._loader._iterator)
 
     def _begin(self, epoch: int, batch: int, start: EpochStart | None) -> None:
-        self._position = (epoch, batch)
+        self._position, self._end = (epoch, batch), None
         if self.batches is None:
             self._generator.manual_seed(key(STREAM, epoch, *self._key) % 2**63)
             if hasattr(self.dataset, 'set_epoch'):
                 self.dataset.set_epoch(epoch)
+            if hasattr(getattr(self.dataset, 'reader', None), 'ds'):
+                self.dataset.reader.ds = None  # timm builds it anew: its generators would go on from the last epoch
         else:
             self.batches.begin(epoch, batch, start)
 
@@ -299,21 +313,27 @@ class TrainLoader:
         epoch, first = self._position
         iterator, self._early = self._early or iter(self._loader), None
         self._running = iterator
-        number = 0 if self.batches is None else first
-        while True:
-            batch_key = key(BATCH, *self._key, epoch, number)
-            seed_cpu(batch_key)
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            if self.batches is not None:
-                batch = self._readable(*batch)
+        stream = self.batches is None
+        number = 0 if stream else first
+        batch = self._load(iterator, number)
+        while batch is not None:
+            ahead = self._load(iterator, number + 1) if stream else None
+            if stream and ahead is None:
+                self._end = number + 1
+            if not stream:
+                batch = self._readable(number, *batch)
             if number >= first:  # a stream is read again up to the position
-                seed_all(batch_key)
+                seed_all(key(BATCH, *self._key, epoch, number))
                 yield batch
             number += 1
+            batch = ahead if stream else self._load(iterator, number)
 
-    def _readable(self, batch: Any, positions: list[int], bad: list[BadImage]) -> Any:
+    def _load(self, iterator: Iterator, number: int) -> Any:
+        """Return the next collated batch, which draws by its number; None at the end."""
+        seed_cpu(key(BATCH, *self._key, self._position[0], number))
+        return next(iterator, None)
+
+    def _readable(self, number: int, batch: Any, indices: list[int], bad: list[BadImage]) -> Any:
         if batch is None:
             path, reason = bad[-1]
             remedy = f'neither can the {REPLACEMENTS} before it'
@@ -321,7 +341,7 @@ class TrainLoader:
                 remedy = '--bad-image skip trains without it'
             raise RunFailed(f'{path} cannot be read ({reason}); {remedy}')
         log_bad_images(bad)
-        self.bad_images += bad
+        self._drawn[number], self._bad[number] = indices, bad
         return batch
 
 

@@ -87,7 +87,6 @@ class NaFlexBatches(Sampler[list[Draw]]):
     def begin(self, epoch: int, batch: int = 0, start: EpochStart | None = None) -> None:
         """Set what the next iteration yields: the batches of an epoch from number `batch` on."""
         self._epoch, self._first = epoch, batch
-        self.drawn: dict[int, list[int]] = {}  # indices of the samples of each batch, until they are read
 
     def restart(self, start: EpochStart, batch: int) -> None:
         """Return None: the sequence lengths fix the division into batches."""
@@ -103,7 +102,6 @@ class NaFlexBatches(Sampler[list[Draw]]):
             visited += len(indices)
             if number < self._first:
                 continue
-            self.drawn[number] = indices
             choice = self._sizes[tuple(size)]
             yield [
                 Draw((index, choice), place, self._epoch, self._seed)

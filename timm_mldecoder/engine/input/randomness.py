@@ -59,13 +59,19 @@ class Draw(NamedTuple):
     epoch: int
     seed: int
 
+    @property
+    def image(self) -> int:
+        """Index of the sample, without the number of a size."""
+        return int(self.index[0] if isinstance(self.index, tuple) else self.index)
+
 
 @dataclass(frozen=True)
 class Order:
     """The order in which the samples of an epoch are visited by all ranks together.
 
     Rank r of R visits the places r, r + R, r + 2R, ... The first epoch of one rank has the order of timm's script for
-    the same seed, and every epoch of several ranks that of the sampler that timm's script uses.
+    the same seed, and every epoch of several ranks that of torch's `DistributedSampler` with this seed. timm's script
+    leaves the seed of that sampler at 0, so that its order on several ranks does not depend on `--seed`.
 
     Args:
         num_samples: Number of samples of the dataset.
@@ -88,7 +94,7 @@ class Order:
             generator.manual_seed(key(ORDER, self.seed, epoch))
             return self._pad(torch.multinomial(self.weights, self.num_samples, True, generator=generator), ranks)
         if ranks > 1:
-            generator.manual_seed(epoch)  # as DistributedSampler and RepeatAugSampler
+            generator.manual_seed(self.seed + epoch)  # as DistributedSampler and RepeatAugSampler
         elif epoch == 0:
             generator.set_state(self.rng_state)
             torch.empty((), dtype=torch.int64).random_(generator=generator)  # DataLoader's seed of its workers
@@ -195,7 +201,6 @@ class EpochBatches(Sampler[list[Draw]]):
         self.start = start or EpochStart()
         self._first = batch
         self._cells = self._divide(self.start)
-        self.drawn: dict[int, list[int]] = {}  # indices of the samples of each batch, until they are read
 
     def __len__(self) -> int:
         """Number of batches of the epoch, those before the start included."""
@@ -246,9 +251,7 @@ class EpochBatches(Sampler[list[Draw]]):
         for number, places in self._places():
             if number < self._first:
                 continue
-            draws = [self._draw(indices, place) for place in places]
-            self.drawn[number] = [int(draw.index[0] if self.scheduled else draw.index) for draw in draws]
-            yield draws
+            yield [self._draw(indices, place) for place in places]
 
     def _places(self) -> Iterator[tuple[int, list[Any]]]:
         """Yield the number of each batch and its places, each with the number of its image size if those change."""

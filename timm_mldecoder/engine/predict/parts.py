@@ -74,6 +74,7 @@ class Parts:
         self.size = size
         self.arrays = arrays
         self.count = -(-number // size)
+        self.labels = 0  # in the output, once it is finished
         setup = {**setup, 'images': number, 'part_size': size, 'arrays': sorted(arrays)}
         self.setup = json.loads(json.dumps(setup))  # as it is read back
         self._outputs = [out, self.errors, *arrays.values()]
@@ -127,7 +128,10 @@ class Parts:
         """Join the parts into the output files, list the errors beside them, and return their number."""
         write = {'.csv': self._write_csv, '.jsonl': self._write_json_lines, '.parquet': self._write_parquet}
         write[self.out.suffix.lower()]()
-        errors = [(image, error) for image, _, error in self._rows() if error]
+        errors = []
+        for image, labels, error in self._rows():
+            self.labels += len(labels)
+            errors += [(image, error)] if error else []
         if errors:
             write_csv(self.errors, [('image', 'reason'), *errors])
         for name, path in self.arrays.items():

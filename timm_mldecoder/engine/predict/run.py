@@ -74,8 +74,10 @@ class Predictor:
         return scores.cpu(), None if features is None else features.float().cpu()
 
     def labels(self, scores: Tensor) -> list[list[Label]]:
-        """Return the labels of each image from its scores, [B, C]: those that reach their threshold, at most `top_k`,
-        the likeliest first."""
+        """Return the labels of each image from its scores [B, C], the likeliest first.
+
+        Those are the labels that reach their threshold, at most `top_k`.
+        """
         if self.thresholds is not None:
             scores = scores.masked_fill(scores < self.thresholds, -1)
         most = int((scores >= 0).sum(dim=1).max())

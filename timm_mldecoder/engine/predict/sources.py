@@ -31,7 +31,7 @@ class Files:
         self.names = np.array([os.fsencode(name) for name in names])
 
     def open(self, index: int) -> BinaryIO:
-        return open(self.root / os.fsdecode(self.names[index]), 'rb')
+        return open(os.path.join(self.root, os.fsdecode(self.names[index])), 'rb')
 
 
 class Shards:

@@ -34,9 +34,9 @@ _logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'
 # Threads that read at the same time: a disk reaches its speed in random order only with several requests under way.
-READERS = 16
+READERS = 8
 READ_BYTES = 2**20  # of a task of a thread, at least one row
-AHEAD_BYTES = 2**26  # features under way beside the batch in use; at least one batch
+AHEAD_BYTES = 2**25  # features under way beside the batch in use; at least one batch
 
 
 class FeatureCache:
@@ -144,24 +144,24 @@ class FeatureCache:
             free: list[np.ndarray] = []  # memory to use again: new pages cost as much as reading into them
             under_way = 0  # bytes
             for group in groups:
-                rows = (
-                    free.pop() if free and len(free[-1]) >= len(group) else np.empty((len(group), *self._shape), '<f2')
-                )
+                used = free.pop() if free else np.empty(0)
+                rows = used if len(used) >= len(group) else np.empty((len(group), *self._shape), dtype=np.float16)
                 coming.append((group, rows, self._begin(group, rows, pool)))
                 under_way += len(group) * self.bytes_per_image
                 while under_way > AHEAD_BYTES and len(coming) > 1:
-                    yield self._finish(*coming[0])
-                    group, rows, _ = coming.popleft()
-                    free.append(rows)
+                    group, rows, tasks = coming.popleft()
+                    batch = self._finish(group, rows, tasks)
                     under_way -= len(group) * self.bytes_per_image
-            for several in coming:
-                yield self._finish(*several)
+                    free.append(rows)
+                    yield batch
+            while coming:
+                yield self._finish(*coming.popleft())
 
     def _begin(self, group: list[Draw], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
         """Let threads read the tokens of a group, each some neighbours on the disk."""
         places = sorted((*self._place(draw), number) for number, draw in enumerate(group))
         step = max(1, READ_BYTES // self.bytes_per_image)
-        return [pool.submit(self._fill, rows, places[i : i + step]) for i in range(0, len(places), step)]
+        return [pool.submit(self._fill, rows, places[first : first + step]) for first in range(0, len(places), step)]
 
     def _fill(self, rows: np.ndarray, places: list[tuple[int, int, int]]) -> None:
         """Read the tokens of images at places (shard, row, number in the batch)."""
@@ -169,6 +169,9 @@ class FeatureCache:
             path = self.folder / self._name(shard, 'tokens')
             start, _ = self._open(shard)
             with open(path, 'rb', buffering=0) as file:  # none stays open: there may be more than a process may open
+                # read ahead of random rows, a cache larger than memory would be read several times
+                if hasattr(os, 'posix_fadvise'):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for _, row, number in several:
                     file.seek(start + row * self.bytes_per_image)
                     if file.readinto(rows[number]) != self.bytes_per_image:
@@ -178,7 +181,7 @@ class FeatureCache:
         for task in tasks:
             task.result()
         tokens = torch.from_numpy(rows[: len(group)])
-        tokens = tokens.to(self._device).float()
+        tokens = _to_float32(tokens) if self._device.type == 'cpu' else tokens.to(self._device).float()
         places = map(self._place, group)
         target = torch.stack([self._open(shard)[1][row] for shard, row in places]).to(self._device)
         first = tokens[:, 0] if self._class_token else None
@@ -262,6 +265,14 @@ def data_digest(dataset: Any) -> str:
         labels = class_indices(dataset)
         digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
+
+
+def _to_float32(tokens: Tensor) -> Tensor:
+    result = torch.empty_like(tokens, dtype=torch.float32)
+    size = 2**15 - 1  # for more values torch would wait for other threads, and the readers have the processors
+    for piece, part in zip(result.view(-1).split(size), tokens.view(-1).split(size), strict=True):
+        piece.copy_(part)
+    return result
 
 
 def _save(array: np.ndarray, file: Any) -> None:

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from timm.utils import setup_default_logging
@@ -28,6 +29,8 @@ def run_command(main: Callable[[], None]) -> int:
     rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '0')
     setup_default_logging(logging.INFO if rank == '0' else logging.WARNING)
     logging.captureWarnings(True)
+    warnings.formatwarning = _format_warning
+    warnings.filterwarnings('once', 'This DataLoader will create')  # from several lines of torch, once per loader
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode
             stream.reconfigure(errors='backslashreplace')
@@ -49,6 +52,11 @@ def _report(error: Exception, code: int, rank: str) -> int:
     where = '' if rank == '0' else f' (rank {rank})'
     print(f'{os.path.basename(sys.argv[0])}: error{where}: {one_line(error)}', file=sys.stderr)
     return code
+
+
+def _format_warning(message: Warning, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Format a warning in one line, without the line of code that it comes from."""
+    return f'{filename}:{lineno}: {category.__name__}: {one_line(message)}'
 
 
 def one_line(error: Exception, limit: int | None = None) -> str:

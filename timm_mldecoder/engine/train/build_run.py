@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import overlap, summarize
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock
+from timm_mldecoder.engine.checkpoint.files import LOCK, CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.engine.checkpoint.resume import resume
 from timm_mldecoder.engine.checkpoint.shards import ShardWriter
 from timm_mldecoder.engine.checkpoint.state import RunningLoss, TrainingState
@@ -114,7 +114,7 @@ def build_run(options: Options, world: World) -> Run:
     schedule, epochs = create_schedule(options, optimizer, steps, decreasing)
 
     # folder, state, resume
-    folder = _create_folder(options, config['input_size'][-1]) if world.primary else None
+    folder, made = _create_folder(options, config['input_size'][-1]) if world.primary else (None, [])
     written = yaml.safe_dump({name: value for name, value in options.to_dict().items() if name != 'config'})
     source = _resume_source(options, world, folder, written)
     state = TrainingState(
@@ -143,21 +143,22 @@ def build_run(options: Options, world: World) -> Run:
         folder=folder,
         data_config=config,
         class_names=class_names_of(train),
-        folder_lock=lock(folder) if folder else None,  # first: a run that is refused must not start a tracker
-        trackers=create_trackers(options, folder) if folder else [],
+        folder_lock=lock(folder) if folder else None,
+        trackers=[],
         shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
         freezer=freezer,
     )
     try:
         _begin(run, source, written)
     except BaseException:
+        _remove(made)
         run.close()
         raise
     return run
 
 
 def _begin(run: Run, source: str, written: str) -> None:
-    """Resume a run from `source`, if there is one, set its learning rate, and write its options into its folder."""
+    """Resume a run from `source`, if there is one, set its learning rate, start trackers, and write its options."""
     state, schedule = run.state, run.state.schedule
     resumed = bool(source) and resume(source, state, run.options, run.world, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
@@ -165,6 +166,7 @@ def _begin(run: Run, source: str, written: str) -> None:
             run.step_schedule(metric=None)
         schedule.step_update(run.steps_done())
     if run.folder:
+        run.trackers += create_trackers(run.options, run.folder)  # last: a run that is refused must not start one
         (run.folder / ARGS).write_text(written)
         if state.rows:
             write_summary(run.folder / SUMMARY, state.rows)
@@ -267,17 +269,29 @@ def _check_metric(name: str, task: TrainingTask) -> str:
     return name
 
 
-def _create_folder(options: Options, image_size: int) -> Path:
+def _create_folder(options: Options, image_size: int) -> tuple[Path, list[Path]]:
+    """Create the folder of the run; return it, and the folders that were made for it, the innermost first."""
     time = datetime.now().strftime('%Y%m%d-%H%M%S')
     name = options.experiment or f'{time}-{safe_model_name(options.model)}-{image_size}'
     folder = Path(options.output or DEFAULT_OUTPUT) / name
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.writable').touch()
         (folder / '.writable').unlink()
     except OSError as error:
         raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-    return folder
+    return folder, made
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove the folders that were made for a run that did not begin."""
+    for folder in folders:
+        (folder / LOCK).unlink(missing_ok=True)
+        try:
+            folder.rmdir()
+        except OSError:  # a tracker has written there
+            return
 
 
 def _resume_source(options: Options, world: World, folder: Path | None, written: str) -> str:

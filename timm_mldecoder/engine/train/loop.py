@@ -119,7 +119,7 @@ def train_epoch(run: Run) -> Metrics:
 
         # log
         step = batch // options.grad_accum_steps
-        if step % options.log_interval == 0 or state.batch == len(loader):
+        if step % options.log_interval == 0 or loader.is_last(batch):
             log_step(run, step, loss, timer, bar)
             if options.save_images and run.folder:
                 save_images(images, run.folder / f'train-batch-{batch}.jpg')

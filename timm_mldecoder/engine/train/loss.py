@@ -19,8 +19,10 @@ from timm_mldecoder.engine.input.datasets import has_ignored
 from timm_mldecoder.engine.input.loaders import DataConfig, mixes, model_dtype
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.train.distill import create_distillation_task
+from timm_mldecoder.head.classifiers import CosineGroupFullyConnected
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.models.cosine import CosineClassifier
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ LOSS_FLAGS = {
 }
 # Options of those losses that only timm's classes have.
 TIMM_ONLY = ('bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'loss_pos_weight', 'loss_class_weight')
+_COSINE = (CosineClassifier, CosineGroupFullyConnected)
 ClassStats = tuple[Tensor, int]  # positives of each class [C], number of samples
 
 
@@ -59,6 +62,13 @@ class MultiLabelTask(MultiLabelClassificationTask):
 def create_task(options: Options, model: nn.Module, dataset: Dataset, images: DataConfig, world: World) -> TrainingTask:
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options, dataset)
+    if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
+        _logger.warning(
+            '--loss aam takes its logits for cosines, which those of this model are not: add --cosine-classifier 1, or '
+            'with --use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine'
+        )
+    if options.loss == 'csl' and not has_ignored(dataset):
+        _logger.warning('--loss csl selects among labels to ignore, of which this dataset has none')
     settings: dict[str, Any] = dict(
         criterion=RandomQueryLoss(loss) if options.random_queries else loss,
         device=world.device,

@@ -91,11 +91,15 @@ class Run:
         return epoch + 1 in (self.options.save_epochs or ())
 
     def accumulation(self, batch: int) -> tuple[int, bool]:
-        """Return how many batches the optimizer step of `batch` consists of, and whether it is the last of them."""
+        """Return how many batches the optimizer step of `batch` consists of, and whether it is the last of them.
+
+        A stream may end before the length that it reports, which makes the last step a smaller one, or after it.
+        """
         steps, first = self.options.grad_accum_steps, self.state.start.batch
         batches, number = len(self.train_loader) - first, batch - first
-        size = min(steps, batches - number // steps * steps)
-        return size, number == batches - 1 or (number + 1) % steps == 0
+        left = batches - number // steps * steps
+        size = min(steps, left) if left > 0 else steps
+        return size, number == batches - 1 or (number + 1) % steps == 0 or self.train_loader.is_last(batch)
 
     def loss_scale(self, images: int) -> float:
         """Return the factor of the loss of a batch where batch sizes change."""

@@ -1,6 +1,6 @@
 """A whole training step of ResNet-50 with very many classes: forward, loss, backward and optimizer; peak memory.
 
-    python -m benchmarks.million [--device cuda]
+    python -m benchmarks.million_classes [--device cuda]
 
 Binary cross-entropy, one process. Memory is all that the process holds: on a CPU its peak resident size, on CUDA the
 peak that torch allocated.
