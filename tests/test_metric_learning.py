@@ -252,5 +252,5 @@ def test_mistakes_are_named(flags, message):
     ],
 )
 def test_a_flag_without_effect_is_warned_about(caplog, flags, message):
-    parse_train(['DIR', *flags.split()])
+    parse_train(['DIR', '--device', 'cpu', *flags.split()])
     assert [bool(re.search(message, record.getMessage())) for record in caplog.records] == [True]

@@ -93,7 +93,7 @@ def fill(content: dict[str, Any], path: Path, empty_like: Callable[[Leaf], Tenso
         causes = getattr(error, 'failures', None)
         cause = next(iter(causes.values()))[0] if causes else error
         raise ValueError(
-            f'{path}: its folder {folder.name} is missing or damaged ({type(cause).__name__}: {cause!s:.100})'
+            f'{path}: shards: the folder {folder.name} is missing or damaged ({type(cause).__name__}: {cause!s:.100})'
         ) from error
 
 
@@ -107,7 +107,7 @@ def check_folder(path: Path, name: str) -> None:
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
         short = [file for file, end in ends.items() if (folder / file).stat().st_size < end]
     except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ValueError(f'{path}: its folder {name} is missing or damaged ({error!s:.100})') from error
+        raise ValueError(f'{path}: shards: the folder {name} is missing or damaged ({error!s:.100})') from error
     if short:
         raise ValueError(f'{path}: {name}/{short[0]} is damaged: it is too short')
 
