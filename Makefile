@@ -12,7 +12,7 @@ demo: .venv/demo  ## compare heads on embedded images, print the tables, write d
 test: .venv/ready  ## linter and the fast suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 quick: .venv/ready  ## the core: head, models, losses, metrics, flags, formats
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m 'not slow' $(QUICK)

@@ -42,7 +42,12 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize('name', SMALLEST)
+SLOWEST = ('startup', 'scaling')
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOWEST)) for name in SMALLEST]
+)
 def test_prints_one_table(name):
     if name == 'startup' and 'timm_mldecoder' not in metadata.entry_points(group='torch.backends').names:
         pytest.skip('the entry point is not installed')
@@ -57,6 +62,7 @@ def test_every_table_of_the_page_is_tried_here():
     assert set(DEVICES) <= set(SMALLEST)
 
 
+@pytest.mark.slow
 def test_every_table_is_made_and_written_by_one_command(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text('<!-- aims -->\n-\n<!-- end -->\n<!-- million_classes cpu -->\n<!-- end -->\n')

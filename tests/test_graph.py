@@ -368,6 +368,7 @@ def test_it_runs_on_the_meta_device():
     assert torch.equal(other.eval()(images()), build('gat')(images()))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_without_unused_parameters(tmp_path):
     launch = command('tests/programs/graph_rank.py', tmp_path / 'result', processes=2)
     subprocess.run(launch, env=environment(), check=True, timeout=300)

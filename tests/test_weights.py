@@ -238,6 +238,7 @@ def write(folder, content):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_published_tresnet(self, tmp_path, program):
         torch.manual_seed(0)
         reference = ReferenceTResNet(**TRESNETS['M'], classes=80, queries=80)
