@@ -52,7 +52,7 @@ AIMS = (
     Aim('validate.py, throughput of a plain loop', 0.98, True, 'validate_loop cpu', 2, 'validate.py'),
     Aim("train.py to its first optimizer step, % more than timm's script", 0, False, 'startup cpu', 3, '^train.py'),
     Aim('`import torch` and `import timm` with the plug-in, % more', 1, False, 'startup cpu', 3, 'import'),
-    Aim('1.28 million image files to the dataset of train.py, seconds', math.inf, False, 'million_images cpu', 3, 'train'),
+    Aim('1.28 million files to the dataset of train.py, seconds', math.inf, False, 'million_images cpu', 3, 'train'),
     Aim('10,000 classes, ResNet-50 training, over 1,000', 1.05, False, 'scaling cpu', 7, 'classes, 10,000'),
     Aim('1,000,000 classes, K = 1000, AdamW: GiB of a step', 24, False, 'million_classes cpu', 5),
     Aim('GPU: head, training step, over the published algorithm', 0.40, False, 'head cuda', 7, ', 100, .* 128$'),

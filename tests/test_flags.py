@@ -60,6 +60,7 @@ VALUES = {
     '--naflex-loader': '--model naflexvit_base_patch16_gap',
     '--opt-betas': '0.5 0.6 --opt adamw',
     '--split-bn': '--resplit',
+    '--input-key': 'image --dataset hfds/x',
     '--target-key': 'label --dataset hfds/x',
     '--torchcompile': 'inductor',
     '--torchcompile-mode': 'default',

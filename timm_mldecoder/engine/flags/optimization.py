@@ -102,7 +102,7 @@ OPTIMIZER: Group = ('Optimizer', [
     train('--grad-accum-steps', int, 1, 'batches per optimizer step', range='[0, 1048576]'),
     train('--sam', float, 0.0, 'sharpness-aware minimization: radius rho; doubles the passes per step; 0: off',
           range='[0, inf)', metavar='RHO'),
-    train('--layer-decay', float, None, 'factor of the learning rate from layer to layer', range='(0, inf)'),
+    train('--layer-decay', float, None, 'factor of the learning rate from layer to layer', range='(0, 10]'),
     train('--layer-decay-min-scale', float, 0, 'smallest factor of layer decay', range='[0, 1]', needs=_LAYER_DECAY),
     train('--layer-decay-no-opt-scale', float, None, 'factor below which a layer is not trained', range='[0, 1]',
           needs=_LAYER_DECAY),

@@ -93,7 +93,7 @@ def join_world(device: str, device_modules: Sequence[str] = ()) -> Iterator[Worl
     for module in device_modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError) as error:  # the latter for relative names
             raise ValueError(f'--device-modules {module}: {error}') from error
     check_device(device)
     if torch.cuda.is_available():

@@ -136,7 +136,9 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
         return nn.CrossEntropyLoss()
     if name == 'ce' and class_weight is not None:  # timm's cross-entropies have no weights
         smoothing = 0.0 if mixes(options) else options.smoothing
-        return nn.CrossEntropyLoss(torch.as_tensor(class_weight), label_smoothing=smoothing, **options.loss_kwargs)
+        weight = torch.as_tensor(class_weight)
+        weight = weight if weight.ndim else None  # one weight for all classes leaves their weighted mean as it is
+        return nn.CrossEntropyLoss(weight, label_smoothing=smoothing, **options.loss_kwargs)
     settings = dict(
         loss_type=name,
         multi_label=multilabel,
