@@ -502,7 +502,7 @@ def test_no_field_is_a_formula(field):
 def test_hostile_names_of_images_and_classes_stay_text_within_the_outputs(suffix):
     """From a shard and from a list, whose names are not those of files in a folder."""
     names = ['=1+1', '../../up', '<script>alert(1)</script>', '@a\nb, "c"', '/etc/passwd']
-    members = ['=2+2.png', '/root/x.png', 'line\nbreak.png', 'a/=b,"c".png', '../../up.png', 'broken=\n.png']
+    members = ['=2+2.png', '/etc/x.png', 'line\nbreak.png', 'a/=b,"c".png', '../../up.png', 'broken=\n.png']
     write_image(Path('work/in/=x.png'), 1)
     content = Path('work/in/=x.png').read_bytes()
     with tarfile.open('work/in/=s.tar', 'w') as tar:

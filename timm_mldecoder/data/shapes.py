@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--seed', type=int, default=0, help='determines every pixel (default: %(default)s)')
     options = parser.parse_args(arguments)
     for name, least, most in (('num_train', 1, LARGEST), ('num_validation', 1, LARGEST), ('seed', 0, 2**31 - 1)):
-        value = getattr(options, name)
+        value = vars(options)[name]
         if not least <= value <= most:
             parser.error(f'--{name.replace("_", "-")} {value}: must be in [{least}, {most}]')
     try:
