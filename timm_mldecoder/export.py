@@ -44,17 +44,11 @@ BOUNDS = {'float32': 1e-4, 'float16': 2e-2}  # of a difference, in units of the 
 
 
 class Source(NamedTuple):
-    """A model to export.
+    """A model to export."""
 
-    Attributes:
-        model: The model in eval mode on the CPU, float32.
-        metadata: What `read_metadata` returns, but for the precision.
-        facts: Lines of the model card, see `save_folder`.
-    """
-
-    model: nn.Module
-    metadata: dict[str, Any]
-    facts: Mapping[str, Any]
+    model: nn.Module  # the model in eval mode on the CPU, float32
+    metadata: dict[str, Any]  # what `read_metadata` returns, but for the precision
+    facts: Mapping[str, Any]  # lines of the model card, see `save_folder`
 
 
 def main(argv: Sequence[str] | None = None) -> None:

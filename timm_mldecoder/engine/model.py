@@ -164,20 +164,14 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
 
 
 class Trained(NamedTuple):
-    """A model with weights, and what they bring along.
-
-    Attributes:
-        model: The model.
-        options: Options that built it: those of the checkpoint, but for the ones that the user gave. None for a
-            pretrained model that `load_trained` took from elsewhere.
-        data_config: timm's data configuration, as far as a checkpoint holds it.
-        content: What the checkpoint holds; without one, task and thresholds of a model folder.
-    """
+    """A model with weights, and what they bring along."""
 
     model: nn.Module
+    # options that built it: those of the checkpoint, but for the ones that the user gave. None for a pretrained model
+    # that `load_trained` took from elsewhere
     options: Options | None
-    data_config: dict[str, Any]
-    content: dict[str, Any]
+    data_config: dict[str, Any]  # timm's data configuration, as far as a checkpoint holds it
+    content: dict[str, Any]  # what the checkpoint holds; without one, task and thresholds of a model folder
 
     @property
     def image_mode(self) -> str:

@@ -15,12 +15,9 @@ class ClassifierModel:
     """Mixin in front of a timm model's own class; a subclass per kind of classifier.
 
     The model's forward, tensor names and methods stay its own.
-
-    Attributes:
-        classifier_option: The option of ``timm.create_model`` that builds this classifier.
     """
 
-    classifier_option: str
+    classifier_option: str  # the option of ``timm.create_model`` that builds this classifier
     __jit_unused_properties__ = ('_model_args',)
 
     @classmethod

@@ -27,21 +27,15 @@ _TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'query_cutout',
 
 @dataclass(frozen=True)
 class Classifier:
-    """What the factory needs to know about a kind of classifier.
+    """What the factory needs to know about a kind of classifier."""
 
-    Attributes:
-        attach: Put it on a timm model in place: ``attach(model, num_classes, **options)``.
-        parse: The option of ``create_model`` to a dict of options.
-        contradictions: Given and stored options, and whether the classes differ, to a list of contradictions.
-        any_classes: Whether the classifier on this model loads tensors that were trained on other classes.
-        class_independent: Beginnings of the names of its tensors that belong to no class.
-    """
-
-    attach: Callable[..., nn.Module]
-    parse: Callable[[object], dict]
+    attach: Callable[..., nn.Module]  # put it on a timm model in place: ``attach(model, num_classes, **options)``
+    parse: Callable[[object], dict]  # the option of ``create_model`` to a dict of options
+    # given and stored options, and whether the classes differ, to a list of contradictions
     contradictions: Callable[[dict, dict, bool], list[str]]
+    # whether the classifier on this model loads tensors that were trained on other classes
     any_classes: Callable[[nn.Module], bool] = lambda model: False
-    class_independent: tuple[str, ...] = ()
+    class_independent: tuple[str, ...] = ()  # beginnings of the names of its tensors that belong to no class
 
 
 def _parse_ml_decoder(value: object) -> dict:

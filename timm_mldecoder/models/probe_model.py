@@ -10,14 +10,10 @@ from timm_mldecoder.models.probes import PROBES
 
 
 class ProbeModel(MLDecoderModel):
-    """A timm model with a head of `PROBES`, or with none.
-
-    Attributes:
-        ml_decoder_options: ``{'name': ..., **options}`` of the head, in JSON form.
-    """
+    """A timm model with a head of `PROBES`, or with none."""
 
     classifier_option = 'probe_head'
-    ml_decoder_options: Mapping = {}
+    ml_decoder_options: Mapping = {}  # ``{'name': ..., **options}`` of the head, in JSON form
 
     @property
     def gives_class_token(self) -> bool:

@@ -51,35 +51,21 @@ class RunningLoss:
 
 @dataclass
 class TrainingState:
-    """The parts of a run that change while it trains, and its position.
+    """The parts of a run that change while it trains, and its position."""
 
-    Attributes:
-        task: Model, EMA model, loss.
-        optimizer: The optimizer.
-        schedule: Learning-rate schedule; None for `--sched none`.
-        scaler: Loss scaler of float16, disabled where it is not needed.
-        checkpoints: Ranking of the checkpoints, and the best metric.
-        loss: Running loss of the epoch under way.
-        epoch: Epoch under way, or the next one.
-        batch: Batches of it that are trained.
-        start: From where the epoch is trained.
-        skipped: Optimizer steps skipped in a row because they were not finite.
-        rows: Metrics of every epoch so far, the rows of `summary.csv`.
-        early_stop: Rule of `--early-stop`, None without it.
-    """
-
-    task: TrainingTask
+    task: TrainingTask  # model, EMA model, loss
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler | None
-    scaler: torch.amp.GradScaler
-    checkpoints: CheckpointFolder
+    schedule: Scheduler | None  # learning-rate schedule; None for `--sched none`
+    scaler: torch.amp.GradScaler  # loss scaler of float16, disabled where it is not needed
+    checkpoints: CheckpointFolder  # ranking of the checkpoints, and the best metric
     loss: RunningLoss
-    epoch: int = 0
-    batch: int = 0
-    start: EpochStart = field(default_factory=EpochStart)
-    skipped: int = 0
+    epoch: int = 0  # epoch under way, or the next one
+    batch: int = 0  # batches of it that are trained
+    start: EpochStart = field(default_factory=EpochStart)  # from where the epoch is trained
+    skipped: int = 0  # optimizer steps skipped in a row because they were not finite
+    # metrics of every epoch so far, the rows of `summary.csv`
     rows: list[dict[str, float]] = field(default_factory=list)
-    early_stop: EarlyStop | None = None
+    early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
 
     def begin_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch."""

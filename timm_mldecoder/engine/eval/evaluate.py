@@ -132,9 +132,7 @@ def _mean_logits(model: nn.Module, views: Sequence[Tensor]) -> Tensor:
 def test_time_views(number: int, size: tuple[int, int]) -> Callable[[Tensor], Sequence[Tensor]] | None:
     """Return what makes the views of test-time augmentation (`--tta`) of a batch [B, C, H, W].
 
-    Args:
-        number: 2 for a horizontal flip, 5 for the corners and the centre, 10 for those and their flips.
-        size: Height and width of a crop, in pixels.
+    These are 2 for a horizontal flip, 5 for the corners and the centre, 10 for those and their flips.
     """
     crops = {5: F.five_crop, 10: F.ten_crop}
     if number in crops:

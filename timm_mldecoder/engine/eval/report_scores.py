@@ -100,7 +100,7 @@ class SingleLabelScores:
         rows = []
         for index, name in enumerate(names):
             right = counts[index, index]
-            values = _ratios(right, predictions[index], images[index])
+            values = ratios(right, predictions[index], images[index])
             rows.append((name, images[index], predictions[index], *values))
         columns = {'class': None, 'images': 0, 'predictions': 0, 'precision': 2, 'recall': 2, 'F1': 2}
         text = 'Precision, recall and F1 of the first prediction, in percent. Click a column to sort.'
@@ -206,7 +206,7 @@ class MultiLabelScores:
         for index, (right, predicted, positives) in enumerate(counts):
             value = ap[index] if positives else None
             rows.append((names[index], positives, predicted, value, thresholds[index],
-                         *_ratios(right, predicted, positives)))  # fmt: skip
+                         *ratios(right, predicted, positives)))  # fmt: skip
         columns = {'class': None, 'positives': 0, 'predictions': 0, 'AP': 2, 'threshold': 4}
         table = page.table({**columns, 'precision': 2, 'recall': 2, 'F1': 2}, rows)
         note = f'Precision, recall and F1 at the thresholds, {kind}, in percent. Click a column to sort.'
@@ -235,7 +235,7 @@ def image_losses(logits: Tensor, target: Tensor) -> Tensor:
     return losses.masked_fill(~annotated, 0).sum(1) / annotated.sum(1).clamp(min=1)
 
 
-def _ratios(right: int, predicted: int, positives: int) -> tuple[float | None, float | None, float | None]:
+def ratios(right: int, predicted: int, positives: int) -> tuple[float | None, float | None, float | None]:
     """Return precision, recall and F1 in percent, None where nothing is divided by."""
     counts = (right, predicted), (right, positives), (2 * right, predicted + positives)
     return tuple(100 * over / under if under else None for over, under in counts)

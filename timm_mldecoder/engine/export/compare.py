@@ -24,15 +24,10 @@ TIMED = (1, 16)  # batch sizes to time
 
 
 class Images(NamedTuple):
-    """Images as the model takes them, and their classes where the folder names them.
+    """Images as the model takes them, and their classes where the folder names them."""
 
-    Attributes:
-        tensors: The images [N, channels, height, width].
-        labels: Class indices [N], None if unknown.
-    """
-
-    tensors: Tensor
-    labels: Tensor | None
+    tensors: Tensor  # the images [N, channels, height, width]
+    labels: Tensor | None  # class indices [N], None if unknown
 
 
 def load_images(path: Path | None, metadata: Mapping[str, Any], limit: int) -> Images:

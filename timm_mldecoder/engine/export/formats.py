@@ -30,23 +30,14 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Job(NamedTuple):
-    """What to write.
+    """What to write."""
 
-    Attributes:
-        model: The model in eval mode on the CPU, float32.
-        metadata: What `read_metadata` is to return.
-        facts: Lines of the model card, see `save_folder`.
-        device: Device of the file.
-        batch_size: The only batch size of the file; None for any.
-        opset: ONNX operator set; None for torch's default.
-    """
-
-    model: nn.Module
-    metadata: Mapping[str, Any]
-    facts: Mapping[str, Any] = {}
-    device: str = 'cpu'
-    batch_size: int | None = None
-    opset: int | None = None
+    model: nn.Module  # the model in eval mode on the CPU, float32
+    metadata: Mapping[str, Any]  # what `read_metadata` is to return
+    facts: Mapping[str, Any] = {}  # lines of the model card, see `save_folder`
+    device: str = 'cpu'  # device of the file
+    batch_size: int | None = None  # the only batch size of the file; None for any
+    opset: int | None = None  # ONNX operator set; None for torch's default
 
 
 class Network(nn.Module):

@@ -64,40 +64,25 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of train.py, validate.py or both.
+    """One flag of train.py, validate.py or both."""
 
-    Attributes:
-        names: Names on the command line; a name without dashes is a positional argument.
-        type: `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs).
-        default: Value of the option where the flag is not given.
-        help: Help text.
-        nargs: As in argparse.
-        const: Value of a flag with `nargs='?'` that is given without one.
-        metavar: Placeholder of the value in `--help`.
-        choices: The values allowed; None means any.
-        range: The numbers allowed.
-        path: `file`, `dataset file` (may also be relative to the dataset folder), `file or folder`: it must exist;
-            `output`: a file can be written there; `output folder`: a folder can. Empty for options that are not paths.
-        needs: The conditions under which the flag has an effect; a warning names the first that does not hold.
-        scripts: The scripts that have the flag.
-        inherited: Whether validate.py takes the value from a checkpoint of train.py.
-        in_validate: The attributes that differ in validate.py.
-    """
-
-    names: tuple[str, ...]
-    type: type
-    default: Any
+    names: tuple[str, ...]  # names on the command line; a name without dashes is a positional argument
+    type: type  # `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs)
+    default: Any  # value of the option where the flag is not given
     help: str
-    nargs: str | int | None = None
-    const: Any = None
-    metavar: str | None = None
+    nargs: str | int | None = None  # as in argparse
+    const: Any = None  # value of a flag with `nargs='?'` that is given without one
+    metavar: str | None = None  # placeholder of the value in `--help`
     choices: tuple[Any, ...] | None = None
     range: Range = FINITE
+    # `file`, `dataset file` (may also be relative to the dataset folder), `file or folder`: it must exist; `output`: a
+    # file can be written there; `output folder`: a folder can. Empty for options that are not paths
     path: str = ''
+    # the conditions under which the flag has an effect; a warning names the first that does not hold
     needs: tuple[Need, ...] = ()
     scripts: tuple[str, ...] = ('train',)
-    inherited: bool = False
-    in_validate: Mapping[str, Any] = field(default_factory=dict)
+    inherited: bool = False  # whether validate.py takes the value from a checkpoint of train.py
+    in_validate: Mapping[str, Any] = field(default_factory=dict)  # the attributes that differ in validate.py
 
     @property
     def label(self) -> str:

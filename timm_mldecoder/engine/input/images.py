@@ -163,20 +163,13 @@ class KeyedCollate:
 
 
 class Placement(NamedTuple):
-    """Where batches go, and in which form.
-
-    Attributes:
-        device: Device of the model.
-        dtype: Dtype of images, None for float32.
-        channels_last: Whether images take the channels-last memory layout.
-        prefetch: Options of `prefetcher`; None if the transform normalises.
-        prefetcher: timm's loader that normalises on the device, for images or for patches.
-    """
+    """Where batches go, and in which form."""
 
     device: torch.device
-    dtype: torch.dtype | None = None
-    channels_last: bool = False
-    prefetch: dict[str, Any] | None = None
+    dtype: torch.dtype | None = None  # dtype of images, None for float32
+    channels_last: bool = False  # whether images take the channels-last memory layout
+    prefetch: dict[str, Any] | None = None  # options of `prefetcher`; None if the transform normalises
+    # timm's loader that normalises on the device, for images or for patches
     prefetcher: type[PrefetchLoader | NaFlexPrefetchLoader] = PrefetchLoader
 
     def wrap(self, batches: Any) -> Any:

@@ -29,15 +29,10 @@ PatchBatch = dict[str, Any]
 
 
 class PatchFormat(NamedTuple):
-    """How a model reads patches.
+    """How a model reads patches."""
 
-    Attributes:
-        size: Height and width of a patch in pixels.
-        channels_last: Whether the channels of a pixel are next to each other in a patch.
-    """
-
-    size: tuple[int, int]
-    channels_last: bool
+    size: tuple[int, int]  # height and width of a patch in pixels
+    channels_last: bool  # whether the channels of a pixel are next to each other in a patch
 
 
 def patch_format(options: Options, model: nn.Module) -> PatchFormat | None:

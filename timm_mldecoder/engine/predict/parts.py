@@ -32,19 +32,12 @@ class Label(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What is known of one image.
-
-    Attributes:
-        image: Its name.
-        labels: Its labels, the likeliest first; empty if none reaches its threshold.
-        error: Why it could not be read; empty if it could.
-        arrays: Its scores or features, by name.
-    """
+    """What is known of one image."""
 
     image: str
-    labels: Sequence[Label] = ()
-    error: str = ''
-    arrays: dict[str, np.ndarray] = {}
+    labels: Sequence[Label] = ()  # its labels, the likeliest first; empty if none reaches its threshold
+    error: str = ''  # why it could not be read; empty if it could
+    arrays: dict[str, np.ndarray] = {}  # its scores or features, by name
 
 
 class Parts:

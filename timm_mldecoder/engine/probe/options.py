@@ -45,43 +45,25 @@ _DEFAULTS = dict(opt='adamw', weight_decay='0.01', epochs='10', smoothing='0', o
 
 
 class HeadSpec(NamedTuple):
-    """A head to train.
+    """A head to train."""
 
-    Attributes:
-        label: What the user wrote; the name of its row.
-        name: Key of `PROBES`.
-        options: Options of the head.
-    """
-
-    label: str
-    name: str
+    label: str  # what the user wrote; the name of its row
+    name: str  # key of `PROBES`
     options: dict[str, Any]
 
 
 class ProbeOptions(NamedTuple):
-    """Options of a probe.
+    """Options of a probe."""
 
-    Attributes:
-        train: Options of train.py; `use_ml_decoder_head` is 1 if there are text queries.
-        heads: The heads.
-        rates: Learning rates, in increasing order.
-        seeds: Number of seeds.
-        test_split: Split that the chosen runs are scored on; empty for none.
-        augment: Whether training images are augmented.
-        cache: Folder of cached features; empty for none.
-        views: Augmented views per training image in the cache.
-        shard: Images per file of the cache.
-    """
-
-    train: Options
+    train: Options  # options of train.py; `use_ml_decoder_head` is 1 if there are text queries
     heads: list[HeadSpec]
-    rates: list[float]
+    rates: list[float]  # learning rates, in increasing order
     seeds: int
-    test_split: str
-    augment: bool
-    cache: str
-    views: int
-    shard: int
+    test_split: str  # split that the chosen runs are scored on; empty for none
+    augment: bool  # whether training images are augmented
+    cache: str  # folder of cached features; empty for none
+    views: int  # augmented views per training image in the cache
+    shard: int  # images per file of the cache
 
 
 def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOptions:

@@ -33,27 +33,17 @@ WARMUP = 0.1  # share of the steps; the cosine decay to 0 follows
 
 @dataclass
 class Run:
-    """One head at one learning rate with one seed.
-
-    Attributes:
-        spec: The head.
-        rate: Its largest learning rate.
-        seed: Its seed, from 0.
-        head: The module, None on ranks that do not train it.
-        parameters: Number of parameters of the head.
-        seconds: Time of its steps so far.
-        losses: Mean training loss of each epoch.
-        metrics: Metrics on the validation split by epoch; None where its logits are not finite.
-    """
+    """One head at one learning rate with one seed."""
 
     spec: HeadSpec
-    rate: float
-    seed: int
-    head: nn.Module | None = None
+    rate: float  # its largest learning rate
+    seed: int  # its seed, from 0
+    head: nn.Module | None = None  # the module, None on ranks that do not train it
     optimizer: torch.optim.Optimizer | None = None
-    parameters: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    parameters: int = 0  # number of parameters of the head
+    seconds: float = 0.0  # time of its steps so far
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    # metrics on the validation split by epoch; None where its logits are not finite
     metrics: dict[int, dict[str, float] | None] = field(default_factory=dict)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -216,16 +206,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best learning rate of a head.
-
-    Attributes:
-        spec: The head.
-        runs: Its runs at that rate, one per seed.
-        tried: Mean metric on the validation split of each rate, over the seeds; None where a run diverged.
-    """
+    """The best learning rate of a head."""
 
     spec: HeadSpec
-    runs: list[Run]
+    runs: list[Run]  # its runs at that rate, one per seed
+    # mean metric on the validation split of each rate, over the seeds; None where a run diverged
     tried: dict[float, float | None]
 
     @property

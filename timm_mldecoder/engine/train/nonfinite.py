@@ -19,17 +19,11 @@ REPORT = 'nonfinite.json'
 
 
 class TrainedBatch(NamedTuple):
-    """A batch whose gradients have been computed, until the optimizer step.
+    """A batch whose gradients have been computed, until the optimizer step."""
 
-    Attributes:
-        loss: Its mean loss, a scalar on the device.
-        images: Number of its images.
-        indices: Their indices in the dataset; empty for a stream.
-    """
-
-    loss: Tensor
-    images: int
-    indices: list[int]
+    loss: Tensor  # its mean loss, a scalar on the device
+    images: int  # number of its images
+    indices: list[int]  # their indices in the dataset; empty for a stream
 
 
 class Buffers:
