@@ -49,7 +49,6 @@ def create_model(
     """Create the model with the classifier that the options request.
 
     Args:
-        options: Options of either script.
         words: Options of `MLDecoder` for text queries, if the head has any.
         pretrained: Whether to load pretrained weights.
         fresh_head: Whether to leave stored weights of an ML-Decoder head out.
@@ -148,10 +147,7 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':
-            raise ValueError(
-                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
-                '--use-ml-decoder-head 1, or --score-classes seen'
-            )
+            raise ValueError('--class-split: unseen classes need --word-embeddings; or pass --score-classes seen')
         return {}
     classes = read_classes(options.word_embeddings, dataset)
     return dict(
@@ -200,21 +196,15 @@ class Trained(NamedTuple):
         tuned = thresholds_for(self.content, names)
         if tuned is None and self.content.get('thresholds'):
             missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
-            raise ValueError(
-                f'the tuned thresholds do not include class {missing!r}: tune them again (validate.py '
-                '--write-thresholds), or pass --threshold to predict'
-            )
+            raise ValueError(f'class {missing!r} has no tuned threshold: tune them again, or pass --threshold')
         return tuned
 
 
 def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
-    Options that the user gave (`options.given`) win over those of the checkpoint.
-
-    Args:
-        options: Options of either script.
-        content: What `read_checkpoint` read from the checkpoint; None reads it.
+    Options that the user gave (`options.given`) win over those of the checkpoint. `content` is what `read_checkpoint`
+    read from it; None reads it.
 
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the options.
@@ -280,9 +270,14 @@ def load_trained(
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
     for name in ('mean', 'std'):
-        if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
-            config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
+        if len(config[name]) > 1:
+            config[name] = per_channel(config[name], config['input_size'][0])
     return trained._replace(data_config=config)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return mean or standard deviation of each channel, as timm's loader takes them: the average for other numbers."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
@@ -319,12 +314,10 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
 
 def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
-    stored = _stored_embeddings(weights)
-    if stored is not None:
-        return dict(word_embeddings=stored.shape[1])
-    if options.word_embeddings:
-        return dict(word_embeddings=read_word_embeddings(options.word_embeddings)[0].shape[1])
-    return {}
+    embeddings = _stored_embeddings(weights)
+    if embeddings is None and options.word_embeddings:
+        embeddings = read_word_embeddings(options.word_embeddings)[0]
+    return {} if embeddings is None else dict(word_embeddings=embeddings.shape[1])
 
 
 def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
@@ -353,12 +346,9 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
 
 
 def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
-    """Set the classes of a model with text queries: by a file of label embeddings, else by its own names.
+    """Set the classes of a model with text queries, in order; None takes all of a file of label embeddings.
 
-    Args:
-        model: The model; one without text queries is left as it is.
-        names: Names of the classes in order; None takes all of the file.
-        word_embeddings: File of label embeddings; empty picks among the model's own.
+    Without a file they are picked among the model's own. A model without text queries is left as it is.
 
     Raises:
         ValueError: If a class has no embedding.
@@ -421,16 +411,15 @@ def refuse(options: Options) -> Iterator[None]:
 def _name_file(options: Options, error: Exception) -> Exception:
     """Return an error that names the user's file of weights, if there is one."""
     values = options.to_dict()
-    names = [name for name in ('initial_checkpoint', 'pretrained_path') if values.get(name)]
-    files = {f'--{name.replace("_", "-")}': values[name] for name in names}
+    files = {flag: values.get(flag[2:].replace('-', '_')) for flag in ('--initial-checkpoint', '--pretrained-path')}
+    files = {flag: path for flag, path in files.items() if path}
     for flag, path in files.items():
         try:
             read_checkpoint(path)
         except ValueError as reason:
             return ValueError(f'{flag}: {reason}')
-    if files:
-        return ValueError(f'{", ".join(f"{flag} {path}" for flag, path in files.items())}: {one_line(error, 300)}')
-    return ValueError(f'--model {options.model}: {one_line(error, 300)}')
+    named = ', '.join(f'{flag} {path}' for flag, path in files.items()) or f'--model {options.model}'
+    return ValueError(f'{named}: {one_line(error, 300)}')
 
 
 @torch.no_grad()

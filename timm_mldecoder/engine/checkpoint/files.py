@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,29 +102,17 @@ def duplicate_checkpoint(source: Path, target: Path) -> None:
     duplicate(source, target)
 
 
+@dataclass
 class CheckpointFolder:
-    """The checkpoints of a run: the last, the best, the best few, and those within an epoch.
+    """The checkpoints of a run: the last, the best, the best few, and those within an epoch."""
 
-    Args:
-        folder: Folder of the run.
-        decreasing: Whether a lower metric is better.
-        max_history: Number of numbered checkpoints to keep.
-        metric: Name of the metric that ranks them.
-
-    Attributes:
-        ranked: File name and metric of the numbered checkpoints, best first.
-        best_metric: Best metric so far, None before any.
-        best_epoch: Epoch of the best metric.
-    """
-
-    def __init__(self, folder: Path, decreasing: bool = False, max_history: int = 10, metric: str = '') -> None:
-        self.folder = folder
-        self.metric = metric
-        self.decreasing = decreasing
-        self.max_history = max_history
-        self.ranked: list[tuple[str, float]] = []
-        self.best_metric: float | None = None
-        self.best_epoch: int | None = None
+    folder: Path  # of the run
+    decreasing: bool = False  # whether a lower metric is better
+    max_history: int = 10  # number of numbered checkpoints to keep
+    metric: str = ''  # name of the metric that ranks them
+    ranked: list[tuple[str, float]] = field(default_factory=list)  # numbered checkpoints and their metrics, best first
+    best_metric: float | None = None  # None before any
+    best_epoch: int | None = None
 
     def rank(self, epoch: int, metric: float) -> tuple[bool, list[str]]:
         """Include the metric of an epoch in the ranking.
@@ -144,13 +133,7 @@ class CheckpointFolder:
         """Save the end of an epoch as the last checkpoint and, by its rank, under further names.
 
         `last` is replaced at the very end: a run that is killed before resumes from the previous one and writes the
-        same files again.
-
-        Args:
-            epoch: Index of the epoch that ended.
-            content: What to save; the ranking in it includes this epoch.
-            is_best: What `rank` returned.
-            dropped: What `rank` returned.
+        same files again. `is_best` and `dropped` are what `rank` returned before the content was collected.
         """
         name = f'checkpoint-{epoch}{SUFFIX}'
         pending = self.folder / PENDING

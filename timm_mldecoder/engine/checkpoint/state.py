@@ -83,13 +83,7 @@ class TrainingState:
     ) -> dict[str, Any]:  # fmt: skip
         """Return what a checkpoint holds, see `timm_mldecoder.checkpoints.schema`; a collective call.
 
-        Args:
-            options: Options of the run.
-            world: This rank and the others.
-            loader: Training loader, which knows how the epoch is divided.
-            data_config: Configuration of evaluation images.
-            class_names: Class names in the order of the outputs, if the data has any.
-            metric: Metric of the epoch that ended; None within an epoch.
+        `metric` is that of the epoch that ended, None within an epoch.
         """
         ranks = world.all_gather(self._rank_state(world, loader))
         restart = loader.batches and loader.batches.restart(self.start, self.batch)
@@ -120,23 +114,18 @@ class TrainingState:
             'saver': self.checkpoints.state_dict(),
             RUN: run,
         }
-        optional = {
-            SCALER: self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            'class_names': class_names,
-            'metric': metric,
-        }
+        scaler = self.scaler.state_dict() if self.scaler.is_enabled() else None
+        optional = {SCALER: scaler, 'class_names': class_names, 'metric': metric}
         return content | {name: value for name, value in optional.items() if value is not None}
 
     def _rank_state(self, world: World, loader: TrainLoader) -> dict[str, Any]:
         """Return what differs from rank to rank: running loss, unreadable images, and buffers such as BatchNorm's."""
-        models = {False: self.task.get_eval_model()}
-        if self.task.has_ema():
-            models[True] = self.task.get_eval_model(ema=True)
+        models = enumerate(self.models().values()) if world.distributed else ()  # raw weights, then EMA weights
         return dict(
             loss=self.loss.total.item(),
             samples=self.loss.samples,
             bad_images=[tuple(image) for image in loader.bad_images],
-            buffers={ema: _saved_buffers(model) for ema, model in models.items() if world.distributed},
+            buffers={bool(ema): _saved_buffers(model) for ema, model in models},
         )
 
     def restore(self, content: dict[str, Any], options: Options, world: World, loader: TrainLoader) -> None:

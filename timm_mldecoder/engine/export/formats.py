@@ -135,7 +135,8 @@ def _write_torch_export(path: Path, job: Job) -> None:
 
 
 def _load_torch_export(path: Path, device: str) -> Run:
-    return _on_device(torch.export.load(path).module(), device)
+    run = torch.export.load(path).module()
+    return lambda images: run(images.to(device)).cpu()
 
 
 def _write_aot(path: Path, job: Job) -> None:
@@ -147,10 +148,7 @@ def _write_aot(path: Path, job: Job) -> None:
 
 
 def _load_aot(path: Path, device: str) -> Run:
-    return _on_device(torch._inductor.aoti_load_package(str(path)), device)
-
-
-def _on_device(run: Run, device: str) -> Run:
+    run = torch._inductor.aoti_load_package(str(path))
     return lambda images: run(images.to(device)).cpu()
 
 

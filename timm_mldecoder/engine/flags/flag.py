@@ -124,12 +124,7 @@ class Flag:
         return (self.help + (f' ({"; ".join(notes)})' if notes else '')).replace('%', '%%')
 
     def check(self, value: Any, label: str, folder: str | None) -> None:
-        """Check a value against the row.
-
-        Args:
-            value: The value of the option.
-            label: The flag as the user spelled it, for the message.
-            folder: The folder of the dataset.
+        """Check a value against the row; `label` is the flag as the user spelled it, `folder` that of the dataset.
 
         Raises:
             ValueError: If a number is not finite or not in range, or a path does not fit.
@@ -203,8 +198,15 @@ class _Pairs(ParseKwargs):
             raise argparse.ArgumentError(self, f'cannot read a value: {error or type(error).__name__}') from error
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser of rows, whose errors are ValueErrors of one line."""
+class BaseParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix('argument '))
+
+
+class Parser(BaseParser):
+    """A parser of rows."""
 
     def __init__(self, description: str, groups: Iterable[Group]) -> None:
         super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]')
@@ -213,10 +215,6 @@ class Parser(argparse.ArgumentParser):
             group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ValueError; argparse prints the usage and exits."""
-        raise ValueError(message.removeprefix('argument '))
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The options that `argv` gives, without defaults, and the flag that gave each, as it was spelled."""

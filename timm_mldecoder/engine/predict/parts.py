@@ -45,7 +45,6 @@ class Parts:
 
     Args:
         out: The file that is written in the end; its suffix names the format.
-        number: Number of images of the source.
         size: Images per part.
         setup: What the predictions depend on; parts of another setup are not continued.
         arrays: Files for scores and features, by the name of the array.

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -78,42 +78,30 @@ def train_line(
     )
 
 
+@dataclass
 class EvalLog:
-    """Logs the progress of an evaluation, with the metrics so far; called after every batch.
-
-    Args:
-        label: Name of what is evaluated.
-        evaluator: Evaluator that knows the metrics so far.
-        batches: Number of batches of the split.
-        interval: Batches between log lines.
-        primary: Whether this rank logs.
-    """
+    """Logs the progress of an evaluation, with the metrics so far; called after every batch."""
 
     NAMES = {'loss': 'Loss', 'top1': 'Acc@1', 'top5': 'Acc@5'}
 
-    def __init__(
-        self, label: str, evaluator: ClassificationEvaluator, batches: int, interval: int, primary: bool
-    ) -> None:
-        self._label = label
-        self._evaluator = evaluator
-        self._last = batches - 1
-        self._interval = interval
-        self._primary = primary
-        self._bar = progress_bar(label, batches, primary)
+    label: str
+    evaluator: ClassificationEvaluator  # knows the metrics so far
+    batches: int  # of the split
+    interval: int  # batches between log lines
+    primary: bool  # whether this rank logs
+
+    def __post_init__(self) -> None:
+        self._bar = progress_bar(self.label, self.batches, self.primary)
         self._begin = self._mark = time.perf_counter()
 
     def __call__(self, batch: int) -> None:
-        now = time.perf_counter()
+        now, last = time.perf_counter(), self.batches - 1
         seconds, self._mark = now - self._mark, now
         self._bar.update()
-        if self._primary and (batch == self._last or batch % self._interval == 0):
-            metrics = self._format(self._evaluator.summary())
-            mean = (now - self._begin) / (batch + 1)
-            log_above(
-                self._bar, f'{self._label}: [{batch:>4d}/{self._last}]  Time: {seconds:.3f} ({mean:.3f})  {metrics}'
-            )
-        if batch == self._last:
+        if self.primary and (batch == last or batch % self.interval == 0):
+            found = self.evaluator.summary().items()
+            metrics = '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in found)
+            times = f'{seconds:.3f} ({(now - self._begin) / (batch + 1):.3f})'
+            log_above(self._bar, f'{self.label}: [{batch:>4d}/{last}]  Time: {times}  {metrics}')
+        if batch == last:
             self._bar.close()
-
-    def _format(self, metrics: Mapping[str, float]) -> str:
-        return '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in metrics.items())

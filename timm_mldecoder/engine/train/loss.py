@@ -105,10 +105,7 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
         if name not in LOSSES:
             raise ValueError(f'--loss {name} would learn from labels to ignore: choose from {sorted(LOSSES)}')
         if mixes(options):
-            raise ValueError(
-                f'--mixup and --cutmix would mix labels to ignore with others; --dataset {options.dataset} has such '
-                'labels'
-            )
+            raise ValueError(f'--mixup and --cutmix would mix labels to ignore, which --dataset {options.dataset} has')
         if timm_only:
             raise ValueError(f'{", ".join(timm_only)} do not work with --loss {name} and labels to ignore')
     return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
@@ -155,9 +152,7 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
         settings['jsd_splits'] = options.aug_splits
     if name == 'db':
         if stats is None:
-            raise ValueError(
-                '--loss db needs --class-stats: this dataset does not report its labels without the images'
-            )
+            raise ValueError('--loss db needs --class-stats: this dataset does not report its labels')
         settings |= dict(class_counts=stats[0], num_samples=stats[1])
     return create_classification_loss(**{**settings, **options.loss_kwargs})
 

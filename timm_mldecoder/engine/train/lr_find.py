@@ -3,7 +3,6 @@
 import csv
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.signals import Stopped
-from timm_mldecoder.engine.train.loop import backward, step_optimizer
-from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
+from timm_mldecoder.engine.train.loop import step_optimizer, train_batch
+from timm_mldecoder.engine.train.nonfinite import Buffers
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +95,7 @@ def _range_test(run: Run) -> list[Point]:
         for group in groups:
             group['lr'] = rate * group.get('lr_scale', 1.0)  # as timm's schedules do
         trained = [
-            _backward(run, *next(batches), accumulated, completes_step=number == accumulated - 1)
+            train_batch(run, *next(batches), accumulated, completes_step=number == accumulated - 1)
             for number in range(accumulated)
         ]
 
@@ -121,17 +118,3 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from run.train_loader.epoch(run.state.epoch)
         run.state.begin_epoch(run.state.epoch + 1)
-
-
-def _backward(run: Run, images: Tensor, target: Tensor, accumulated: int, completes_step: bool) -> TrainedBatch:
-    """Compute the gradients of a batch as in training."""
-    state, options = run.state, run.options
-    batch = state.batch
-    state.batch += 1
-    seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
-    with nullcontext() if completes_step else state.task.no_sync():
-        loss = backward(run, images, target, accumulated)
-    if options.sam:
-        with perturbed(state.task.get_trainable_module(), options.sam):
-            backward(run, images, target, accumulated)
-    return TrainedBatch(loss, len(target), run.train_loader.image_indices(batch))
