@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export with the options of a command line.
 
     Raises:
-        ValueError: For a user's mistake.
         RunFailed: If the model cannot be exported in the format, or the file differs from PyTorch.
     """
     arguments = _parse(argv)
@@ -131,11 +130,7 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
 
 @contextmanager
 def _one_line_failures(what: str) -> Iterator[None]:
-    """Turn what the exporters raise, which is anything, into a failed run.
-
-    Raises:
-        RunFailed: In place of an error that is not about the user's command.
-    """
+    """Turn what the exporters raise, which is anything but about the user's command, into a RunFailed of one line."""
     try:
         yield
     except (ValueError, RunFailed, OSError):
