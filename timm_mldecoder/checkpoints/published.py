@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from timm_mldecoder.checkpoints.schema import weights_of
+from timm_mldecoder.checkpoints.read import weights_of
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.classifier_model import misfits
 from timm_mldecoder.models.graph import convert_backbone, convert_graph_state_dict
