@@ -236,11 +236,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser('python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
-    add(
-        'folder',
-        type=Path,
-        help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file to resume from',
-    )
+    add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
     add = parser.add_argument_group('checkpoints of other programs').add_argument
     add('--model', help="timm's name of the backbone, where the file does not show it")

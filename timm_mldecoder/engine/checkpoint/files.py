@@ -186,10 +186,8 @@ class CheckpointFolder:
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Take over the history of the run that saved into `folder`, and its best checkpoint if none is here."""
         if not self.same_metric(state):
-            _logger.warning(
-                f'the checkpoints so far are ranked by {state["metric"]}, new ones by {self.metric}: the ranking '
-                'starts again, and the numbered checkpoints so far are kept'
-            )
+            metrics = f'ranked by {state["metric"]}, new ones by {self.metric}'
+            _logger.warning(f'the checkpoints so far are {metrics}: they are kept, and the ranking starts again')
             return
         entries = list(state.get('checkpoint_files', []))
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks

@@ -68,9 +68,8 @@ def resume(
 
 def _set_aside(folder: Path, reached: Progress, whole: bool) -> None:
     """Move the checkpoints beyond `reached` away: they are not part of this run, but 'auto' would prefer them."""
-    ahead = [
-        path for path in checkpoints_in(folder) if (progress_by_name(path) or _progress(_try(path, whole))) > reached
-    ]
+    paths = checkpoints_in(folder)
+    ahead = [path for path in paths if (progress_by_name(path) or _progress(_try(path, whole))) > reached]
     if not ahead:
         return
     aside = next(path for path in (folder / f'set-aside-{number}' for number in count(1)) if not path.exists())

@@ -142,9 +142,7 @@ class TrainingState:
         self.begin_epoch(run['epoch'] if run else _next_epoch(content))
         self.skipped = run.get('skipped', 0)
         now = dict(world_size=world.size, batch_size=options.batch_size, grad_accum_steps=options.grad_accum_steps)
-        changed = [
-            f'{name} was {run[name]} and is {value}' for name, value in now.items() if run and run[name] != value
-        ]
+        changed = [f'{name} was {run[name]} and is {now[name]}' for name in now if run and run[name] != now[name]]
         if options.start_epoch is not None:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):

@@ -116,10 +116,8 @@ def create_split(
         dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
         values = dataset.annotations.entries()[2]
         positive = int((values == POSITIVE).sum())
-        _logger.info(
-            f'--partial-labels {options.partial_labels}: kept {positive} positive and {len(values) - positive} '
-            'negative labels'
-        )
+        kept = f'{positive} positive and {len(values) - positive} negative labels'
+        _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset

@@ -150,8 +150,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')
     add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')
-    add(
-        '--cache-views', dest='views', type=positive, default=1, help='augmented views per image (default: %(default)s)'
-    )
+    add('--cache-views', dest='views', type=positive, default=1, help='augmented views per image (default: 1)')
     add('--cache-shard', dest='shard', type=positive, help='images per file of the cache (default: 1024)')
     return parser

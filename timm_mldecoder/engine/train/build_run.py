@@ -192,16 +192,12 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
     if not options.class_split:
         check_same_classes(train, validation)
     if shared := overlap(train, validation):
-        _logger.warning(
-            f'{len(shared)} files are in both splits, such as {shared[0]}: validation scores will be too high'
-        )
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
     crops = options.task == 'multilabel' and not options.no_aug and options.train_crop_mode is None
     if crops and options.scale[0] < 0.5:
-        squash = 'multi-label recipes use --train-crop-mode squash'
-        remedy = 'a larger --scale keeps them' if options.naflex_loader else squash
-        _logger.warning(
-            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; {remedy}'
-        )
+        remedy = 'a larger --scale' if options.naflex_loader else '--train-crop-mode squash'
+        smallest, largest = options.scale
+        _logger.warning(f'--scale {smallest:g} {largest:g}: crops may cut labelled objects off; {remedy} keeps them')
     return train, validation
 
 

@@ -27,10 +27,7 @@ from timm_mldecoder.models.cosine import CosineClassifier
 _logger = logging.getLogger(__name__)
 
 # timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
-TIMM_DEFAULTS = {
-    'asl': dict(detach_focusing=False),
-    'bce': dict(reduction='mean'),
-}
+TIMM_DEFAULTS = {'asl': dict(detach_focusing=False), 'bce': dict(reduction='mean')}
 # Flags of each loss, named as timm's factory names its arguments.
 LOSS_FLAGS = {
     'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
@@ -63,10 +60,8 @@ def create_task(options: Options, model: nn.Module, dataset: Dataset, images: Da
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options, dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
-        _logger.warning(
-            '--loss aam takes its logits for cosines, which those of this model are not: add --cosine-classifier 1, or '
-            'with --use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine'
-        )
+        remedy = '--ml-decoder-kwargs classifier=cosine' if options.use_ml_decoder_head else '--cosine-classifier 1'
+        _logger.warning(f'--loss aam takes its logits for cosines, which those of this model are not: add {remedy}')
     if options.loss == 'csl' and not has_ignored(dataset):
         _logger.warning('--loss csl selects among labels to ignore, of which this dataset has none')
     settings: dict[str, Any] = dict(
