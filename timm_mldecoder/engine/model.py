@@ -89,11 +89,7 @@ def create_model(
 
 
 def script(model: nn.Module) -> nn.Module:
-    """Compile a model with torch.jit.script (`--torchscript`).
-
-    Raises:
-        ValueError: If the model cannot be compiled, as one with an ML-Decoder head.
-    """
+    """Compile a model with torch.jit.script; a ValueError if that cannot be, as with an ML-Decoder head."""
     try:
         return torch.jit.script(model)
     except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
@@ -189,11 +185,7 @@ class Trained(NamedTuple):
         return self.options.task if self.options else self.content.get('task', 'classification')
 
     def thresholds(self, names: list[str] | None) -> Tensor | None:
-        """Return the tuned thresholds of these classes, [C]; None if there are none at all.
-
-        Raises:
-            ValueError: If they are of other classes.
-        """
+        """Return the tuned thresholds of these classes, [C], None without any; a ValueError for other classes."""
         tuned = thresholds_for(self.content, names)
         if tuned is None and self.content.get('thresholds'):
             missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
@@ -296,11 +288,7 @@ def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """Take over how a checkpoint of train.py was built and evaluated, except for what the user gave.
-
-    Returns:
-        The options, and the data configuration.
-    """
+    """Return options and data configuration of a checkpoint of train.py, except for what the user gave."""
     updated = inherit_flags(options, vars(content['args']))
     given = {'input_size' if name == 'img_size' else name for name in options.given}
     config = {name: value for name, value in content[RUN]['data_config'].items() if name not in given}
@@ -332,11 +320,7 @@ def has_text_queries(options: Options) -> bool:
 
 
 def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Fold the BatchNorm layers of a model into the convolutions before them, in place.
-
-    Raises:
-        ValueError: If that changes its logits.
-    """
+    """Fold BatchNorm layers into the convolutions before them, in place; a ValueError if that changes the logits."""
     weight = next(model.parameters())
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
     try:
@@ -396,11 +380,7 @@ def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
 
 @contextmanager
 def refuse(options: Options) -> Iterator[None]:
-    """Turn what timm raises while it creates a model that does not take the options into a user's mistake.
-
-    Raises:
-        ValueError: In place of errors about arguments, or about weights that are missing or do not fit.
-    """
+    """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield
     except (TypeError, AssertionError) as error:  # an argument that the model does not have, or an invalid value

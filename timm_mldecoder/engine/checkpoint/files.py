@@ -69,11 +69,7 @@ def lock(folder: Path) -> IO:
 
 
 def shards_of(path: Path) -> Path | None:
-    """Return the folder with the tensors of a checkpoint, None if they are in the file.
-
-    Raises:
-        ValueError: If the file or the folder is damaged.
-    """
+    """Return the folder with the tensors of a checkpoint, None if they are in the file; a ValueError if damaged."""
     content = read_checkpoint(path, whole=False)
     return path.parent / content[SHARDS] if SHARDS in content else None
 
@@ -115,11 +111,7 @@ class CheckpointFolder:
     best_epoch: int | None = None
 
     def rank(self, epoch: int, metric: float) -> tuple[bool, list[str]]:
-        """Include the metric of an epoch in the ranking.
-
-        Returns:
-            Whether the epoch is the best so far, and the names of the files that drop out.
-        """
+        """Rank the metric of an epoch; return whether it is the best so far, and the names of files that drop out."""
         name = f'checkpoint-{epoch}{SUFFIX}'
         entries = [entry for entry in self.ranked if entry[0] != name] + [(name, metric)]
         entries.sort(key=lambda entry: self.sort_key(entry[1]))

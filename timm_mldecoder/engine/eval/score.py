@@ -46,11 +46,7 @@ Result = dict[str, Any]
 
 
 def score_model(options: Options, world: World) -> Result:
-    """Score one model on a split.
-
-    Returns:
-        The metrics of the split in percent, unrounded, and how it was evaluated, under timm's names.
-    """
+    """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
     model, options, config, content = load_model(options)
     if options.write_thresholds and RUN not in content:

@@ -213,11 +213,7 @@ def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
 def set_train_transform(
     options: Options, dataset: Dataset, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any] | None]:
-    """Give a dataset its training transform.
-
-    Returns:
-        The dataset, wrapped for several views per image or changing image sizes, and the schedule of the sizes.
-    """
+    """Give a dataset its training transform; return it, wrapped for several views or sizes, and their schedule."""
     settings = _augmentation(options, config)
     interpolation = settings['interpolation']
     sizes = [(config['input_size'][0], size, size) for size in options.train_img_sizes or ()]

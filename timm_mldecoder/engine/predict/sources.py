@@ -68,11 +68,7 @@ class SourceDataset(Dataset):
         return self.transform(self.read(index)), index
 
     def read(self, index: int) -> Image.Image:
-        """Read an image in the mode of the model.
-
-        Raises:
-            OSError: If it cannot be read.
-        """
+        """Read an image in the mode of the model; an OSError if it cannot be read."""
         try:
             with self.source.open(index) as file, Image.open(file) as image:
                 return image.convert(self.mode)
@@ -113,11 +109,7 @@ def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
 
 
 def dataset_source(dataset: Any, root: Path) -> Source:
-    """Return the images of a dataset, named by their paths relative to its root.
-
-    Raises:
-        ValueError: If the dataset does not keep its images in files.
-    """
+    """Return the images of a dataset, named by their paths relative to its root; a ValueError if they are no files."""
     if not hasattr(dataset, 'filenames'):
         raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
     return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
@@ -154,11 +146,7 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def parquet_module(what: str) -> Any:
-    """Return `pyarrow.parquet`.
-
-    Raises:
-        ValueError: If pyarrow is not installed.
-    """
+    """Return `pyarrow.parquet`; a ValueError if it is not installed."""
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -135,11 +135,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
 
 
 def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
-    """Create the model without a classifier.
-
-    Returns:
-        The model, the options that describe it, and the data configuration that came with it.
-    """
+    """Create the model without a classifier; return it, the options that describe it, and its data configuration."""
     plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='', initial_checkpoint='')
     stored: DataConfig = {}
     content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}

@@ -59,11 +59,7 @@ def choose_folder(output: str, experiment: str, *names: object) -> Path:
 
 
 def create_folder(folder: Path) -> None:
-    """Create the folder of a run.
-
-    Raises:
-        ValueError: If it cannot be written to.
-    """
+    """Create the folder of a run; a ValueError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.writable').touch()
