@@ -1,6 +1,5 @@
 """Learning rate range test: a short run in which the learning rate grows until the loss diverges."""
 
-import csv
 import logging
 from collections.abc import Iterator
 from math import inf, isfinite, log
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from timm_mldecoder.engine.runtime.files import write_csv
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.signals import Stopped
 from timm_mldecoder.engine.train.loop import step_optimizer, train_batch
@@ -49,9 +49,7 @@ def find_lr(run: Run) -> None:
     if len(points) < 3:
         raise ValueError(f'--lr-find {options.lr_find}: the loss diverged after {len(points)} steps')
     if run.folder is not None:
-        with (run.folder / 'lr_find.csv').open('w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerows([Point._fields, *points])
+        write_csv(run.folder / 'lr_find.csv', [Point._fields, *points])
         steepest = steepest_descent(points)
         draw(points, steepest, run.folder / 'lr_find.png')
         _logger.info(f'The loss falls fastest at --lr {steepest:.2g}: {run.folder / "lr_find.png"}')
