@@ -68,16 +68,18 @@ def main(argv: list[str] | None = None) -> str:
 class Sent(TorchDispatchMode):
     """Counts the bytes that a rank sends in collectives over rings."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bytes, self._share = 0.0, (ranks - 1) / ranks
+        self.bytes = 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.partition('.')[0]
         if function.namespace == 'c10d' and name in SENT:
-            tensors = tree_leaves(args)
-            largest = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            self.bytes += SENT[name] * self._share * largest
+            leaves = tree_leaves(args)
+            largest = max(leaf.numel() * leaf.element_size() for leaf in leaves if torch.is_tensor(leaf))
+            group = next(leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject))
+            ranks = torch.distributed.ProcessGroup.unbox(group).size()
+            self.bytes += SENT[name] * (ranks - 1) / ranks * largest
         return function(*args, **(kwargs or {}))
 
 
@@ -116,7 +118,7 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
             optimizer.zero_grad()
 
         peak = peak_memory(step)
-        with Sent(world.size) as sent:
+        with Sent() as sent:
             step()
         tokens = logits = own = 0
         if way == HEAD:

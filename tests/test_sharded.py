@@ -85,7 +85,7 @@ def numbers(row):
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
     """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel')
+    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel')
     folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 

@@ -16,6 +16,7 @@ from timm_mldecoder.engine.checkpoint.state import TrainingState
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader, TrainLoader
+from timm_mldecoder.engine.parallel.classes import ClassPart
 from timm_mldecoder.engine.parallel.fsdp import is_sharded
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.signals import Stopped, StopSignals
@@ -49,6 +50,7 @@ class Run:
         freezer: Freezes the backbone.
         folder_lock: Lock of the folder, held as long as the run lives.
         trackers: Called with the metrics of each epoch.
+        part: Classes whose logits this rank has (`--head-parallel`); None for all.
         shards: Writes the checkpoints of a model that is divided over ranks; None for other models.
         signals: Signals that stop the run.
     """
@@ -71,6 +73,7 @@ class Run:
     freezer: Freezer
     folder_lock: IO | None
     trackers: list[Tracker]
+    part: ClassPart | None = None
     shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
