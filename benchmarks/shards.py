@@ -116,7 +116,7 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
         if divided:
             shard_task(task, options, world, [model.get_classifier()])
         if options.head_parallel:
-            task.criterion = divide_loss(task.criterion, model.get_classifier().part)
+            task.criterion = divide_loss(task.criterion, model.get_classifier().part).to(world.device)
         optimizer = timm_optimizer(options, task.get_trainable_module())
         prepare_distributed(options, task, world)
         images, labels = torch.randn(BATCH, *size), torch.tensor([0, 1])

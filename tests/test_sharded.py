@@ -214,7 +214,7 @@ FOLLOWED = {
     'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
 }
 FOLLOWED_WITH_HEADS = {
-    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 32 {HEAD}',
+    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 64 --lr 1e-3 {HEAD}',  # smaller images scale rounding up too
     'resnet bce': f'{RESNET} --model test_resnet --img-size 32 --loss bce {HEAD} learnable_queries=True '
     'classifier=cosine',
     'resnet asl': f'{RESNET} --model test_resnet --img-size 32 --loss asl {SEVERAL} {HEAD} num_layers=2',
@@ -235,14 +235,14 @@ HEADS = '--parallel fsdp', '--parallel fsdp --head-parallel', '--head-parallel'
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_a_divided_model_follows_ddp(data, tmp_path, name):
     losses = compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors')))
-    assert losses[-1] < losses[0]
+    assert sum(losses[-6:]) < sum(losses[:6])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
 def test_a_divided_head_follows_ddp(data, tmp_path, name):
     losses = compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], *HEADS)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-6:]) < sum(losses[:6])
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_a_head_divided_over_four_ranks_follows_ddp(data, tmp_path, name):
     """One of the ranks has one class, the others three each."""
     flags = FOLLOWED_WITH_HEADS[name].replace('-b 4', '-b 2') + ' --num-of-groups 4 --num-classes 10'
     losses = compare(data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-6:]) < sum(losses[:6])
 
 
 @pytest.mark.slow

@@ -202,55 +202,58 @@ class SoftmaxLoss(nn.Module):
         super().__init__()
         self.part = part
         self.smoothing = smoothing
-        self.register_buffer('weight', weight, persistent=False)
+        self.register_buffer('weight', torch.ones(part.num_classes) if weight is None else weight, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return a number whose mean over ranks is the loss; see `EntryLoss.forward`."""
         target = self.part.targets(target)
         losses = self.per_image(logits, target)
-        weighted = self.weight is not None and target.dim() == 1
-        weights = self.weight[target] if weighted else torch.ones_like(losses)
+        weights = self.weight[target] if target.dim() == 1 else torch.ones_like(losses)
         losses, weights = (values.view(self.part.ranks, -1).sum(1) for values in (losses, weights))
         return (losses / weights).mean()
 
     def per_image(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return numbers [N] whose means over ranks are the losses of the images, for the targets of all ranks."""
-        part, weight = self.part, self.weight
-        logits = logits.float()
-        logits = logits - _sum(logits.detach().amax(1), dist.ReduceOp.MAX)[:, None]
-        log_total = _LogSumExp.apply(logits)
+        """Return numbers [N] whose means over ranks are the losses of the images, for the targets of all ranks.
+
+        The loss is -sum_c q_c log p_c. Of the weights q the own ones are `spread`, and `amount` more in `column`.
+        """
+        part, smoothing, logits = self.part, self.smoothing, logits.float()
+        own_weight = self.weight[part.own]
         if target.dim() == 2:
-            target = target * (1 - self.smoothing) + self.smoothing / part.num_classes
-            target = target if weight is None else target * weight[part.own]
-            share, product = _sum(target.sum(1)), (target * logits).sum(1)
-        else:
-            column, is_own = part.place(target)
-            share = torch.ones_like(log_total) if weight is None else weight[target]
-            product = share * torch.where(is_own, logits.gather(1, column[:, None])[:, 0], 0)
-            if self.smoothing:
-                every = logits.sum(1) if weight is None else (logits * weight[part.own]).sum(1)
-                mean = 1.0 if weight is None else weight.mean()
-                share = torch.lerp(share, torch.full_like(share, mean), self.smoothing)
-                product = torch.lerp(product, every / part.num_classes, self.smoothing)
-        return share * log_total - part.ranks * product
+            spread = (target * (1 - smoothing) + smoothing / part.num_classes) * own_weight
+            return _SoftmaxLosses.apply(logits, _sum(spread.sum(1)), spread, None, None)
+        column, is_own = part.place(target)
+        amount = (1 - smoothing) * self.weight[target]
+        spread = smoothing / part.num_classes * own_weight[None] if smoothing else None
+        total = amount + smoothing * self.weight.mean()
+        return _SoftmaxLosses.apply(logits, total, spread, column[:, None], (amount * is_own)[:, None])
 
 
-class _LogSumExp(torch.autograd.Function):
-    """Logarithm of the sum over the classes of all ranks of exp(x) [N]; x is [N, own classes].
-
-    Every rank computes it, and has its gradient: together they are that of the ranks times their number.
-    """
+class _SoftmaxLosses(torch.autograd.Function):
+    """What `SoftmaxLoss.per_image` returns; all is computed in place of one tensor of the size of the logits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        result = _sum(x.exp().sum(1)).log()
-        ctx.save_for_backward(x, result)
-        return result
+    def forward(
+        ctx, logits: Tensor, total: Tensor, spread: Tensor | None, column: Tensor | None, amount: Tensor | None
+    ):
+        highest = _sum(logits.amax(1, keepdim=True), dist.ReduceOp.MAX)
+        log_sum = _sum((logits - highest).exp_().sum(1, keepdim=True)).log()
+        product = 0 if spread is None else ((logits - highest) * spread).sum(1)
+        if column is not None:
+            product = product + ((logits.gather(1, column) - highest) * amount)[:, 0]
+        ctx.save_for_backward(logits, total, spread, column, amount, highest, log_sum)
+        return total * log_sum[:, 0] - dist.get_world_size() * product
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        x, result = ctx.saved_tensors
-        return (x - result[:, None]).exp_() * (dist.get_world_size() * grad)[:, None]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, total, spread, column, amount, highest, log_sum = ctx.saved_tensors
+        grad = dist.get_world_size() * grad[:, None]  # the other ranks have the same one
+        result = (logits - highest).sub_(log_sum).exp_().mul_(grad * total[:, None])
+        if spread is not None:
+            result.addcmul_(spread, grad, value=-1)
+        if column is not None:
+            result.scatter_add_(1, column, -grad * amount)
+        return result, None, None, None, None
 
 
 class ExchangedLoss(nn.Module):
@@ -326,7 +329,7 @@ class DividedClassificationEvaluator(_DividedEvaluator):
         output, target = self._prepare(*self._of_all_ranks(output, target))
         if not len(output):
             return
-        losses = _sum(SoftmaxLoss(self.part).per_image(output, target)) / self.part.ranks
+        losses = _sum(self.criterion.per_image(output, target)) / self.part.ranks
         self._accumulate_loss(losses.mean(), len(output))
         correct = self.part.highest(output, 5).eq(target[:, None])
         self.counts[1] += correct[:, 0].sum()
@@ -366,3 +369,4 @@ def divide_evaluator(evaluator: ClassificationEvaluator, part: ClassPart) -> Non
     dist.all_gather_object(limits, evaluator.max_samples)
     evaluator.__class__ = EVALUATORS[type(evaluator)]
     evaluator.part, evaluator.limits, evaluator.max_samples = part, limits, None
+    evaluator.criterion = SoftmaxLoss(part).to(evaluator.device)

@@ -103,7 +103,7 @@ def build_run(options: Options, world: World) -> Run:
         shard_task(task, options, world, head_modules(model))
     part = head_modules(model)[0].part if divided and options.head_parallel else None
     if part is not None:
-        task.criterion = divide_loss(task.criterion, part)
+        task.criterion = divide_loss(task.criterion, part).to(world.device)
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
