@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables[name] = {}
         for setting in settings:
             if options.quick:
-                setting = replace(setting, num_train=100, steps=(10, 20))
+                setting = replace(setting, num_train=100, steps=(12, 24))  # not 10: no warmup
             names = [head for head in heads if not setting.fine_tune or head in FINE_TUNED]
             key = replace(setting, label='')
             if key not in done:

@@ -105,7 +105,7 @@ def test_the_benchmark_prints_a_row_per_head_and_writes_plot_and_results(tmp_pat
     assert list(results) == ['digits', 'objects'] and list(results['objects']) == ['2', '6', '10']
     for column in (*results['digits'].values(), *results['objects'].values()):
         for head in column.values():
-            for steps in (10, 20):
+            for steps in (12, 24):
                 assert len([rate for each, rate, _ in head['tried'] if each == steps]) >= len(probing.LEARNING_RATES)
             best = max(head['tried'], key=lambda row: row[-1])
             assert best[:2] == [head['steps'], head['rate']]
