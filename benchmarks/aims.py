@@ -37,7 +37,7 @@ AIMS = (
     Aim('head, inference, over its matrix products alone', 1.15, False, 'head cpu', 2),
     Aim('head, training step, over its matrix products alone', 1.25, False, 'head cpu', 6),
     Aim(
-        'head, most memory of a training step, over what the backward pass reads', 1.15, False, 'kept cpu', 1,
+        'head, most memory of a training step, over what the backward pass reads', 1.15, False, 'saved_tensors cpu', 1,
         '^over all', 'where it peaks, the gradients of the hidden layer and of two weights lie beside what is kept',
     ),
     Aim(

@@ -118,7 +118,7 @@ def test_batches_are_those_of_timms_dataset_and_collate(data, tmp_path, workers)
     for images, draws in zip(batches, run.train_loader.batches, strict=True):
         samples = []
         for draw in draws:
-            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.place))
+            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.position))
             samples.append(dataset[draw.index])
         expected = fast_collate(samples)[0].float().sub(mean * 255).div(std * 255)
         torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)

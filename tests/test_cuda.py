@@ -17,7 +17,7 @@ from timm_mldecoder.engine.runtime.distributed import World, join_world
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import backward, fit, step_optimizer
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
-from timm_mldecoder.head.decoder_layer import Dropout, ReLUDropout
+from timm_mldecoder.head.layers import Dropout, ReLUDropout
 
 SMALL = dict(decoder_embedding=32, initial_num_features=24, num_heads=4, dim_feedforward=48)
 PLAIN = shlex.split("""

@@ -22,7 +22,7 @@ from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors

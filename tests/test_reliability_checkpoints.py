@@ -12,7 +12,8 @@ import system_calls
 import torch
 from runs import MODEL, build, call, fit, last, train, write_data
 
-from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES, read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from validate import main as validate

@@ -12,7 +12,7 @@ import torch
 from image_folders import write_images
 from runs import ROOT, call, environment, summary
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from timm_mldecoder.checkpoints.folders import save_folder
 from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import SUFFIX
 from timm_mldecoder.engine.export.card import run_facts

@@ -10,7 +10,7 @@ import torch
 from timm.models.tresnet import checkpoint_filter_fn as convert_tresnet
 from torch import Tensor, nn
 
-from timm_mldecoder.checkpoints.schema import weights_of
+from timm_mldecoder.checkpoints.read import weights_of
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.graph import convert_graph_state_dict
 

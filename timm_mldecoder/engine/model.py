@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.folders import folder_channels, folder_settings
 from timm_mldecoder.checkpoints.published import convert_state_dict
-from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema, read_checkpoint, weights_of, without_split_bn
+from timm_mldecoder.checkpoints.read import ranked_by_ema, read_checkpoint, weights_of, without_split_bn
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options

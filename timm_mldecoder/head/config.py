@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from timm_mldecoder.head.classifiers import (
+from timm_mldecoder.head.layers import (
     CosineGroupFullyConnected,
     FactorizedTextClassifier,
     GroupFullyConnected,

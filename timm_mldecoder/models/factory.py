@@ -55,7 +55,9 @@ def _parse_ml_decoder(value: object) -> dict:
 
 def _parse_graph(value: object) -> dict:
     if not isinstance(value, Mapping) or not {'num_classes', 'width'} <= set(value):
-        raise ValueError(f'graph_classifier must be the options of timm_mldecoder.models.graph_options, got {value!r}')
+        raise ValueError(
+            f'graph_classifier must be the options of timm_mldecoder.models.graph.graph_options, got {value!r}'
+        )
     return dict(value)
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.engine.runtime.files import TEMPORARY, duplicate, sync_folder, write_atomically
 

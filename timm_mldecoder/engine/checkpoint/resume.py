@@ -5,7 +5,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.checkpoint.files import (
     LAST,
     Progress,

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema
+from timm_mldecoder.checkpoints.read import ranked_by_ema
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.flags import train_options
 from timm_mldecoder.engine.flags.config import as_arguments
 from timm_mldecoder.engine.flags.parse import flags

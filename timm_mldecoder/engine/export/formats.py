@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from timm_mldecoder.checkpoints.folders import SETTINGS, save_folder
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.head.classifiers import GroupFullyConnected
+from timm_mldecoder.head.layers import GroupFullyConnected
 from timm_mldecoder.head.queries import Queries
 
 METADATA = ('architecture', 'task', 'class_names', 'thresholds', 'preprocessing', 'precision')

@@ -96,7 +96,7 @@ class SplitDataset(AugMixDataset):
 
 
 class KeyedSamples(Dataset):
-    """Samples with the draws of their place in the epoch, and the images that could not be read.
+    """Samples with the draws of their position in the epoch, and the images that could not be read.
 
     Yields `(draw, sample, bad)`, with the index of the image that was read; the sample is None if neither the image nor
     one of its replacements can be read.
@@ -117,7 +117,7 @@ class KeyedSamples(Dataset):
         bad: list[BadImage] = []
         index = draw
         if isinstance(draw, Draw):  # evaluation has plain indices, and draws nothing
-            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.place))
+            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.position))
             index = draw.index
         first, *size = index if isinstance(index, tuple) else (index,)
         for number in range(first, first + self._replacements + 1):
@@ -155,7 +155,7 @@ class KeyedCollate:
             return None, [], bad
         first = samples[0][0]
         if isinstance(first, Draw):
-            seed_cpu(key(BATCH, first.seed, first.epoch, first.place))
+            seed_cpu(key(BATCH, first.seed, first.epoch, first.position))
             if hasattr(self._collate, 'mixup_enabled'):
                 self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
         batch = self._collate([samples[position][1] for position in positions])

@@ -98,14 +98,14 @@ class NaFlexBatches(Sampler[list[Draw]]):
         rank, ranks = self._wrapper.rank, self._wrapper.world_size
         visited = 0
         for number, (*size, indices) in enumerate(self._wrapper._prepare_epoch_batches(self._epoch)):
-            places = range(visited * ranks + rank, (visited + len(indices)) * ranks + rank, ranks)
+            positions = range(visited * ranks + rank, (visited + len(indices)) * ranks + rank, ranks)
             visited += len(indices)
             if number < self._first:
                 continue
             choice = self._sizes[tuple(size)]
             yield [
-                Draw((index, choice), place, self._epoch, self._seed)
-                for index, place in zip(indices, places, strict=True)
+                Draw((index, choice), position, self._epoch, self._seed)
+                for index, position in zip(indices, positions, strict=True)
             ]
 
 

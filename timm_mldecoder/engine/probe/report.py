@@ -184,7 +184,7 @@ def write_checkpoint(
         RUN: {
             'epoch': options.epochs,
             'batch': 0,
-            'start': dict(place=0, batch=0, order_ranks=None, end_place=None),
+            'start': dict(position=0, batch=0, order_ranks=None, end_position=None),
             'restart': None,
             'skipped': 0,
             'rows': rows,

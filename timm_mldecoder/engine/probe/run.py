@@ -15,7 +15,8 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.data import summarize
 from timm_mldecoder.engine.eval.evaluate import create_autocast, multilabel_evaluator
 from timm_mldecoder.engine.flags import Options

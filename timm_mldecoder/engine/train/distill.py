@@ -14,7 +14,8 @@ from timm.task import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.input.datasets import check_class_names, image_channels
 from timm_mldecoder.engine.input.loaders import DataConfig

@@ -19,7 +19,7 @@ from timm_mldecoder.engine.input.datasets import has_ignored
 from timm_mldecoder.engine.input.loaders import DataConfig, mixes, model_dtype
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.train.distill import create_distillation_task
-from timm_mldecoder.head.classifiers import CosineGroupFullyConnected
+from timm_mldecoder.head.layers import CosineGroupFullyConnected
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.models.cosine import CosineClassifier
