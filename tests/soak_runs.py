@@ -111,6 +111,14 @@ GROUPS: dict[str, dict[str, str]] = {
         '2 ranks, text queries': f'several {WORDS} {SPLIT} --num-classes 60',
         '2 ranks, 3 views': '--aug-splits 3',
     },
+    'divided': {
+        '2 ranks, FSDP, EMA': f'--parallel fsdp {EMA}',
+        '2 ranks, FSDP, the better of both': f'--parallel fsdp {EMA} --better-of-ema',
+        '2 ranks, FSDP, groups of the head': f'--parallel fsdp {HEAD} --head-parallel --opt adamw',
+        '2 ranks, FSDP, accumulation, clipped norm': '--parallel fsdp --grad-accum-steps 2 --clip-grad 1 --opt lamb',
+        '2 ranks, FSDP, autocast bfloat16': f'--parallel fsdp --amp --amp-dtype bfloat16 {EMA}',
+        '2 ranks, FSDP, milestones, 1 checkpoint': '--parallel fsdp --save-epochs 1 2 --checkpoint-hist 1 --epochs 3',
+    },
 }
 
 

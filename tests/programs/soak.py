@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from test_train_data import write_shards
 import train
 from timm_mldecoder import label_graph
 from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.sharded import PREFIX
 from timm_mldecoder.data import shapes
+from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.checkpoint.resume import newest
 from timm_mldecoder.engine.runtime.errors import run_command
 
@@ -133,6 +136,11 @@ def kill(processes: list[int]) -> None:
             continue
 
 
+def without_token(name: str) -> str:
+    """Return the name of a file or folder; of a folder of tensors, what is the same in each run."""
+    return name.rpartition('-')[0] if name.startswith(PREFIX) else name
+
+
 def progress(content: dict) -> tuple[int, int]:
     return content[RUN]['epoch'], content[RUN]['batch']
 
@@ -146,7 +154,7 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
         shutil.rmtree(path, ignore_errors=True)
     log = folder / 'log'
     log.write_text('')
-    result = dict(name=name, kills=0, resumed=0, lost=0, unreadable=0, equal=False, left='', error='')
+    result = dict(name=name, kills=0, resumed=0, writing=0, lost=0, unreadable=0, equal=False, left='', error='')
 
     def run(output: Path, *more: str) -> list[int]:
         return start([*arguments, '--output', str(output), '--experiment', 'run', *more], ranks, log)
@@ -180,6 +188,7 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
                 read_checkpoint(path)
             except ValueError:
                 result['unreadable'] += 1
+        result['writing'] += bool(set((killed / 'run').glob(f'{PREFIX}*')) - set(map(shards_of, paths)))
         _, content = newest(killed / 'run') if paths else (None, {})
         found = progress(content) if content else (0, 0)
         result['lost'] += found < reached
@@ -190,8 +199,10 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
         result['equal'] = True
     except AssertionError as error:
         result['error'] = f'differs: {error!s:.300}'
-    files = [{path.name for path in (output / 'run').iterdir()} for output in (killed, undisturbed)]
-    result['left'] = ' '.join(sorted(files[0] ^ files[1]))
+    ours, theirs = (
+        Counter(without_token(path.name) for path in (output / 'run').iterdir()) for output in (killed, undisturbed)
+    )
+    result['left'] = ' '.join(sorted((ours - theirs) + (theirs - ours)))
     return result
 
 

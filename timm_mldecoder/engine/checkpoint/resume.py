@@ -19,7 +19,7 @@ from timm_mldecoder.engine.checkpoint.state import TrainingState
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import check_class_names
 from timm_mldecoder.engine.input.images import TrainLoader
-from timm_mldecoder.engine.parallel.fsdp import is_sharded
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, slice_of_rank
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.summary import SUMMARY, read_summary
 
@@ -54,7 +54,7 @@ def resume(
     check_class_names(loader.dataset, content.get('class_names'))
     try:
         if divided:
-            localize(content, path, state.models(), state.optimizer)
+            localize(content, path, state.models(), state.optimizer, *slice_of_rank(options, world))
         state.restore(content, options, world, loader)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f'{path} does not have the entries of a checkpoint to resume from: {error!r}') from error

@@ -13,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS, Leaf, fill, split, tensors_of
+from timm_mldecoder.engine.parallel.slices import rows_of_rank
 from timm_mldecoder.engine.runtime.distributed import World
 
 
@@ -78,7 +79,12 @@ class ShardWriter:
 
 
 def localize(
-    content: dict[str, Any], path: Path, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    content: dict[str, Any],
+    path: Path,
+    models: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    ranks: int,
 ) -> None:
     """Turn the tensors of a checkpoint, in place, into the slices of this rank.
 
@@ -87,6 +93,8 @@ def localize(
         path: Path of its file.
         models: The divided models by the key of their weights.
         optimizer: Optimizer of the divided parameters.
+        rank: Number of the slice.
+        ranks: Number of slices.
     """
     like: dict[str, Tensor] = {}
     for key, model in models.items():
@@ -115,7 +123,8 @@ def localize(
     for leaf in list(tensors_of(content)):
         found = divided(leaf)
         if found is not None and not isinstance(leaf.tensor, DTensor):
-            # every rank has read the file: each takes its slice, and nothing is sent
-            leaf.holder[leaf.key] = distribute_tensor(
-                leaf.tensor.to(found.device), found.device_mesh, found.placements, src_data_rank=None
+            # every rank has mapped the file, and reads its slices
+            own = rows_of_rank(leaf.tensor, rank, ranks).to(found.device)
+            leaf.holder[leaf.key] = DTensor.from_local(
+                own, found.device_mesh, found.placements, run_check=False, shape=found.shape, stride=found.stride()
             )

@@ -31,7 +31,8 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, parameters_on_meta, shard_task
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slice_of_rank
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
@@ -66,9 +67,12 @@ def build_run(options: Options, world: World) -> Run:
 
     # data, then the model: random draws begin with the model's initialisation, as in timm's script
     train, validation = _create_splits(options)
-    random_seed(options.seed, world.rank)
     divided = is_sharded(options, world)
-    model = _create_divided(options, train, world) if divided else create_train_model(options, train)
+    random_seed(options.seed, 0 if divided else world.rank)
+    if divided:
+        model, slices = create_sliced(lambda: create_train_model(options, train), *slice_of_rank(options, world))
+    else:
+        model = create_train_model(options, train)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
@@ -99,7 +103,7 @@ def build_run(options: Options, world: World) -> Run:
     # task and optimizer
     task = create_task(options, model, train, config, world)
     if divided:
-        shard_task(task, options, world, head_modules(model))
+        shard_task(task, slices, options, world, head_modules(model))
     eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -209,19 +213,6 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
 def _log_summary(split: str, dataset: Dataset) -> None:
     for line in summarize(dataset).log_lines(split):
         _logger.info(line)
-
-
-def _create_divided(options: Options, dataset: Dataset, world: World) -> nn.Module:
-    """Create the model without parameters, except on the first rank if they do not come from a checkpoint."""
-    resumed = world.primary and bool(options.resume) and (options.resume != 'auto' or _has_checkpoints(options))
-    if world.primary and not resumed:
-        return create_train_model(options, dataset)
-    with parameters_on_meta():
-        return create_train_model(options.replace(pretrained=False, pretrained_path='', initial_checkpoint=''), dataset)
-
-
-def _has_checkpoints(options: Options) -> bool:
-    return bool(checkpoints_in(Path(options.output or DEFAULT_OUTPUT) / options.experiment))
 
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
