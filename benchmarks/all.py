@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / 'docs' / 'performance.md'
 DEVICES = {
     'head': ('cpu', 'cuda'),
     'operations': ('cpu', 'cuda'),
-    'kept': ('cpu', 'cuda'),
+    'saved_tensors': ('cpu', 'cuda'),
     'model': ('cpu', 'cuda'),
     'table9': ('cpu', 'cuda'),
     'scaling': ('cpu', 'cuda'),

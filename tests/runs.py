@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from image_folders import write_images
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.runtime.signals import SIGNALS, Stopped

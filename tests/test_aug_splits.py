@@ -32,11 +32,6 @@ MOVING = [*SPLITS, *shlex.split("""
 """)]  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
-
-
 def images_of(run, epoch=0):
     return [images for images, _ in run.train_loader.epoch(epoch)]
 
@@ -118,7 +113,7 @@ def test_batches_are_those_of_timms_dataset_and_collate(data, tmp_path, workers)
     for images, draws in zip(batches, run.train_loader.batches, strict=True):
         samples = []
         for draw in draws:
-            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.place))
+            seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.position))
             samples.append(dataset[draw.index])
         expected = fast_collate(samples)[0].float().sub(mean * 255).div(std * 255)
         torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)

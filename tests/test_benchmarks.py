@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 SMALLEST = {
     'head': '--rounds 1 --cases 7 3 --tokens 4 --batch-sizes 1',
     'operations': '--rounds 1 --batch-size 1',
-    'kept': '',
+    'saved_tensors': '',
     'model': '--rounds 1 --models resnet18 --compiled --batch-size 2 --img-size 64',
     'table9': '--rounds 1 --model test_resnet --classes 7 --batch-size 2 --img-size 32',
     'scaling': '--rounds 1 --axes classes --most 100 --batch-size 1',

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import BATCHES, MODEL, MOVING, assert_same_run, build, last, summary, train, write_data
+from runs import BATCHES, MODEL, MOVING, assert_same_run, build, last, summary, train
 from torch.overrides import TorchFunctionMode
 
 from timm_mldecoder import MLDecoder
@@ -17,7 +17,7 @@ from timm_mldecoder.engine.runtime.distributed import World, join_world
 from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import backward, fit, step_optimizer
 from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
-from timm_mldecoder.head.decoder_layer import Dropout, ReLUDropout
+from timm_mldecoder.head.layers import Dropout, ReLUDropout
 
 SMALL = dict(decoder_embedding=32, initial_num_features=24, num_heads=4, dim_feedforward=48)
 PLAIN = shlex.split("""
@@ -27,11 +27,6 @@ PLAIN = shlex.split("""
 NO_DROPOUT = ['dropout=0']  # after PLAIN
 DTYPES = [torch.float16, torch.bfloat16]
 cuda = pytest.mark.cuda
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture

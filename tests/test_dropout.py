@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from timm_mldecoder.head.decoder_layer import Attention, Dropout, ReLUDropout
+from timm_mldecoder.head.layers import Attention, Dropout, ReLUDropout
 
 
 @pytest.fixture

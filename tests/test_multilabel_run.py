@@ -22,7 +22,7 @@ from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
@@ -60,10 +60,6 @@ def load(path: str | Path) -> dict:
 @pytest.fixture(autouse=True)
 def _in_an_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so small a model more than one is slower
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')

@@ -190,7 +190,7 @@ def test_every_place_of_an_epoch_is_visited_once_from_any_batch(data, ranks):
         _, batches, _ = parts(data, rank=rank, ranks=ranks)
         batches.begin(3)
         whole = list(batches)
-        places += [draw.place for draws in whole for draw in draws]
+        places += [draw.position for draws in whole for draw in draws]
         indices += [draw.index[0] for draws in whole for draw in draws]
         batches.begin(3, batch=2)
         assert list(batches) == whole[2:]
@@ -203,9 +203,9 @@ def test_images_are_mixed_as_by_timm_with_the_draws_of_their_batch(data):
     dataset, batches, collate = parts(data, mixing=NaFlexMixup(**settings))
     first = next(iter(batches))
     samples = [KeyedSamples(dataset)[draw][1] for draw in first]
-    seed_cpu(key(BATCH, 42, 0, first[0].place))
+    seed_cpu(key(BATCH, 42, 0, first[0].position))
     mixed, target = collate(samples)
-    seed_cpu(key(BATCH, 42, 0, first[0].place))
+    seed_cpu(key(BATCH, 42, 0, first[0].position))
     images, expected = NaFlexMixup(**settings)([image for (image, _), _ in samples], [label for _, label in samples])
     assert torch.equal(target, torch.stack(expected))
     wrapper = NaFlexMapDatasetWrapper(range(8), patch_size=16, seq_lens=(len(mixed['patches'][0]),))

@@ -263,7 +263,7 @@ def test_mixed_batches_are_those_of_timm_with_the_same_draws(settings):
         for draws in batches:
             (images, target), _, _ = collate([samples[draw] for draw in draws])
             plain = [Images()[draw.index] for draw in draws]
-            seed = key(BATCH, 42, epoch, draws[0].place)
+            seed = key(BATCH, 42, epoch, draws[0].position)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             timms = FastCollateMixup(**settings)

@@ -134,7 +134,8 @@ def test_public_signatures_are_fixed(name):
         ('timm_mldecoder.models.attach', 'add_ml_decoder_head MLDecoderModel ml_decoder_class check_options'),
         ('timm_mldecoder.models.attention_maps', 'attention_maps'),
         ('timm_mldecoder.checkpoints.published', 'convert_state_dict head_options'),
-        ('timm_mldecoder.checkpoints.schema', 'read_checkpoint weights_of check_entries'),
+        ('timm_mldecoder.checkpoints.read', 'read_checkpoint weights_of'),
+        ('timm_mldecoder.checkpoints.schema', 'ENTRIES check_entries'),
         ('timm_mldecoder.weights', 'convert_state_dict head_options read_checkpoint'),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from runs import call, start
 
 import validate
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.data.digits import write_digit_scenes
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.model import load_trained

@@ -11,7 +11,8 @@ import pytest
 from runs import MODEL, MOVING, assert_same_run, call, last, start, train, write_data
 from soak_runs import GROUPS
 
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.checkpoint.resume import newest
 
 KILLS = 50

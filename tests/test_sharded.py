@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ import torch
 from image_folders import write_images
 from runs import ROOT, call, environment, summary
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of
@@ -22,11 +23,13 @@ from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
 from timm_mldecoder.engine.model import create_train_model, load_trained
 from timm_mldecoder.engine.parallel import slices
+from timm_mldecoder.engine.parallel.head import divide_groups
+from timm_mldecoder.head import MLDecoder
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # no draws, no BatchNorm: the same for any number of ranks
 VIT = (
-    f'{COMMON} --model test_vit --img-size 160 --opt adamw --lr 1e-3 --smoothing 0 --use-ml-decoder-head 1 '
+    f'{COMMON} --model test_vit --img-size 160 --opt adamw --lr 1e-4 --smoothing 0 --use-ml-decoder-head 1 '
     '--decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
 )
 
@@ -90,7 +93,7 @@ def numbers(row):
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
     """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel')
+    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel')
     folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
@@ -133,7 +136,7 @@ def test_slices_are_parts_of_the_model_that_one_rank_creates(tmp_path, monkeypat
         return create_train_model(options, None)
 
     whole, state = create(), torch.get_rng_state()
-    parts = [slices.create_sliced(create, rank, 3)[1] for rank in range(3)]
+    parts = [slices.create_sliced(create, lambda *_, rank=rank: (rank, 3))[1] for rank in range(3)]
     assert torch.equal(torch.get_rng_state(), state)
     for name, parameter in whole.named_parameters():
         assert torch.equal(torch.cat([part[name] for part in parts]), parameter), name
@@ -145,7 +148,7 @@ def test_parameters_that_a_model_reads_while_it_is_created_are_whole_until_then(
     torch.manual_seed(0)
     whole = timm.create_model('vit_tiny_r_s16_p8_224')
     torch.manual_seed(0)
-    model, own = slices.create_sliced(lambda: timm.create_model('vit_tiny_r_s16_p8_224'), 1, 2)
+    model, own = slices.create_sliced(lambda: timm.create_model('vit_tiny_r_s16_p8_224'), lambda *_: (1, 2))
     assert all(parameter.is_meta for parameter in model.parameters())
     for name, parameter in whole.named_parameters():
         assert torch.equal(own[name], parameter[(len(parameter) + 1) // 2 :]), name
@@ -200,14 +203,45 @@ def test_metadata_that_would_execute_code_is_refused(index, tmp_path):
         '--sam 0.05', '--sync-bn', '--channels-last', '--model-ema --model-ema-force-cpu', '--opt muon',
         '--opt adafactor', '--opt kron', '--opt lookahead_adam', '--amp --amp-dtype float16',
         '--clip-grad 1 --clip-mode agc', '--dataset wds/x', '--lr-find 20',
-        '--aug-splits 2 --split-bn', '--head-parallel --hsdp 2', '--head-parallel --torchcompile eager',
+        '--aug-splits 2 --split-bn', '--head-parallel --torchcompile eager', '--head-parallel --train-img-sizes 64',
+        f'--head-parallel --word-embeddings {__file__}',
+        f'--head-parallel --word-embeddings {__file__} --task multilabel --class-split {__file__}',
+        '--head-parallel --val-bad-image skip',
     ],
 )  # fmt: skip
-def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags):
+@pytest.mark.parametrize('parallel', ['fsdp', 'ddp'])
+def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags, parallel):
+    if parallel == 'ddp' and '--head-parallel' not in flags:
+        flags = f'--head-parallel {flags}'
     first = next(word for word in reversed(flags.split()) if word.startswith('--'))
     name = {'--amp-dtype': '--amp'}.get(first, first)
     with pytest.raises(ValueError, match=f'{name}.*(--parallel fsdp|--head-parallel)'):
-        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
+        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', parallel])
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (dict(num_of_groups=6), '--num-of-groups 6'),
+        (dict(num_of_groups=8), 'none of the 9 classes'),
+        (dict(num_of_groups=4, self_attention=True), 'self_attention'),
+        (dict(word_embeddings=torch.eye(9, 8)), 'queries'),
+    ],
+)
+def test_a_head_whose_groups_four_ranks_cannot_have_is_refused(options, reason):
+    head = MLDecoder(9, decoder_embedding=8, initial_num_features=8, **options)
+    with pytest.raises(ValueError, match=f'--head-parallel.*{reason}'):
+        divide_groups(head, SimpleNamespace(size=lambda: 4))
+
+
+def test_losses_and_metrics_of_divided_classes_are_those_of_all():
+    """Without sending logits, but for a few losses."""
+    process = call('tests/programs/divided_classes.py', processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert [line.split()[1] for line in process.stdout.splitlines() if line.startswith('exchanged')] == [
+        'CrossEntropyLoss:', 'AsymmetricLossSingleLabel:', 'PolyCrossEntropy:', 'ZlprLoss:',
+        'ClassAwareSelectiveLoss:',
+    ]  # fmt: skip
 
 
 SEVERAL = '--dataset csv --task multilabel'
@@ -216,7 +250,7 @@ LOSSES = {'bce': '--loss bce --smoothing 0.1', 'asl': f'--loss asl {SEVERAL}', '
 # up: there two runs with ddp part too whose weights differ by 1e-7.
 HEAD = '--use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
 MODELS = {
-    'vit': f'{VIT} --lr 1e-4',
+    'vit': VIT,
     'resnet50': f'{COMMON} --model resnet50 --img-size 64 --opt sgd --lr 1e-3 {HEAD}',
 }
 RESNET = f'{COMMON} --model test_resnet --img-size 32 --opt sgd --lr 5e-3 -b 4 --epochs 4'
@@ -225,14 +259,19 @@ FOLLOWED = {
     'text queries': f'{RESNET} --epochs 2 --model-ema --use-ml-decoder-head 1 --decoder-embedding 64 '
     '--ml-decoder-kwargs dropout=0.0 --word-embeddings WORDS',
     'unfrozen': f'{RESNET} --freeze-backbone --unfreeze-epoch 1',
-    'bfloat16': f'{VIT} --lr 1e-4 -b 4 --epochs 2 --model-dtype bfloat16',
-    'compiled': f'{VIT} --lr 1e-4 -b 4 --epochs 2 --torchcompile eager --model-ema',
+    'bfloat16': f'{VIT} -b 4 --epochs 2 --model-dtype bfloat16',
+    'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
 }
 FOLLOWED_WITH_HEADS = {
     'cosine': f'{RESNET} --loss bce {HEAD} learnable_queries=True classifier=cosine',
     'layers': f'{RESNET} --loss asl {SEVERAL} {HEAD} num_layers=2',
-    'checkpointing': f'{VIT} --lr 1e-4 -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+    'checkpointing': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+    'smoothed': f'{VIT} -b 4 --epochs 4 --smoothing 0.1 --grad-accum-steps 2 --model-ema --freeze-backbone '
+    '--unfreeze-epoch 2',
+    'aam': f'{VIT} classifier=cosine -b 4 --epochs 4 --loss aam {SEVERAL}',
+    'csl': f'{VIT} -b 4 --epochs 4 --loss csl {SEVERAL} --partial-labels rps=0.5',
 }
+HEADS = '--parallel fsdp', '--parallel fsdp --head-parallel', '--head-parallel'
 
 
 def fall(losses):
@@ -245,8 +284,7 @@ def fall(losses):
 @pytest.mark.parametrize('model', MODELS)
 def test_two_ranks_follow_ddp(data, tmp_path, model, loss):
     """Over 24 steps, with the backbone divided, and with the groups of the head divided too."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 4'
-    assert fall(compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel'))
+    assert fall(compare(data, tmp_path, f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 4', *HEADS))
 
 
 @pytest.mark.slow
@@ -267,9 +305,15 @@ def test_a_divided_model_follows_ddp(data, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
 def test_a_divided_head_follows_ddp(data, tmp_path, name):
-    assert fall(
-        compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], '--parallel fsdp', '--parallel fsdp --head-parallel')
-    )
+    assert fall(compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], *HEADS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('model', 'loss'), [('resnet50', 'ce'), ('vit', 'bce'), ('vit', 'asl')])
+def test_a_head_divided_over_four_ranks_follows_ddp(data, tmp_path, model, loss):
+    """One of the ranks has one class, the others three each."""
+    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4 --num-of-groups 4 --num-classes 10'
+    assert fall(compare(data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from runs import build, fit, summary
 
 import train
 import validate
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.engine.eval import validate as sweep
 from timm_mldecoder.engine.eval.evaluate import test_time_views as views_of
 from timm_mldecoder.engine.eval.score import score_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from system_calls import fail
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from timm_mldecoder.checkpoints.schema import read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.sharded import PREFIX
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock, shards_of
 from timm_mldecoder.engine.checkpoint.shards import ShardWriter

@@ -29,7 +29,8 @@ from test_train_data import write_shards
 
 import train
 from timm_mldecoder import label_graph
-from timm_mldecoder.checkpoints.schema import RUN, read_checkpoint
+from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.checkpoints.sharded import PREFIX
 from timm_mldecoder.data import shapes
 from timm_mldecoder.engine.checkpoint.files import shards_of

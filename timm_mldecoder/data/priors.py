@@ -1,7 +1,7 @@
 """Files of class priors, the estimated frequency of each class, for the class-aware selective loss (arXiv 2110.10955).
 
 A CSV of two columns, `Classes` and `avg_pred`, the layout of the published files. The estimate is the mean predicted
-probability of a model trained with mode 'ignore' (`timm_mldecoder.metrics.multilabel.MeanProbability`).
+probability of a model trained with mode 'ignore' (`timm_mldecoder.metrics.class_priors.MeanProbability`).
 """
 
 import csv

@@ -1,4 +1,1 @@
-"""The training and evaluation engine behind `train.py` and `validate.py`.
-
-options -> build -> loop -> state -> checkpoint -> report, each in a module of that name.
-"""
+"""What train.py, validate.py and the commands run. CONTRIBUTING.md lists the rooms, in the order of their imports."""

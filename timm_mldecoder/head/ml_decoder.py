@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head.config import HeadConfig, check_layers, check_sizes
-from timm_mldecoder.head.decoder_layer import DecoderLayer
+from timm_mldecoder.head.layers import DecoderLayer
 from timm_mldecoder.head.vocabulary import Vocabulary
 
 DEFAULT_EMBEDDING = 768

@@ -79,12 +79,7 @@ class ShardWriter:
 
 
 def localize(
-    content: dict[str, Any],
-    path: Path,
-    models: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    rank: int,
-    ranks: int,
+    content: dict[str, Any], path: Path, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
     """Turn the tensors of a checkpoint, in place, into the slices of this rank.
 
@@ -93,8 +88,6 @@ def localize(
         path: Path of its file.
         models: The divided models by the key of their weights.
         optimizer: Optimizer of the divided parameters.
-        rank: Number of the slice.
-        ranks: Number of slices.
     """
     like: dict[str, Tensor] = {}
     for key, model in models.items():
@@ -124,7 +117,17 @@ def localize(
         found = divided(leaf)
         if found is not None and not isinstance(leaf.tensor, DTensor):
             # every rank has mapped the file, and reads its slices
-            own = rows_of_rank(leaf.tensor, rank, ranks).to(found.device)
+            own = rows_of_rank(leaf.tensor, *_slice_of(found)).to(found.device)
             leaf.holder[leaf.key] = DTensor.from_local(
                 own, found.device_mesh, found.placements, run_check=False, shape=found.shape, stride=found.stride()
             )
+
+
+def _slice_of(tensor: DTensor) -> tuple[int, int]:
+    """Return which slice of a tensor this rank holds, and the number of slices."""
+    rank, ranks = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            size = tensor.device_mesh.size(dim)
+            rank, ranks = rank * size + tensor.device_mesh.get_coordinate()[dim], ranks * size
+    return rank, ranks

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from timm_mldecoder.checkpoints.schema import RUN, ranked_by_ema
+from timm_mldecoder.checkpoints.read import ranked_by_ema
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.flags import train_options
 from timm_mldecoder.engine.flags.config import as_arguments
 from timm_mldecoder.engine.flags.parse import flags
@@ -13,9 +14,7 @@ from timm_mldecoder.engine.flags.parse import flags
 def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, str]:
     """Return the lines of a model card for a checkpoint of train.py: metrics, and the command that trained it.
 
-    Args:
-        content: What the file holds.
-        use_ema: The weights taken; metrics are those of the weights that the checkpoint was ranked by.
+    Metrics are those of the weights that the checkpoint was ranked by, unknown where `use_ema` takes others.
     """
     rows = content[RUN]['rows'] if use_ema in (None, ranked_by_ema(content)) else []
     row = {name: value for name, value in (rows[-1] if rows else {}).items() if name != 'eval_ema'}

@@ -1,8 +1,8 @@
 """Randomness by key: every draw is a function of the seed and of where in the run it happens.
 
-An epoch's order is keyed by (seed, epoch), the draws of a sample by (seed, epoch, place in the order), those of a mixed
-batch by (seed, epoch, first place), those of a training step by (seed, epoch, batch, rank). So a position in a run is a
-few numbers, no RNG state is saved, and neither the number of workers nor a kill changes what is drawn.
+An epoch's order is keyed by (seed, epoch), the draws of a sample by (seed, epoch, position in the order), those of a
+mixed batch by (seed, epoch, first position), those of a training step by (seed, epoch, batch, rank). So a point of a
+run is a few numbers, no RNG state is saved, and neither the number of workers nor a kill changes what is drawn.
 """
 
 import hashlib
@@ -45,19 +45,12 @@ def seed_all(seed: int) -> None:
 
 
 class Draw(NamedTuple):
-    """One sample of an epoch.
+    """One sample of an epoch."""
 
-    Attributes:
-        index: Index of the sample in the dataset; with scheduled image sizes a pair of it and the size's number.
-        place: Place in the order of the epoch, over all ranks.
-        epoch: Index of the epoch.
-        seed: Seed of the run.
-    """
-
-    index: Any
-    place: int
-    epoch: int
-    seed: int
+    index: Any  # index of the sample in the dataset; with scheduled image sizes a pair of it and the size's number
+    position: int  # position in the order of the epoch, over all ranks
+    epoch: int  # index of the epoch
+    seed: int  # seed of the run
 
     @property
     def image(self) -> int:
@@ -69,26 +62,21 @@ class Draw(NamedTuple):
 class Order:
     """The order in which the samples of an epoch are visited by all ranks together.
 
-    Rank r of R visits the places r, r + R, r + 2R, ... The first epoch of one rank has the order of timm's script for
+    Rank r of R visits positions r, r + R, r + 2R, ... The first epoch of one rank has the order of timm's script for
     the same seed, and every epoch of several ranks that of torch's `DistributedSampler` with this seed. timm's script
     leaves the seed of that sampler at 0, so that its order on several ranks does not depend on `--seed`.
-
-    Args:
-        num_samples: Number of samples of the dataset.
-        seed: Seed of the run.
-        rng_state: State of torch's generator once the model is built, from which timm's script draws the first order.
-        repeats: Views of each sample per epoch, for repeated augmentation on several ranks; 0 for one view.
-        weights: Probability of each sample, [num_samples], for draws with replacement; None visits each sample once.
     """
 
-    num_samples: int
-    seed: int
+    num_samples: int  # number of samples of the dataset
+    seed: int  # seed of the run
+    # state of torch's generator once the model is built, from which timm's script draws the first order
     rng_state: Tensor
-    repeats: float = 0
+    repeats: float = 0  # views of each sample per epoch, for repeated augmentation on several ranks; 0 for one view
+    # probability of each sample, [num_samples], for draws with replacement; None visits each sample once
     weights: Tensor | None = None
 
     def indices(self, epoch: int, ranks: int) -> np.ndarray:
-        """Return the sample of every place, int64 [a multiple of `ranks`]."""
+        """Return the sample of every position, int64 [a multiple of `ranks`]."""
         generator = torch.Generator()
         if self.weights is not None:
             generator.manual_seed(key(ORDER, self.seed, epoch))
@@ -105,7 +93,7 @@ class Order:
         return self._repeat(order, ranks) if self.repeats and ranks > 1 else self._pad(order, ranks)
 
     def length(self, ranks: int) -> int:
-        """Return the number of places that each rank visits."""
+        """Return the number of positions that each rank visits."""
         if not (self.repeats and ranks > 1):
             return math.ceil(self.num_samples / ranks)
         rounded = self.num_samples // 256 * 256 if self.num_samples >= 256 else self.num_samples
@@ -123,19 +111,12 @@ class Order:
 
 @dataclass(frozen=True)
 class EpochStart:
-    """From where an epoch is trained: its beginning, or where a resumed run with another division continues.
+    """From where an epoch is trained: its beginning, or where a resumed run with another division continues."""
 
-    Attributes:
-        place: First place of the order that is still to be visited.
-        batch: Number of batches that count as trained before it.
-        order_ranks: Number of ranks that the order was drawn for; None for the present number.
-        end_place: Place at which the epoch ends; None for the last full batch.
-    """
-
-    place: int = 0
-    batch: int = 0
-    order_ranks: int | None = None
-    end_place: int | None = None
+    position: int = 0  # first position of the order that is still to be visited
+    batch: int = 0  # number of batches that count as trained before it
+    order_ranks: int | None = None  # number of ranks that the order was drawn for; None for the present number
+    end_position: int | None = None  # position at which the epoch ends; None for the last full batch
 
 
 class _Slots(Sampler[int]):
@@ -223,38 +204,38 @@ class EpochBatches(Sampler[list[Draw]]):
         cells = self._divide(start)
         if cells is None:
             return EpochStart(batch * images, 0, self.ranks, len(self._sampler) * images)
-        place = int(cells[batch - start.batch - 1][-1]) if batch > start.batch else start.place
-        return EpochStart(place, 0, start.order_ranks, start.end_place)
+        position = int(cells[batch - start.batch - 1][-1]) if batch > start.batch else start.position
+        return EpochStart(position, 0, start.order_ranks, start.end_position)
 
     def continued(self, start: EpochStart) -> EpochStart:
-        """Return a start with the batches that the places before it amount to in the present division."""
+        """Return a start with the batches that the positions before it amount to in the present division."""
         return EpochStart(
-            start.place, start.place // (self.batch_size * self.ranks), start.order_ranks, start.end_place
+            start.position, start.position // (self.batch_size * self.ranks), start.order_ranks, start.end_position
         )
 
     def _divide(self, start: EpochStart) -> np.ndarray | None:
-        """Divide the rest of an epoch evenly; row t: the first place of each rank in batch t, and the end, [T, R + 1].
+        """Divide the rest of an epoch evenly; row t: the first position of each rank in batch t, the end, [T, R + 1].
 
         Every sample is in one batch, unless fewer than two per rank are left: BatchNorm cannot train on a single one.
         Sizes differ by one sample or pair at most. None for an epoch from its beginning.
         """
         if start.order_ranks is None:
             return None
-        left = (start.end_place - start.place) // self._unit
+        left = (start.end_position - start.position) // self._unit
         size, least = self.batch_size // self._unit, min(2, self.batch_size) // self._unit
         batches = min(math.ceil(left / (size * self.ranks)), left // (least * self.ranks))
         cells = np.arange(batches)[:, None] * self.ranks + np.arange(self.ranks + 1)
-        return start.place + self._unit * (cells * left // max(batches * self.ranks, 1))
+        return start.position + self._unit * (cells * left // max(batches * self.ranks, 1))
 
     def __iter__(self) -> Iterator[list[Draw]]:
         indices = self.order.indices(self.epoch, self.start.order_ranks or self.ranks)
-        for number, places in self._places():
+        for number, positions in self._positions():
             if number < self._first:
                 continue
-            yield [self._draw(indices, place) for place in places]
+            yield [self._draw(indices, position) for position in positions]
 
-    def _places(self) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the number of each batch and its places, each with the number of its image size if those change."""
+    def _positions(self) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the number of each batch and its positions, each with the number of its image size if those change."""
         if self._cells is not None:
             for number, bounds in enumerate(self._cells, self.start.batch):
                 yield number, list(range(bounds[self.rank], bounds[self.rank + 1]))
@@ -268,7 +249,7 @@ class EpochBatches(Sampler[list[Draw]]):
             else:
                 yield number, [slot * self.ranks + self.rank for slot in slots]
 
-    def _draw(self, indices: np.ndarray, place: Any) -> Draw:
-        place, *size = place if self.scheduled else (place,)
-        index = int(indices[place % len(indices)])
-        return Draw((index, *size) if size else index, int(place), self.epoch, self.order.seed)
+    def _draw(self, indices: np.ndarray, position: Any) -> Draw:
+        position, *size = position if self.scheduled else (position,)
+        index = int(indices[position % len(indices)])
+        return Draw((index, *size) if size else index, int(position), self.epoch, self.order.seed)

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from timm_mldecoder.engine.flags import Options
-from timm_mldecoder.engine.parallel.head import divide_groups
+from timm_mldecoder.engine.parallel.head import divide_groups, holds_groups
+from timm_mldecoder.engine.parallel.slices import SliceOf
 from timm_mldecoder.engine.runtime.distributed import World
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
 
 def is_sharded(options: Options, world: World) -> bool:
     """Return whether the run divides its model over ranks."""
-    return options.parallel == 'fsdp' and world.distributed
+    return (options.parallel == 'fsdp' or options.head_parallel) and world.distributed
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -43,22 +44,34 @@ def local(tensor: Tensor) -> Tensor:
 def create_mesh(options: Options, world: World) -> DeviceMesh:
     """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
 
+    With `--parallel ddp` each rank has a copy, and FSDP2 sums gradients as DistributedDataParallel.
+
     Raises:
         ValueError: If N does not divide the number of ranks.
     """
-    kind = world.device.type
-    if options.hsdp is None:
+    kind, of_a_copy = world.device.type, _ranks_of_a_copy(options, world)
+    if of_a_copy == world.size:
         return init_device_mesh(kind, (world.size,), mesh_dim_names=('shard',))
-    if world.size % options.hsdp:
-        raise ValueError(f'--hsdp {options.hsdp}: must divide the number of ranks, {world.size}')
-    shape = (world.size // options.hsdp, options.hsdp)
+    if world.size % of_a_copy:
+        raise ValueError(f'--hsdp {of_a_copy}: must divide the number of ranks, {world.size}')
+    shape = (world.size // of_a_copy, of_a_copy)
     return init_device_mesh(kind, shape, mesh_dim_names=('replicate', 'shard'))
 
 
-def slice_of_rank(options: Options, world: World) -> tuple[int, int]:
-    """Return which slice of each parameter this rank holds, and the number of slices."""
-    slices = options.hsdp or world.size
-    return world.rank % slices, slices
+def _ranks_of_a_copy(options: Options, world: World) -> int:
+    return 1 if options.parallel == 'ddp' else options.hsdp or world.size
+
+
+def slices_of(options: Options, world: World) -> SliceOf:
+    """Return the function that chooses which slices of the parameters this rank holds."""
+    ranks = _ranks_of_a_copy(options, world)
+
+    def slice_of(module: nn.Module, name: str) -> tuple[int, int]:
+        if options.head_parallel and holds_groups(module, name):
+            return world.rank, world.size
+        return world.rank % ranks, ranks
+
+    return slice_of
 
 
 def shard_task(
@@ -160,7 +173,8 @@ def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy
     Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters
     in the dtype of the buffers. Autocast converts these, as it does under DistributedDataParallel.
     """
-    narrow = options.amp and block is not None and not any(buffer.is_floating_point() for buffer in block.buffers())
+    divided = options.amp and options.parallel == 'fsdp' and block is not None
+    narrow = divided and not any(buffer.is_floating_point() for buffer in block.buffers())
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
 
 

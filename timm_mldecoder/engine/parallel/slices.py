@@ -25,22 +25,25 @@ _PIECE = 2**20  # entries that are drawn at once
 _FILLS = {_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default}
 
 
-def create_sliced(create: Callable[[], nn.Module], rank: int, ranks: int) -> tuple[nn.Module, dict[str, Tensor]]:
+#: Module and the name of its parameter to the number of this rank's slice, and the number of slices.
+SliceOf = Callable[[nn.Module, str], tuple[int, int]]
+
+
+def create_sliced(create: Callable[[], nn.Module], slice_of: SliceOf) -> tuple[nn.Module, dict[str, Tensor]]:
     """Create a model on the meta device, and the slices of its parameters along their first dimension.
 
     A parameter that the code computes from others, or reads, is created a second time, as a whole. Buffers are whole.
 
     Args:
         create: Creates the model on the CPU.
-        rank: Number of the slice.
-        ranks: Number of slices.
+        slice_of: Chooses the slices.
 
     Returns:
         The model, and the slices by the names of the parameters.
     """
     state, whole = torch.get_rng_state(), set()
     while True:
-        mode = _Slicing(rank, ranks, whole)
+        mode = _Slicing(slice_of, whole)
         torch.set_rng_state(state)
         try:
             with mode:
@@ -51,7 +54,11 @@ def create_sliced(create: Callable[[], nn.Module], rank: int, ranks: int) -> tup
         if not mode.read:
             break
         whole |= mode.read
-    values = {name: mode.slice_of(parameter) for name, parameter in model.named_parameters()}
+    values = {
+        f'{path}.{name}' if path else name: mode.read_slice(module, name, parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     empty = {parameter: _meta(parameter) for parameter in model.parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -82,17 +89,16 @@ class _Slicing(TorchDispatchMode):
     """Keeps the slices of the parameters that modules register.
 
     Args:
-        rank: Number of the slice.
-        ranks: Number of slices.
+        slice_of: Chooses the slices.
         whole: Numbers, in the order of registration, of the parameters to leave alone.
 
     Attributes:
         read: Numbers of the parameters whose entries were read or changed in ways that a slice does not allow.
     """
 
-    def __init__(self, rank: int, ranks: int, whole: set[int]) -> None:
+    def __init__(self, slice_of: SliceOf, whole: set[int]) -> None:
         super().__init__()
-        self._rank, self._ranks, self._whole = rank, ranks, whole
+        self._slice_of, self._whole = slice_of, whole
         self._registered = 0
         self._slices: dict[int, _Slice] = {}  # by storage
         self._patches = ExitStack()
@@ -103,7 +109,7 @@ class _Slicing(TorchDispatchMode):
 
         def register_sliced(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if parameter is not None:
-                self._add(parameter)
+                self._add(module, name, parameter)
             register(module, name, parameter)
 
         def load_mapped(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,14 +124,15 @@ class _Slicing(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    def slice_of(self, parameter: Tensor) -> Tensor:
+    def read_slice(self, module: nn.Module, name: str, parameter: Tensor) -> Tensor:
         """Return this rank's slice of a parameter, with the shape that torch.chunk gives it."""
         found = self._find(parameter)
         if found is not None:
             return found.entries.view(-1, *parameter.shape[1:])
-        return rows_of_rank(parameter.detach(), self._rank, self._ranks) if parameter.dim() else parameter.detach()
+        whole = parameter.detach()
+        return rows_of_rank(whole, *self._slice_of(module, name)) if whole.dim() else whole
 
-    def _add(self, parameter: Tensor) -> None:
+    def _add(self, module: nn.Module, name: str, parameter: Tensor) -> None:
         """Begin to keep the slice of a parameter, unless it is kept already."""
         found = self._find(parameter)
         if found is not None:
@@ -136,10 +143,10 @@ class _Slicing(TorchDispatchMode):
         plain = parameter.device.type == 'cpu' and parameter.dim() and parameter.is_contiguous()
         if not plain or self._registered in self._whole:
             return
-        entries = rows_of_rank(parameter.detach(), self._rank, self._ranks).view(-1)
-        before = sum(map(len, parameter.detach().chunk(self._ranks)[: self._rank]))
-        first = before * math.prod(parameter.shape[1:])
-        self._slices[_storage(parameter)] = _Slice(self._registered, parameter.detach(), first, entries)
+        whole, (rank, ranks) = parameter.detach(), self._slice_of(module, name)
+        first = sum(part.numel() for part in whole.chunk(ranks)[:rank])
+        entries = rows_of_rank(whole, rank, ranks).view(-1)
+        self._slices[_storage(parameter)] = _Slice(self._registered, whole, first, entries)
 
     def _find(self, value: Any) -> _Slice | None:
         return self._slices.get(_storage(value)) if isinstance(value, Tensor) else None

@@ -162,7 +162,7 @@ def training_groups(number: int, batch_size: int, seed: int, epoch: int) -> list
     The last images of the order that make no full batch are left out.
     """
     order = torch.randperm(number, generator=torch.Generator().manual_seed(key(ORDER, seed, epoch) % 2**63)).tolist()
-    draws = [Draw(index, place, epoch, seed) for place, index in enumerate(order)]
+    draws = [Draw(index, position, epoch, seed) for position, index in enumerate(order)]
     return [draws[first : first + batch_size] for first in range(0, number - batch_size + 1, batch_size)]
 
 

@@ -1,6 +1,6 @@
 """Where the head's training memory goes: what a forward pass keeps for the backward pass, by the tensors' size.
 
-    python -m benchmarks.kept [--device cuda]
+    python -m benchmarks.saved_tensors [--device cuda]
 
 1000 classes, K = 100, 49 tokens, batch 16; parameters and features are left out. The last row is the most that a
 training step holds, over what the backward pass must read.
