@@ -55,10 +55,11 @@ def fork(call: Callable[[], int], log: Path) -> int:
     """Call a function in a child, the leader of a process group; its output goes to a file."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here too: it may be killed before it has done so
         return pid
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
