@@ -224,7 +224,9 @@ class Trained(NamedTuple):
         tuned = thresholds_for(self.content, names)
         if tuned is None and self.content.get('thresholds'):
             missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
-            raise ValueError(f'class {missing!r} has no tuned threshold: tune them again, or pass --threshold')
+            raise ValueError(
+                f'class {missing!r} has no tuned threshold: run validate.py --write-thresholds, or pass --threshold'
+            )
         return tuned
 
 
