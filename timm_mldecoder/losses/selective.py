@@ -63,9 +63,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             likelihood_topk=likelihood_topk,
         )
         if min(values.values()) < 0:
-            raise ValueError(
-                f'values must be at least 0, got {", ".join(f"{n}={v}" for n, v in values.items() if v < 0)}'
-            )
+            raise ValueError(f'must be at least 0: {", ".join(f"{n}={v}" for n, v in values.items() if v < 0)}')
         self.mode = mode
         self.gamma_unann = gamma_unann
         self.weights = weight_pos, weight_neg, weight_unann

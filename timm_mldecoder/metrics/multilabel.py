@@ -45,7 +45,7 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
     return result.masked_fill(scores.isnan().any(0), math.nan)
 
 
-def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Tensor:
+def best_thresholds(scores: Tensor, target: Tensor) -> Tensor:
     """Return the threshold of each class with the highest F1 when `score >= threshold` is positive.
 
     It lies midway between the scores it separates; of equally good thresholds the highest.
@@ -53,10 +53,9 @@ def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Ten
     Args:
         scores: Scores, [N, C].
         target: 1 positive, 0 negative, below 0 ignored, [N, C].
-        default: Threshold of classes without a positive.
 
     Returns:
-        Float64 [C], each exact in the scores' own precision.
+        Float64 [C], each exact in the scores' own precision; 0.5 for classes without a positive.
     """
     ranked, true_positives, predicted, ends = _operating_points(scores, target)
     f1 = 2 * true_positives.double() / (predicted + true_positives[-1]).clamp(min=1)
@@ -65,7 +64,7 @@ def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Ten
     highest_below = F.pad(ranked[1:], (0, 0, 0, 1)).gather(0, last)  # after the last score: 0
     midway = (lowest_above + highest_below) / 2
     threshold = torch.where(midway > highest_below, midway, lowest_above)[0]  # neighbouring floats have no middle
-    return torch.where(true_positives[-1] > 0, threshold, default).double()
+    return torch.where(true_positives[-1] > 0, threshold, 0.5).double()
 
 
 def _operating_points(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,9 +161,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits and targets, both [B, C]."""
         if output.dim() != 2 or target.shape != output.shape:
-            raise ValueError(
-                f'logits and targets must have one shape [B, C], got {list(output.shape)} and {list(target.shape)}'
-            )
+            raise ValueError(f'logits {list(output.shape)} and targets {list(target.shape)} must have one shape [B, C]')
         output, target = self._prepare(output, target)
         if not len(output):
             return

@@ -14,19 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassPart:
-    """The classes of a rank.
+    """The classes of a rank."""
 
-    Attributes:
-        num_classes: Number of classes C of all ranks.
-        width: Number of classes of each rank; the last ones have what is left.
-        rank: This rank.
-        ranks: Number of ranks R.
-    """
-
-    num_classes: int
-    width: int
+    num_classes: int  # of all ranks, C
+    width: int  # classes of each rank; the last has what is left
     rank: int
-    ranks: int
+    ranks: int  # number of ranks R
 
     @property
     def own(self) -> slice:
