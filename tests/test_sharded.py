@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
 from timm_mldecoder.engine.model import load_trained
+from timm_mldecoder.engine.parallel.head import divide_groups
+from timm_mldecoder.head import MLDecoder
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # no draws, no BatchNorm: the same for any number of ranks
@@ -85,7 +88,7 @@ def numbers(row):
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
     """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --head-parallel')
+    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel')
     folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
@@ -155,14 +158,45 @@ def test_metadata_that_would_execute_code_is_refused(index, tmp_path):
         '--sam 0.05', '--sync-bn', '--channels-last', '--model-ema --model-ema-force-cpu', '--opt muon',
         '--opt adafactor', '--opt kron', '--opt lookahead_adam', '--amp --amp-dtype float16',
         '--clip-grad 1 --clip-mode agc', '--dataset wds/x', '--lr-find 20',
-        '--aug-splits 2 --split-bn', '--head-parallel --hsdp 2', '--head-parallel --torchcompile eager',
+        '--aug-splits 2 --split-bn', '--head-parallel --torchcompile eager', '--head-parallel --train-img-sizes 64',
+        f'--head-parallel --word-embeddings {__file__}',
+        f'--head-parallel --word-embeddings {__file__} --task multilabel --class-split {__file__}',
+        '--head-parallel --val-bad-image skip',
     ],
 )  # fmt: skip
-def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags):
+@pytest.mark.parametrize('parallel', ['fsdp', 'ddp'])
+def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags, parallel):
+    if parallel == 'ddp' and '--head-parallel' not in flags:
+        flags = f'--head-parallel {flags}'
     first = next(word for word in reversed(flags.split()) if word.startswith('--'))
     name = {'--amp-dtype': '--amp'}.get(first, first)
     with pytest.raises(ValueError, match=f'{name}.*(--parallel fsdp|--head-parallel)'):
-        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
+        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', parallel])
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (dict(num_of_groups=6), '--num-of-groups 6'),
+        (dict(num_of_groups=8), 'none of the 9 classes'),
+        (dict(num_of_groups=4, self_attention=True), 'self_attention'),
+        (dict(word_embeddings=torch.eye(9, 8)), 'queries'),
+    ],
+)
+def test_a_head_whose_groups_four_ranks_cannot_have_is_refused(options, reason):
+    head = MLDecoder(9, decoder_embedding=8, initial_num_features=8, **options)
+    with pytest.raises(ValueError, match=f'--head-parallel.*{reason}'):
+        divide_groups(head, SimpleNamespace(size=lambda: 4))
+
+
+def test_losses_and_metrics_of_divided_classes_are_those_of_all():
+    """Without sending logits, but for a few losses."""
+    process = call('tests/programs/divided_classes.py', processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert [line.split()[1] for line in process.stdout.splitlines() if line.startswith('exchanged')] == [
+        'CrossEntropyLoss:', 'AsymmetricLossSingleLabel:', 'PolyCrossEntropy:', 'ZlprLoss:',
+        'ClassAwareSelectiveLoss:',
+    ]  # fmt: skip
 
 
 RESNET = f'{COMMON} --opt sgd --lr 0.005 -b 4 --epochs 4'  # larger rates scale rounding up
@@ -180,28 +214,44 @@ FOLLOWED = {
     'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
 }
 FOLLOWED_WITH_HEADS = {
-    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 32 {HEAD}',
+    'resnet50 ce': f'{RESNET} --model resnet50 --img-size 64 --lr 1e-3 {HEAD}',  # smaller images scale rounding up too
     'resnet bce': f'{RESNET} --model test_resnet --img-size 32 --loss bce {HEAD} learnable_queries=True '
     'classifier=cosine',
     'resnet asl': f'{RESNET} --model test_resnet --img-size 32 --loss asl {SEVERAL} {HEAD} num_layers=2',
     'vit bce': f'{VIT} -b 4 --epochs 4 --loss bce',
     'vit asl': f'{VIT} -b 4 --epochs 4 --loss asl {SEVERAL}',
     'vit ce': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
+    'vit smoothed': f'{VIT} -b 4 --epochs 4 --smoothing 0.1 --grad-accum-steps 2 --model-ema --freeze-backbone '
+    '--unfreeze-epoch 2',
+    'vit aam': f'{VIT} classifier=cosine -b 4 --epochs 4 --loss aam {SEVERAL}',
+    'vit csl': f'{VIT} -b 4 --epochs 4 --loss csl {SEVERAL} --partial-labels rps=0.5',
 }
+
+
+HEADS = '--parallel fsdp', '--parallel fsdp --head-parallel', '--head-parallel'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_a_divided_model_follows_ddp(data, tmp_path, name):
     losses = compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors')))
-    assert losses[-1] < losses[0]
+    assert sum(losses[-6:]) < sum(losses[:6])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
 def test_a_divided_head_follows_ddp(data, tmp_path, name):
-    losses = compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], '--parallel fsdp', '--parallel fsdp --head-parallel')
-    assert losses[-1] < losses[0]
+    losses = compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], *HEADS)
+    assert sum(losses[-6:]) < sum(losses[:6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet50 ce', 'vit bce', 'vit asl'])
+def test_a_head_divided_over_four_ranks_follows_ddp(data, tmp_path, name):
+    """One of the ranks has one class, the others three each."""
+    flags = FOLLOWED_WITH_HEADS[name].replace('-b 4', '-b 2') + ' --num-of-groups 4 --num-classes 10'
+    losses = compare(data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4)
+    assert sum(losses[-6:]) < sum(losses[:6])
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ _BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
 
 def is_sharded(options: Options, world: World) -> bool:
     """Return whether the run divides its model over ranks."""
-    return options.parallel == 'fsdp' and world.distributed
+    return (options.parallel == 'fsdp' or options.head_parallel) and world.distributed
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -45,15 +45,18 @@ def local(tensor: Tensor) -> Tensor:
 def create_mesh(options: Options, world: World) -> DeviceMesh:
     """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
 
+    With `--parallel ddp` each rank has a copy, and FSDP2 sums gradients as DistributedDataParallel.
+
     Raises:
         ValueError: If N does not divide the number of ranks.
     """
     kind = world.device.type
-    if options.hsdp is None:
+    of_a_copy = 1 if options.parallel == 'ddp' else options.hsdp
+    if of_a_copy is None:
         return init_device_mesh(kind, (world.size,), mesh_dim_names=('shard',))
-    if world.size % options.hsdp:
-        raise ValueError(f'--hsdp {options.hsdp}: must divide the number of ranks, {world.size}')
-    shape = (world.size // options.hsdp, options.hsdp)
+    if world.size % of_a_copy:
+        raise ValueError(f'--hsdp {of_a_copy}: must divide the number of ranks, {world.size}')
+    shape = (world.size // of_a_copy, of_a_copy)
     return init_device_mesh(kind, shape, mesh_dim_names=('replicate', 'shard'))
 
 
@@ -183,7 +186,8 @@ def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy
     Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters
     in the dtype of the buffers. Autocast converts these, as it does under DistributedDataParallel.
     """
-    narrow = options.amp and block is not None and not any(buffer.is_floating_point() for buffer in block.buffers())
+    divided = options.amp and options.parallel == 'fsdp' and block is not None
+    narrow = divided and not any(buffer.is_floating_point() for buffer in block.buffers())
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
 
 

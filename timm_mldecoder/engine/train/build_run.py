@@ -31,6 +31,7 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
+from timm_mldecoder.engine.parallel.classes import divide_loss
 from timm_mldecoder.engine.parallel.fsdp import is_sharded, parameters_on_meta, shard_task
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
@@ -97,6 +98,9 @@ def build_run(options: Options, world: World) -> Run:
     task = create_task(options, model, train, config, world)
     if divided:
         shard_task(task, options, world, head_modules(model))
+    part = head_modules(model)[0].part if divided and options.head_parallel else None
+    if part is not None:
+        task.criterion = divide_loss(task.criterion, part).to(world.device)
     eval_metric = options.eval_metric if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -150,6 +154,7 @@ def build_run(options: Options, world: World) -> Run:
         trackers=[],
         shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
         freezer=freezer,
+        part=part,
     )
     try:
         _begin(run, source, written)

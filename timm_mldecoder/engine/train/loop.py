@@ -15,6 +15,7 @@ from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_vie
 from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
+from timm_mldecoder.engine.parallel.classes import divide_evaluator
 from timm_mldecoder.engine.parallel.fsdp import broadcast_buffers
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
@@ -252,6 +253,8 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    if run.part is not None:
+        divide_evaluator(evaluator, run.part)
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,

@@ -16,6 +16,7 @@ from timm_mldecoder.engine.checkpoint.state import TrainingState
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader, TrainLoader
+from timm_mldecoder.engine.parallel.classes import ClassPart
 from timm_mldecoder.engine.parallel.fsdp import is_sharded
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.signals import Stopped, StopSignals
@@ -48,6 +49,7 @@ class Run:
     freezer: Freezer
     folder_lock: IO | None  # lock of the folder, held as long as the run lives
     trackers: list[Tracker]  # called with the metrics of each epoch
+    part: ClassPart | None = None  # classes whose logits this rank has (`--head-parallel`); None for all
     # writes the checkpoints of a model that is divided over ranks; None for other models
     shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
