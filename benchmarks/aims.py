@@ -12,25 +12,15 @@ NUMBER = re.compile(r'-?[\d,]*\d(\.\d+)?')
 
 
 class Aim(NamedTuple):
-    """One row of the summary.
+    """One row of the summary."""
 
-    Attributes:
-        what: What is measured.
-        bound: The figure that is aimed at; infinite for none.
-        least: Whether the figure must be at least `bound`; otherwise at most.
-        table: Label of the table on the page.
-        column: Its column, counted from 0.
-        rows: Pattern of the first cell of the rows that count.
-        why: Why it is missed, said only where it is.
-    """
-
-    what: str
-    bound: float
-    least: bool
-    table: str
-    column: int
-    rows: str = ''
-    why: str = ''
+    what: str  # what is measured
+    bound: float  # the figure that is aimed at; infinite for none
+    least: bool  # whether the figure must be at least `bound`; otherwise at most
+    table: str  # label of the table on the page
+    column: int  # its column, counted from 0
+    rows: str = ''  # pattern of the first cell of the rows that count
+    why: str = ''  # why it is missed, said only where it is
 
 
 AIMS = (

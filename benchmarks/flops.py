@@ -29,25 +29,15 @@ XL = dict(layers=[3, 8, 34, 5])  # the reference's TResNet-XL
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        table: Table of the paper.
-        model: timm's name.
-        size: Image height and width.
-        classes: Number of classes C.
-        head: `GAP`, `DECODER`, or the number of queries K of an ML-Decoder head.
-        published: Published GFLOPs, None where the paper gives none or we have no source for it.
-        model_kwargs: Further arguments of the model.
-    """
-
-    table: str
-    model: str
-    size: int
-    classes: int
-    head: str | int
-    published: float | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    table: str  # table of the paper
+    model: str  # timm's name
+    size: int  # image height and width
+    classes: int  # number of classes C
+    head: str | int  # `GAP`, `DECODER`, or the number of queries K of an ML-Decoder head
+    published: float | None = None  # published GFLOPs, None where the paper gives none or we have no source for it
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the model
 
     @property
     def head_name(self) -> str:

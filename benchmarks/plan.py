@@ -4,7 +4,8 @@
 
 An ML-Decoder head on a backbone, float32 weights and a step of Adam; one GPU per rank. Memory is that of weights,
 gradients, optimizer state and logits, without activations. Time is that of the bytes at published
-bandwidths, not overlapped with computation, which hides some of it.
+bandwidths, not overlapped with computation, which hides some of it. With `--head-parallel` logits are not sent; targets
+are class indices, unless `--dense-targets`.
 """
 
 import argparse
@@ -22,7 +23,8 @@ HEADER = (
     *('head, state GB', 'head, gathered GB', 'logits GB', 'backbone, state GB', 'sum GB'),
     *('sent per step GB', 'time, ms', 'over'),
 )
-DDP, FSDP, HEAD = '--parallel ddp', '--parallel fsdp', '--head-parallel'
+DDP, FSDP, HEAD, FSDP_HEAD = '--parallel ddp', '--parallel fsdp', '--head-parallel', '--parallel fsdp --head-parallel'
+DIVIDED_HEADS = (HEAD, FSDP_HEAD)
 
 
 def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
@@ -30,7 +32,7 @@ def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
     return (2 + states) * FLOAT * parameters / ranks
 
 
-def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, logits: float = 0.0) -> float:
+def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, targets: float = 0.0) -> float:
     """Return the bytes that a rank sends per step, with collectives over rings.
 
     Args:
@@ -38,10 +40,12 @@ def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, log
         parameters: Number of parameters that are exchanged: with `--head-parallel` not those of the classifier.
         ranks: Number of ranks.
         tokens: Bytes of the embedded tokens of the global batch.
-        logits: Bytes of the logits of a rank's batch.
+        targets: Bytes of the targets of all classes of a rank's batch, 0 for class indices.
     """
-    passes = 2 if way == DDP else 3  # gradients are summed everywhere; weights gathered twice and gradients divided
-    whole = passes * FLOAT * parameters + (2 * (tokens + logits) if way == HEAD else 0)
+    # gradients are summed everywhere; or weights gathered twice and gradients divided
+    whole = (2 if way in (DDP, HEAD) else 3) * FLOAT * parameters
+    if way in DIVIDED_HEADS:
+        whole += 2 * tokens + targets
     return whole * (ranks - 1) / ranks
 
 
@@ -54,16 +58,18 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     logits = FLOAT * args.batch_size * args.classes
     tokens = FLOAT * args.batch_size * args.tokens * dim * ranks
     found = {}
-    for way in (DDP, FSDP, HEAD):
-        divided = 1 if way == DDP else ranks
-        sent = (0 if way == HEAD else classifier) + rest + args.backbone
-        gathered = {DDP: 0, FSDP: FLOAT * (classifier + rest), HEAD: FLOAT * rest + tokens}[way]
+    for way in (DDP, FSDP, HEAD, FSDP_HEAD):
+        divided = 1 if way in (DDP, HEAD) else ranks
+        own = ranks if way in DIVIDED_HEADS else divided
+        sent = (0 if way in DIVIDED_HEADS else classifier) + rest + args.backbone
+        gathered = 0 if way == DDP else FLOAT * (rest if way in DIVIDED_HEADS else classifier + rest)
+        gathered += tokens if way in DIVIDED_HEADS else 0
         found[way] = dict(
-            head=state_bytes(classifier + rest, divided),
+            head=state_bytes(classifier, own) + state_bytes(rest, divided),
             gathered=2 * gathered,  # and the gradients
             logits=2 * logits,
             backbone=state_bytes(args.backbone, divided),
-            sent=sent_bytes(way, sent, ranks, tokens, logits),
+            sent=sent_bytes(way, sent, ranks, tokens, logits if args.dense_targets else 0),
         )
     return found
 
@@ -78,6 +84,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--features', type=int, default=1024, help='width of the features of the backbone')
     flags.add_argument('--tokens', type=int, default=196, help='tokens per image')
     flags.add_argument('--batch-size', type=int, default=32, help='images per rank')
+    flags.add_argument('--dense-targets', action='store_true', help='a target for each class')
     flags.add_argument('--backbone', type=int, default=303_000_000, help='parameters of the backbone: ViT-L')
     args = flags.parse_args(argv)
     args.groups = args.groups or max(1, args.classes // 1000)

@@ -7,6 +7,7 @@ that a step allocates beside them. `planned` is what `benchmarks.plan` expects o
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import MIB, markdown, parser, peak_memory
-from benchmarks.plan import DDP, FSDP, HEAD, sent_bytes, state_bytes
+from benchmarks.plan import DDP, DIVIDED_HEADS, FSDP, FSDP_HEAD, HEAD, sent_bytes, state_bytes
 from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, parameters_on_meta, shard_task
+from timm_mldecoder.engine.parallel.classes import divide_loss
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, shard_task, slices_of
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.optim import timm_optimizer
 from timm_mldecoder.engine.train.run import prepare_distributed
@@ -29,7 +32,12 @@ HEADER = (
     *('model', 'ranks', 'divided by', 'state, MiB', 'planned', 'of one rank'),
     *('step, MiB', 'both, of one rank', 'sent, MiB', 'planned'),
 )
-WAYS = {DDP: {}, FSDP: dict(parallel='fsdp'), HEAD: dict(parallel='fsdp', head_parallel=True)}
+WAYS = {
+    DDP: {},
+    FSDP: dict(parallel='fsdp'),
+    HEAD: dict(head_parallel=True),
+    FSDP_HEAD: dict(parallel='fsdp', head_parallel=True),
+}
 DIM, BATCH, TOKENS = 64, 2, 100  # of test_vit, 160 pixels in patches of 16
 #: What a rank sends, by the tensor that a collective fills or reads, of which (ranks - 1) / ranks go to other ranks.
 SENT = {'allgather_': 1, '_allgather_base_': 1, '_reduce_scatter_base_': 1, 'alltoall_base_': 1, 'allreduce_': 2}
@@ -51,15 +59,16 @@ def main(argv: list[str] | None = None) -> str:
         first = None
         for ranks in args.ranks:
             for way in WAYS:
-                if (way == DDP) != (ranks == 1) or (way == HEAD and not classes):
+                if (way == DDP) != (ranks == 1) or (way in DIVIDED_HEADS and not classes):
                     continue
                 found = _start(ranks, dict(name=name, classes=classes, way=way))
                 first = first or found
-                planned = state_bytes(found['parameters'], 1 if way == DDP else ranks) / MIB
+                planned = state_bytes(found['own'], ranks)
+                planned += state_bytes(found['parameters'] - found['own'], 1 if way in (DDP, HEAD) else ranks)
                 state, both = found['state'] / first['state'], found['state'] + found['step']
                 both /= first['state'] + first['step']
                 label = f'{name}, {classes:,} classes' if classes else name
-                memory = [found['state'], planned, state, found['step'], both]
+                memory = [found['state'], planned / MIB, state, found['step'], both]
                 sent = [found['sent'] / MIB, found['planned_sent'] / MIB]
                 rows.append([label, ranks, way if ranks > 1 else '', *memory, *sent])
     return markdown(HEADER, rows)
@@ -68,16 +77,18 @@ def main(argv: list[str] | None = None) -> str:
 class Sent(TorchDispatchMode):
     """Counts the bytes that a rank sends in collectives over rings."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bytes, self._share = 0.0, (ranks - 1) / ranks
+        self.bytes = 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.partition('.')[0]
         if function.namespace == 'c10d' and name in SENT:
-            tensors = tree_leaves(args)
-            largest = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            self.bytes += SENT[name] * self._share * largest
+            leaves = tree_leaves(args)
+            largest = max(leaf.numel() * leaf.element_size() for leaf in leaves if torch.is_tensor(leaf))
+            group = next(leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject))
+            ranks = torch.distributed.ProcessGroup.unbox(group).size()
+            self.bytes += SENT[name] * (ranks - 1) / ranks * largest
         return function(*args, **(kwargs or {}))
 
 
@@ -96,16 +107,18 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
         head = dict(num_of_groups=min(4000, classes), decoder_embedding=DIM, dim_feedforward=64, num_heads=4)
         settings = dict(num_classes=classes, ml_decoder=head) if classes else {}
         divided = is_sharded(options, world)
-        if divided and not world.primary:
-            with parameters_on_meta():
-                model = timm.create_model(name, **settings)
+        if divided:
+            create = functools.partial(timm.create_model, name, **settings)
+            model, slices = create_sliced(create, slices_of(options, world))
         else:
             model = timm.create_model(name, **settings)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         size = model.pretrained_cfg['input_size']
         task = ClassificationTask(model, device=world.device, verbose=False)
         if divided:
-            shard_task(task, options, world, [model.get_classifier()])
+            shard_task(task, slices, options, world, [model.get_classifier()])
+        if options.head_parallel:
+            task.criterion = divide_loss(task.criterion, model.get_classifier().part).to(world.device)
         optimizer = timm_optimizer(options, task.get_trainable_module())
         prepare_distributed(options, task, world)
         images, labels = torch.randn(BATCH, *size), torch.tensor([0, 1])
@@ -116,20 +129,19 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
             optimizer.zero_grad()
 
         peak = peak_memory(step)
-        with Sent(world.size) as sent:
+        with Sent() as sent:
             step()
-        tokens = logits = own = 0
-        if way == HEAD:
+        tokens = own = 0
+        if way in DIVIDED_HEADS:
             own = model.get_classifier().group_fc.weight.numel()
             tokens = 4 * BATCH * world.size * TOKENS * DIM
-            logits = 4 * BATCH * classes
-        planned = sent_bytes(way, parameters - own, world.size, tokens, logits)
+        planned = sent_bytes(way, parameters - own, world.size, tokens)
         task(images, labels)['loss'].backward()
         tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         state = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors) / MIB
         found = world.all_gather(
-            dict(parameters=parameters, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
+            dict(parameters=parameters, own=own, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
         )
     return found[-1]
 

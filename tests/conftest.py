@@ -30,6 +30,14 @@ def _logging_as_it_was():
     logging.captureWarnings(False)
 
 
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """The images of `runs.write_data`, written anew for each file."""
+    from runs import write_data
+
+    return write_data(tmp_path_factory.mktemp('data'))
+
+
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 def device(request) -> str:
     """Each device: a test that takes it runs on both."""

@@ -32,11 +32,6 @@ MOVING = [*SPLITS, *shlex.split("""
 """)]  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
-
-
 def images_of(run, epoch=0):
     return [images for images, _ in run.train_loader.epoch(epoch)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import BATCHES, MODEL, MOVING, assert_same_run, build, last, summary, train, write_data
+from runs import BATCHES, MODEL, MOVING, assert_same_run, build, last, summary, train
 from torch.overrides import TorchFunctionMode
 
 from timm_mldecoder import MLDecoder
@@ -27,11 +27,6 @@ PLAIN = shlex.split("""
 NO_DROPOUT = ['dropout=0']  # after PLAIN
 DTYPES = [torch.float16, torch.bfloat16]
 cuda = pytest.mark.cuda
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture

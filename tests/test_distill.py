@@ -19,7 +19,6 @@ from runs import (
     start,
     summary,
     train,
-    write_data,
 )
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -44,11 +43,6 @@ PLAIN = shlex.split("""
     --num-classes 3 --device cpu --model test_vit --img-size 160 -j 0 --epochs 2 --warmup-epochs 0 --opt sgd
     --lr 0.02 --no-aug --smoothing 0 --model-ema --model-ema-decay 0.5 --grad-accum-steps 2
 """)
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 import torch
-from runs import MODEL, assert_same_run, build, call, fit_until_stopped, last, train, write_data
+from runs import MODEL, assert_same_run, build, call, fit_until_stopped, last, train
 from test_reliability_resume import stop_at
 
 from timm_mldecoder.engine.train.loop import fit
@@ -15,11 +15,6 @@ HEADS = {
     'ML-Decoder': '--use-ml-decoder-head 1 --decoder-embedding 32',
     'cosine': '--cosine-classifier 10',
 }
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 def head_names(model):

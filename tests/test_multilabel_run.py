@@ -60,10 +60,6 @@ def load(path: str | Path) -> dict:
 @pytest.fixture(autouse=True)
 def _in_an_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so small a model more than one is slower
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')

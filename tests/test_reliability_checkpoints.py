@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import system_calls
 import torch
-from runs import MODEL, build, call, fit, last, train, write_data
+from runs import MODEL, build, call, fit, last, train
 
 from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
@@ -29,11 +29,6 @@ def test_no_kill_while_saving_loses_a_checkpoint(tmp_path):
 def test_a_step_of_saving_that_fails_loses_no_checkpoint(tmp_path):
     process = call('tests/programs/saving.py', 'fail', folder=tmp_path)
     assert process.returncode == 0, process.stderr
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

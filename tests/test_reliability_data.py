@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from runs import BATCHES, MODEL, build, call, fit, last, summary, train, write_data
+from runs import BATCHES, MODEL, build, call, fit, last, summary, train
 
 from timm_mldecoder.data import create_dataset
 from timm_mldecoder.engine.input.images import KeyedSamples, strict
@@ -17,11 +17,6 @@ from validate import main as validate
 
 BROKEN = {'train/class_0/001.png': b'', 'train/class_1/002.png': b'not an image', 'train/class_2/007.png': 'cut off'}
 BROKEN_IN_VALIDATION = {'validation/class_0/002.png': b'', 'validation/class_2/000.png': 'cut off'}
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from runs import MODEL, MOVING, assert_same_run, call, start, summary, train, write_data
+from runs import MODEL, MOVING, assert_same_run, call, start, summary, train
 
 from timm_mldecoder.engine.checkpoint.files import PENDING, numbered, progress_by_name
 from timm_mldecoder.engine.runtime.files import TEMPORARY
@@ -21,11 +21,6 @@ from validate import main as validate
 PATIENCE = 240  # seconds: each of several processes takes a few to start, many where cores are shared
 DEADLINE = 30  # seconds: what a scheduler gives a process between SIGTERM and SIGKILL
 DISTRIBUTED = [*MOVING, '--dist-bn', 'reduce', '--aug-repeats', '2', '-j', '1', '-b', '2', '--epochs', '4']
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 def wait_for(pattern, log, process):

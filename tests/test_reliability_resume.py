@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train, write_data
+from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train
 
 from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data import MultiLabelDataset
@@ -17,11 +17,6 @@ from timm_mldecoder.data.annotations import Annotations
 from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
 from timm_mldecoder.engine.input.datasets import balanced_weights
 from timm_mldecoder.engine.input.randomness import EpochBatches, EpochStart, Order
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,7 @@ import signal
 import pytest
 import timm
 import torch
-from runs import BATCHES, MOVING, assert_same_run, build, call, fit_until_stopped, train, write_data
+from runs import BATCHES, MOVING, assert_same_run, build, call, fit_until_stopped, train
 from torch import nn
 
 from timm_mldecoder.engine.flags import parse_train
@@ -20,11 +20,6 @@ PLAIN = shlex.split(f"""
     --epochs 1 --opt momentum --lr {RATE} --weight-decay 0 --sched none --warmup-epochs 0 --smoothing 0
     --model-ema --model-ema-decay {DECAY} --clip-grad 0.5 --sam {RHO}
 """)
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 def sam_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of) -> None:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import timm
 import torch
-from runs import assert_same_run, build, last, summary, train, write_data
+from runs import assert_same_run, build, last, summary, train
 
 import validate
 from timm_mldecoder.engine.flags import parse_train, parse_validate
@@ -16,11 +16,6 @@ FLAGS = shlex.split("""
     --epochs 2 --opt sgd --lr 0.01 --warmup-epochs 0 --model-ema --model-ema-decay 0.8 --grad-accum-steps 2
     --mixup 0.2 --reprob 0.3
 """)
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

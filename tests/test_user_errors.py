@@ -8,17 +8,12 @@ import warnings
 
 import pytest
 import torch
-from runs import MODEL, ROOT, build, call, train, write_data
+from runs import MODEL, ROOT, build, call, train
 
 from timm_mldecoder.engine.flags import parse_train, parse_validate
 from timm_mldecoder.engine.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

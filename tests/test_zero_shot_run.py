@@ -42,10 +42,6 @@ SCORE = shlex.split('data --dataset csv --device cpu -j 0 -b 16 --checkpoint out
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

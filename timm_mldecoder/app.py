@@ -80,13 +80,9 @@ class Scores(NamedTuple):
 
 
 class Shown:
-    """A model on the page.
+    """A model on the page; it shows thresholds that were tuned per class.
 
-    Args:
-        name: Name of the model, as the command line gives it.
-        predictor: The model.
-        tuned: Whether the thresholds were tuned per class; the list then shows them.
-        more: Label embeddings that classes may be typed from, beside the model's own.
+    Classes may be typed from `more` label embeddings beside the model's own.
     """
 
     def __init__(self, name: str, predictor: Predictor, tuned: bool, more: Classes | None) -> None:
@@ -139,11 +135,7 @@ class Shown:
 
     @torch.inference_mode()
     def score(self, image: Image.Image, typed: str = '') -> Scores:
-        """Score an image.
-
-        Args:
-            image: PIL image.
-            typed: Classes for a model with text queries; empty for its own.
+        """Score an image, for the classes that were typed or else the model's own.
 
         Raises:
             ValueError: If a class is unknown.
@@ -155,12 +147,7 @@ class Shown:
 
     @torch.inference_mode()
     def attention(self, image: Image.Image, names: Sequence[str], index: int) -> Image.Image:
-        """Return a picture of what the query of a class attends to.
-
-        Args:
-            image: PIL image.
-            names: The classes that were scored.
-            index: The class.
+        """Return a picture of what the query of one of the classes that were scored attends to.
 
         Raises:
             ValueError: If the head gives no map.
@@ -201,12 +188,7 @@ class Shown:
 
 
 def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Shown:
-    """Load a model for the page.
-
-    Args:
-        place: Checkpoint, folder, or name of a pretrained timm model.
-        arguments: The command line.
-        more: Label embeddings to type classes from.
+    """Load a checkpoint, folder, or pretrained timm model for the page.
 
     Raises:
         ValueError: If there is no model.
@@ -219,12 +201,7 @@ def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Sho
 
 
 def build(models: Sequence[Shown], max_size: int) -> Any:
-    """Return the page as `gradio.Blocks`.
-
-    Args:
-        models: The models, side by side.
-        max_size: Largest upload in MB, for the text on the page.
-    """
+    """Return the page as `gradio.Blocks`, with the models side by side; `max_size` is that of an upload in MB."""
     gradio = _gradio()
 
     def predict(image: Image.Image | str | None, typed: str, threshold: float) -> list[Any]:
@@ -241,12 +218,12 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
         return values
 
     def move(threshold: float, *found: Scores | None) -> Any:
-        lists = [shown.rows(_scores(one), threshold) for shown, one in zip(models, found, strict=True)]
+        lists = [shown.rows(one and Scores(*one), threshold) for shown, one in zip(models, found, strict=True)]
         return lists if len(lists) > 1 else lists[0]
 
     def attend(shown: Shown) -> Any:
         def show(image: Any, found: Scores | None, threshold: float, event: gradio.EventData) -> tuple:
-            found, index = _scores(found), event.index
+            found, index = found and Scores(*found), event.index
             if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
                 return None, shown.rows(found, threshold), found
             found = found._replace(shown=index)
@@ -317,10 +294,6 @@ def _problem(message: str) -> str:
     return f'<div class="list"><p class="problem" role="alert">{escape(message)}</p></div>'
 
 
-def _scores(value: Any) -> Scores | None:
-    return None if value is None else Scores(*value)
-
-
 class _Policy:
     """ASGI middleware that adds the policy of the page to every answer."""
 
@@ -337,11 +310,7 @@ class _Policy:
 
 
 def _gradio() -> Any:
-    """Return gradio, without its telemetry.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
+    """Return gradio, without its telemetry; a ValueError if it is not installed."""
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when gradio is imported
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     try:
@@ -394,11 +363,7 @@ def launch(page: Any, arguments: argparse.Namespace, block: bool = True) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve the page with the options of a command line.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Serve the page with the options of a command line."""
     arguments = _parse(argv)
     _gradio()
     if arguments.device == 'auto':

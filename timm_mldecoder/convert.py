@@ -82,45 +82,23 @@ PUBLISHED = dict(crop_mode='squash', crop_pct=1.0, interpolation='bilinear', mea
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the checkpoint that the command line names.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Convert the checkpoint that the command line names."""
     arguments = vars(_parse(argv))
     content = read_checkpoint(arguments['file'])
     if arguments['folder'].name.endswith(SUFFIX):
-        print(write_single(content, arguments['folder']))
+        if arguments['folder'].exists():
+            raise ValueError(f'{arguments["folder"]} exists: choose another name')
+        write_atomically(arguments['folder'], partial(torch.save, content))
+        print(f'written       {arguments["folder"]}')
         return
     convert = convert_run if RUN in content else convert_published
-    for line in convert(content, **arguments):
-        print(line)
-
-
-def write_single(content: Mapping[str, Any], target: Path) -> str:
-    """Write a checkpoint, whose tensors may lie in a folder, as a single file to resume from.
-
-    Raises:
-        ValueError: If the file exists.
-    """
-    if target.exists():
-        raise ValueError(f'{target} exists: choose another name')
-    write_atomically(target, partial(torch.save, content))
-    return f'written       {target}'
+    print('\n'.join(convert(content, **arguments)))
 
 
 def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: bool | None, **others: Any) -> list[str]:
-    """Write a checkpoint of train.py as a folder that scores what validate.py scores on the checkpoint.
+    """Write a checkpoint of train.py as a folder that scores what validate.py scores on it; return lines about it.
 
-    Args:
-        content: What the file holds.
-        file: The checkpoint.
-        folder: New or empty folder.
-        use_ema: Whether to take the EMA weights; None takes those that training ranked the checkpoint by.
-        **others: Flags for published checkpoints, which must not be given.
-
-    Returns:
-        Lines that describe the folder.
+    The other flags are for published checkpoints, and must not be given.
 
     Raises:
         ValueError: If a flag is given that the checkpoint already decides.
@@ -154,24 +132,13 @@ def convert_published(
     model: str | None,
     input_size: int | None,
     word_embeddings: Path | None,
-    use_ema: bool | None = None,
+    use_ema: bool | None,
     **preprocessing: Any,
 ) -> list[str]:
-    """Write a checkpoint of another program as a folder.
+    """Write a checkpoint in one of the layouts of `published` as a folder; return lines that describe it.
 
-    Args:
-        content: What the file holds.
-        file: Checkpoint in one of the layouts of `timm_mldecoder.checkpoints.published`.
-        folder: New or empty folder.
-        model: timm's name of the backbone, where the file does not show it.
-        input_size: Height and width of the images in pixels, where the checkpoint is not a published one.
-        word_embeddings: Label embeddings for a head with text queries, which is published without any; see
-            `timm_mldecoder.data.word_embeddings`.
-        use_ema: Whether to take the EMA weights; None takes them if there are any.
-        **preprocessing: How images are prepared, under the names of timm's data configuration.
-
-    Returns:
-        Lines that describe the folder.
+    A head with text queries is published without label embeddings. `preprocessing` has the names of timm's data
+    configuration; the flags are those of the command line.
 
     Raises:
         ValueError: If the file is not what `convert_state_dict` reads, or a required flag is missing.
@@ -180,7 +147,9 @@ def convert_published(
     options = head_options(tensors)
     names = None
     if 'word_embeddings' in options:
-        options['word_embeddings'], names = _word_embeddings(word_embeddings)
+        if word_embeddings is None:
+            raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
+        options['word_embeddings'], names = read_word_embeddings(word_embeddings)
         options['class_names'] = names
     elif word_embeddings:
         raise ValueError(f'{file} has no text queries: leave --word-embeddings out')
@@ -218,12 +187,6 @@ def convert_published(
         'images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()),
         f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
     ]
-
-
-def _word_embeddings(path: Path | None) -> tuple[Tensor, list[str] | None]:
-    if path is None:
-        raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
-    return read_word_embeddings(path)
 
 
 def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
@@ -271,27 +234,20 @@ def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter)
-    parser.add_argument('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
-    parser.add_argument(
-        'folder',
-        type=Path,
-        help='folder to write, new or empty; or a file NAME.pth.tar, for a copy of the checkpoint in one file',
-    )
-    parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)'
-    )
-    other = parser.add_argument_group('checkpoints of other programs')
-    other.add_argument('--model', help="timm's name of the backbone, where the file does not show it")
-    other.add_argument(
-        '--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one'
-    )
-    other.add_argument('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
+    add = parser.add_argument
+    add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
+    add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')
+    add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
+    add = parser.add_argument_group('checkpoints of other programs').add_argument
+    add('--model', help="timm's name of the backbone, where the file does not show it")
+    add('--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one')
+    add('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
     for name, default in PUBLISHED.items():
         several = dict(nargs=3) if isinstance(default, tuple) else {}
         choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
         kind = str if isinstance(default, str) else float
         flag = f'--{name.replace("_", "-")}'
-        other.add_argument(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
+        add(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
     return parser.parse_args(argv)
 
 

@@ -44,24 +44,17 @@ BOUNDS = {'float32': 1e-4, 'float16': 2e-2}  # of a difference, in units of the 
 
 
 class Source(NamedTuple):
-    """A model to export.
+    """A model to export."""
 
-    Attributes:
-        model: The model in eval mode on the CPU, float32.
-        metadata: What `read_metadata` returns, but for the precision.
-        facts: Lines of the model card, see `save_folder`.
-    """
-
-    model: nn.Module
-    metadata: dict[str, Any]
-    facts: Mapping[str, Any]
+    model: nn.Module  # the model in eval mode on the CPU, float32
+    metadata: dict[str, Any]  # what `read_metadata` returns, but for the precision
+    facts: Mapping[str, Any]  # lines of the model card, see `save_folder`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export with the options of a command line.
 
     Raises:
-        ValueError: For a user's mistake.
         RunFailed: If the model cannot be exported in the format, or the file differs from PyTorch.
     """
     arguments = _parse(argv)
@@ -137,11 +130,7 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
 
 @contextmanager
 def _one_line_failures(what: str) -> Iterator[None]:
-    """Turn what the exporters raise, which is anything, into a failed run.
-
-    Raises:
-        RunFailed: In place of an error that is not about the user's command.
-    """
+    """Turn what the exporters raise, which is anything but about the user's command, into a RunFailed of one line."""
     try:
         yield
     except (ValueError, RunFailed, OSError):

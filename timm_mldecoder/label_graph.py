@@ -24,7 +24,18 @@ WITH_OBJECTS = tuple(name for name, (_, options) in FORMATS.items() if 'instance
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        'python -m timm_mldecoder.label_graph',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('data', help='folder of the dataset')
+    add('--dataset', required=True, choices=list(FORMATS), help='format of the dataset')
+    add('--split', default='train', help='split to count [%(default)s]')
+    add('--counts', choices=['instances', 'images'], help='occurrences [instances where the dataset has objects]')
+    add('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
+    options = parser.parse_args(argv)
     counts = options.counts or ('instances' if options.dataset in WITH_OBJECTS else 'images')
     if counts == 'instances' and options.dataset not in WITH_OBJECTS:
         raise ValueError(f'--counts instances: {options.dataset} has no objects, only {", ".join(WITH_OBJECTS)} have')
@@ -39,23 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isolated:
         _logger.warning(f'No image shows these classes with another class, their rows are zero: {", ".join(isolated)}')
     print(f'wrote {options.out}: {len(class_names)} classes, {len(annotations)} images, by {counts}')
-
-
-def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.label_graph', description=__doc__, formatter_class=formatter
-    )
-    parser.add_argument('data', help='folder of the dataset')
-    parser.add_argument('--dataset', required=True, choices=list(FORMATS), help='format of the dataset')
-    parser.add_argument('--split', default='train', help='split to count [%(default)s]')
-    parser.add_argument(
-        '--counts',
-        choices=['instances', 'images'],
-        help='what an occurrence of a class is [instances where the dataset has objects]',
-    )
-    parser.add_argument('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
-    return parser
 
 
 if __name__ == '__main__':

@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predict with the options of a command line.
 
     Raises:
-        ValueError: For a user's mistake.
         RunFailed: If an image cannot be read and --bad-image is abort.
     """
     arguments = _parse(argv)
@@ -102,11 +101,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
 
 
 def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:
-    """Load the model that the arguments name, with the classes that they name.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Load the model that the arguments name, with the classes that they name."""
     source = arguments.model or str(arguments.checkpoint)
     trained = load_trained(source, device=str(device), use_ema=arguments.use_ema)
     model, names = trained.model, None

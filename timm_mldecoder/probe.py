@@ -18,11 +18,7 @@ from timm_mldecoder.engine.runtime.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Probe with the options of a command line.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Probe with the options of a command line."""
     options = parse_probe(__doc__, argv)
     with join_world(options.train.device, options.train.device_modules or ()) as world:
         probe(options, world)

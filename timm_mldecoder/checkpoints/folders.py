@@ -15,6 +15,33 @@ from timm.models._hub import load_cfg_from_json
 from torch import nn
 
 SETTINGS = 'timm_mldecoder'
+CARD = """\
+---
+tags:
+{tags}
+pipeline_tag: image-classification
+library_name: timm
+---
+# {name}
+
+{described}
+
+{classes}{facts}## How to load it
+
+```bash
+pip install timm-mldecoder
+```
+
+```python
+import timm, torch
+from PIL import Image
+
+model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()  # or hf-hub:OWNER/NAME
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open('image.jpg').convert('RGB'))[None]
+scores = model(image).{scores}
+```
+"""
 
 
 def save_folder(
@@ -101,34 +128,15 @@ def model_card(
     class_names = class_names or []
     names = ', '.join(escape(' '.join(str(name).split())) for name in class_names[:20])  # text, whatever they are
     names += ', ...' if len(class_names) > 20 else ''
-    lines = [
-        '---',
-        'tags:',
-        *(f'- {tag}' for tag in tags),
-        'pipeline_tag: image-classification',
-        'library_name: timm',
-        '---',
-        f'# {name}',
-        '',
+    described = (
         f'{config["architecture"]} with {"an ML-Decoder head (arXiv 2111.12933)" if head else "its own classifier"}, '
-        f'{config["num_classes"]} classes, {"multi-label" if task == "multilabel" else "single-label"}, input {size}.',
-        '',
-        *([f'Classes: {names}', ''] if names else []),
-        *(line for title, text in facts.items() for line in (f'## {title}', '', str(text), '')),
-        '## How to load it',
-        '',
-        '```bash',
-        'pip install timm-mldecoder',
-        '```',
-        '',
-        '```python',
-        'import timm, torch',
-        'from PIL import Image',
-        '',
-        "model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()  # or hf-hub:OWNER/NAME",
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
-        "image = transform(Image.open('image.jpg').convert('RGB'))[None]",
-        f'scores = model(image).{"sigmoid()" if task == "multilabel" else "softmax(dim=1)"}',
-        '```',
-    ]
-    return '\n'.join(lines) + '\n'
+        f'{config["num_classes"]} classes, {"multi-label" if task == "multilabel" else "single-label"}, input {size}.'
+    )
+    return CARD.format(
+        tags='\n'.join(f'- {tag}' for tag in tags),
+        name=name,
+        described=described,
+        classes=f'Classes: {names}\n\n' if names else '',
+        facts=''.join(f'## {title}\n\n{text}\n\n' for title, text in facts.items()),
+        scores='sigmoid()' if task == 'multilabel' else 'softmax(dim=1)',
+    )

@@ -6,13 +6,12 @@ Weights only: no code in a file is run, and a tensor that does not fit is an err
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-from timm.models.tresnet import checkpoint_filter_fn as convert_tresnet
 from torch import Tensor, nn
 
 from timm_mldecoder.checkpoints.read import weights_of
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.models.graph import convert_graph_state_dict
+from timm_mldecoder.models.classifier_model import misfits
+from timm_mldecoder.models.graph import convert_backbone, convert_graph_state_dict
 
 # Name of the group fully-connected weight, different in every layout -> the layout.
 LAYOUTS = {
@@ -67,12 +66,13 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     prefix = find_head(tensors).prefix
     head = {slot + name: tensor for name, tensor in _head_tensors(tensors, prefix).items()}
     backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    if 'body.conv1.0.weight' in backbone:
-        backbone = convert_tresnet(backbone, model)
-        # BatchNorm counts its batches, in-place ABN does not
-        backbone |= {name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')}
-    converted = {**_own_classes(model, slot, head), **backbone, **head}
-    _check_fit(converted, model, slot)
+    converted = {**_own_classes(model, slot, head), **convert_backbone(backbone, model), **head}
+    # a head with text queries loads label embeddings from a file only if they fit
+    if lines := misfits(converted, model, any_shape=f'{slot}vocabulary.'):
+        own = {name[len(slot) :]: tensor for name, tensor in converted.items() if name.startswith(slot)}
+        options = ', '.join(f'{option}={value}' for option, value in _options_of_shapes(own).items())
+        lines = [f'the checkpoint does not fit {type(model).__name__}:', *lines, f'its head was built with {options}']
+        raise ValueError('\n  '.join(lines))
     return converted
 
 
@@ -108,20 +108,17 @@ def find_head(tensors: Mapping[str, Tensor]) -> Head:
             raise ValueError(f'the checkpoint has {len(prefixes)} ML-Decoder heads ({", ".join(prefixes)}), not one')
         if prefixes:
             return Head(layout, prefixes[0])
-    raise ValueError(
-        f'no ML-Decoder head in the checkpoint: none of its {len(tensors)} tensors is named {" or ".join(LAYOUTS)}'
-    )
+    raise ValueError(f'no ML-Decoder head in the checkpoint: no tensor is named {" or ".join(LAYOUTS)}')
 
 
 def _head_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the head under our names, without prefix."""
-    return {_our_name(name[len(prefix) :]): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _our_name(name: str) -> str:
-    name = name.removeprefix('decoder.')
-    module, dot, rest = name.partition('.')
-    return _RENAMES.get(module, module) + dot + rest
+    head = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            module, *rest = name[len(prefix) :].removeprefix('decoder.').split('.')
+            head['.'.join([_RENAMES.get(module, module), *rest])] = tensor
+    return head
 
 
 def _options_of_shapes(head: Mapping[str, Tensor]) -> dict[str, int]:
@@ -137,9 +134,7 @@ def _word_options(head: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the options of the reference's head with text queries, which does full decoding."""
     dim, group_size = head['group_fc.weight'].shape
     if 'vocabulary.embeddings' in head or group_size != 1:
-        raise ValueError(
-            'the grouping of text queries does not follow from shapes: build the model with its training options'
-        )
+        raise ValueError('the grouping of text queries does not follow from shapes: build the model with its options')
     shown = _options_of_shapes(head)
     width = head['queries.proj.weight'].shape[1] if 'queries.proj.weight' in head else dim
     return {
@@ -162,29 +157,5 @@ def _own_classes(model: nn.Module, slot: str, head: Mapping[str, Tensor]) -> dic
 def _slot(model: nn.Module) -> str:
     slots = [name for name, module in model.named_modules() if isinstance(module, MLDecoder)]
     if len(slots) != 1:
-        raise ValueError(
-            f'{type(model).__name__} has {len(slots)} ML-Decoder heads, not one: build it with '
-            f'timm.create_model(..., ml_decoder=True) or add_ml_decoder_head'
-        )
+        raise ValueError(f'{type(model).__name__} has {len(slots)} ML-Decoder heads, not one: pass ml_decoder=True')
     return f'{slots[0]}.' if slots[0] else ''
-
-
-def _check_fit(converted: Mapping[str, Tensor], model: nn.Module, slot: str) -> None:
-    own = model.state_dict()
-    classes = f'{slot}vocabulary.'  # a head with text queries loads them from a file only if they fit
-    misfits = {
-        'missing': [name for name in own if name not in converted],
-        'unexpected': [name for name in converted if name not in own],
-        'mis-shaped': [
-            f'{name} (file {list(converted[name].shape)}, model {list(tensor.shape)})'
-            for name, tensor in own.items()
-            if name in converted and converted[name].shape != tensor.shape and not name.startswith(classes)
-        ],
-    }
-    if not any(misfits.values()):
-        return
-    lines = [f'  {kind}: {", ".join(names)}' for kind, names in misfits.items() if names]
-    head = {name[len(slot) :]: tensor for name, tensor in converted.items() if name.startswith(slot)}
-    options = ', '.join(f'{option}={value}' for option, value in _options_of_shapes(head).items())
-    lines = [f'the checkpoint does not fit {type(model).__name__}:', *lines, f'  its head was built with {options}']
-    raise ValueError('\n'.join(lines))

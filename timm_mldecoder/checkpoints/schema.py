@@ -18,17 +18,11 @@ VERSION = 2  # timm's: 'epoch' is the epoch that ended
 
 
 class Entry(NamedTuple):
-    """One key of a checkpoint.
+    """One key of a checkpoint."""
 
-    Attributes:
-        check: Returns whether a value is valid.
-        expected: What a valid value is, for the error message.
-        meaning: What the entry holds, with its writer and readers.
-    """
-
-    check: Callable[[Any], bool]
-    expected: str
-    meaning: str
+    check: Callable[[Any], bool]  # returns whether a value is valid
+    expected: str  # what a valid value is, for the error message
+    meaning: str  # what the entry holds, with its writer and readers
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:

@@ -178,11 +178,9 @@ class MultiLabelDataset(Dataset):
         transform: Applied to the PIL image.
         target_transform: Applied to the target.
         input_img_mode: PIL mode of the images.
-
-    Attributes:
-        num_seen: Number of classes, the first ones, that the model was trained on; None if it was trained on all.
     """
 
+    # number of classes, the first ones, that the model was trained on; None if it was trained on all
     num_seen: int | None = None
 
     def __init__(

@@ -51,8 +51,10 @@ def load_or_build(
             with _lock(place / f'{name}.lock'):
                 if stored := load(place / version):
                     return stored, place / version
-                if table is None:
-                    table = _build(build)
+                try:
+                    table = table or build()
+                except OSError as error:  # must not pass for a cache folder that cannot be written
+                    raise ValueError(str(error)) from error
                 _store(place / version, name, table)
                 return load(place / version), place / version
     _logger.warning(f'cannot write a cache of {name}: neither {places[0]} nor {places[1]} is writable')
@@ -66,13 +68,6 @@ def load(folder: Path) -> Table | None:
     except (OSError, ValueError, EOFError):  # of numpy, on files that are damaged
         return None
     return table if table.keys() >= ARRAYS else None
-
-
-def _build(build: Callable[[], Table]) -> Table:
-    try:
-        return build()
-    except OSError as error:  # must not pass for a cache folder that cannot be written
-        raise ValueError(str(error)) from error
 
 
 def _store(folder: Path, name: str, table: Table) -> None:

@@ -49,15 +49,15 @@ def read_class_split(path: str | Path, class_names: Sequence[str]) -> ClassSplit
     parts = {part: _names(content, keys, path) for part, keys in KEYS.items()}
     if parts['seen'] is None and parts['unseen'] is None:
         raise ValueError(f'{path} is not a class split: it has neither {KEYS["seen"]} nor {KEYS["unseen"]}')
-    known, other = set(class_names), {'seen': 'unseen', 'unseen': 'seen'}
+    known = set(class_names)
     if any(KEYS[part][1] in content for part in KEYS):
         missing = [name for names in parts.values() for name in names or () if name not in known]
         parts = {part: names and [n for n in dict.fromkeys(names) if n in known] for part, names in parts.items()}
         if missing:
             _logger.warning(f'{path}: ignoring {len(missing)} names that the dataset lacks: {", ".join(missing[:5])}')
-    for part, names in parts.items():
-        if names is None:
-            parts[part] = [name for name in class_names if name not in parts[other[part]]]
+    for part, other in (('seen', 'unseen'), ('unseen', 'seen')):
+        if parts[part] is None:
+            parts[part] = [name for name in class_names if name not in parts[other]]
     every = parts['seen'] + parts['unseen']
     wrong = {
         'unknown': [name for name in every if name not in known],

@@ -9,7 +9,6 @@ Nothing is downloaded, and the arguments determine every pixel. Training, valida
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_mldecoder.data.formats.csv_list import SEPARATOR
+from timm_mldecoder.data.formats.csv_list import write_csv
 
 SPLITS = ('train', 'validation', 'test')
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
@@ -76,27 +75,19 @@ def write_digits(root: str | Path) -> Path:
 class SceneOptions:
     """What a scene looks like.
 
-    Attributes:
-        kind: What the classes are: 'digits', or 'pairs' of successive digits that are both in the scene, anywhere.
-            The evidence for a pair lies in two places, of which each alone does not tell the class.
-        size: Side of the scene in pixels.
-        sides: Smallest and largest side of a digit in pixels.
-        min_digits: Least digits to place. One that finds no free place is left out.
-        max_digits: Most digits to place.
-        max_classes: Most distinct digits in a scene.
-        clutter: Number of scrambled digits to place: a digit cut in four, whose parts are permuted and rotated.
-
     Raises:
         ValueError: If the digits do not fit, or another option is out of range.
     """
 
+    # what the classes are: 'digits', or 'pairs' of successive digits that are both in the scene, anywhere. The evidence
+    # for a pair lies in two places, of which each alone does not tell the class
     kind: str = 'digits'
-    size: int = 64
-    sides: tuple[int, int] = (10, 28)
-    min_digits: int = 1
-    max_digits: int = 6
-    max_classes: int = 10
-    clutter: int = 0
+    size: int = 64  # side of the scene in pixels
+    sides: tuple[int, int] = (10, 28)  # smallest and largest side of a digit in pixels
+    min_digits: int = 1  # least digits to place. One that finds no free place is left out
+    max_digits: int = 6  # most digits to place
+    max_classes: int = 10  # most distinct digits in a scene
+    clutter: int = 0  # number of scrambled digits to place: a digit cut in four, whose parts are permuted and rotated
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -109,9 +100,7 @@ class SceneOptions:
         if not 1 <= self.min_digits <= self.max_digits:
             raise ValueError(f'1 <= min_digits <= max_digits is needed, got {self.min_digits} and {self.max_digits}')
         if not 1 <= self.max_classes <= 10 or self.clutter < 0:
-            raise ValueError(
-                f'max_classes must be in 1 to 10 and clutter at least 0, got {self.max_classes} and {self.clutter}'
-            )
+            raise ValueError(f'max_classes is 1 to 10, clutter at least 0, got {self.max_classes} and {self.clutter}')
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -208,22 +197,15 @@ def write_digit_scenes(
         ValueError: If an option is out of range.
     """
     scene_options = SceneOptions(**options)
-    names = scene_options.class_names
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / 'classes.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
-    for split, count in zip(SPLITS, (num_train, num_validation, num_test), strict=True):
-        if not count:
-            continue
-        (root / split).mkdir(exist_ok=True)
-        with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
-            writer = csv.writer(file)
-            writer.writerow(['path', 'labels'])
-            for number, (scene, target) in enumerate(scenes(split, count, scene_options, seed)):
-                path = f'{split}/{number:05d}.png'
-                Image.fromarray(scene).save(root / path)
-                writer.writerow([path, SEPARATOR.join(names[index] for index in np.flatnonzero(target))])
-    return root
+    names = np.array(scene_options.class_names)
+    counts = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
+    splits = {
+        split: ((scene, names[target == 1]) for scene, target in scenes(split, count, scene_options, seed))
+        for split, count in counts.items()
+        if count
+    }
+    write_csv(Path(root), scene_options.class_names, splits)
+    return Path(root)
 
 
 def main(arguments: list[str] | None = None) -> None:

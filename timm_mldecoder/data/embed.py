@@ -21,7 +21,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,29 +36,20 @@ TEMPLATE = 'a photo of a {}'
 WORD_BREAKS = re.compile(r"[\s\-_/']+")
 
 
-@dataclass(frozen=True)
-class Label:
-    """A class and the text that describes it."""
-
-    name: str
-    text: str
-
-
-def read_labels(path: Path) -> list[Label]:
-    """Classes of a text file, one per line, each with the text after its tab, or else its name.
+def read_labels(path: Path) -> dict[str, str]:
+    """Classes of a text file, one per line, and the text of each: that after a tab, or else its name.
 
     Raises:
         ValueError: If the file is missing, or a name is repeated or empty.
     """
     if not path.is_file():
         raise ValueError(f'{path} is missing: expected a file of class names, one per line')
-    lines = [line.split('\t', 1) for line in read_names(path)]
-    labels = [Label(parts[0].strip(), parts[-1].strip()) for parts in lines]
-    names = [label.name for label in labels]
+    labels = [[part.strip() for part in line.split('\t', 1)] for line in read_names(path)]
+    names = [name for name, *_ in labels]
     repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated or not all(label.name and label.text for label in labels):
+    if repeated or not all(map(all, labels)):
         raise ValueError(f'{path}: every line needs a distinct name, and a text after a tab; repeated: {repeated}')
-    return labels
+    return {label[0]: label[-1] for label in labels}
 
 
 def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
@@ -84,9 +74,7 @@ def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
         if not known:
             unknown.append(text)
     if unknown:
-        raise ValueError(
-            f'{path} has no vector for {unknown}: add a text with known words, after a tab, in the file of names'
-        )
+        raise ValueError(f'{path} has no vector for {unknown}: add a text of known words to the names, after a tab')
     if left_out:
         _logger.warning(f'left out, without a vector: {", ".join(left_out)}')
     return torch.stack(rows)
@@ -113,9 +101,7 @@ def _read_vectors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
             try:
                 vectors[token] = torch.tensor([float(value) for value in numbers])
             except ValueError as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected a token and its numbers, got {line[:80]!r}'
-                ) from error
+                raise ValueError(f'{path}, line {number}: expected a token and numbers, got {line[:80]!r}') from error
     widths = sorted({len(vector) for vector in vectors.values()})
     if len(widths) > 1:
         raise ValueError(f'{path}: expected vectors of one width, got {widths}')
@@ -171,18 +157,14 @@ def _loading(flags: str) -> Iterator[None]:
         raise ValueError(f'{flags}: cannot load the model: {reason:.300}') from error
 
 
-def check_output(path: Path) -> None:
-    """Raise a ValueError if embeddings cannot be written to a path, before anything is computed."""
-    if path.suffix != '.safetensors':
-        raise ValueError(f'{path}: the file to write must end in .safetensors')
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f'{path}: expected a file in an existing folder')
-
-
-def check_template(template: str) -> None:
-    """Raise a ValueError if a template has no place for a name, or more than one."""
-    if template.count('{}') != 1 or template.count('{') != 1 or template.count('}') != 1:
-        raise ValueError(f'--template {template!r}: expected one {{}} for the name')
+def check(options: argparse.Namespace) -> None:
+    """Raise a ValueError for a file that cannot be written and a wrong template, before anything is computed."""
+    if options.out.suffix != '.safetensors':
+        raise ValueError(f'{options.out}: the file to write must end in .safetensors')
+    if not options.out.parent.is_dir() or options.out.is_dir():
+        raise ValueError(f'{options.out}: expected a file in an existing folder')
+    if any(options.template.count(part) != 1 for part in ('{}', '{', '}')):
+        raise ValueError(f'--template {options.template!r}: expected one {{}} for the name')
 
 
 def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str]]:
@@ -191,7 +173,7 @@ def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str
         embeddings, class_names = read_word_vectors(options.names)
         return embeddings, class_names, dict(made_by='NUS-WIDE wordvec_array.pth', rule='as distributed')
     labels = read_labels(options.names)
-    texts = [label.text for label in labels]
+    texts = list(labels.values())
     if options.text_vectors:
         embeddings = embed_with_text_vectors(texts, options.text_vectors)
         about = dict(made_by=options.text_vectors.name, rule='mean of the words where the whole has no vector')
@@ -201,16 +183,14 @@ def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str
     else:
         embeddings = embed_with_clip(texts, options.clip, options.clip_weights, options.template)
         about = dict(made_by=f'open_clip {options.clip}', rule=options.template)
-    about['texts'] = json.dumps({label.name: label.text for label in labels if label.text != label.name})
-    return embeddings, [label.name for label in labels], about
+    about['texts'] = json.dumps({name: text for name, text in labels.items() if text != name})
+    return embeddings, list(labels), about
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Make a file of label embeddings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        'names', type=Path, help='file of class names, one per line; for --nus-wide the folder of the dataset'
-    )
+    parser.add_argument('names', type=Path, help='file of class names; for --nus-wide the folder of the dataset')
     parser.add_argument('out', type=Path, help='safetensors file to write')
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument('--text-vectors', type=Path, metavar='FILE', help='word vectors in text form')
@@ -222,8 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
-        check_output(options.out)
-        check_template(options.template)
+        check(options)
         embeddings, class_names, about = embed(options)
         write_word_embeddings(options.out, embeddings, class_names, **about)
     except (ValueError, ImportError, OSError) as error:

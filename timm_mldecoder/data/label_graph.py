@@ -47,9 +47,7 @@ def read_label_graph(path: str | Path, class_names: Sequence[str] | None = None)
         with safe_open(path, framework='pt') as file:
             adjacency, names = file.get_tensor('adjacency'), json.loads((file.metadata() or {})['class_names'])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a label graph, with a tensor 'adjacency' and metadata 'class_names': {error!s:.200}"
-        ) from error
+        raise ValueError(f"{path} is no label graph (tensor 'adjacency' with 'class_names'): {error!s:.200}") from error
     if not isinstance(names, list) or len(set(map(str, names))) != len(names):
         raise ValueError(f"{path}: metadata 'class_names' is not a list of distinct names")
     if adjacency.shape != (len(names), len(names)) or not adjacency.is_floating_point():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ def find_missing(annotations: Annotations, root: str | Path) -> np.ndarray:
             parent, slash, name = path.rpartition(b'/')
             folder = parent + slash
             if folder not in listings:
-                listings[folder] = _names(os.path.join(root, folder))
+                listings[folder] = set()
+                with suppress(OSError):
+                    listings[folder] |= set(os.listdir(os.path.join(root, folder)))
             if name not in listings[folder]:
                 missing.append(index)
     # A file system that ignores case or Unicode forms finds files under names that it does not list.
@@ -58,10 +61,3 @@ def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Ann
         raise ValueError(f'{summary}; no image is left')
     _logger.warning(f'{summary}; left out')
     return annotations.subset(np.setdiff1d(np.arange(len(annotations)), missing, assume_unique=True))
-
-
-def _names(folder: bytes) -> set[bytes]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()

@@ -11,16 +11,14 @@ Every pixel is computed with numpy and determined by the arguments; nothing is d
 """
 
 import argparse
-import csv
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from timm_mldecoder.data.formats.csv_list import SEPARATOR
+from timm_mldecoder.data.formats.csv_list import write_csv
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 SIDE = 48  # of a scene, in pixels
@@ -121,24 +119,16 @@ def write_shapes(root: str | Path, num_train: int = 4000, num_validation: int = 
     """Write the dataset, its class split and its label embeddings, and return `root`."""
     seen, unseen = split_classes(seed)
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
+    parts = [('train', seen, num_train), ('validation', CLASSES, num_validation)]
+    splits = {
+        split: zip(*draw_scenes(classes, count, np.random.default_rng([seed, 2, number])), strict=True)
+        for number, (split, classes, count) in enumerate(parts)
+    }
+    write_csv(root, CLASSES, splits)
     (root / 'split.json').write_text(json.dumps({'seen': seen, 'unseen': unseen}, indent=1) + '\n', encoding='utf-8')
     write_word_embeddings(
         root / 'words.safetensors', embed_classes(seed), CLASSES, made_by='shapes', rule='attributes, concatenated'
     )
-    for number_of_split, (split, classes, count) in enumerate(
-        [('train', seen, num_train), ('validation', CLASSES, num_validation)]
-    ):
-        images, labels = draw_scenes(classes, count, np.random.default_rng([seed, 2, number_of_split]))
-        (root / split).mkdir(exist_ok=True)
-        with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
-            writer = csv.writer(file)
-            writer.writerow(['path', 'labels'])
-            for number, (image, names) in enumerate(zip(images, labels, strict=True)):
-                path = f'{split}/{number:05d}.png'
-                Image.fromarray(image).save(root / path)
-                writer.writerow([path, SEPARATOR.join(names)])
     return root
 
 

@@ -33,21 +33,14 @@ def class_to_index(dataset: Any) -> dict[str, int] | None:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a dataset holds.
+    """What a dataset holds."""
 
-    Attributes:
-        images: Number of images; None for streaming datasets that do not report it.
-        class_names: Name of each class; None if unknown.
-        positives: Number of images that show each class, [C]; None if the targets cannot be read without the images.
-        ignored_share: Share of (image, class) pairs without a target, in [0, 1].
-        duplicates: Files that are listed more than once; None if the images are not files.
-    """
-
-    images: int | None
-    class_names: list[str] | None = None
+    images: int | None  # number of images; None for streaming datasets that do not report it
+    class_names: list[str] | None = None  # name of each class; None if unknown
+    # number of images that show each class, [C]; None if the targets cannot be read without the images
     positives: np.ndarray | None = field(default=None, compare=False)
-    ignored_share: float = 0.0
-    duplicates: list[str] | None = None
+    ignored_share: float = 0.0  # share of (image, class) pairs without a target, in [0, 1]
+    duplicates: list[str] | None = None  # files that are listed more than once; None if the images are not files
 
     @property
     def never_positive(self) -> list[str]:

@@ -30,9 +30,7 @@ class Cutout:
 
     def __init__(self, fraction: float, probability: float = 1.0):
         if not 0 < fraction <= 1 or not 0 <= probability <= 1:
-            raise ValueError(
-                f'Cutout takes a fraction in (0, 1] and a probability in [0, 1], got {fraction} and {probability}'
-            )
+            raise ValueError(f'fraction must be in (0, 1], probability in [0, 1], got {fraction} and {probability}')
         self.fraction = fraction
         self.probability = probability
 

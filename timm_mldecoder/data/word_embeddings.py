@@ -33,7 +33,7 @@ def read_word_embeddings(path: str | Path, class_names: Sequence[str] | None = N
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'{path} is missing: expected a file of label embeddings')
-    embeddings, names = READERS.get(path.suffix, _read_torch)(path)
+    embeddings, names = (_read_safetensors if path.suffix == '.safetensors' else _read_torch)(path)
     try:
         check_embeddings(embeddings, embeddings.shape[-1] if embeddings.dim() else 0, names)
     except ValueError as error:
@@ -108,6 +108,3 @@ def load_tensors(path: Path):
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many types of exceptions on broken or unsafe bytes
         raise ValueError(f'{path} does not hold only tensors and plain containers ({type(error).__name__})') from error
-
-
-READERS = {'.safetensors': _read_safetensors}

@@ -52,7 +52,6 @@ def create_model(
     """Create the model with the classifier that the options request.
 
     Args:
-        options: Options of either script.
         words: Options of `MLDecoder` for text queries, if the head has any.
         pretrained: Whether to load pretrained weights.
         fresh_head: Whether to leave stored weights of an ML-Decoder head out.
@@ -95,11 +94,7 @@ def create_model(
 
 
 def script(model: nn.Module) -> nn.Module:
-    """Compile a model with torch.jit.script (`--torchscript`).
-
-    Raises:
-        ValueError: If the model cannot be compiled, as one with an ML-Decoder head.
-    """
+    """Compile a model with torch.jit.script; a ValueError if that cannot be, as with an ML-Decoder head."""
     try:
         return torch.jit.script(model)
     except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
@@ -184,10 +179,7 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':
-            raise ValueError(
-                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
-                '--use-ml-decoder-head 1, or --score-classes seen'
-            )
+            raise ValueError('--class-split: unseen classes need --word-embeddings; or pass --score-classes seen')
         return {}
     classes = read_classes(options.word_embeddings, dataset)
     return dict(
@@ -200,20 +192,14 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
 
 
 class Trained(NamedTuple):
-    """A model with weights, and what they bring along.
-
-    Attributes:
-        model: The model.
-        options: Options that built it: those of the checkpoint, but for the ones that the user gave. None for a
-            pretrained model that `load_trained` took from elsewhere.
-        data_config: timm's data configuration, as far as a checkpoint holds it.
-        content: What the checkpoint holds; without one, task and thresholds of a model folder.
-    """
+    """A model with weights, and what they bring along."""
 
     model: nn.Module
+    # options that built it: those of the checkpoint, but for the ones that the user gave. None for a pretrained model
+    # that `load_trained` took from elsewhere
     options: Options | None
-    data_config: dict[str, Any]
-    content: dict[str, Any]
+    data_config: dict[str, Any]  # timm's data configuration, as far as a checkpoint holds it
+    content: dict[str, Any]  # what the checkpoint holds; without one, task and thresholds of a model folder
 
     @property
     def image_mode(self) -> str:
@@ -234,17 +220,12 @@ class Trained(NamedTuple):
         return self.options.task if self.options else self.content.get('task', 'classification')
 
     def thresholds(self, names: list[str] | None) -> Tensor | None:
-        """Return the tuned thresholds of these classes, [C]; None if there are none at all.
-
-        Raises:
-            ValueError: If they are of other classes.
-        """
+        """Return the tuned thresholds of these classes, [C], None without any; a ValueError for other classes."""
         tuned = thresholds_for(self.content, names)
         if tuned is None and self.content.get('thresholds'):
             missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
             raise ValueError(
-                f'the tuned thresholds do not include class {missing!r}: tune them again (validate.py '
-                '--write-thresholds), or pass --threshold to predict'
+                f'class {missing!r} has no tuned threshold: run validate.py --write-thresholds, or pass --threshold'
             )
         return tuned
 
@@ -252,11 +233,8 @@ class Trained(NamedTuple):
 def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
-    Options that the user gave (`options.given`) win over those of the checkpoint.
-
-    Args:
-        options: Options of either script.
-        content: What `read_checkpoint` read from the checkpoint; None reads it.
+    Options that the user gave (`options.given`) win over those of the checkpoint. `content` is what `read_checkpoint`
+    read from it; None reads it.
 
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the options.
@@ -328,9 +306,14 @@ def load_trained(
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
     for name in ('mean', 'std'):
-        if len(config[name]) not in (1, config['input_size'][0]):  # timm's loader then takes their average
-            config[name] = (sum(config[name]) / len(config[name]),) * config['input_size'][0]
+        if len(config[name]) > 1:
+            config[name] = per_channel(config[name], config['input_size'][0])
     return trained._replace(data_config=config)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return mean or standard deviation of each channel, as timm's loader takes them: the average for other numbers."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
@@ -348,11 +331,7 @@ def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """Take over how a checkpoint of train.py was built and evaluated, except for what the user gave.
-
-    Returns:
-        The options, and the data configuration.
-    """
+    """Return options and data configuration of a checkpoint of train.py, except for what the user gave."""
     updated = inherit_flags(options, vars(content['args']))
     given = {'input_size' if name == 'img_size' else name for name in options.given}
     config = {name: value for name, value in content[RUN]['data_config'].items() if name not in given}
@@ -367,12 +346,10 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
 
 def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
-    stored = _stored_embeddings(weights)
-    if stored is not None:
-        return dict(word_embeddings=stored.shape[1])
-    if options.word_embeddings:
-        return dict(word_embeddings=read_word_embeddings(options.word_embeddings)[0].shape[1])
-    return {}
+    embeddings = _stored_embeddings(weights)
+    if embeddings is None and options.word_embeddings:
+        embeddings = read_word_embeddings(options.word_embeddings)[0]
+    return {} if embeddings is None else dict(word_embeddings=embeddings.shape[1])
 
 
 def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
@@ -386,11 +363,7 @@ def has_text_queries(options: Options) -> bool:
 
 
 def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Fold the BatchNorm layers of a model into the convolutions before them, in place.
-
-    Raises:
-        ValueError: If that changes its logits.
-    """
+    """Fold BatchNorm layers into the convolutions before them, in place; a ValueError if that changes the logits."""
     weight = next(model.parameters())
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
     try:
@@ -401,12 +374,9 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
 
 
 def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
-    """Set the classes of a model with text queries: by a file of label embeddings, else by its own names.
+    """Set the classes of a model with text queries, in order; None takes all of a file of label embeddings.
 
-    Args:
-        model: The model; one without text queries is left as it is.
-        names: Names of the classes in order; None takes all of the file.
-        word_embeddings: File of label embeddings; empty picks among the model's own.
+    Without a file they are picked among the model's own. A model without text queries is left as it is.
 
     Raises:
         ValueError: If a class has no embedding.
@@ -457,11 +427,7 @@ _REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticE
 
 @contextmanager
 def refuse(options: Options) -> Iterator[None]:
-    """Turn what timm raises while it creates a model that does not take the options into a user's mistake.
-
-    Raises:
-        ValueError: In place of errors about arguments, or about weights that are missing or do not fit.
-    """
+    """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield
     except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights

@@ -19,27 +19,16 @@ DEFAULT_NUM_QUERIES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """How classes are divided into queries, and which queries and classifier the head has.
+    """How classes are divided into queries, and which queries and classifier the head has."""
 
-    Attributes:
-        num_classes: Number of classes C that the head is built with.
-        num_queries: Number of queries K that the head is built with.
-        group_size: Classes per query.
-        dim: Width D of a query.
-        embedding_width: Width E of label embeddings, None without text queries.
-        learned_queries: Whether queries are trained vectors.
-        classifier: A key of the table in `build_classifier`.
-        cosine_scale: Factor of the cosine classifier's logits.
-    """
-
-    num_classes: int
-    num_queries: int
-    group_size: int | None = None
-    dim: int
-    embedding_width: int | None = None
-    learned_queries: bool = False
-    classifier: str | None = None
-    cosine_scale: float = 1.0
+    num_classes: int  # number of classes C that the head is built with
+    num_queries: int  # number of queries K that the head is built with
+    group_size: int | None = None  # classes per query
+    dim: int  # width D of a query
+    embedding_width: int | None = None  # width E of label embeddings, None without text queries
+    learned_queries: bool = False  # whether queries are trained vectors
+    classifier: str | None = None  # a key of the table in `build_classifier`
+    cosine_scale: float = 1.0  # factor of the cosine classifier's logits
 
     @classmethod
     def resolve(cls, *, num_of_groups: int, **options) -> 'HeadConfig':
@@ -116,9 +105,9 @@ class HeadConfig:
         build, arguments = {
             'group': (GroupFullyConnected, (self.num_classes, self.num_queries, self.dim)),
             'cosine': (CosineGroupFullyConnected, (self.num_classes, self.num_queries, self.dim, self.cosine_scale)),
-            'shared': (SharedTextClassifier, (self.dim, self.group_size)),
-            'word': (FactorizedTextClassifier, (self.dim, self.group_size, self.embedding_width)),
-            'learned': (LearnedTextClassifier, (self.num_queries, self.dim, self.group_size)),
+            'shared': (SharedTextClassifier, ((self.dim, self.group_size), self.group_size)),
+            'word': (FactorizedTextClassifier, ((self.dim, self.embedding_width), self.group_size)),
+            'learned': (LearnedTextClassifier, ((self.num_queries, self.dim, self.group_size), self.group_size)),
         }[self.classifier]
         return build(*arguments, **factory)
 

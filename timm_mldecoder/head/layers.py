@@ -329,9 +329,6 @@ class TextClassifier(nn.Module):
 class SharedTextClassifier(TextClassifier):
     """One weight [D, group_size] shared by all groups: only the query depends on the class (section 2.3.3)."""
 
-    def __init__(self, dim: int, group_size: int, device=None, dtype=None) -> None:
-        super().__init__((dim, group_size), group_size, device, dtype)
-
     def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
         return self.weight.expand(num_queries, -1, -1)
 
@@ -345,18 +342,12 @@ class FactorizedTextClassifier(TextClassifier):
     N_k [E, group_size] has the embeddings of the group's classes; `weight` is the learned W_a [D, E].
     """
 
-    def __init__(self, dim: int, group_size: int, embedding_width: int, device=None, dtype=None) -> None:
-        super().__init__((dim, embedding_width), group_size, device, dtype)
-
     def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
         return into_groups(F.linear(label_embeddings, self.weight), self.group_size).transpose(1, 2)
 
 
 class LearnedTextClassifier(TextClassifier):
-    """One learned weight [D, group_size] per group: an ablation of appendix B that ignores the group's classes."""
-
-    def __init__(self, num_queries: int, dim: int, group_size: int, device=None, dtype=None) -> None:
-        super().__init__((num_queries, dim, group_size), group_size, device, dtype)
+    """Learned weights [K, D, group_size], one per group: an ablation of appendix B that ignores the group's classes."""
 
     def group_weights(self, label_embeddings: Tensor, num_queries: int) -> Tensor:
         return self.weight[:num_queries]

@@ -134,9 +134,7 @@ class Vocabulary(nn.Module):
                 self.names_utf8 = self.names_utf8.new_empty(names.shape)
                 self.known = embeddings.device.type != 'meta'
             else:
-                _logger.info(
-                    f'keeping the {self.num_classes} classes of the head; the state dict has {len(embeddings)}'
-                )
+                _logger.info(f'keeping the {self.num_classes} classes; the state dict has {len(embeddings)}')
                 own = {prefix + 'embeddings': self.embeddings, prefix + 'names_utf8': self.names_utf8}
                 state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, *args)

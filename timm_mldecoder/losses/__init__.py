@@ -10,8 +10,7 @@ otherwise agrees, clamps probabilities at 1e-8, so that a positive below logit -
 
 from timm_mldecoder.losses.angular_margin import AngularMarginLoss, automatic_scale
 from timm_mldecoder.losses.asymmetric import AsymmetricLoss, BinaryCrossEntropyLoss
-from timm_mldecoder.losses.base import REDUCTIONS, MultiLabelLoss
-from timm_mldecoder.losses.random_queries import RandomQueryLoss
+from timm_mldecoder.losses.base import REDUCTIONS, MultiLabelLoss, RandomQueryLoss
 from timm_mldecoder.losses.selective import ClassAwareSelectiveLoss
 
 __all__ = [

@@ -1,6 +1,7 @@
 """What the multi-label losses share: precision, label smoothing, ignored labels and reduction."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 REDUCTIONS = {
@@ -36,7 +37,7 @@ class MultiLabelLoss(nn.Module):
         """
         if logits.dim() != 2 or logits.shape != target.shape:
             raise ValueError(
-                f'logits and targets must have one shape [B, C], got {list(logits.shape)} and {list(target.shape)}'
+                f'logits and targets need one shape [B, C], got {list(logits.shape)} and {list(target.shape)}'
             )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = target.to(logits.dtype)
@@ -52,6 +53,24 @@ class MultiLabelLoss(nn.Module):
     def left_out(self, logits: Tensor, unannotated: Tensor) -> Tensor:
         """Return which entries add nothing to the loss, bool [B, C]."""
         return unannotated
+
+
+class RandomQueryLoss(nn.Module):
+    """A multi-label loss for a head that adds random text queries in training (arXiv 2111.12933, section 2.3.3).
+
+    Their logits follow those of the classes, and their target is positive.
+
+    Args:
+        loss: A loss of logits and targets of one shape.
+    """
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of logits [B, C + random queries] for targets [B, C]."""
+        return self.loss(logits, F.pad(target, (0, logits.shape[1] - target.shape[1]), value=1.0))
 
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -63,9 +63,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             likelihood_topk=likelihood_topk,
         )
         if min(values.values()) < 0:
-            raise ValueError(
-                f'values must be at least 0, got {", ".join(f"{n}={v}" for n, v in values.items() if v < 0)}'
-            )
+            raise ValueError(f'must be at least 0: {", ".join(f"{n}={v}" for n, v in values.items() if v < 0)}')
         self.mode = mode
         self.gamma_unann = gamma_unann
         self.weights = weight_pos, weight_neg, weight_unann
@@ -80,8 +78,12 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             positive, negative, missing = self.weights
             loss = loss * torch.where(unannotated, missing, positive * target + negative * (1 - target))
         if self.mode == 'ignore_normalize_classes':
-            loss = loss * (1 + 1 / (1 + (~unannotated).sum(dim=1, keepdim=True)))
+            loss = loss * (1 + 1 / (1 + self.number_annotated(unannotated)))
         return loss
+
+    def number_annotated(self, unannotated: Tensor) -> Tensor:
+        """Return the number of annotated labels of each image, [B, 1]."""
+        return (~unannotated).sum(dim=1, keepdim=True)
 
     def negative_gamma(self, unannotated: Tensor) -> Tensor:
         return torch.where(unannotated, self.gamma_unann, self.gamma_neg)
@@ -96,7 +98,12 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             if self.class_prior.numel() != logits.shape[1]:
                 raise ValueError(f'class_prior has {self.class_prior.numel()} entries for {logits.shape[1]} classes')
             left_out |= self.class_prior > self.prior_threshold
-        count = min(self.likelihood_topk * logits.shape[0], logits.numel())
-        likeliest = logits.masked_fill(~unannotated, -math.inf).flatten().topk(count).indices
-        left_out.view(-1)[likeliest] = True
+        left_out |= self.likeliest(logits.masked_fill(~unannotated, -math.inf))
         return left_out & unannotated
+
+    def likeliest(self, scores: Tensor) -> Tensor:
+        """Return which scores [B, C] are among the `likelihood_topk` * B highest."""
+        count = min(self.likelihood_topk * scores.shape[0], scores.numel())
+        found = torch.zeros_like(scores, dtype=torch.bool)
+        found.view(-1)[scores.flatten().topk(count).indices] = True
+        return found

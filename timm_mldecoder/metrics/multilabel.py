@@ -45,7 +45,7 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
     return result.masked_fill(scores.isnan().any(0), math.nan)
 
 
-def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Tensor:
+def best_thresholds(scores: Tensor, target: Tensor) -> Tensor:
     """Return the threshold of each class with the highest F1 when `score >= threshold` is positive.
 
     It lies midway between the scores it separates; of equally good thresholds the highest.
@@ -53,10 +53,9 @@ def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Ten
     Args:
         scores: Scores, [N, C].
         target: 1 positive, 0 negative, below 0 ignored, [N, C].
-        default: Threshold of classes without a positive.
 
     Returns:
-        Float64 [C], each exact in the scores' own precision.
+        Float64 [C], each exact in the scores' own precision; 0.5 for classes without a positive.
     """
     ranked, true_positives, predicted, ends = _operating_points(scores, target)
     f1 = 2 * true_positives.double() / (predicted + true_positives[-1]).clamp(min=1)
@@ -65,7 +64,7 @@ def best_thresholds(scores: Tensor, target: Tensor, default: float = 0.5) -> Ten
     highest_below = F.pad(ranked[1:], (0, 0, 0, 1)).gather(0, last)  # after the last score: 0
     midway = (lowest_above + highest_below) / 2
     threshold = torch.where(midway > highest_below, midway, lowest_above)[0]  # neighbouring floats have no middle
-    return torch.where(true_positives[-1] > 0, threshold, default).double()
+    return torch.where(true_positives[-1] > 0, threshold, 0.5).double()
 
 
 def _operating_points(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +162,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         """Add logits and targets, both [B, C]."""
         if output.dim() != 2 or target.shape != output.shape:
             raise ValueError(
-                f'logits and targets must have one shape [B, C], got {list(output.shape)} and {list(target.shape)}'
+                f'logits and targets need one shape [B, C], got {list(output.shape)} and {list(target.shape)}'
             )
         output, target = self._prepare(output, target)
         if not len(output):
@@ -180,9 +179,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         # predictions by threshold and by rank
         predicted = [output.sigmoid() >= self.threshold]
         ranking = output.masked_fill(~annotated, -math.inf)
-        for k in self.top_k:
-            highest = ranking.topk(min(k, ranking.shape[1])).indices
-            predicted.append(torch.zeros_like(annotated).scatter(1, highest, True))
+        predicted += [self._highest(ranking, k) for k in self.top_k]
 
         # counts
         predicted = torch.stack(predicted) & annotated
@@ -190,8 +187,25 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         counts = torch.stack([right.sum(1), predicted.sum(1), positive.sum(0).expand_as(right[:, 0])], 1)
         self._class_counts = counts if self._class_counts is None else self._class_counts + counts
         self._annotated = annotated.sum(0) if self._annotated is None else self._annotated + annotated.sum(0)
-        sample_f1 = _ratio(2 * right[0].sum(1), predicted[0].sum(1) + positive.sum(1))
+        of_images = self._of_all_classes(torch.stack([right[0].sum(1), predicted[0].sum(1), positive.sum(1)]))
+        sample_f1 = _ratio(2 * of_images[0], of_images[1] + of_images[2])
         self._sample_f1 += sample_f1.sum(dtype=self._sample_f1.dtype)
+
+    def _highest(self, scores: Tensor, k: int) -> Tensor:
+        """Return which scores [B, C] are among the k highest of their image."""
+        highest = scores.topk(min(k, scores.shape[1])).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, highest, True)
+
+    def _of_all_classes(self, counts: Tensor) -> Tensor:
+        """Return the sums over all classes, of sums over the classes that this rank has scores of."""
+        return counts
+
+    def _of_all_images(self, counts: Tensor, distributed: bool) -> Tensor:
+        """Return the counts of each class [..., C] of the images of all ranks."""
+        counts = counts.clone()
+        if distributed:
+            dist.all_reduce(counts)
+        return counts.cpu()
 
     def _summary(self, loss_sum: Tensor, counts: Tensor) -> OrderedDict[str, float]:
         return OrderedDict(loss=loss_sum.item() / max(int(counts[0]), 1))
@@ -211,13 +225,10 @@ class MultiLabelEvaluator(ClassificationEvaluator):
             annotated = class_counts[0, 0]
         sample_f1 = self._sample_f1.clone()
         if distributed:
-            class_counts, annotated = class_counts.clone(), annotated.clone()
-            dist.all_reduce(class_counts)
-            dist.all_reduce(annotated)
             dist.all_reduce(sample_f1)
-        class_counts, annotated = class_counts.cpu(), annotated.cpu()
+        class_counts, annotated = (self._of_all_images(counts, distributed) for counts in (class_counts, annotated))
         if without := int((class_counts[0, 2] == 0).sum()):
-            _logger.info(f'{without} of {num_classes} classes have no positive image and count as AP 0')
+            _logger.info(f'{without} of {len(annotated)} classes have no positive image and count as AP 0')
 
         metrics = super().compute(distributed)
         self.class_ap = 100 * self.per_class(average_precision, distributed)

@@ -8,6 +8,7 @@ family are read.
 import functools
 import inspect
 import logging
+from collections.abc import Mapping
 from os import PathLike
 
 import torch
@@ -67,7 +68,8 @@ def add_ml_decoder_head(
         _logger.warning(f'num_of_groups {num_of_groups} is reduced to the number of classes, {num_classes}')
     remove_classifier(model)
     change_class(model, MLDecoderModel)
-    model.ml_decoder_options = _stored_options(options, head)
+    stored = portable_options(options, head)
+    model.ml_decoder_options = {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
     model.set_submodule(model.ml_decoder_slot, head)
     return model
 
@@ -89,17 +91,16 @@ def _read_label_embeddings(options: dict) -> dict:
     return {**options, 'word_embeddings': embeddings, 'class_names': names}
 
 
-def _stored_options(options: dict, head: MLDecoder) -> dict:
-    """Return the options in JSON form, without defaults; label embeddings and class names travel with the weights."""
-    stored = {name: options[name] for name in options if name != 'class_names'}
-    if head.vocabulary is not None:
-        stored['word_embeddings'] = head.vocabulary.width
+def portable_options(options: Mapping, head: nn.Module) -> dict:
+    """Return options of a head in JSON form; label embeddings and class names travel with the weights."""
+    stored = {name: value for name, value in options.items() if name != 'class_names'}
     if isinstance(options.get('word_embeddings'), Tensor):
         # learned tensors depend on the grouping, which must not follow a later number of classes
-        stored['group_size'] = head.group_fc.group_size
-        if stored['num_of_groups'] == -1:
-            stored['num_of_groups'] = -(-head.num_classes // stored['group_size'])
-    return {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
+        group_size = head.group_fc.group_size
+        stored |= {'word_embeddings': head.vocabulary.width, 'group_size': group_size}
+        if stored.get('num_of_groups', -1) == -1:
+            stored['num_of_groups'] = -(-head.num_classes // group_size)
+    return stored
 
 
 def _build_head(model: nn.Module, num_classes: int, features, options: dict) -> MLDecoder:
@@ -219,9 +220,7 @@ class MLDecoderModel(ClassifierModel):
         super().reset_classifier_tensors()
 
     def __prepare_scriptable__(self):
-        raise ValueError(
-            f'torch.jit.script cannot compile {type(self).__name__}: use torch.compile, torch.export or torch.jit.trace'
-        )
+        raise ValueError(f'torch.jit.script cannot compile {type(self).__name__}: use torch.compile or torch.jit.trace')
 
 
 ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
@@ -231,16 +230,10 @@ def check_model(model: nn.Module) -> None:
     name = type(model).__name__
     refuse = family_of(type(model)).refuse
     if refuse:
-        raise ValueError(
-            f'{name} cannot take an ML-Decoder head: {refuse}. Use the classifier of the same family '
-            f'(timm.list_models), or apply timm_mldecoder.MLDecoder to its forward_features yourself'
-        )
+        raise ValueError(f'{name} cannot take an ML-Decoder head: {refuse}. Apply MLDecoder to its features yourself')
     missing = [what for what in ('forward_features', 'forward_head', 'reset_classifier') if not hasattr(model, what)]
     if missing:
-        raise ValueError(
-            f'{name} is not a timm classification model (it has no {", ".join(missing)}): '
-            f'apply timm_mldecoder.MLDecoder to its feature map yourself'
-        )
+        raise ValueError(f'{name} is not a timm classifier (no {", ".join(missing)}): apply MLDecoder to its features')
 
 
 def feature_widths(model: nn.Module):

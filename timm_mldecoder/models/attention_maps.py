@@ -55,7 +55,7 @@ def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch
             return tuple(shape)
     height, width = image_size
     rows = round(math.sqrt(num_tokens * height / width))
-    if rows == 0 or num_tokens % rows or rows * (num_tokens // rows) != num_tokens:
+    if rows == 0 or num_tokens % rows:
         raise ValueError(f'{num_tokens} tokens form no grid over an image of {height} x {width}')
     return rows, num_tokens // rows
 

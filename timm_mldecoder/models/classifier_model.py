@@ -1,6 +1,7 @@
 """What timm models with a classifier of this package share: a class made on the fly, `save_for_hf`, initialisation."""
 
 import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,9 @@ class ClassifierModel:
     """Mixin in front of a timm model's own class; a subclass per kind of classifier.
 
     The model's forward, tensor names and methods stay its own.
-
-    Attributes:
-        classifier_option: The option of ``timm.create_model`` that builds this classifier.
     """
 
-    classifier_option: str
+    classifier_option: str  # the option of ``timm.create_model`` that builds this classifier
     __jit_unused_properties__ = ('_model_args',)
 
     @classmethod
@@ -68,6 +66,44 @@ class ClassifierModel:
     def __reduce_ex__(self, protocol):
         # Copies and pickles cannot find a class made on the fly by its name: they name its parts and make it again.
         return _empty_instance, type(self).__bases__, self.__dict__
+
+
+def module_path(model: nn.Module, module: nn.Module) -> str:
+    """Return the name of a module within a model."""
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def linear_classifier(model: nn.Module, new: str) -> nn.Linear:
+    """Return the classifier of a timm model, for a `new` one to replace.
+
+    Raises:
+        ValueError: If it is not one linear layer.
+    """
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+        found = ' and '.join(type(part).__name__ for part in parts)
+        raise ValueError(f'{new} replaces one nn.Linear; the classifier of {type(model).__name__} is {found}')
+    return classifier
+
+
+def misfits(tensors: Mapping[str, Tensor], model: nn.Module, any_shape: str | None = None) -> list[str]:
+    """Return a line each about tensors that a model misses, does not expect, or has in another shape.
+
+    Args:
+        tensors: Tensors by the names of the model's.
+        model: The model.
+        any_shape: Beginning of the names of tensors whose shapes may differ.
+    """
+    own = model.state_dict()
+    both = [name for name in own if name in tensors and not (any_shape and name.startswith(any_shape))]
+    shapes = {name: (list(tensors[name].shape), list(own[name].shape)) for name in both}
+    found = {
+        'missing': [name for name in own if name not in tensors],
+        'unexpected': [name for name in tensors if name not in own],
+        'mis-shaped': [f'{name} (file {a}, model {b})' for name, (a, b) in shapes.items() if a != b],
+    }
+    return [f'{kind}: {", ".join(names)}' for kind, names in found.items() if names]
 
 
 def is_loaded(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_mldecoder.models.classifier_model import ClassifierModel, change_class
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, linear_classifier, module_path
 
 
 class CosineClassifier(nn.Linear):
@@ -71,17 +71,9 @@ def add_cosine_classifier(model: nn.Module, scale: float = 1.0) -> nn.Module:
         ValueError: If the classifier is not one linear layer, or the scale is not above 0.
     """
     _check_scale(scale)
-    classifier = model.get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-        found = ' and '.join(type(part).__name__ for part in parts)
-        name = type(model).__name__
-        raise ValueError(f'a cosine classifier replaces one nn.Linear; the classifier of {name} is {found}')
-    name = next(name for name, module in model.named_modules() if module is classifier)
-    weight = classifier.weight
-    model.set_submodule(
-        name, CosineClassifier(classifier.in_features, classifier.out_features, scale, weight.device, weight.dtype)
-    )
+    old = linear_classifier(model, 'a cosine classifier')
+    new = CosineClassifier(old.in_features, old.out_features, scale, old.weight.device, old.weight.dtype)
+    model.set_submodule(module_path(model, old), new)
     change_class(model, CosineModel)
     return model
 

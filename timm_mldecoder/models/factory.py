@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_mldecoder.head.config import DEFAULT_NUM_QUERIES
 from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
 from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
+from timm_mldecoder.models.classifier_model import module_path
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.graph import empty_graph_classifier
 from timm_mldecoder.models.probe_model import add_probe_head, parse_probe
@@ -27,21 +28,15 @@ _TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'query_cutout',
 
 @dataclass(frozen=True)
 class Classifier:
-    """What the factory needs to know about a kind of classifier.
+    """What the factory needs to know about a kind of classifier."""
 
-    Attributes:
-        attach: Put it on a timm model in place: ``attach(model, num_classes, **options)``.
-        parse: The option of ``create_model`` to a dict of options.
-        contradictions: Given and stored options, and whether the classes differ, to a list of contradictions.
-        any_classes: Whether the classifier on this model loads tensors that were trained on other classes.
-        class_independent: Beginnings of the names of its tensors that belong to no class.
-    """
-
-    attach: Callable[..., nn.Module]
-    parse: Callable[[object], dict]
+    attach: Callable[..., nn.Module]  # put it on a timm model in place: ``attach(model, num_classes, **options)``
+    parse: Callable[[object], dict]  # the option of ``create_model`` to a dict of options
+    # given and stored options, and whether the classes differ, to a list of contradictions
     contradictions: Callable[[dict, dict, bool], list[str]]
+    # whether the classifier on this model loads tensors that were trained on other classes
     any_classes: Callable[[nn.Module], bool] = lambda model: False
-    class_independent: tuple[str, ...] = ()
+    class_independent: tuple[str, ...] = ()  # beginnings of the names of its tensors that belong to no class
 
 
 def _parse_ml_decoder(value: object) -> dict:
@@ -102,15 +97,9 @@ CLASSIFIERS = {
     'cosine_classifier': Classifier(
         lambda model, num_classes, scale: add_cosine_classifier(model, scale),
         lambda value: {'scale': value},
-        lambda given, stored, other_classes: (
-            [] if given == stored else [f'the scale is {given["scale"]}, the stored classifier has {stored["scale"]}']
-        ),
-    ),
-    'graph_classifier': Classifier(
-        _attach_graph,
-        _parse_graph,
         _differences,
     ),
+    'graph_classifier': Classifier(_attach_graph, _parse_graph, _differences),
     'probe_head': Classifier(
         add_probe_head,
         parse_probe,
@@ -167,10 +156,7 @@ def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kw
         if pretrained and not fresh:
             found = kind.contradictions(options, stored_options, num_classes != -1)
             if found:
-                raise ValueError(
-                    f'{chosen} contradicts the stored classifier: {"; ".join(found)}. Leave the option out, '
-                    f'or build without pretrained=True'
-                )
+                raise ValueError(f'leave {chosen} out, which contradicts the stored classifier: {"; ".join(found)}')
         options = stored_options | options
     if pretrained and stored and (chosen != stored or fresh):
         with _loading_by(_BackboneLoader(build, stored, stored_args, kwargs)):
@@ -231,7 +217,7 @@ def _loading_by(function: Callable):
 
 def _load_with_classifier(model: nn.Module, kind: Classifier, filter_fn: Callable | None = None, **load_args) -> None:
     """Load stored weights into a model with the classifier they were stored with."""
-    prefix = _classifier_path(model) + '.'
+    prefix = module_path(model, model.get_classifier()) + '.'
     stored_classes = load_args['pretrained_cfg']['num_classes']
     own = set(model.state_dict())
     if kind.any_classes(model) or load_args['num_classes'] == stored_classes:
@@ -240,14 +226,10 @@ def _load_with_classifier(model: nn.Module, kind: Classifier, filter_fn: Callabl
         kept = tuple(prefix + name for name in kind.class_independent)
         loaded = {name for name in own if not name.startswith(prefix) or (kept and name.startswith(kept))}
         fresh = sorted({name.removeprefix(prefix).partition('.')[0] for name in own - loaded})
+        others = f'; {", ".join(kind.class_independent)}* are loaded (fresh_head=True initializes them too)'
         _logger.warning(
             f'the weights are for {stored_classes} classes, the model has {model.num_classes}: {", ".join(fresh)} of '
-            f'{prefix}* are initialized randomly'
-            + (
-                f'; {", ".join(kind.class_independent)}* are loaded (fresh_head=True initializes them too)'
-                if kept
-                else ''
-            )
+            f'{prefix}* are initialized randomly{others if kept else ""}'
         )
 
     def select(backbone: dict, classifier: dict) -> dict:
@@ -268,11 +250,10 @@ class _BackboneLoader:
         pool = options.pop('global_pool', None)
         changed = ('features_only', 'out_indices', 'feature_cls', 'num_classes', 'global_pool', 'device')
         like = {name: value for name, value in kwargs.items() if name not in changed}
+        like |= {'global_pool': pool} if pool else {}
         with torch.device('meta'):  # names alone
-            model = kind.attach(
-                build(pretrained=False, **like, **({'global_pool': pool} if pool else {})), -1, **options
-            )
-        self.prefix = _classifier_path(model) + '.'
+            model = kind.attach(build(pretrained=False, **like), -1, **options)
+        self.prefix = module_path(model, model.get_classifier()) + '.'
         self.stored = stored
         self.names = {name for name in model.state_dict() if not name.startswith(self.prefix)}
 
@@ -308,11 +289,6 @@ def _load_selected(model: nn.Module, prefix: str, select: Callable, filter_fn: C
         return select(backbone, classifier)
 
     _timm_load(model, **load_args | {'filter_fn': filter_weights, 'strict': False})  # `select` is strict about names
-
-
-def _classifier_path(model: nn.Module) -> str:
-    classifier = model.get_classifier()
-    return next(name for name, module in model.named_modules() if module is classifier)
 
 
 def _check_names(found: set[str], wanted: set[str]) -> None:

@@ -17,34 +17,24 @@ def last_stage_map(model: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from `RULE`.
+    """How a family differs from `RULE`."""
 
-    Attributes:
-        why: What makes the family differ, for the documentation.
-        read_features: Read the output of ``forward_features``, because what follows it pools.
-        unpool: Arguments of ``reset_classifier`` that disable the pooling.
-        clear: Attributes to set, for modules that nothing uses without the classifier (as timm's own pruning of a head
-            does): DistributedDataParallel refuses parameters without a gradient.
-        bypass: Attributes to replace by ``nn.Identity``, for the same reason.
-        slot: Path of the head's module, if other than ``pretrained_cfg['classifier']``.
-        widths: Widths of several scales, for a model whose ``forward_features`` returns a list.
-        prefix_tokens: Number of class and register tokens in front of the image's, where the model does not say.
-        channels_first: Tokens are [B, F, N].
-        features: Replacement for ``forward_features``.
-        refuse: Why the family cannot take the head.
-    """
-
-    why: str = ''
-    read_features: bool = False
+    why: str = ''  # what makes the family differ, for the documentation
+    read_features: bool = False  # read the output of ``forward_features``, because what follows it pools
+    # arguments of ``reset_classifier`` that disable the pooling
     unpool: Mapping[str, object] = field(default_factory=lambda: {'global_pool': ''})
+    # attributes to set, for modules that nothing uses without the classifier (as timm's own pruning of a head does):
+    # DistributedDataParallel refuses parameters without a gradient
     clear: Mapping[str, object] = field(default_factory=dict)
-    bypass: Sequence[str] = ()
-    slot: str = ''
+    bypass: Sequence[str] = ()  # attributes to replace by ``nn.Identity``, for the same reason
+    slot: str = ''  # path of the head's module, if other than ``pretrained_cfg['classifier']``
+    # widths of several scales, for a model whose ``forward_features`` returns a list
     widths: Callable[[nn.Module], Sequence[int] | None] = lambda model: None
+    # number of class and register tokens in front of the image's, where the model does not say
     prefix_tokens: int | None = None
-    channels_first: bool = False
-    features: Callable[[nn.Module, Tensor], Tensor] | None = None
-    refuse: str = ''
+    channels_first: bool = False  # tokens are [B, F, N]
+    features: Callable[[nn.Module, Tensor], Tensor] | None = None  # replacement for ``forward_features``
+    refuse: str = ''  # why the family cannot take the head
 
 
 RULE = Family(

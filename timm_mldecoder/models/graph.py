@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head.vocabulary import check_embeddings
-from timm_mldecoder.models.classifier_model import ClassifierModel, change_class
+from timm_mldecoder.models.classifier_model import (
+    ClassifierModel,
+    change_class,
+    linear_classifier,
+    misfits,
+    module_path,
+)
 from timm_mldecoder.models.cosine import CosineClassifier
 
 _logger = logging.getLogger(__name__)
@@ -338,11 +344,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
     Raises:
         ValueError: If the classifier is not one linear layer of so many classes, or an option is out of range.
     """
-    old = model.get_classifier()
-    if not isinstance(old, nn.Linear):
-        found = ' and '.join(type(part).__name__ for part in (old if isinstance(old, (tuple, list)) else [old]))
-        name = type(model).__name__
-        raise ValueError(f'a graph classifier takes the place of one nn.Linear; {name} classifies by {found}')
+    old = linear_classifier(model, 'a graph classifier')
     if old.out_features != num_classes:
         raise ValueError(f'the label graph has {num_classes} classes, the model has {old.out_features}')
     place = dict(device=old.weight.device, dtype=old.weight.dtype)
@@ -351,8 +353,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
         with torch.no_grad():
             new.classifier.weight.copy_(old.weight)
             new.classifier.bias.copy_(torch.zeros_like(new.classifier.bias) if old.bias is None else old.bias)
-    slot = next(name for name, module in model.named_modules() if module is old)
-    model.set_submodule(slot, new.train(old.training))
+    model.set_submodule(module_path(model, old), new.train(old.training))
     change_class(model, GraphModel)
     return model
 
@@ -401,23 +402,21 @@ def convert_graph_state_dict(
         raise ValueError('no graph branch in the checkpoint: it has neither gc1.weight nor gc1.W')
     if layer != graph.layer:
         raise ValueError(f'the checkpoint has a graph branch of layer {layer!r}, the model of {graph.layer!r}')
-    slot = next(name for name, module in model.named_modules() if module is graph)
+    slot = module_path(model, graph)
     converted = _backbone_tensors(state_dict, slot, model)
     converted |= {f'{slot}.{name}': tensor for name, tensor in _branch_tensors(state_dict, graph, class_names).items()}
-    own = model.state_dict()
-    misfits = {
-        'missing': [name for name in own if name not in converted],
-        'unexpected': [name for name in converted if name not in own],
-        'mis-shaped': [
-            f'{name} (file {list(converted[name].shape)}, model {list(tensor.shape)})'
-            for name, tensor in own.items()
-            if name in converted and converted[name].shape != tensor.shape
-        ],
-    }
-    if any(misfits.values()):
-        lines = [f'{kind}: {", ".join(names)}' for kind, names in misfits.items() if names]
+    if lines := misfits(converted, model):
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}')
     return converted
+
+
+def convert_backbone(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a backbone under timm's names; those of a TResNet with in-place ABN differ."""
+    if 'body.conv1.0.weight' not in tensors:
+        return tensors
+    # BatchNorm counts its batches, in-place ABN does not
+    counts = {name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')}
+    return convert_tresnet(tensors, model) | counts
 
 
 def _backbone_tensors(state_dict: Mapping[str, Tensor], slot: str, model: nn.Module) -> dict[str, Tensor]:
@@ -428,10 +427,7 @@ def _backbone_tensors(state_dict: Mapping[str, Tensor], slot: str, model: nn.Mod
         found = {name: value for name, value in found.items() if not name.startswith((f'{slot}.', 'classifier.'))}
         if 'act2.weight' in found and (found['act2.weight'] == PRELU_START).all():
             del found['act2.weight']
-    if 'body.conv1.0.weight' in found:  # TResNet with in-place ABN, which does not count its batches
-        found = convert_tresnet(found, model)
-        found |= {name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')}
-    return found
+    return convert_backbone(found, model)
 
 
 def _branch_tensors(

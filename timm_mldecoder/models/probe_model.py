@@ -4,20 +4,22 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from timm_mldecoder.models.attach import MLDecoderModel, check_model, feature_widths, remove_classifier
+from timm_mldecoder.models.attach import (
+    MLDecoderModel,
+    check_model,
+    feature_widths,
+    portable_options,
+    remove_classifier,
+)
 from timm_mldecoder.models.classifier_model import change_class
 from timm_mldecoder.models.probes import PROBES
 
 
 class ProbeModel(MLDecoderModel):
-    """A timm model with a head of `PROBES`, or with none.
-
-    Attributes:
-        ml_decoder_options: ``{'name': ..., **options}`` of the head, in JSON form.
-    """
+    """A timm model with a head of `PROBES`, or with none."""
 
     classifier_option = 'probe_head'
-    ml_decoder_options: Mapping = {}
+    ml_decoder_options: Mapping = {}  # ``{'name': ..., **options}`` of the head, in JSON form
 
     @property
     def gives_class_token(self) -> bool:
@@ -80,7 +82,7 @@ def add_probe_head(model: nn.Module, num_classes: int = -1, name: str = 'linear'
         num_classes = len(embeddings) if isinstance(embeddings, Tensor) else model.num_classes
     remove_head(model)
     head = build_probe(model, num_classes, name, **options)
-    model.ml_decoder_options = stored_options(name, options, head)
+    model.ml_decoder_options = {'name': name, **portable_options(options, head)}
     model.set_submodule(model.ml_decoder_slot, head)
     return model
 
@@ -118,18 +120,6 @@ def build_probe(model: ProbeModel, num_classes: int, name: str, **options) -> nn
         head.num_classes = num_classes
     like = next(p for p in model.parameters() if p.is_floating_point())
     return head.to(like.device, like.dtype).train(model.training)
-
-
-def stored_options(name: str, options: Mapping, head: nn.Module) -> dict:
-    """Return the JSON value of ``probe_head``; label embeddings and class names travel with the weights."""
-    stored = {key: value for key, value in options.items() if key != 'class_names'}
-    if isinstance(options.get('word_embeddings'), Tensor):
-        # learned tensors depend on the grouping, which must not follow a later number of classes
-        group_size = head.group_fc.group_size
-        stored |= {'word_embeddings': head.vocabulary.width, 'group_size': group_size}
-        if stored.get('num_of_groups', -1) == -1:
-            stored['num_of_groups'] = -(-head.num_classes // group_size)
-    return {'name': name, **stored}
 
 
 def parse_probe(value: object) -> dict:

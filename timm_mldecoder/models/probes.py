@@ -1,4 +1,7 @@
-"""Heads for frozen backbones, each from tokens [B, N, F] to logits [B, C]: what a probe compares."""
+"""Heads for frozen backbones, each from tokens [B, N, F] to logits [B, C]: what a probe compares.
+
+Their first arguments are the width F of the tokens and the number of classes C.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,8 +18,6 @@ class LinearProbe(nn.Module):
     """Mean of the tokens, or the class token, then BatchNorm and a linear classifier, as DINOv2's linear evaluation.
 
     Args:
-        num_features: Width F of the tokens.
-        num_classes: Number of classes C.
         pool: 'mean', 'max' or 'class_token'.
     """
 
@@ -57,8 +58,6 @@ class AttentionPoolProbe(nn.Module):
     """timm's `AttentionPoolLatent` (one learned query, feed-forward network) and a linear classifier.
 
     Args:
-        num_features: Width F of the tokens.
-        num_classes: Number of classes C.
         num_heads: Attention heads, a divisor of F; None means the largest up to 8.
         mlp_ratio: Hidden width of the feed-forward network, relative to F.
     """
@@ -81,8 +80,6 @@ class EfficientProbe(nn.Module):
     Query m averages slice m of the projected values; the slices together are the pooled vector [B, D].
 
     Args:
-        num_features: Width F of the tokens.
-        num_classes: Number of classes C.
         num_queries: Number of queries M, a divisor of D; None means the largest up to 32.
         dim: Width D of the values; None means F.
     """
@@ -116,8 +113,6 @@ class MLDecoderProbe(MLDecoder):
     """`MLDecoder` on tokens, with tensors of the same names.
 
     Args:
-        num_features: Width F of the tokens.
-        num_classes: Number of classes C.
         num_of_groups: See `MLDecoder`.
         dim: Width D of the head; -1 means 768.
         **options: Keyword-only options of `MLDecoder`.
@@ -145,8 +140,6 @@ def small_ml_decoder(num_features: int, num_classes: int, dim: int | None = None
     """An ML-Decoder with about as many parameters as efficient probing; docs/head.md has the count.
 
     Args:
-        num_features: Width F of the tokens.
-        num_classes: Number of classes C.
         dim: Width D, a multiple of 8; None means the largest up to F and 256.
         **options: Keyword-only options of `MLDecoder`, in place of `SMALL_ML_DECODER`. Queries are learned, unless they
             are made from ``word_embeddings``.

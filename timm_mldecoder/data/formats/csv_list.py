@@ -9,8 +9,13 @@ instance one per label; their labels are merged. Without `classes.txt` (or `--cl
 labels of `train.csv`. Class names are compared in Unicode form NFC.
 """
 
+import csv
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from timm_mldecoder.data.annotations import IGNORED, POSITIVE, Annotations
 from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows, warn_about_case
@@ -60,6 +65,23 @@ def read_images(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     if count > len(images):
         _logger.info(f'{path}: merged {count} rows into {len(images)} images')
     return images
+
+
+def write_csv(
+    root: Path, class_names: Sequence[str], splits: Mapping[str, Iterable[tuple[np.ndarray, Iterable[str]]]]
+) -> None:
+    """Write splits of uint8 images and the names of their classes, and `classes.txt`."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / 'classes.txt').write_text('\n'.join(class_names) + '\n', encoding='utf-8')
+    for split, images in splits.items():
+        (root / split).mkdir(exist_ok=True)
+        with (root / f'{split}.csv').open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['path', 'labels'])
+            for number, (image, labels) in enumerate(images):
+                path = f'{split}/{number:05d}.png'
+                Image.fromarray(image).save(root / path)
+                writer.writerow([path, SEPARATOR.join(labels)])
 
 
 def read_csv(root: Path, split: str, class_map: str | Path | None = None) -> Annotations:

@@ -60,11 +60,7 @@ def read_open_images(root: Path, split: str) -> Annotations:
     path = _find(root, *patterns)
     descriptions_path = _find(root, '*class-descriptions.csv')
     descriptions = read_descriptions(descriptions_path)
-    trainable = _find(root, '*classes-trainable.txt', optional=True)
-    labels = read_names(trainable) if trainable else list(descriptions)
-    unknown = [label for label in labels if label not in descriptions]
-    if unknown:
-        raise ValueError(f'{trainable}: no description in {descriptions_path} for {unknown}')
+    labels, lists = _read_classes(root, descriptions, descriptions_path)
     class_index = dict.fromkeys(descriptions, SKIPPED) | {label: index for index, label in enumerate(labels)}
     folder = next((name for name in SPLITS[split] if (root / name).is_dir()), split)
 
@@ -73,8 +69,7 @@ def read_open_images(root: Path, split: str) -> Annotations:
         _logger.info(f'{path}: read {len(table["label"])} labels of {len(table["paths"])} images')
         return table
 
-    files = [path, descriptions_path, *([trainable] if trainable else [])]
-    table, cache = load_or_build(root, f'openimages-{split}', files, build)
+    table, cache = load_or_build(root, f'openimages-{split}', [path, *lists], build)
     return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
 
 
@@ -202,11 +197,7 @@ def _read_csl(root: Path, split: str) -> Annotations:
     if not isinstance(names, dict) or not all(isinstance(text, str) for item in names.items() for text in item):
         raise ValueError(f'{names_path}: expected a dictionary of LabelName and display name')
     descriptions = _distinct({label: normalize_name(name.strip('\'" ')) for label, name in names.items()})
-    trainable = _find(root, '*classes-trainable.txt', optional=True)
-    labels = read_names(trainable) if trainable else list(descriptions)
-    unknown = [label for label in labels if label not in descriptions]
-    if unknown:
-        raise ValueError(f'{trainable}: not in {names_path}: {unknown}')
+    labels, lists = _read_classes(root, descriptions, names_path)
     class_index = {label: index for index, label in enumerate(labels)}
 
     def build() -> Table:
@@ -215,10 +206,9 @@ def _read_csl(root: Path, split: str) -> Annotations:
         rows = read_rows(path)
         next(rows, None)  # the header
         for line, row in rows:
-            if len(row) < 4 or row[-1] not in ('train', 'val', 'test') or not all(_is_list(row[i]) for i in (1, 2)):
-                raise ValueError(
-                    f'{path}, line {line}: expected a path, two lists of labels and train, val or test, got {row}'
-                )
+            bracketed = all(field[:1] + field[-1:] == '[]' for field in row[1:3])
+            if len(row) < 4 or row[-1] not in ('train', 'val', 'test') or not bracketed:
+                raise ValueError(f'{path}, line {line}: expected a path, two lists of labels and a split, got {row}')
             if row[-1] not in SPLITS[split]:
                 continue
             for field, meaning in ((row[1], POSITIVE), (row[2], NEGATIVE)):
@@ -236,13 +226,18 @@ def _read_csl(root: Path, split: str) -> Annotations:
             _logger.info(f'{path}: left out {skipped.total()} labels of {len(skipped)} other classes')
         return make_table(paths, image, label, value)
 
-    files = [path, names_path, *([trainable] if trainable else [])]
-    table, cache = load_or_build(root, f'openimages-csl-{split}', files, build)
+    table, cache = load_or_build(root, f'openimages-csl-{split}', [path, *lists], build)
     return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
 
 
-def _is_list(field: str) -> bool:
-    return field[:1] + field[-1:] == '[]'
+def _read_classes(root: Path, descriptions: dict[str, str], source: Path) -> tuple[list[str], list[Path]]:
+    """LabelNames of the classes, and the files that decide them."""
+    trainable = _find(root, '*classes-trainable.txt', optional=True)
+    labels = read_names(trainable) if trainable else list(descriptions)
+    unknown = [label for label in labels if label not in descriptions]
+    if unknown:
+        raise ValueError(f'{trainable}: no description in {source} for {unknown}')
+    return labels, [source, *([trainable] if trainable else [])]
 
 
 def read_descriptions(path: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,11 +69,7 @@ def lock(folder: Path) -> IO:
 
 
 def shards_of(path: Path) -> Path | None:
-    """Return the folder with the tensors of a checkpoint, None if they are in the file.
-
-    Raises:
-        ValueError: If the file or the folder is damaged.
-    """
+    """Return the folder with the tensors of a checkpoint, None if they are in the file; a ValueError if damaged."""
     content = read_checkpoint(path, whole=False)
     return path.parent / content[SHARDS] if SHARDS in content else None
 
@@ -101,36 +98,20 @@ def duplicate_checkpoint(source: Path, target: Path) -> None:
     duplicate(source, target)
 
 
+@dataclass
 class CheckpointFolder:
-    """The checkpoints of a run: the last, the best, the best few, and those within an epoch.
+    """The checkpoints of a run: the last, the best, the best few, and those within an epoch."""
 
-    Args:
-        folder: Folder of the run.
-        decreasing: Whether a lower metric is better.
-        max_history: Number of numbered checkpoints to keep.
-        metric: Name of the metric that ranks them.
-
-    Attributes:
-        ranked: File name and metric of the numbered checkpoints, best first.
-        best_metric: Best metric so far, None before any.
-        best_epoch: Epoch of the best metric.
-    """
-
-    def __init__(self, folder: Path, decreasing: bool = False, max_history: int = 10, metric: str = '') -> None:
-        self.folder = folder
-        self.metric = metric
-        self.decreasing = decreasing
-        self.max_history = max_history
-        self.ranked: list[tuple[str, float]] = []
-        self.best_metric: float | None = None
-        self.best_epoch: int | None = None
+    folder: Path  # of the run
+    decreasing: bool = False  # whether a lower metric is better
+    max_history: int = 10  # number of numbered checkpoints to keep
+    metric: str = ''  # name of the metric that ranks them
+    ranked: list[tuple[str, float]] = field(default_factory=list)  # numbered checkpoints and their metrics, best first
+    best_metric: float | None = None  # None before any
+    best_epoch: int | None = None
 
     def rank(self, epoch: int, metric: float) -> tuple[bool, list[str]]:
-        """Include the metric of an epoch in the ranking.
-
-        Returns:
-            Whether the epoch is the best so far, and the names of the files that drop out.
-        """
+        """Rank the metric of an epoch; return whether it is the best so far, and the names of files that drop out."""
         name = f'checkpoint-{epoch}{SUFFIX}'
         entries = [entry for entry in self.ranked if entry[0] != name] + [(name, metric)]
         entries.sort(key=lambda entry: self.sort_key(entry[1]))
@@ -144,13 +125,7 @@ class CheckpointFolder:
         """Save the end of an epoch as the last checkpoint and, by its rank, under further names.
 
         `last` is replaced at the very end: a run that is killed before resumes from the previous one and writes the
-        same files again.
-
-        Args:
-            epoch: Index of the epoch that ended.
-            content: What to save; the ranking in it includes this epoch.
-            is_best: What `rank` returned.
-            dropped: What `rank` returned.
+        same files again. `is_best` and `dropped` are what `rank` returned before the content was collected.
         """
         name = f'checkpoint-{epoch}{SUFFIX}'
         pending = self.folder / PENDING
@@ -203,10 +178,8 @@ class CheckpointFolder:
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Take over the history of the run that saved into `folder`, and its best checkpoint if none is here."""
         if not self.same_metric(state):
-            _logger.warning(
-                f'the checkpoints so far are ranked by {state["metric"]}, new ones by {self.metric}: the ranking '
-                'starts again, and the numbered checkpoints so far are kept'
-            )
+            metrics = f'ranked by {state["metric"]}, new ones by {self.metric}'
+            _logger.warning(f'the checkpoints so far are {metrics}: they are kept, and the ranking starts again')
             return
         entries = list(state.get('checkpoint_files', []))
         epoch, metric = state.get('pending', (None, None))  # timm saves before it ranks

@@ -32,15 +32,9 @@ NOTHING: Progress = (-1, 0)  # less than any checkpoint
 def resume(
     source: str, state: TrainingState, options: Options, world: World, loader: TrainLoader, folder: Path | None
 ) -> bool:
-    """Resume from a checkpoint; a collective call.
+    """Resume from a checkpoint, or from the newest one of the run if the source is 'auto'; a collective call.
 
-    Args:
-        source: Path of the checkpoint, or 'auto' for the newest one of the run.
-        state: State of the run, which takes over the checkpoint's.
-        options: Options of the run.
-        world: This rank and the others.
-        loader: Training loader.
-        folder: Folder of the run; None on all ranks but the first.
+    `folder` is that of the run, None on all ranks but the first.
 
     Returns:
         Whether there was a checkpoint: 'auto' is a fresh start without one.
@@ -74,9 +68,8 @@ def resume(
 
 def _set_aside(folder: Path, reached: Progress, whole: bool) -> None:
     """Move the checkpoints beyond `reached` away: they are not part of this run, but 'auto' would prefer them."""
-    ahead = [
-        path for path in checkpoints_in(folder) if (progress_by_name(path) or _progress(_try(path, whole))) > reached
-    ]
+    paths = checkpoints_in(folder)
+    ahead = [path for path in paths if (progress_by_name(path) or _progress(_try(path, whole))) > reached]
     if not ahead:
         return
     aside = next(path for path in (folder / f'set-aside-{number}' for number in count(1)) if not path.exists())
@@ -104,12 +97,7 @@ def _find(source: str, world: World, folder: Path | None, whole: bool) -> tuple[
 
 
 def newest(folder: Path, whole: bool = True) -> tuple[Path | None, dict[str, Any]]:
-    """Return the checkpoint of a run that is furthest among those that load; (None, {}) if there is none.
-
-    Args:
-        folder: Folder of the run.
-        whole: See `read_checkpoint`.
-    """
+    """Return the checkpoint of a run that is furthest among those that load; (None, {}) if there is none."""
     path, content = folder / LAST, _try(folder / LAST, whole)
     reached = _progress(content) if content else NOTHING
     for other in numbered(folder):

@@ -51,35 +51,21 @@ class RunningLoss:
 
 @dataclass
 class TrainingState:
-    """The parts of a run that change while it trains, and its position.
+    """The parts of a run that change while it trains, and its position."""
 
-    Attributes:
-        task: Model, EMA model, loss.
-        optimizer: The optimizer.
-        schedule: Learning-rate schedule; None for `--sched none`.
-        scaler: Loss scaler of float16, disabled where it is not needed.
-        checkpoints: Ranking of the checkpoints, and the best metric.
-        loss: Running loss of the epoch under way.
-        epoch: Epoch under way, or the next one.
-        batch: Batches of it that are trained.
-        start: From where the epoch is trained.
-        skipped: Optimizer steps skipped in a row because they were not finite.
-        rows: Metrics of every epoch so far, the rows of `summary.csv`.
-        early_stop: Rule of `--early-stop`, None without it.
-    """
-
-    task: TrainingTask
+    task: TrainingTask  # model, EMA model, loss
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler | None
-    scaler: torch.amp.GradScaler
-    checkpoints: CheckpointFolder
+    schedule: Scheduler | None  # learning-rate schedule; None for `--sched none`
+    scaler: torch.amp.GradScaler  # loss scaler of float16, disabled where it is not needed
+    checkpoints: CheckpointFolder  # ranking of the checkpoints, and the best metric
     loss: RunningLoss
-    epoch: int = 0
-    batch: int = 0
-    start: EpochStart = field(default_factory=EpochStart)
-    skipped: int = 0
+    epoch: int = 0  # epoch under way, or the next one
+    batch: int = 0  # batches of it that are trained
+    start: EpochStart = field(default_factory=EpochStart)  # from where the epoch is trained
+    skipped: int = 0  # optimizer steps skipped in a row because they were not finite
+    # metrics of every epoch so far, the rows of `summary.csv`
     rows: list[dict[str, float]] = field(default_factory=list)
-    early_stop: EarlyStop | None = None
+    early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
 
     def begin_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch."""
@@ -97,13 +83,7 @@ class TrainingState:
     ) -> dict[str, Any]:  # fmt: skip
         """Return what a checkpoint holds, see `timm_mldecoder.checkpoints.schema`; a collective call.
 
-        Args:
-            options: Options of the run.
-            world: This rank and the others.
-            loader: Training loader, which knows how the epoch is divided.
-            data_config: Configuration of evaluation images.
-            class_names: Class names in the order of the outputs, if the data has any.
-            metric: Metric of the epoch that ended; None within an epoch.
+        `metric` is that of the epoch that ended, None within an epoch.
         """
         ranks = world.all_gather(self._rank_state(world, loader))
         restart = loader.batches and loader.batches.restart(self.start, self.batch)
@@ -134,23 +114,18 @@ class TrainingState:
             'saver': self.checkpoints.state_dict(),
             RUN: run,
         }
-        optional = {
-            SCALER: self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            'class_names': class_names,
-            'metric': metric,
-        }
+        scaler = self.scaler.state_dict() if self.scaler.is_enabled() else None
+        optional = {SCALER: scaler, 'class_names': class_names, 'metric': metric}
         return content | {name: value for name, value in optional.items() if value is not None}
 
     def _rank_state(self, world: World, loader: TrainLoader) -> dict[str, Any]:
         """Return what differs from rank to rank: running loss, unreadable images, and buffers such as BatchNorm's."""
-        models = {False: self.task.get_eval_model()}
-        if self.task.has_ema():
-            models[True] = self.task.get_eval_model(ema=True)
+        models = enumerate(self.models().values()) if world.distributed else ()  # raw weights, then EMA weights
         return dict(
             loss=self.loss.total.item(),
             samples=self.loss.samples,
             bad_images=[tuple(image) for image in loader.bad_images],
-            buffers={ema: _saved_buffers(model) for ema, model in models.items() if world.distributed},
+            buffers={bool(ema): _saved_buffers(model) for ema, model in models},
         )
 
     def restore(self, content: dict[str, Any], options: Options, world: World, loader: TrainLoader) -> None:
@@ -167,9 +142,7 @@ class TrainingState:
         self.begin_epoch(run['epoch'] if run else _next_epoch(content))
         self.skipped = run.get('skipped', 0)
         now = dict(world_size=world.size, batch_size=options.batch_size, grad_accum_steps=options.grad_accum_steps)
-        changed = [
-            f'{name} was {run[name]} and is {value}' for name, value in now.items() if run and run[name] != value
-        ]
+        changed = [f'{name} was {run[name]} and is {now[name]}' for name in now if run and run[name] != now[name]]
         if options.start_epoch is not None:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):

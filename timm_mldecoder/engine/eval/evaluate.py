@@ -4,11 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
 from timm_mldecoder.engine.flags import Options
@@ -24,12 +25,6 @@ from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
 Metrics = OrderedDict[str, float]
 
 
-class Measure(Protocol):
-    """A further measure of the outputs of an evaluation."""
-
-    def update(self, output: Tensor, target: Tensor) -> None: ...
-
-
 def create_autocast(options: Options, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Return the context that the forward passes of a script run in."""
     return autocast_context(device, options.amp_dtype if options.amp else None)
@@ -40,6 +35,16 @@ def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], Ab
     if dtype is None:
         return nullcontext
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, dtype))
+
+
+def create_evaluator(
+    options: Options, dataset: Dataset, threshold: float | Tensor | None = None, **settings: Any
+) -> ClassificationEvaluator:
+    """Return the evaluator of a split; labels are predicted by `--multilabel-threshold` if no threshold is given."""
+    if options.task == 'classification':
+        return ClassificationEvaluator(**settings)
+    threshold = options.multilabel_threshold if threshold is None else threshold
+    return multilabel_evaluator(getattr(dataset, 'num_seen', None), threshold=threshold, **settings)
 
 
 def multilabel_evaluator(num_seen: int | None, **settings: Any) -> MultiLabelEvaluator:
@@ -58,22 +63,19 @@ def evaluate(
     log: EvalLog,
     views: Callable[[Tensor], Sequence[Tensor]] | None = None,
     classes: Tensor | None = None,
-    measures: Sequence[Measure] = (),
+    measures: Sequence[Callable[[Tensor, Tensor], None]] = (),
     until: Callable[[Iterable], Iterable] = iter,
 ) -> Metrics:
     """Score a model on the batches of a split; a collective call.
 
     Args:
         model: The model, put into eval mode.
-        loader: The split.
         evaluator: Evaluator that turns logits into metrics. For a `ZeroShotEvaluator`, a head in which classes affect
             each other scores the unseen classes in a forward pass of their own.
-        world: This rank and the others.
-        autocast: Context of the forward pass.
         log: Called after every batch.
         views: Views of a batch whose logits are averaged, see `test_time_views`; None for the batch alone.
         classes: Indices of the outputs that count; None for all.
-        measures: Further measures of the outputs.
+        measures: Called with the output and target of each batch.
         until: Cuts the batches off, for a run that was stopped.
 
     Returns:
@@ -94,7 +96,7 @@ def evaluate(
                 alone = _mean_logits(model, images)
             evaluator.update(output, target, alone)
         for measure in measures:
-            measure.update(output, target)
+            measure(output, target)
         log(index)
     metrics = evaluator.compute(distributed=world.distributed)
     bad = {image.path for images in world.all_gather(loader.bad_images) for image in images}
@@ -132,9 +134,7 @@ def _mean_logits(model: nn.Module, views: Sequence[Tensor]) -> Tensor:
 def test_time_views(number: int, size: tuple[int, int]) -> Callable[[Tensor], Sequence[Tensor]] | None:
     """Return what makes the views of test-time augmentation (`--tta`) of a batch [B, C, H, W].
 
-    Args:
-        number: 2 for a horizontal flip, 5 for the corners and the centre, 10 for those and their flips.
-        size: Height and width of a crop, in pixels.
+    These are 2 for a horizontal flip, 5 for the corners and the centre, 10 for those and their flips.
     """
     crops = {5: F.five_crop, 10: F.ten_crop}
     if number in crops:
@@ -152,7 +152,5 @@ def widen(config: DataConfig, number: int) -> DataConfig:
         return config
     size = tuple(round(side / config['crop_pct']) for side in config['input_size'][1:])
     if size == tuple(config['input_size'][1:]):
-        raise ValueError(
-            f'--tta {number} crops images, and --crop-pct {config["crop_pct"]} leaves no margin: pass 0.875'
-        )
+        raise ValueError(f'--tta {number} crops images, --crop-pct {config["crop_pct"]} leaves no margin: pass 0.875')
     return {**config, 'input_size': (config['input_size'][0], *size), 'crop_pct': 1.0}

@@ -1,5 +1,6 @@
 """Further measures of validate.py: ReaL labels, and scikit-learn's precision, recall and F1."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +14,8 @@ from timm_mldecoder.engine.runtime.distributed import World
 
 def create_extra_metrics(options: Options, dataset: Dataset, max_samples: int | None, world: World) -> list[Any]:
     """Return the measures that the options request, each with `update(output, target)` and `compute()`."""
-    measures: list[Any] = []
-    if options.real_labels:
-        measures.append(RealLabels(dataset, options.real_labels, world))
-    if options.metrics_avg:
-        measures.append(PrecisionRecall(options.metrics_avg, max_samples, world))
-    return measures
+    real = [RealLabels(dataset, options.real_labels, world)] if options.real_labels else []
+    return real + ([PrecisionRecall(options.metrics_avg, max_samples, world)] if options.metrics_avg else [])
 
 
 class RealLabels:
@@ -40,33 +37,24 @@ class RealLabels:
         return {'top1': self._labels.get_accuracy(k=1), 'top5': self._labels.get_accuracy(k=5)}
 
 
+@dataclass
 class PrecisionRecall:
-    """Precision, recall and F1 of the first prediction, from scikit-learn.
+    """Precision, recall and F1 of the first prediction, from scikit-learn."""
 
-    Args:
-        average: 'micro', 'macro' or 'weighted'.
-        max_samples: Number of images of this rank that are not padding, None for all.
-        world: This rank and the others.
-    """
-
-    def __init__(self, average: str, max_samples: int | None, world: World) -> None:
-        try:
-            from sklearn.metrics import precision_recall_fscore_support
-        except ImportError as error:
-            raise ValueError('--metrics-avg needs scikit-learn: pip install scikit-learn') from error
-        self._score = precision_recall_fscore_support
-        self._average = average
-        self._max_samples = max_samples
-        self._world = world
-        self._pairs: list[Tensor] = []
+    average: str  # 'micro', 'macro' or 'weighted'
+    max_samples: int | None  # images of this rank that are not padding, None for all
+    world: World
+    pairs: list[Tensor] = field(default_factory=list)
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        self._pairs.append(torch.stack([output.argmax(dim=1), target]).cpu())
+        self.pairs.append(torch.stack([output.argmax(dim=1), target]).cpu())
 
     def compute(self) -> dict[str, float]:
         """Return percentages over the images of all ranks, under timm's names."""
-        own = torch.cat(self._pairs, dim=1)[:, : self._max_samples]
-        predicted, target = torch.cat(self._world.all_gather(own), dim=1).numpy()
-        precision, recall, f1, _ = self._score(target, predicted, average=self._average, zero_division=0)
-        scores = {'precision': precision, 'recall': recall, 'f1_score': f1}
-        return {f'{self._average}_{name}': 100 * value for name, value in scores.items()}
+        from sklearn.metrics import precision_recall_fscore_support
+
+        own = torch.cat(self.pairs, dim=1)[:, : self.max_samples]
+        predicted, target = torch.cat(self.world.all_gather(own), dim=1).numpy()
+        scores = precision_recall_fscore_support(target, predicted, average=self.average, zero_division=0)
+        names = ('precision', 'recall', 'f1_score')
+        return {f'{self.average}_{name}': 100 * value for name, value in zip(names, scores, strict=False)}

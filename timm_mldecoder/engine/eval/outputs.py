@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from timm_mldecoder.data.priors import write_priors
+from timm_mldecoder.engine.eval.report_scores import ratios
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.files import write_atomically
@@ -17,74 +19,49 @@ from timm_mldecoder.metrics import MeanProbability, MultiLabelEvaluator
 _logger = logging.getLogger(__name__)
 
 
+@dataclass
 class MultiLabelOutputs:
-    """Sees the scores of an evaluation, and writes what the options request once all are there.
+    """Sees the scores of an evaluation, and writes what the options request once all are there."""
 
-    Args:
-        options: Options of validate.py.
-        evaluator: Evaluator of the same scores.
-        class_names: Name of each class.
-        max_samples: Number of images of this rank that are not padding, None for all.
-        world: This rank and the others.
-    """
+    options: Options
+    evaluator: MultiLabelEvaluator  # of the same scores
+    class_names: list[str]
+    max_samples: int | None  # images of this rank that are not padding, None for all
+    world: World
 
-    def __init__(
-        self,
-        options: Options,
-        evaluator: MultiLabelEvaluator,
-        class_names: list[str],
-        max_samples: int | None,
-        world: World,
-    ) -> None:
-        self._options = options
-        self._evaluator = evaluator
-        self._world = world
-        self._class_names = class_names
-        self._priors = None
-        if options.write_class_priors:
-            self._priors = MeanProbability(len(class_names), world.device, max_samples=max_samples)
+    def __post_init__(self) -> None:
+        self._priors = MeanProbability(len(self.class_names), self.world.device, max_samples=self.max_samples)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Take in logits [B, C]."""
-        if self._priors is not None:
+        if self.options.write_class_priors:
             self._priors.update(output)
 
     def write(self, content: dict[str, Any]) -> None:
-        """Write what was requested; a collective call, after the metrics were computed.
-
-        Args:
-            content: What the checkpoint holds.
-        """
-        options, distributed = self._options, self._world.distributed
-        thresholds = self._evaluator.tune_thresholds(distributed) if options.write_thresholds else None
-        priors = self._priors.compute(distributed) if self._priors is not None else None
-        counts = self._evaluator.class_counts(thresholds, distributed) if options.class_report else None
-        if not self._world.primary:
+        """Write what was requested, given what the checkpoint holds; a collective call, after the metrics."""
+        options, distributed = self.options, self.world.distributed
+        thresholds = self.evaluator.tune_thresholds(distributed) if options.write_thresholds else None
+        priors = self._priors.compute(distributed) if options.write_class_priors else None
+        counts = self.evaluator.class_counts(thresholds, distributed) if options.class_report else None
+        if not self.world.primary:
             return
         if thresholds is not None:
-            named = dict(zip(self._class_names, thresholds.tolist(), strict=True))
+            named = dict(zip(self.class_names, thresholds.tolist(), strict=True))
             content = {**content, 'thresholds': {**content.get('thresholds', {}), **named}}
             write_atomically(Path(options.checkpoint), lambda file: torch.save(content, file))
             _logger.info(f'Stored a threshold for each of {len(thresholds)} classes in {options.checkpoint}')
         if priors is not None:
-            write_priors(options.write_class_priors, self._class_names, priors)
+            write_priors(options.write_class_priors, self.class_names, priors)
         if options.class_report:
-            used = self._evaluator.threshold.cpu() if thresholds is None else thresholds
-            self._write_classes(Path(options.class_report), used.expand(len(self._class_names)), counts)
+            used = self.evaluator.threshold.cpu() if thresholds is None else thresholds
+            self._write_classes(Path(options.class_report), used.expand(len(self.class_names)), counts)
 
     def _write_classes(self, path: Path, thresholds: Tensor, counts: Tensor) -> None:
         """Write a row per class, with precision, recall and F1 at its threshold, in percent."""
-        true_positives, predicted, positives = counts.double()
-        columns = [
-            positives.long(),
-            self._evaluator.class_ap.where(positives > 0, torch.nan),
-            thresholds,
-            100 * true_positives / predicted,
-            100 * true_positives / positives,
-            200 * true_positives / (predicted + positives),
-        ]
+        class_ap = self.evaluator.class_ap.where(counts[2] > 0, torch.nan)
+        columns = (column.tolist() for column in (counts.T, class_ap, thresholds))
         with path.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(['class', 'positives', 'ap', 'threshold', 'precision', 'recall', 'f1'])
-            rows = zip(self._class_names, *(column.tolist() for column in columns), strict=True)
-            writer.writerows([name, *('' if value != value else value for value in values)] for name, *values in rows)
+            for name, numbers, ap, threshold in zip(self.class_names, *columns, strict=True):
+                writer.writerow([name, numbers[2], '' if ap != ap else ap, threshold, *ratios(*numbers)])

@@ -58,21 +58,13 @@ for (const head of document.querySelectorAll('.sortable th')) head.firstChild.ad
 
 
 class Curve(NamedTuple):
-    """Precision and recall of one class.
-
-    Attributes:
-        name: Name of the class.
-        ap: Average precision in percent.
-        points: Recall and precision at every threshold, from the highest.
-        threshold: The chosen threshold.
-        chosen: Recall and precision at the chosen threshold; None where nothing is predicted.
-    """
+    """Precision and recall of one class."""
 
     name: str
-    ap: float
-    points: list[tuple[float, float]]
-    threshold: float
-    chosen: tuple[float, float] | None
+    ap: float  # average precision in percent
+    points: list[tuple[float, float]]  # recall and precision at every threshold, from the highest
+    threshold: float  # the chosen threshold
+    chosen: tuple[float, float] | None  # recall and precision at the chosen threshold; None where nothing is predicted
 
 
 class Picture(NamedTuple):
@@ -116,12 +108,7 @@ def row(*sections: str) -> str:
 
 
 def table(columns: Mapping[str, int | None], rows: Sequence[Sequence[str | float | None]]) -> str:
-    """Return a table that sorts by a click on a column.
-
-    Args:
-        columns: Titles of the columns, with the decimals of numbers; None for text.
-        rows: Values; None is an empty cell.
-    """
+    """Return a table that sorts by a click on a column; columns have the decimals of numbers, None for text."""
     marks = ['' if decimals is None else ' class="number"' for decimals in columns.values()]
     titles = zip(columns, marks, strict=True)
     head = ''.join(f'<th{mark}><button>{escape(title)}</button></th>' for title, mark in titles)

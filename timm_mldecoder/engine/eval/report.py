@@ -7,6 +7,8 @@ the worst images, and the rows of `scores.csv` a few thousand at a time.
 import heapq
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,38 +47,22 @@ class Worst(NamedTuple):
     entries: list[Entry]
 
 
+@dataclass
 class Report:
-    """Sees the scores of an evaluation, and writes its page and `scores.csv` once all are there.
+    """Sees the scores of an evaluation, and writes its page and `scores.csv` once all are there."""
 
-    Args:
-        options: Options of validate.py.
-        dataset: The split.
-        names: Class names of the dataset, None if it does not report them.
-        evaluator: Evaluator of the same scores; a `MultiLabelEvaluator` for the multi-label task.
-        loader: Loader of the split.
-        max_samples: Number of images of this rank that are not padding, None for all.
-        world: This rank and the others.
-    """
+    options: Options
+    dataset: Dataset
+    names: list[str] | None  # of the classes of the dataset
+    evaluator: ClassificationEvaluator  # of the same scores
+    loader: EvalLoader
+    max_samples: int | None  # images of this rank that are not padding, None for all
+    world: World
 
-    def __init__(
-        self,
-        options: Options,
-        dataset: Dataset,
-        names: list[str] | None,
-        evaluator: ClassificationEvaluator,
-        loader: EvalLoader,
-        max_samples: int | None,
-        world: World,
-    ) -> None:
-        self._options = options
-        self._dataset = dataset
-        self._names = names or []
-        self._loader = loader
-        self._max_samples = max_samples
-        self._world = world
+    def __post_init__(self) -> None:
         self._scores: SingleLabelScores | MultiLabelScores = SingleLabelScores()
-        if isinstance(evaluator, MultiLabelEvaluator):
-            self._scores = MultiLabelScores(evaluator, tune=options.write_thresholds)
+        if isinstance(self.evaluator, MultiLabelEvaluator):
+            self._scores = MultiLabelScores(self.evaluator, tune=self.options.write_thresholds)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Take in logits [B, C] and targets."""
@@ -85,14 +71,11 @@ class Report:
     def write(self, model: nn.Module, config: DataConfig, metrics: dict[str, float]) -> None:
         """Write the page and `scores.csv`; a collective call, after the metrics were computed.
 
-        Args:
-            model: The model as it was built, neither compiled nor wrapped.
-            config: Data configuration.
-            metrics: Metrics of the split.
+        The model is as it was built, neither compiled nor wrapped.
         """
-        folder, world, scores = Path(self._options.report), self._world, self._scores
-        num_classes = max(world.all_gather(scores.num_classes))
-        names = [utf8(name) for name in self._names[:num_classes]]
+        o, world, scores = self.options, self.world, self._scores
+        folder, num_classes = Path(o.report), max(world.all_gather(scores.num_classes))
+        names = [utf8(name) for name in (self.names or [])[:num_classes]]
         names += [str(index) for index in range(len(names), num_classes)]
         indices = self._indices()
         scores.finish(names, len(indices), world)
@@ -111,7 +94,6 @@ class Report:
         if mistakes:
             text = 'The images with the highest loss among those with a wrong prediction or a missed label.'
             sections.append(page.section('Worst errors', text, page.gallery(mistakes), 'errors'))
-        o = self._options
         facts = {'Dataset': utf8(f'{o.dataset or ""} {o.data_dir or ""} {o.split}'.strip())}
         facts |= {'Checkpoint': utf8(o.checkpoint)} if o.checkpoint else {}
         facts |= {name: f'{value:.3f}' if isinstance(value, float) else str(value) for name, value in metrics.items()}
@@ -121,23 +103,23 @@ class Report:
 
     def _indices(self) -> Sequence[int]:
         """Return the dataset index of each image of this rank that was scored; consecutive numbers for a stream."""
-        if isinstance(self._dataset, IterableDataset):
-            number = self._scores.num_images if self._max_samples is None else self._max_samples
-            return range(self._world.rank, number * self._world.size, self._world.size)
-        sampler = self._loader.sampler
-        indices = range(len(self._dataset)) if sampler is None else list(sampler)[: self._max_samples]
-        bad = {image.path for image in self._loader.bad_images}
-        return [index for index in indices if image_path(self._dataset, index) not in bad] if bad else indices
+        if isinstance(self.dataset, IterableDataset):
+            number = self._scores.num_images if self.max_samples is None else self.max_samples
+            return range(self.world.rank, number * self.world.size, self.world.size)
+        sampler = self.loader.sampler
+        indices = range(len(self.dataset)) if sampler is None else list(sampler)[: self.max_samples]
+        bad = {image.path for image in self.loader.bad_images}
+        return [index for index in indices if image_path(self.dataset, index) not in bad] if bad else indices
 
     def _name(self, index: int) -> str:
-        if isinstance(self._dataset, IterableDataset) or not hasattr(self._dataset, 'filename'):
+        if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, 'filename'):
             return f'image {index} of the dataset'
-        return utf8(str(self._dataset.filename(index)))
+        return utf8(str(self.dataset.filename(index)))
 
     def _rows(self, header: list[str], rows: Iterator[list], indices: Sequence[int]) -> Iterator[Sequence[Any]]:
         """Yield the rows of `scores.csv` in the order of the dataset on rank 0; a collective iterator."""
         yield header
-        size = max((max(found) + 1 for found in self._world.all_gather(indices[-1:]) if found), default=0)
+        size = max((max(found) + 1 for found in self.world.all_gather(indices[-1:]) if found), default=0)
         own = zip(indices, rows, strict=False)
         index, row = next(own, (size, None))
         for end in range(ROUND, size + ROUND, ROUND):
@@ -145,22 +127,22 @@ class Report:
             while row is not None and index < end:
                 chunk.append((index, [self._name(index), *row]))
                 index, row = next(own, (size, None))
-            every = self._world.all_gather(chunk)
-            if self._world.primary:
-                yield from (values for _, values in sorted((pair for part in every for pair in part), key=_first))
+            every = self.world.all_gather(chunk)
+            if self.world.primary:
+                yield from (row for _, row in sorted((pair for part in every for pair in part), key=itemgetter(0)))
 
     def _mistakes(
         self, model: nn.Module, config: DataConfig, names: list[str], indices: Sequence[int]
     ) -> list[page.Mistake]:
         """Return the worst images, with the attention of what was wrong where the head has it; a collective call."""
-        if isinstance(self._dataset, IterableDataset):
+        if isinstance(self.dataset, IterableDataset):
             _logger.info('no pictures of errors: a stream cannot be read at an image again')
             return []
-        own = heapq.nlargest(WORST, (pair for pair in self._scores.losses()))
+        own = heapq.nlargest(WORST, self._scores.losses())
         found = [Worst(loss, indices[row], self._name(indices[row]), self._scores.entries(row)) for loss, row in own]
-        worst = sorted((item for part in self._world.all_gather(found) for item in part), reverse=True)[:WORST]
+        worst = sorted((item for part in self.world.all_gather(found) for item in part), reverse=True)[:WORST]
         pictures = self._pictures(model, config, names, worst)
-        every = {place: item for part in self._world.all_gather(pictures) for place, item in part.items()}
+        every = {place: item for part in self.world.all_gather(pictures) for place, item in part.items()}
         return [
             page.Mistake(item.name, f'loss {item.loss:.3f}', every[place])
             for place, item in enumerate(worst)
@@ -173,11 +155,11 @@ class Report:
         """Return the pictures of some of the worst images; the ranks share them."""
         if not worst:
             return {}
-        chosen = _Chosen(self._dataset, [item.index for item in worst])
-        options = self._options.replace(workers=0)
+        chosen = _Chosen(self.dataset, [item.index for item in worst])
+        options = self.options.replace(workers=0)
         crop = dict(bad_image='skip', remedy='', crop_border_pixels=options.crop_border_pixels)
-        loader = create_eval_loader(options, chosen, config, self._world, batch_size=1, **crop)
-        autocast = create_autocast(options, self._world.device)
+        loader = create_eval_loader(options, chosen, config, self.world, batch_size=1, **crop)
+        autocast = create_autocast(options, self.world.device)
         attends = any(isinstance(module, MLDecoder) for module in model.modules())
         found = {}
         model.eval()
@@ -230,7 +212,3 @@ def report_folder(folder: str, name: str) -> Path:
     """Return the folder of one of several models, which is in `folder` whatever its name is; creates `folder`."""
     Path(folder).mkdir(exist_ok=True)
     return Path(folder, ''.join(c if c.isalnum() or c in '-_.' else '_' for c in name).strip('.') or '_')
-
-
-def _first(pair: tuple[int, list]) -> int:
-    return pair[0]

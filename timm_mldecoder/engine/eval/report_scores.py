@@ -100,7 +100,7 @@ class SingleLabelScores:
         rows = []
         for index, name in enumerate(names):
             right = counts[index, index]
-            values = _ratios(right, predictions[index], images[index])
+            values = ratios(right, predictions[index], images[index])
             rows.append((name, images[index], predictions[index], *values))
         columns = {'class': None, 'images': 0, 'predictions': 0, 'precision': 2, 'recall': 2, 'F1': 2}
         text = 'Precision, recall and F1 of the first prediction, in percent. Click a column to sort.'
@@ -111,9 +111,7 @@ class SingleLabelScores:
 class MultiLabelScores:
     """Scores of the images of this rank, which the evaluator holds, and what they give for each class.
 
-    Args:
-        evaluator: The evaluator.
-        tune: Whether thresholds are those with the best F1 on this split, not those of the evaluator.
+    With `tune`, thresholds are those with the best F1 on this split, not those of the evaluator.
     """
 
     def __init__(self, evaluator: MultiLabelEvaluator, tune: bool = False) -> None:
@@ -133,23 +131,16 @@ class MultiLabelScores:
         evaluator, self._names = self._evaluator, names
         thresholds = evaluator.tune_thresholds(world.distributed) if self._tune else evaluator.threshold
         self._thresholds = thresholds.float().cpu().expand(len(names))
-        own_counts, own_curves = {}, {}
-        ap = evaluator.class_ap
+        self._counts = evaluator.class_counts(self._thresholds, world.distributed)
+        lowest = sorted(range(len(names)), key=evaluator.class_ap.tolist().__getitem__)
+        chosen = [index for index in lowest if self._counts[2, index]][:CURVES]
+        own = {}
         for columns, logits, target in evaluator.class_chunks(world.distributed):
-            thresholds = self._thresholds[columns].to(logits.device)
-            annotated, positive = target >= 0, target == 1
-            predicted = (logits.sigmoid() >= thresholds) & annotated
-            counts = torch.stack([(predicted & positive).sum(0), predicted.sum(0), positive.sum(0)])
-            own_counts[columns.start] = counts.cpu()
-            order = sorted(range(logits.shape[1]), key=lambda index: ap[columns.start + index].item())
-            for index in [index for index in order if counts[2, index]][:CURVES]:
-                keep = annotated[:, index]
-                points = curve_points(logits[keep, index], positive[keep, index])
-                own_curves[columns.start + index] = points
-        every = {start: part for parts in world.all_gather(own_counts) for start, part in parts.items()}
-        self._counts = torch.cat([every[start] for start in sorted(every)], dim=1)
-        curves = {index: points for part in world.all_gather(own_curves) for index, points in part.items()}
-        self._curves = {index: curves[index] for index in sorted(curves, key=lambda index: ap[index].item())[:CURVES]}
+            for index in (index for index in chosen if columns.start <= index < columns.stop):
+                labels, scores = target[:, index - columns.start], logits[:, index - columns.start]
+                own[index] = curve_points(scores[labels >= 0], labels[labels >= 0] == 1)
+        curves = {index: points for part in world.all_gather(own) for index, points in part.items()}
+        self._curves = {index: curves[index] for index in chosen}
 
     def header(self) -> list[str]:
         every = [f'score {name}' for name in self._names] if len(self._names) <= COLUMNS else []
@@ -206,7 +197,7 @@ class MultiLabelScores:
         for index, (right, predicted, positives) in enumerate(counts):
             value = ap[index] if positives else None
             rows.append((names[index], positives, predicted, value, thresholds[index],
-                         *_ratios(right, predicted, positives)))  # fmt: skip
+                         *ratios(right, predicted, positives)))  # fmt: skip
         columns = {'class': None, 'positives': 0, 'predictions': 0, 'AP': 2, 'threshold': 4}
         table = page.table({**columns, 'precision': 2, 'recall': 2, 'F1': 2}, rows)
         note = f'Precision, recall and F1 at the thresholds, {kind}, in percent. Click a column to sort.'
@@ -235,7 +226,7 @@ def image_losses(logits: Tensor, target: Tensor) -> Tensor:
     return losses.masked_fill(~annotated, 0).sum(1) / annotated.sum(1).clamp(min=1)
 
 
-def _ratios(right: int, predicted: int, positives: int) -> tuple[float | None, float | None, float | None]:
+def ratios(right: int, predicted: int, positives: int) -> tuple[float | None, float | None, float | None]:
     """Return precision, recall and F1 in percent, None where nothing is divided by."""
     counts = (right, predicted), (right, positives), (2 * right, predicted + positives)
     return tuple(100 * over / under if under else None for over, under in counts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import apply_test_time_pool
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import evaluation_sample_limit
 from timm.utils import random_seed
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.eval.evaluate import (
     create_autocast,
+    create_evaluator,
     evaluate,
-    multilabel_evaluator,
     test_time_views,
     widen,
 )
@@ -46,14 +46,7 @@ Result = dict[str, Any]
 
 
 def score_model(options: Options, world: World) -> Result:
-    """Score one model on a split.
-
-    Returns:
-        The metrics of the split in percent, unrounded, and how it was evaluated, under timm's names.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
     model, options, config, content = load_model(options)
     if options.write_thresholds and RUN not in content:
@@ -90,7 +83,10 @@ def score_model(options: Options, world: World) -> Result:
         tf_preprocessing=options.tf_preprocessing,
     )
     limit = evaluation_sample_limit(loader)
-    evaluator = _create_evaluator(options, content, dataset, names, device=world.device, max_samples=limit)
+    tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
+    if tuned is not None:
+        _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
+    evaluator = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     outputs = []
     if options.task == 'multilabel':
@@ -106,7 +102,7 @@ def score_model(options: Options, world: World) -> Result:
             log=EvalLog('Test', evaluator, len(loader), options.log_freq, world.primary),
             views=test_time_views(options.tta, config['input_size'][1:]),
             classes=valid_labels,
-            measures=[*extra, *outputs, *([report] if report else [])],
+            measures=[measure.update for measure in (*extra, *outputs, *([report] if report else []))],
         )
     finally:
         loader.close()
@@ -147,20 +143,6 @@ def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
     if options.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(options.num_gpu)))
     return model
-
-
-def _create_evaluator(
-    options: Options, content: dict[str, Any], dataset: Dataset, names: list[str] | None, **settings: Any
-) -> ClassificationEvaluator:
-    if options.task == 'classification':
-        return ClassificationEvaluator(**settings)
-    threshold = options.multilabel_threshold
-    tuned = thresholds_for(content, names)
-    if tuned is not None and 'multilabel_threshold' not in options.given:
-        threshold = tuned
-        _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
-    num_seen = getattr(dataset, 'num_seen', None)
-    return multilabel_evaluator(num_seen, threshold=threshold, **settings)
 
 
 def _read_valid_labels(path: str, dataset: Dataset, num_classes: int, device: torch.device) -> Tensor | None:

@@ -30,7 +30,6 @@ def validate(options: Options, world: World) -> None:
     end at the first failure: they cannot continue together once it happened on some of them only.
 
     Raises:
-        ValueError: For a user's mistake.
         RunFailed: If some of several models could not be scored.
     """
     candidates = list_candidates(options)

@@ -14,9 +14,7 @@ from timm_mldecoder.engine.flags.parse import flags
 def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, str]:
     """Return the lines of a model card for a checkpoint of train.py: metrics, and the command that trained it.
 
-    Args:
-        content: What the file holds.
-        use_ema: The weights taken; metrics are those of the weights that the checkpoint was ranked by.
+    Metrics are those of the weights that the checkpoint was ranked by, unknown where `use_ema` takes others.
     """
     rows = content[RUN]['rows'] if use_ema in (None, ranked_by_ema(content)) else []
     row = {name: value for name, value in (rows[-1] if rows else {}).items() if name != 'eval_ema'}

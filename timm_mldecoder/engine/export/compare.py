@@ -4,9 +4,10 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,24 +25,17 @@ TIMED = (1, 16)  # batch sizes to time
 
 
 class Images(NamedTuple):
-    """Images as the model takes them, and their classes where the folder names them.
+    """Images as the model takes them, and their classes where the folder names them."""
 
-    Attributes:
-        tensors: The images [N, channels, height, width].
-        labels: Class indices [N], None if unknown.
-    """
-
-    tensors: Tensor
-    labels: Tensor | None
+    tensors: Tensor  # the images [N, channels, height, width]
+    labels: Tensor | None  # class indices [N], None if unknown
 
 
 def load_images(path: Path | None, metadata: Mapping[str, Any], limit: int) -> Images:
     """Load at most `limit` images, evenly spread over the source and prepared for a model.
 
-    Args:
-        path: Image, folder, tar file or list; None takes handwritten digits that scikit-learn brings.
-        metadata: Metadata of the model; images in folders that are named like its classes get their class.
-        limit: Largest number of images.
+    Without a source these are handwritten digits that scikit-learn brings. Images in folders that are named like the
+    classes of the model get their class.
 
     Raises:
         ValueError: If there are none, or images have no mode with as many channels as the model takes.
@@ -87,12 +81,8 @@ def _spread(count: int, limit: int) -> list[int]:
 def verify(run: Run, model: nn.Module, images: Tensor, sizes: Sequence[int], tolerance: float) -> str:
     """Compare an exported model with the model in PyTorch, and return a line that describes the difference.
 
-    Args:
-        run: The exported model.
-        model: The model in float32.
-        images: Images [N, channels, height, width], repeated where a batch needs more.
-        sizes: Batch sizes.
-        tolerance: Largest difference allowed, in units of the largest logit or of 1, whichever is larger.
+    Images are repeated where a batch needs more. The tolerance is in units of the largest logit or of 1, whichever is
+    larger.
 
     Raises:
         RunFailed: If a logit differs more, or is not finite.
@@ -116,13 +106,10 @@ def verify(run: Run, model: nn.Module, images: Tensor, sizes: Sequence[int], tol
 
 
 def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None) -> None:
-    """Quantize an ONNX file to int8 in place.
+    """Quantize an ONNX file to int8 in place, and replace its metadata.
 
-    Args:
-        path: The file.
-        metadata: Its new metadata.
-        calibration: Images that fix the ranges of activations, to quantize convolutions; None quantizes linear
-            layers, and computes the ranges of activations for each batch.
+    With images for calibration, which fix the ranges of activations, convolutions are quantized; without, linear
+    layers, with ranges that each batch computes.
     """
     tools = importlib.import_module('onnxruntime.quantization')
     prepared, quantized = path.with_suffix('.prepared'), path.with_suffix('.int8')
@@ -135,7 +122,9 @@ def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None
         else:
             # with the linear layers of an ML-Decoder head in static int8, the labels of the digits are lost
             convolutions = dict(op_types_to_quantize=['Conv'], per_channel=True)
-            tools.quantize_static(prepared, quantized, _Reader(calibration.split(1)), **convolutions)
+            batches = iter([{'images': image.numpy()} for image in calibration.split(1)])
+            reader = SimpleNamespace(get_next=lambda: next(batches, None))
+            tools.quantize_static(prepared, quantized, reader, **convolutions)
     finally:
         logging.disable(logging.NOTSET)
     for file in path.parent.iterdir():  # the float model, with its second file of weights
@@ -143,17 +132,6 @@ def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None
             file.unlink()
     os.replace(quantized, path)
     set_onnx_metadata(path, metadata)
-
-
-class _Reader:
-    """Batches as onnxruntime's quantizer reads them: by its method `get_next`, which returns None at the end."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {'images': batch.numpy()}
 
 
 def _grouped_products(path: Path) -> list[str]:
@@ -174,8 +152,6 @@ def compare(
 
     Args:
         models: The float model and the quantized one, by the names of their precision.
-        images: Images to compare on.
-        metadata: Metadata of the model.
         batch_size: The only batch size of the models; None for any.
         min_agreement: Smallest share of labels that must agree.
 

@@ -30,23 +30,14 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Job(NamedTuple):
-    """What to write.
+    """What to write."""
 
-    Attributes:
-        model: The model in eval mode on the CPU, float32.
-        metadata: What `read_metadata` is to return.
-        facts: Lines of the model card, see `save_folder`.
-        device: Device of the file.
-        batch_size: The only batch size of the file; None for any.
-        opset: ONNX operator set; None for torch's default.
-    """
-
-    model: nn.Module
-    metadata: Mapping[str, Any]
-    facts: Mapping[str, Any] = {}
-    device: str = 'cpu'
-    batch_size: int | None = None
-    opset: int | None = None
+    model: nn.Module  # the model in eval mode on the CPU, float32
+    metadata: Mapping[str, Any]  # what `read_metadata` is to return
+    facts: Mapping[str, Any] = {}  # lines of the model card, see `save_folder`
+    device: str = 'cpu'  # device of the file
+    batch_size: int | None = None  # the only batch size of the file; None for any
+    opset: int | None = None  # ONNX operator set; None for torch's default
 
 
 class Network(nn.Module):
@@ -144,7 +135,8 @@ def _write_torch_export(path: Path, job: Job) -> None:
 
 
 def _load_torch_export(path: Path, device: str) -> Run:
-    return _on_device(torch.export.load(path).module(), device)
+    run = torch.export.load(path).module()
+    return lambda images: run(images.to(device)).cpu()
 
 
 def _write_aot(path: Path, job: Job) -> None:
@@ -156,10 +148,7 @@ def _write_aot(path: Path, job: Job) -> None:
 
 
 def _load_aot(path: Path, device: str) -> Run:
-    return _on_device(torch._inductor.aoti_load_package(str(path)), device)
-
-
-def _on_device(run: Run, device: str) -> Run:
+    run = torch._inductor.aoti_load_package(str(path))
     return lambda images: run(images.to(device)).cpu()
 
 

@@ -54,7 +54,7 @@ _HEAD_ARGUMENTS = {
     'device': None,
     'dtype': None,
 }
-#: Options that do not work with `--parallel fsdp`, and why.
+#: Options that do not work with `--parallel fsdp` and `--head-parallel`, and why.
 _NOT_DIVIDED = {
     'sam': 'it moves whole weights',
     'sync_bn': 'it was not tested',
@@ -67,6 +67,12 @@ _NOT_DIVIDED = {
     'naflex_loader': 'it was not tested',
     'graph': 'it was not tested',
     'lr_find': 'it was not tested; find the rate with --parallel ddp on a smaller model',
+}
+_NOT_WITH_DIVIDED_HEAD = {
+    'torchcompile': 'it was not tested',
+    'train_img_sizes': 'ranks need images of one size',
+    'class_split': 'text queries are not divided',
+    'word_embeddings': 'text queries are not divided',
 }
 #: Optimizers whose steps on slices of the parameters are those on whole ones: entry by entry, or with norms and means
 #: that DTensor computes over all slices. tests/programs/step_of_slices.py found them; states of another shape than the
@@ -259,10 +265,8 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield '--early-stop needs a metric in percent, not --eval-metric loss'
     if o.eval_metric not in names:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
-    if o.parallel == 'fsdp':
+    if o.parallel == 'fsdp' or o.head_parallel:
         yield from _problems_of_fsdp(o)
-    elif o.head_parallel:
-        yield '--head-parallel needs --parallel fsdp'
     yield from _problems_of_images(o)
     yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)
@@ -274,25 +278,26 @@ def _problems_of_train(o: Options) -> Iterator[str]:
 
 
 def _problems_of_fsdp(o: Options) -> Iterator[str]:
+    way = '--parallel fsdp' if o.parallel == 'fsdp' else '--head-parallel'
     for name, reason in _NOT_DIVIDED.items():
         if o[name]:
-            yield f'{o.flag(name)} does not work with --parallel fsdp: {reason}'
+            yield f'{o.flag(name)} does not work with {way}: {reason}'
     if o.opt.lower() not in DIVISIBLE_OPTIMIZERS:
         yield (
-            f'--opt {o.opt} does not work with --parallel fsdp, which gives it slices of the parameters; choose from '
+            f'--opt {o.opt} does not work with {way}, which gives it slices of the parameters; choose from '
             f'{", ".join(DIVISIBLE_OPTIMIZERS)}'
         )
-    for name in ('hsdp', 'torchcompile', 'train_img_sizes') if o.head_parallel else ():
+    for name, reason in _NOT_WITH_DIVIDED_HEAD.items() if o.head_parallel else ():
         if o[name]:
-            yield f'{o.flag(name)} does not work with --head-parallel'
+            yield f'{o.flag(name)} does not work with --head-parallel: {reason}'
     if o.head_parallel and o.val_bad_image == 'skip':
         yield '--val-bad-image skip does not work with --head-parallel, whose ranks need as many images each'
     if o.amp and o.amp_dtype == 'float16':
-        yield '--amp in float16 does not work with --parallel fsdp: add --amp-dtype bfloat16'
+        yield f'--amp in float16 does not work with {way}: add --amp-dtype bfloat16'
     if o.clip_grad and o.clip_mode == 'agc':
-        yield '--clip-mode agc does not work with --parallel fsdp: choose norm or value'
+        yield f'--clip-mode agc does not work with {way}: choose norm or value'
     if o.dataset.partition('/')[0].lower() in ('hfids', 'tfds', 'wds'):
-        yield f'--dataset {o.dataset}: a stream may end earlier on one rank, which --parallel fsdp cannot do'
+        yield f'--dataset {o.dataset}: a stream may end earlier on one rank, which {way} cannot do'
 
 
 def metric_names(options: Options) -> tuple[str, ...]:

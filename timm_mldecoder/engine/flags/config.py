@@ -29,16 +29,7 @@ def find_recipe(name: str | None) -> str | None:
 
 
 def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, list[str]]:
-    """The options of a YAML file as arguments.
-
-    Args:
-        path: The file.
-        rows: The flags of the script, by the name of their option.
-        parser: The parser of these rows.
-        skip: Names of options to leave out.
-
-    Returns:
-        The arguments of each option of the file.
+    """The options of a YAML file, but for those to `skip`, as the arguments of each.
 
     Raises:
         ValueError: If the file cannot be read, is not a mapping or is nested too deeply; if a key is not an option, or

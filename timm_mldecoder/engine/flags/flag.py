@@ -64,40 +64,25 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of train.py, validate.py or both.
+    """One flag of train.py, validate.py or both."""
 
-    Attributes:
-        names: Names on the command line; a name without dashes is a positional argument.
-        type: `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs).
-        default: Value of the option where the flag is not given.
-        help: Help text.
-        nargs: As in argparse.
-        const: Value of a flag with `nargs='?'` that is given without one.
-        metavar: Placeholder of the value in `--help`.
-        choices: The values allowed; None means any.
-        range: The numbers allowed.
-        path: `file`, `dataset file` (may also be relative to the dataset folder), `file or folder`: it must exist;
-            `output`: a file can be written there; `output folder`: a folder can. Empty for options that are not paths.
-        needs: The conditions under which the flag has an effect; a warning names the first that does not hold.
-        scripts: The scripts that have the flag.
-        inherited: Whether validate.py takes the value from a checkpoint of train.py.
-        in_validate: The attributes that differ in validate.py.
-    """
-
-    names: tuple[str, ...]
-    type: type
-    default: Any
+    names: tuple[str, ...]  # names on the command line; a name without dashes is a positional argument
+    type: type  # `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs)
+    default: Any  # value of the option where the flag is not given
     help: str
-    nargs: str | int | None = None
-    const: Any = None
-    metavar: str | None = None
+    nargs: str | int | None = None  # as in argparse
+    const: Any = None  # value of a flag with `nargs='?'` that is given without one
+    metavar: str | None = None  # placeholder of the value in `--help`
     choices: tuple[Any, ...] | None = None
     range: Range = FINITE
+    # `file`, `dataset file` (may also be relative to the dataset folder), `file or folder`: it must exist; `output`: a
+    # file can be written there; `output folder`: a folder can. Empty for options that are not paths
     path: str = ''
+    # the conditions under which the flag has an effect; a warning names the first that does not hold
     needs: tuple[Need, ...] = ()
     scripts: tuple[str, ...] = ('train',)
-    inherited: bool = False
-    in_validate: Mapping[str, Any] = field(default_factory=dict)
+    inherited: bool = False  # whether validate.py takes the value from a checkpoint of train.py
+    in_validate: Mapping[str, Any] = field(default_factory=dict)  # the attributes that differ in validate.py
 
     @property
     def label(self) -> str:
@@ -139,12 +124,7 @@ class Flag:
         return (self.help + (f' ({"; ".join(notes)})' if notes else '')).replace('%', '%%')
 
     def check(self, value: Any, label: str, folder: str | None) -> None:
-        """Check a value against the row.
-
-        Args:
-            value: The value of the option.
-            label: The flag as the user spelled it, for the message.
-            folder: The folder of the dataset.
+        """Check a value against the row; `label` is the flag as the user spelled it, `folder` that of the dataset.
 
         Raises:
             ValueError: If a number is not finite or not in range, or a path does not fit.
@@ -218,8 +198,15 @@ class _Pairs(ParseKwargs):
             raise argparse.ArgumentError(self, f'cannot read a value: {error or type(error).__name__}') from error
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser of rows, whose errors are ValueErrors of one line."""
+class BaseParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix('argument '))
+
+
+class Parser(BaseParser):
+    """A parser of rows."""
 
     def __init__(self, description: str, groups: Iterable[Group]) -> None:
         super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]')
@@ -228,10 +215,6 @@ class Parser(argparse.ArgumentParser):
             group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ValueError; argparse prints the usage and exits."""
-        raise ValueError(message.removeprefix('argument '))
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The options that `argv` gives, without defaults, and the flag that gave each, as it was spelled."""

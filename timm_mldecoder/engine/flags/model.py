@@ -89,7 +89,7 @@ DEVICE: Group = ('Device and precision', [
     train('--hsdp', int, None, 'ranks that divide one copy of the model, such as the GPUs of a node (default: all)',
           range='[1, inf)', needs=FSDP),
     train('--head-parallel', bool, False, 'divide the groups of the ML-Decoder head over ranks: their weights are '
-          'never gathered', needs=(DISTRIBUTED, FSDP, USES_HEAD)),
+          'never gathered', needs=(DISTRIBUTED, USES_HEAD)),
     train('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks', needs=DISTRIBUTED),
     train('--synchronize-step', bool, False, 'synchronize with the device after each optimizer step',
           needs=ON_ACCELERATOR),

@@ -60,11 +60,7 @@ class Options:
         return Options, (self._values, self._spelled)
 
     def replace(self, **changes: Any) -> 'Options':
-        """A copy with other values; `given` is unchanged.
-
-        Raises:
-            ValueError: If there is no such option.
-        """
+        """A copy with other values, a ValueError for an unknown option; `given` is unchanged."""
         for name in changes.keys() - self._values.keys():
             raise ValueError(f'there is no option {name!r}{closest(name, self._values)}')
         return Options({**self._values, **changes}, self._spelled)

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,63 +53,13 @@ def flags(script: str) -> dict[str, Flag]:
     return {row.dest: row for _, rows in groups(script) for row in rows}
 
 
-def train_parser() -> Parser:
-    """The parser of train.py: timm's flags with timm's defaults, and those of this package."""
-    return _parser('train')
-
-
-def validate_parser() -> Parser:
-    """The parser of validate.py."""
-    return _parser('validate')
-
-
 def _parser(script: str) -> Parser:
     head = 'with an ML-Decoder head or the head of the model'
     return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
 
 
-def parse_train(argv: Sequence[str] | None = None) -> Options:
-    """The options of a training run: defaults, then the YAML file, then the command line.
-
-    Raises:
-        ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
-    """
-    return _parse('train', argv)
-
-
-def parse_validate(argv: Sequence[str] | None = None) -> Options:
-    """The options of an evaluation.
-
-    Raises:
-        ValueError: As in `parse_train`.
-    """
-    return _parse('validate', argv)
-
-
-def train_options(**values: Any) -> Options:
-    """The options of a training run from values, with the defaults and the checks of the command line.
-
-    Raises:
-        ValueError: For an unknown name, and as in `parse_train`.
-    """
-    return _from_values('train', values)
-
-
-def validate_options(**values: Any) -> Options:
-    """The options of an evaluation from values, with the defaults and the checks of the command line.
-
-    Raises:
-        ValueError: For an unknown name, and as in `parse_train`.
-    """
-    return _from_values('validate', values)
-
-
 def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
-    """Options of validate.py with those that a checkpoint of train.py brings, except where the user gave them.
-
-    Args:
-        options: The options of validate.py.
-        trained: The options of the training run, by name.
+    """Options of validate.py with those of a training run, by name, except where the user gave them.
 
     Raises:
         ValueError: If a flag that the user gave is not for the task or the loader of the checkpoint.
@@ -138,7 +89,12 @@ def warn_no_effect(options: Options, script: str) -> None:
             _logger.warning(f'No effect: {shown} needs {failed.text}')
 
 
-def _parse(script: str, argv: Sequence[str] | None) -> Options:
+def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line: defaults, then the YAML file, then `argv`, that of the process if not given.
+
+    Raises:
+        ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
+    """
     rows, parser = flags(script), _parser(script)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, spelled = parser.read(argv)
@@ -153,7 +109,12 @@ def _parse(script: str, argv: Sequence[str] | None) -> Options:
     return _finish(script, rows, given, spelled)
 
 
-def _from_values(script: str, values: Mapping[str, Any]) -> Options:
+def _from_values(script: str, /, **values: Any) -> Options:
+    """The options of a script from values, with the defaults and the checks of the command line.
+
+    Raises:
+        ValueError: For an unknown name, and as in `_parse`.
+    """
     rows, parser, given = flags(script), _parser(script), {}
     for name, value in values.items():
         if name not in rows:
@@ -202,3 +163,10 @@ def _amp_default(options: Options, device: str) -> dict[str, str]:
         return {}
     _logger.info('mixed precision on a CPU: using bfloat16; --amp-dtype float16 overrides it')
     return {'amp_dtype': 'bfloat16'}
+
+
+#: The parser of train.py, with timm's flags and defaults and the flags of this package, and that of validate.py.
+train_parser, validate_parser = partial(_parser, 'train'), partial(_parser, 'validate')
+#: The options of a training run and of an evaluation, from a command line or from values: see the functions above.
+parse_train, parse_validate = partial(_parse, 'train'), partial(_parse, 'validate')
+train_options, validate_options = partial(_from_values, 'train'), partial(_from_values, 'validate')

@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset
+from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset, summarize
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.partial import leave_out_labels
@@ -65,8 +65,6 @@ def create_split(
     """Create the dataset of one split.
 
     Args:
-        options: Options of either script.
-        split: Name of the split.
         training: Whether it is trained on: streams are shuffled, and zero-shot splits keep the seen classes.
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
@@ -82,14 +80,10 @@ def create_split(
     _check_image_mode(options.dataset, mode, image_channels(options))
     multilabel = options.task == 'multilabel'
     settings = dict(
-        class_map=options.class_map,
+        **{name: options[name] for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
         download=options.dataset_download,
-        batch_size=options.batch_size,
-        seed=options.seed,
         repeats=repeats,
         input_img_mode=mode,
-        input_key=options.input_key,
-        target_key=options.target_key,
         target_format=options.target_format if multilabel and kind in RECORDS else None,
         num_samples=num_samples,
         trust_remote_code=options.dataset_trust_remote_code,
@@ -110,25 +104,20 @@ def create_split(
     if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
         found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
         there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
-        raise ValueError(
-            f'{options.data_dir}: the images of {split!r} are in no class folders; --dataset names the format of other '
-            f'annotations{there}'
-        )
-    if isinstance(dataset, MultiLabelDataset):
-        if not multilabel:
-            raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
-    elif multilabel and getattr(dataset, 'target_transform', None) is None:
+        raise ValueError(f'{options.data_dir}: no class folders of {split!r}; --dataset names another format{there}')
+    own = isinstance(dataset, MultiLabelDataset)
+    if own and not multilabel:
+        raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
+    if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
         dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
     if training and options.partial_labels:
-        if not isinstance(dataset, MultiLabelDataset):
+        if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
         dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
         values = dataset.annotations.entries()[2]
         positive = int((values == POSITIVE).sum())
-        _logger.info(
-            f'--partial-labels {options.partial_labels}: kept {positive} positive and {len(values) - positive} '
-            'negative labels'
-        )
+        kept = f'{positive} positive and {len(values) - positive} negative labels'
+        _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
@@ -148,6 +137,12 @@ def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
         select_classes(dataset.annotations, split.unseen, only_positive=True)  # refuses data without unseen classes
         dataset.num_seen = len(split.seen)
     dataset.annotations = selected
+
+
+def log_summary(name: str, dataset: Dataset) -> None:
+    """Log what is to be known of a split before it is trained on."""
+    for line in summarize(dataset).log_lines(name):
+        _logger.info(line)
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:
@@ -192,10 +187,7 @@ def balanced_weights(dataset: Any) -> Tensor:
 def check_classes(dataset: Any, num_classes: int, given: bool) -> None:
     """Compare the number of classes of a dataset with the model's.
 
-    Args:
-        dataset: The dataset.
-        num_classes: Classes of the model.
-        given: Whether the user gave that number; a model's own 1000 may exceed the data's.
+    One that the user has not `given`, such as a model's own 1000, may exceed the data's.
 
     Raises:
         ValueError: If the numbers differ.

@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -95,20 +96,16 @@ class SplitDataset(AugMixDataset):
         return self.dataset.filename(index, basename=basename, absolute=absolute)
 
 
+@dataclass
 class KeyedSamples(Dataset):
     """Samples with the draws of their position in the epoch, and the images that could not be read.
 
     Yields `(draw, sample, bad)`, with the index of the image that was read; the sample is None if neither the image nor
     one of its replacements can be read.
-
-    Args:
-        dataset: Map-style dataset that raises OSError for unreadable images.
-        replacements: Number of following images to try in place of an unreadable one.
     """
 
-    def __init__(self, dataset: Any, replacements: int = 0) -> None:
-        self.dataset = dataset
-        self._replacements = replacements
+    dataset: Any  # map-style, raises OSError for unreadable images
+    replacements: int = 0  # number of following images to try in place of an unreadable one
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -120,7 +117,7 @@ class KeyedSamples(Dataset):
             seed_cpu(key(SAMPLE, draw.seed, draw.epoch, draw.position))
             index = draw.index
         first, *size = index if isinstance(index, tuple) else (index,)
-        for number in range(first, first + self._replacements + 1):
+        for number in range(first, first + self.replacements + 1):
             number %= len(self)
             index = (number, *size) if size else number
             try:
@@ -131,52 +128,40 @@ class KeyedSamples(Dataset):
         return draw, None, bad
 
 
+@dataclass
 class KeyedCollate:
     """Collate the readable samples of a batch into `(batch, numbers, bad)`, mixed with the draws of that batch.
 
     `numbers` are the indices of the images in the dataset where they were drawn, else their positions within the batch.
     The batch is None if no sample is left, or if one is missing and `partial` is False.
-
-    Args:
-        collate: Collate function; timm's `FastCollateMixup` mixes too.
-        partial: Whether a batch may have fewer samples than requested.
-        mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
     """
 
-    def __init__(self, collate: Callable, partial: bool, mixup_off_epoch: int = 0) -> None:
-        self._collate = collate
-        self._partial = partial
-        self._mixup_off_epoch = mixup_off_epoch
+    collate: Callable  # timm's `FastCollateMixup` mixes too
+    partial: bool  # whether a batch may have fewer samples than requested
+    mixup_off_epoch: int = 0  # epoch from which batches are no longer mixed; 0 for never
 
     def __call__(self, samples: list[tuple[Draw | int, Any, list[BadImage]]]) -> tuple[Any, list[int], list[BadImage]]:
         bad = [image for *_, found in samples for image in found]
         positions = [position for position, (_, sample, _) in enumerate(samples) if sample is not None]
-        if not positions or (len(positions) < len(samples) and not self._partial):
+        if not positions or (len(positions) < len(samples) and not self.partial):
             return None, [], bad
         first = samples[0][0]
         if isinstance(first, Draw):
             seed_cpu(key(BATCH, first.seed, first.epoch, first.position))
-            if hasattr(self._collate, 'mixup_enabled'):
-                self._collate.mixup_enabled = not self._mixup_off_epoch or first.epoch < self._mixup_off_epoch
-        batch = self._collate([samples[position][1] for position in positions])
+            if hasattr(self.collate, 'mixup_enabled'):
+                self.collate.mixup_enabled = not self.mixup_off_epoch or first.epoch < self.mixup_off_epoch
+        batch = self.collate([samples[position][1] for position in positions])
         return batch, [samples[n][0].image for n in positions] if isinstance(first, Draw) else positions, bad
 
 
 class Placement(NamedTuple):
-    """Where batches go, and in which form.
-
-    Attributes:
-        device: Device of the model.
-        dtype: Dtype of images, None for float32.
-        channels_last: Whether images take the channels-last memory layout.
-        prefetch: Options of `prefetcher`; None if the transform normalises.
-        prefetcher: timm's loader that normalises on the device, for images or for patches.
-    """
+    """Where batches go, and in which form."""
 
     device: torch.device
-    dtype: torch.dtype | None = None
-    channels_last: bool = False
-    prefetch: dict[str, Any] | None = None
+    dtype: torch.dtype | None = None  # dtype of images, None for float32
+    channels_last: bool = False  # whether images take the channels-last memory layout
+    prefetch: dict[str, Any] | None = None  # options of `prefetcher`; None if the transform normalises
+    # timm's loader that normalises on the device, for images or for patches
     prefetcher: type[PrefetchLoader | NaFlexPrefetchLoader] = PrefetchLoader
 
     def wrap(self, batches: Any) -> Any:
@@ -207,13 +192,9 @@ class TrainLoader:
     Args:
         dataset: Map-style dataset, or a stream.
         batches: Batches of each epoch; None for a stream.
-        collate: Collate function.
-        placement: Device and form of the batches.
         mix: Mixup and CutMix on the device; None if `collate` mixes, or nothing does.
         mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
         bad_image: 'skip' or 'abort' at unreadable images.
-        seed: Seed of the run.
-        rank: Rank of this process.
         persistent_workers: Whether workers live from epoch to epoch.
         stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
         **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
@@ -261,7 +242,7 @@ class TrainLoader:
                 persistent_workers=persistent_workers and workers['num_workers'] > 0,
                 **workers,
             )
-        self._wrapped = placement.wrap(_Batches(self))
+        self._wrapped = placement.wrap(self)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -308,7 +289,7 @@ class TrainLoader:
         else:
             self.batches.begin(epoch, batch, start)
 
-    def raw_batches(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Yield collated batches, each after its own draws have been seeded for what follows on the device."""
         epoch, first = self._position
         iterator, self._early = self._early or iter(self._loader), None
@@ -345,24 +326,12 @@ class TrainLoader:
         return batch
 
 
-class _Batches:
-    """The raw batches of a `TrainLoader`, as timm's `PrefetchLoader` takes them."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return self._loader.raw_batches()
-
-
 class EvalLoader:
     """Batches of every image of a split, in order.
 
     Args:
         dataset: Map-style dataset, or a stream.
         sampler: timm's `OrderedDistributedSampler` on several ranks, else None.
-        collate: Collate function.
-        placement: Device and form of the batches.
         bad_image: 'abort' or 'skip' at unreadable images.
         remedy: The flag that scores the other images, for the error message.
         persistent_workers: Whether workers live from pass to pass.
@@ -410,7 +379,11 @@ class EvalLoader:
         for batch in self._loader:
             if not self._stream:
                 batch, positions, bad = batch
-                self._check(bad)
+                if bad and not self._skip:
+                    path, reason = bad[0]
+                    raise RunFailed(f'{path} cannot be read ({reason}); {self._remedy} scores the other images')
+                log_bad_images(bad)
+                self.bad_images += bad
                 if self.bad_images:
                     batch = self._without_padding(batch, [first + position for position in positions])
                 first += len(positions) + len(bad)
@@ -426,12 +399,6 @@ class EvalLoader:
         limit = getattr(self.sampler, 'num_valid_samples', None)
         valid = len(positions) if limit is None else sum(position < limit for position in positions)
         return tuple(_first(part, valid) for part in batch) if valid else None
-
-    def _check(self, bad: list[BadImage]) -> None:
-        if bad and not self._skip:
-            raise RunFailed(f'{bad[0].path} cannot be read ({bad[0].reason}); {self._remedy} scores the other images')
-        log_bad_images(bad)
-        self.bad_images += bad
 
 
 def _first(part: Batch, number: int) -> Batch:
@@ -470,11 +437,9 @@ def log_bad_images(bad: list[BadImage]) -> None:
 def record_bad_images(bad: list[BadImage], folder: Path) -> None:
     """Add images to the list in the folder of a run, each file once."""
     path = folder / BAD_IMAGES
-    known = {'path': 'reason'}
-    if path.exists():
-        known = dict(csv.reader(io.StringIO(path.read_text(errors='surrogateescape'))))
+    known = path.read_text(errors='surrogateescape') if path.exists() else 'path,reason'
     text = io.StringIO()
-    csv.writer(text).writerows({**known, **dict(bad)}.items())
+    csv.writer(text).writerows({**dict(csv.reader(io.StringIO(known))), **dict(bad)}.items())
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
 
 

@@ -35,13 +35,7 @@ DataConfig = dict[str, Any]  # timm's: input_size, mean, std, interpolation, cro
 def resolve_config(
     options: Options, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
 ) -> DataConfig:
-    """Resolve input size, normalisation, interpolation and crop.
-
-    Args:
-        options: Options of either script.
-        model: The model, which knows what its pretrained weights were trained with.
-        stored: Configuration in a checkpoint, which takes precedence.
-        use_test_size: Whether to use the model's test size rather than its training size.
+    """Resolve input size, normalisation, interpolation and crop; what a checkpoint has `stored` takes precedence.
 
     Raises:
         ValueError: If the model takes images of another size only.
@@ -74,16 +68,9 @@ def create_train_loader(
     rng_state: Tensor,
     patches: PatchFormat | None = None,
 ) -> TrainLoader:
-    """Create the loader of the training split.
+    """Create the loader of the training split, whose transform is set.
 
-    Args:
-        options: Options of train.py.
-        dataset: Training split; its transform is set.
-        config: Data configuration.
-        world: This rank and the others.
-        num_classes: Number of classes.
-        rng_state: State of torch's generator once the model is built, see `Order`.
-        patches: How the model reads patches; None for images.
+    `rng_state` is the state of torch's generator once the model is built, see `Order`.
 
     Raises:
         ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
@@ -141,10 +128,9 @@ def create_eval_loader(
     """
     set_eval_transform(options, dataset, config, patches=patches, **crop)
     stream = isinstance(dataset, IterableDataset)
-    # fewer workers pad a stream less, as in timm
-    workers = (
-        min(2, options.workers) if world.distributed and dataset_kind(options.dataset) in STREAMS else options.workers
-    )
+    workers = options.workers
+    if world.distributed and dataset_kind(options.dataset) in STREAMS:
+        workers = min(2, workers)  # they pad the stream less, as in timm
     if stream:
         dataset.set_loader_cfg(num_workers=workers)
     sampler = OrderedDistributedSampler(dataset) if world.distributed and not stream else None
@@ -206,23 +192,13 @@ def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | 
 
 def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
     """Return the options of timm's `create_transform` for training."""
-    interpolation = (
-        config['interpolation'] if options.no_aug else options.train_interpolation or config['interpolation']
-    )
+    same = ('no_aug', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob')
     return dict(
         is_training=True,
-        no_aug=options.no_aug,
+        **{name: options[name] for name in (*same, 'gaussian_blur_prob')},
         train_crop_mode=None if options.train_crop_mode == 'squash' else options.train_crop_mode,
-        scale=options.scale,
-        ratio=options.ratio,
-        hflip=options.hflip,
-        vflip=options.vflip,
-        color_jitter=options.color_jitter,
-        color_jitter_prob=options.color_jitter_prob,
-        grayscale_prob=options.grayscale_prob,
-        gaussian_blur_prob=options.gaussian_blur_prob,
         auto_augment=options.aa,
-        interpolation=interpolation,
+        interpolation=(not options.no_aug and options.train_interpolation) or config['interpolation'],
         mean=config['mean'],
         std=config['std'],
         re_prob=options.reprob,
@@ -237,14 +213,9 @@ def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
 def set_train_transform(
     options: Options, dataset: Dataset, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any] | None]:
-    """Give a dataset its training transform.
-
-    Returns:
-        The dataset, wrapped for several views per image or changing image sizes, and the schedule of the sizes.
-    """
+    """Give a dataset its training transform; return it, wrapped for several views or sizes, and their schedule."""
     settings = _augmentation(options, config)
     interpolation = settings['interpolation']
-    squashed = options.train_crop_mode == 'squash'
     sizes = [(config['input_size'][0], size, size) for size in options.train_img_sizes or ()]
     try:
         transforms = [create_transform(size, **settings) for size in sizes or [config['input_size']]]
@@ -256,12 +227,11 @@ def set_train_transform(
         dataset = SplitDataset(dataset, options.aug_splits)
         dataset.transform = _separate(options, transforms[0], interpolation)
         return dataset, None
-    if not options.no_aug:
-        if squashed:
-            transforms = [squash(transform, interpolation) for transform in transforms]
-        if options.cutout:
-            cutout = Cutout(options.cutout, options.cutout_prob)
-            transforms = [cut_out(transform, cutout, options.cutout_place) for transform in transforms]
+    if options.train_crop_mode == 'squash' and not options.no_aug:
+        transforms = [squash(transform, interpolation) for transform in transforms]
+    if options.cutout and not options.no_aug:
+        cutout = Cutout(options.cutout, options.cutout_prob)
+        transforms = [cut_out(transform, cutout, options.cutout_place) for transform in transforms]
     if not sizes:
         dataset.transform = transforms[0]
         return dataset, None
@@ -286,9 +256,8 @@ def _separate(options: Options, transform: tuple[Compose, ...], interpolation: s
     if options.train_crop_mode == 'squash':
         shared = squash(shared, interpolation)
     if options.cutout:
-        cutout = Cutout(options.cutout, options.cutout_prob)
-        steps = [cutout, augmentation] if options.cutout_place == 'before' else [augmentation, cutout]
-        augmentation = Compose(steps)
+        steps = [Cutout(options.cutout, options.cutout_prob), augmentation]
+        augmentation = Compose(steps if options.cutout_place == 'before' else steps[::-1])
     return shared, augmentation, final
 
 

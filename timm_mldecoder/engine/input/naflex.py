@@ -29,15 +29,10 @@ PatchBatch = dict[str, Any]
 
 
 class PatchFormat(NamedTuple):
-    """How a model reads patches.
+    """How a model reads patches."""
 
-    Attributes:
-        size: Height and width of a patch in pixels.
-        channels_last: Whether the channels of a pixel are next to each other in a patch.
-    """
-
-    size: tuple[int, int]
-    channels_last: bool
+    size: tuple[int, int]  # height and width of a patch in pixels
+    channels_last: bool  # whether the channels of a pixel are next to each other in a patch
 
 
 def patch_format(options: Options, model: nn.Module) -> PatchFormat | None:
@@ -69,12 +64,7 @@ def patch_format(options: Options, model: nn.Module) -> PatchFormat | None:
 
 
 class NaFlexBatches(Sampler[list[Draw]]):
-    """The batches of an epoch on one rank, from any position of the epoch; the interface of `EpochBatches`.
-
-    Args:
-        wrapper: timm's dataset of batches.
-        seed: Seed of the run.
-    """
+    """The batches of an epoch on one rank, from any position of the epoch; the interface of `EpochBatches`."""
 
     scheduled = True
 
@@ -110,20 +100,12 @@ class NaFlexBatches(Sampler[list[Draw]]):
 
 
 class NaFlexCollate:
-    """Mix the images of a batch if requested, divide them into patches and pad them.
-
-    Args:
-        wrapper: timm's dataset of batches.
-        mixing: Mixup and CutMix, None if both are off.
-
-    Attributes:
-        mixup_enabled: Whether `mixing` mixes; else it only smooths labels.
-    """
+    """Mix the images of a batch if requested, divide them into patches and pad them."""
 
     def __init__(self, wrapper: NaFlexMapDatasetWrapper, mixing: NaFlexMixup | None) -> None:
         self._patchify, self._pad = wrapper.patchifiers, wrapper.collate_fns
         self._mixing = mixing
-        self.mixup_enabled = True
+        self.mixup_enabled = True  # else `mixing` only smooths labels
 
     def __call__(self, samples: list[tuple[tuple[Tensor, tuple[int, int]], Any]]) -> tuple[PatchBatch, Tensor]:
         images, targets = [image for (image, _), _ in samples], [target for _, target in samples]
@@ -155,13 +137,7 @@ def create_train_batches(
 ) -> tuple[Dataset, NaFlexBatches, NaFlexCollate]:
     """Return the parts of a training loader: dataset, batches, collate function.
 
-    Args:
-        options: Options of train.py.
-        dataset: Training split without a transform.
-        patches: How the model reads patches.
-        world: This rank and the others.
-        augmentation: Options of timm's `create_transform`.
-        mixing: Mixup and CutMix, None if both are off.
+    `augmentation` are options of timm's `create_transform`, for a dataset without a transform.
 
     Raises:
         ValueError: If the dataset is a stream.

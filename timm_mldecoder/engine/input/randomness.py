@@ -45,19 +45,12 @@ def seed_all(seed: int) -> None:
 
 
 class Draw(NamedTuple):
-    """One sample of an epoch.
+    """One sample of an epoch."""
 
-    Attributes:
-        index: Index of the sample in the dataset; with scheduled image sizes a pair of it and the size's number.
-        position: Position in the order of the epoch, over all ranks.
-        epoch: Index of the epoch.
-        seed: Seed of the run.
-    """
-
-    index: Any
-    position: int
-    epoch: int
-    seed: int
+    index: Any  # index of the sample in the dataset; with scheduled image sizes a pair of it and the size's number
+    position: int  # position in the order of the epoch, over all ranks
+    epoch: int  # index of the epoch
+    seed: int  # seed of the run
 
     @property
     def image(self) -> int:
@@ -72,19 +65,14 @@ class Order:
     Rank r of R visits positions r, r + R, r + 2R, ... The first epoch of one rank has the order of timm's script for
     the same seed, and every epoch of several ranks that of torch's `DistributedSampler` with this seed. timm's script
     leaves the seed of that sampler at 0, so that its order on several ranks does not depend on `--seed`.
-
-    Args:
-        num_samples: Number of samples of the dataset.
-        seed: Seed of the run.
-        rng_state: State of torch's generator once the model is built, from which timm's script draws the first order.
-        repeats: Views of each sample per epoch, for repeated augmentation on several ranks; 0 for one view.
-        weights: Probability of each sample, [num_samples], for draws with replacement; None visits each sample once.
     """
 
-    num_samples: int
-    seed: int
+    num_samples: int  # number of samples of the dataset
+    seed: int  # seed of the run
+    # state of torch's generator once the model is built, from which timm's script draws the first order
     rng_state: Tensor
-    repeats: float = 0
+    repeats: float = 0  # views of each sample per epoch, for repeated augmentation on several ranks; 0 for one view
+    # probability of each sample, [num_samples], for draws with replacement; None visits each sample once
     weights: Tensor | None = None
 
     def indices(self, epoch: int, ranks: int) -> np.ndarray:
@@ -123,19 +111,12 @@ class Order:
 
 @dataclass(frozen=True)
 class EpochStart:
-    """From where an epoch is trained: its beginning, or where a resumed run with another division continues.
+    """From where an epoch is trained: its beginning, or where a resumed run with another division continues."""
 
-    Attributes:
-        position: First position of the order that is still to be visited.
-        batch: Number of batches that count as trained before it.
-        order_ranks: Number of ranks that the order was drawn for; None for the present number.
-        end_position: Position at which the epoch ends; None for the last full batch.
-    """
-
-    position: int = 0
-    batch: int = 0
-    order_ranks: int | None = None
-    end_position: int | None = None
+    position: int = 0  # first position of the order that is still to be visited
+    batch: int = 0  # number of batches that count as trained before it
+    order_ranks: int | None = None  # number of ranks that the order was drawn for; None for the present number
+    end_position: int | None = None  # position at which the epoch ends; None for the last full batch
 
 
 class _Slots(Sampler[int]):

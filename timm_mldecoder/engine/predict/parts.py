@@ -9,6 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,52 +33,42 @@ class Label(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What is known of one image.
-
-    Attributes:
-        image: Its name.
-        labels: Its labels, the likeliest first; empty if none reaches its threshold.
-        error: Why it could not be read; empty if it could.
-        arrays: Its scores or features, by name.
-    """
+    """What is known of one image."""
 
     image: str
-    labels: Sequence[Label] = ()
-    error: str = ''
-    arrays: dict[str, np.ndarray] = {}
+    labels: Sequence[Label] = ()  # its labels, the likeliest first; empty if none reaches its threshold
+    error: str = ''  # why it could not be read; empty if it could
+    arrays: dict[str, np.ndarray] = {}  # its scores or features, by name
 
 
+@dataclass
 class Parts:
     """The parts of one output file.
-
-    Args:
-        out: The file that is written in the end; its suffix names the format.
-        number: Number of images of the source.
-        size: Images per part.
-        setup: What the predictions depend on; parts of another setup are not continued.
-        arrays: Files for scores and features, by the name of the array.
 
     Raises:
         ValueError: If the format is unknown, or two outputs are the same file.
     """
 
-    def __init__(self, out: Path, number: int, size: int, setup: dict[str, Any], arrays: dict[str, Path]) -> None:
+    out: Path  # the file that is written in the end; its suffix names the format
+    number: int  # images of the source
+    size: int  # images per part
+    setup: dict[str, Any]  # what the predictions depend on; parts of another setup are not continued
+    arrays: dict[str, Path]  # files for scores and features, by the name of the array
+    labels: int = 0  # in the output, once it is finished
+
+    def __post_init__(self) -> None:
+        out = self.out
         if out.suffix.lower() not in FORMATS:
             raise ValueError(f'--out {out}: the format is the suffix, one of {", ".join(FORMATS)}')
         if out.suffix.lower() == '.parquet':
             parquet_module(f'--out {out}')
-        self.out = out
         self.errors = out.with_name(f'{out.name}.errors.csv')
         self.folder = out.with_name(f'{out.name}.parts')
         self._removed = out.with_name(f'.{self.folder.name}{TEMPORARY}')
-        self.number = number
-        self.size = size
-        self.arrays = arrays
-        self.count = -(-number // size)
-        self.labels = 0  # in the output, once it is finished
-        setup = {**setup, 'images': number, 'part_size': size, 'arrays': sorted(arrays)}
+        self.count = -(-self.number // self.size)
+        setup = {**self.setup, 'images': self.number, 'part_size': self.size, 'arrays': sorted(self.arrays)}
         self.setup = json.loads(json.dumps(setup))  # as it is read back
-        self._outputs = [out, self.errors, *arrays.values()]
+        self._outputs = [out, self.errors, *self.arrays.values()]
         if len({path.resolve() for path in self._outputs}) < len(self._outputs):
             raise ValueError(f'{", ".join(map(str, self._outputs))}: each output needs a file of its own')
 

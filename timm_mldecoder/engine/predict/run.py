@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from timm_mldecoder.engine.input.images import KeyedCollate, KeyedSamples, Placement, shut_down
 from timm_mldecoder.engine.input.loaders import worker_options
@@ -137,11 +137,16 @@ def predict(
     world.barrier()
     missing = parts.missing()
     world.barrier()  # no rank writes a part before all have listed what is missing
-    batches = PartBatches(parts, missing[world.rank :: world.size], batch_size)
+    # none reaches over the end of a part, so that a part is the same whoever writes it
+    batches = [
+        (part, parts.images(part)[start : start + batch_size])
+        for part in missing[world.rank :: world.size]
+        for start in range(0, len(parts.images(part)), batch_size)
+    ]
     loader = iter(
         DataLoader(
             KeyedSamples(dataset),
-            batch_sampler=batches,
+            batch_sampler=[batch for _, batch in batches],
             collate_fn=KeyedCollate(default_collate, partial=True),
             **worker_options(world, workers, pin_memory=placement.device.type == 'cuda'),
         )
@@ -149,8 +154,8 @@ def predict(
     pending: list[Prediction] = []
     results = _predictions(predictor, batches, loader, dataset, autocast, placement, 'scores' in parts.arrays)
     try:
-        with progress_bar('Predict', sum(len(batch) for _, batch in batches.all()), world.primary) as bar:
-            for (part, batch), predictions in zip(batches.all(), results, strict=True):
+        with progress_bar('Predict', sum(len(batch) for _, batch in batches), world.primary) as bar:
+            for (part, batch), predictions in zip(batches, results, strict=True):
                 failed = next((item for item in predictions if item.error), None)
                 if failed is not None and bad_image == 'abort':
                     raise RunFailed(f'{failed.image} cannot be read ({failed.error}); --bad-image skip leaves it out')
@@ -164,32 +169,10 @@ def predict(
     world.barrier()
 
 
-class PartBatches(Sampler[range]):
-    """The batches of some parts. None reaches over the end of a part, so that a part is the same whoever writes it."""
-
-    def __init__(self, parts: Parts, numbers: list[int], batch_size: int) -> None:
-        self._parts = parts
-        self._numbers = numbers
-        self._batch_size = batch_size
-
-    def all(self) -> Iterator[tuple[int, range]]:
-        """Yield the part and the images of each batch."""
-        for part in self._numbers:
-            images = self._parts.images(part)
-            for start in range(0, len(images), self._batch_size):
-                yield part, images[start : start + self._batch_size]
-
-    def __len__(self) -> int:
-        return sum(-(-len(self._parts.images(part)) // self._batch_size) for part in self._numbers)
-
-    def __iter__(self) -> Iterator[range]:
-        return (batch for _, batch in self.all())
-
-
 @torch.inference_mode()
 def _predictions(
     predictor: Predictor,
-    batches: PartBatches,
+    batches: Sequence[tuple[int, range]],
     loader: Iterator[Any],
     dataset: SourceDataset,
     autocast: Callable[[], AbstractContextManager],
@@ -197,7 +180,7 @@ def _predictions(
     keep_scores: bool,
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of each batch in order, unreadable images included."""
-    for indices, (batch, positions, bad) in zip(batches, loader, strict=True):
+    for (_, indices), (batch, positions, bad) in zip(batches, loader, strict=True):
         names = [dataset.filename(index) for index in indices]
         errors = {image.path: image.reason for image in bad}
         predictions = [Prediction(name, error=errors.get(name, '')) for name in names]

@@ -5,8 +5,9 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -15,20 +16,12 @@ from torch.utils.data import Dataset
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2', '.avif')
 
 
-class Source(Protocol):
-    """Images by number, each with a name that is unique within the source."""
-
-    names: np.ndarray  # bytes, which workers share without copies
-
-    def open(self, index: int) -> BinaryIO: ...
-
-
 class Files:
     """Image files under a folder; the names are their paths relative to it, with forward slashes."""
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
-        self.names = np.array([os.fsencode(name) for name in names])
+        self.names = np.array([os.fsencode(name) for name in names])  # bytes, which workers share without copies
 
     def open(self, index: int) -> BinaryIO:
         return open(os.path.join(self.root, os.fsdecode(self.names[index])), 'rb')
@@ -57,19 +50,16 @@ class Shards:
             return io.BytesIO(file.read(size))
 
 
+Source = Files | Shards  # images by number, each with a name that is unique within the source
+
+
+@dataclass
 class SourceDataset(Dataset):
-    """The images of a source, transformed; an unreadable one is an OSError.
+    """The images of a source, converted to a PIL mode and transformed; an unreadable one is an OSError."""
 
-    Args:
-        source: The source.
-        transform: Applied to the PIL image.
-        mode: PIL mode of the images.
-    """
-
-    def __init__(self, source: Source, transform: Callable, mode: str = 'RGB') -> None:
-        self.source = source
-        self.transform = transform
-        self.mode = mode
+    source: Source
+    transform: Callable
+    mode: str = 'RGB'
 
     def __len__(self) -> int:
         return len(self.source.names)
@@ -78,11 +68,7 @@ class SourceDataset(Dataset):
         return self.transform(self.read(index)), index
 
     def read(self, index: int) -> Image.Image:
-        """Read an image in the mode of the model.
-
-        Raises:
-            OSError: If it cannot be read.
-        """
+        """Read an image in the mode of the model; an OSError if it cannot be read."""
         try:
             with self.source.open(index) as file, Image.open(file) as image:
                 return image.convert(self.mode)
@@ -106,7 +92,10 @@ def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
     """
     lists = {'.csv': _read_csv, '.parquet': _read_parquet}
     if path.is_file() and path.suffix.lower() in lists:
-        source = _listed(path, lists[path.suffix.lower()])
+        names = lists[path.suffix.lower()](path)
+        if len(set(names)) < len(names):
+            raise ValueError(f'{path} lists an image twice: every path must be unique')
+        source = Files(path.parent, names)
     elif path.is_file():
         source = Shards([path]) if path.suffix.lower() == '.tar' else Files(path.parent, [path.name])
     elif path.is_dir():
@@ -120,11 +109,7 @@ def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
 
 
 def dataset_source(dataset: Any, root: Path) -> Source:
-    """Return the images of a dataset, named by their paths relative to its root.
-
-    Raises:
-        ValueError: If the dataset does not keep its images in files.
-    """
+    """Return the images of a dataset, named by their paths relative to its root; a ValueError if they are no files."""
     if not hasattr(dataset, 'filenames'):
         raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
     return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
@@ -144,39 +129,24 @@ def _find_images(root: Path, exclude: Sequence[Path]) -> list[str]:
     return sorted(names)
 
 
-def _listed(path: Path, read: Callable[[Path], list[str]]) -> Files:
-    names = read(path)
-    if len(set(names)) < len(names):
-        raise ValueError(f'{path} lists an image twice: every path must be unique')
-    return Files(path.parent, names)
-
-
 def _read_csv(path: Path) -> list[str]:
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
             rows = [row for row in csv.reader(file) if row]
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 text: {error}') from error
-    if rows and 'path' in rows[0]:
-        column = rows[0].index('path')
-        rows = rows[1:]
-    else:
-        column = 0
-    return [row[column] for row in rows if len(row) > column and row[column]]
+    named = bool(rows) and 'path' in rows[0]
+    column = rows[0].index('path') if named else 0
+    return [row[column] for row in rows[named:] if len(row) > column and row[column]]
 
 
 def _read_parquet(path: Path) -> list[str]:
-    parquet = parquet_module(str(path))
-    table = parquet.read_table(path)
+    table = parquet_module(str(path)).read_table(path)
     return table.column('path' if 'path' in table.column_names else 0).to_pylist()
 
 
 def parquet_module(what: str) -> Any:
-    """Return `pyarrow.parquet`.
-
-    Raises:
-        ValueError: If pyarrow is not installed.
-    """
+    """Return `pyarrow.parquet`; a ValueError if it is not installed."""
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from timm_mldecoder.engine.flags import Options, parse_train
-from timm_mldecoder.engine.flags.flag import number
+from timm_mldecoder.engine.flags.flag import BaseParser, number
 from timm_mldecoder.models.probes import PROBES
 
 TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
@@ -45,43 +45,25 @@ _DEFAULTS = dict(opt='adamw', weight_decay='0.01', epochs='10', smoothing='0', o
 
 
 class HeadSpec(NamedTuple):
-    """A head to train.
+    """A head to train."""
 
-    Attributes:
-        label: What the user wrote; the name of its row.
-        name: Key of `PROBES`.
-        options: Options of the head.
-    """
-
-    label: str
-    name: str
+    label: str  # what the user wrote; the name of its row
+    name: str  # key of `PROBES`
     options: dict[str, Any]
 
 
 class ProbeOptions(NamedTuple):
-    """Options of a probe.
+    """Options of a probe."""
 
-    Attributes:
-        train: Options of train.py; `use_ml_decoder_head` is 1 if there are text queries.
-        heads: The heads.
-        rates: Learning rates, in increasing order.
-        seeds: Number of seeds.
-        test_split: Split that the chosen runs are scored on; empty for none.
-        augment: Whether training images are augmented.
-        cache: Folder of cached features; empty for none.
-        views: Augmented views per training image in the cache.
-        shard: Images per file of the cache.
-    """
-
-    train: Options
+    train: Options  # options of train.py; `use_ml_decoder_head` is 1 if there are text queries
     heads: list[HeadSpec]
-    rates: list[float]
+    rates: list[float]  # learning rates, in increasing order
     seeds: int
-    test_split: str
-    augment: bool
-    cache: str
-    views: int
-    shard: int
+    test_split: str  # split that the chosen runs are scored on; empty for none
+    augment: bool  # whether training images are augmented
+    cache: str  # folder of cached features; empty for none
+    views: int  # augmented views per training image in the cache
+    shard: int  # images per file of the cache
 
 
 def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOptions:
@@ -95,9 +77,13 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
     if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
         raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
     defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
-    given = parse_train([*defaults, '--no-aug', *others] if not own.augment else [*defaults, *others])
-    _refuse_without_effect(given, own.augment)
-    train, words = given, bool(given.word_embeddings)
+    train = parse_train([*defaults, *([] if own.augment else ['--no-aug']), *others])
+    for name in sorted(train.given - {'no_aug'}):
+        if name not in _TAKEN:
+            raise ValueError(f'{train.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
+        if name in AUGMENTATION and not own.augment:
+            raise ValueError(f'{train.flag(name)} needs --augment')
+    words = bool(train.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):
             raise ValueError(f'--word-embeddings needs one of {", ".join(TEXT_HEADS)} in --heads')
@@ -108,33 +94,13 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
             f'--class-split: {", ".join(fixed)} cannot score unseen classes; leave only heads with text queries '
             '(--word-embeddings), or pass --score-classes seen'
         )
-    if own.seeds > 1000:
-        raise ValueError(f'--seeds {own.seeds}: must be at most 1000')
-    if own.cache_views > 1 and not (own.cache and own.augment):
-        raise ValueError(f'--cache-views {own.cache_views} needs --cache and --augment')
-    if own.cache_shard is not None and not own.cache:
-        raise ValueError(f'--cache-shard {own.cache_shard} needs --cache')
+    if own.views > 1 and not (own.cache and own.augment):
+        raise ValueError(f'--cache-views {own.views} needs --cache and --augment')
+    if own.shard is not None and not own.cache:
+        raise ValueError(f'--cache-shard {own.shard} needs --cache')
     if not train.val_split:
         raise ValueError('--val-split: a probe chooses learning rates on a validation split; give one')
-    return ProbeOptions(
-        train,
-        heads,
-        own.lrs,
-        own.seeds,
-        own.test_split,
-        own.augment,
-        own.cache,
-        own.cache_views,
-        own.cache_shard or 1024,
-    )
-
-
-def _refuse_without_effect(options: Options, augment: bool) -> None:
-    for name in sorted(options.given - {'no_aug'}):
-        if name not in _TAKEN:
-            raise ValueError(f'{options.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
-        if name in AUGMENTATION and not augment:
-            raise ValueError(f'{options.flag(name)} needs --augment')
+    return ProbeOptions(train, **{**vars(own), 'heads': heads, 'shard': own.shard or 1024})
 
 
 def _head(text: str) -> HeadSpec:
@@ -161,13 +127,8 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message.removeprefix('argument '))
-
-
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = BaseParser(
         'python -m timm_mldecoder.probe',
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -182,13 +143,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
     everything = 'linear,max,logsumexp,attention_pool,efficient_probing,ml_decoder_small,ml_decoder'
     add('--heads', default=everything, help=f'of {", ".join(PROBES)}; NAME:OPTION=VALUE:... gives options of a head '
         '(default: %(default)s)')  # fmt: skip
-    add('--lrs', type=_rates, default=_rates('1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'), help='learning rates (default: 1e-4, '
-        '3e-4, 1e-3, 3e-3, 1e-2, 3e-2)')  # fmt: skip
-    positive = number(int, '[1, 1e6]')
-    add('--seeds', type=positive, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
+    rates = '1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'
+    add('--lrs', dest='rates', type=_rates, default=rates, help='learning rates (default: %(default)s)')
+    positive, seeds = number(int, '[1, 1e6]'), number(int, '[1, 1000]')
+    add('--seeds', type=seeds, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')
     add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')
-    add('--cache-views', type=positive, default=1, help='augmented views per image (default: %(default)s)')
-    add('--cache-shard', type=positive, help='images per file of the cache (default: 1024)')
+    add('--cache-views', dest='views', type=positive, default=1, help='augmented views per image (default: 1)')
+    add('--cache-shard', dest='shard', type=positive, help='images per file of the cache (default: 1024)')
     return parser

@@ -18,7 +18,7 @@ from timm_mldecoder.engine.input.loaders import DataConfig
 from timm_mldecoder.engine.probe.options import TEXT_HEADS, ProbeOptions
 from timm_mldecoder.engine.probe.train import Choice, Run
 from timm_mldecoder.engine.runtime.files import write_atomically
-from timm_mldecoder.models.probe_model import ProbeModel, stored_options
+from timm_mldecoder.models.probe_model import ProbeModel
 from timm_mldecoder.models.probes import small_ml_decoder_options
 
 _logger = logging.getLogger(__name__)
@@ -37,11 +37,9 @@ def collect(
     """Return the results in JSON form.
 
     Args:
-        options: Options of the probe.
         choices: The best learning rate of each head.
-        runs: All runs.
         test: Metrics on the test split of the chosen runs, by their index in `runs`; None without such a split.
-        files: Checkpoint of each head.
+        files: Checkpoint of each head, by its label.
         read_seconds: Time of reading or computing features for training, on the first rank.
     """
     metric = options.train.eval_metric
@@ -150,16 +148,7 @@ def write_checkpoint(
     """Write the backbone and the head of a run as a checkpoint of train.py.
 
     An ML-Decoder is written as the head that train.py builds, every other head as `probe_head` of
-    ``timm.create_model``.
-
-    Args:
-        path: The file.
-        options: Options of train.py that describe the backbone.
-        model: The backbone.
-        run: A trained run.
-        config: Data configuration.
-        class_names: Class names, None if unknown.
-        words: Options of `MLDecoder` for text queries; empty without them.
+    ``timm.create_model``. `words` are the options of `MLDecoder` for text queries; empty without them.
     """
     slot = model.get_submodule(model.ml_decoder_slot)
     model.set_submodule(model.ml_decoder_slot, run.head)
@@ -211,7 +200,7 @@ def checkpoint_options(
     options = options.replace(num_classes=num_classes, lr=run.rate, seed=options.seed + run.seed)
     spec = run.spec
     if spec.name not in TEXT_HEADS:
-        stored = stored_options(spec.name, spec.options, run.head)
+        stored = {'name': spec.name, **spec.options}  # none of them is a tensor
         return options.replace(
             use_ml_decoder_head=0, word_embeddings='', model_kwargs={**options.model_kwargs, 'probe_head': stored}
         )

@@ -3,28 +3,26 @@
 import logging
 import os
 from contextlib import ExitStack
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import safe_model_name
-from timm.task import ClassificationEvaluator
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mldecoder.checkpoints.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoints.schema import RUN
-from timm_mldecoder.data import summarize
-from timm_mldecoder.engine.eval.evaluate import create_autocast, multilabel_evaluator
+from timm_mldecoder.engine.eval.evaluate import create_autocast, create_evaluator
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import (
     check_classes,
     check_same_classes,
     create_split,
     image_mode,
+    log_summary,
     read_classes,
 )
 from timm_mldecoder.engine.input.loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
@@ -35,6 +33,7 @@ from timm_mldecoder.engine.probe.features import Backbone, ComputedFeatures, Ima
 from timm_mldecoder.engine.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
 from timm_mldecoder.engine.probe.train import Run, Trainer, choose
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.files import choose_folder, create_folder
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.train.loss import create_train_loss
 from timm_mldecoder.models.factory import CLASSIFIERS
@@ -44,6 +43,9 @@ _logger = logging.getLogger(__name__)
 
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
 _OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
+# Options that choose images and targets: a cache is for one value of each.
+_OF_DATA = ('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'score_classes')
+_PATHS_OF_DATA = ('data_dir', 'class_map', 'class_split')
 
 
 def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
@@ -53,7 +55,6 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
         The results on the first rank, else None.
 
     Raises:
-        ValueError: For a user's mistake.
         RunFailed: If the disk is full, or memory is.
     """
     with ExitStack() as closing:
@@ -61,7 +62,12 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
 
 
 def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str, Any] | None:
-    folder = _choose_folder(options.train) if world.primary else None
+    folder = None
+    if world.primary:
+        given = options.train
+        folder = choose_folder(given.output, given.experiment, safe_model_name(given.model))
+        if (folder / report.RESULTS).exists():
+            raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove it')
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
@@ -85,12 +91,12 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
         runs,
         partial(_build, model, num_classes, words),
         loss,
-        partial(_create_evaluator, train, splits['validation'], world),
+        partial(create_evaluator, train, splits['validation'], device=world.device),
         world,
     )
     sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
     if world.primary:
-        _create_folder(folder)  # a mistake found above leaves no folder
+        create_folder(folder)  # a mistake found above leaves no folder
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
     def score(epoch: int) -> None:
@@ -131,37 +137,15 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     return results
 
 
-def _choose_folder(options: Options) -> Path:
-    name = options.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(options.model)}'
-    folder = Path(options.output) / name
-    if (folder / report.RESULTS).exists():
-        raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove the folder')
-    return folder
-
-
-def _create_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-
-
 def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
-    """Create the model without a classifier.
-
-    Returns:
-        The model, the options that describe it, and the data configuration that came with it.
-    """
+    """Create the model without a classifier; return it, the options that describe it, and its data configuration."""
     plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='', initial_checkpoint='')
     stored: DataConfig = {}
     content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}
     if RUN in content:
         trained = load_trained(options.initial_checkpoint, content=content)
         if 'model' in options.given and options.model != trained.options.model:
-            raise ValueError(
-                f'--model {options.model} contradicts --initial-checkpoint {options.initial_checkpoint}, which holds '
-                f'{trained.options.model}'
-            )
+            raise ValueError(f'--model {options.model} contradicts --initial-checkpoint of {trained.options.model}')
         changes = {name: getattr(trained.options, name) for name in _OF_BACKBONE if name not in options.given}
         options = options.replace(**changes)
         given = {'input_size' if name == 'img_size' else name for name in options.given}
@@ -187,8 +171,7 @@ def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
     for role, dataset in splits.items():
         if isinstance(dataset, IterableDataset):
             raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')
-        for line in summarize(dataset).log_lines(role):
-            _logger.info(line)
+        log_summary(role, dataset)
         if not train.class_split:
             check_same_classes(splits['train'], dataset)
     return splits
@@ -217,6 +200,9 @@ def _create_sources(
     tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))
     shape = (tokens.shape[1] + (class_token is not None), tokens.shape[2])
     weights = backbone.digest()
+    flags = {name: getattr(train, name) for name in _OF_DATA}
+    flags |= {name: os.path.abspath(path) if (path := getattr(train, name)) else '' for name in _PATHS_OF_DATA}
+    flags = {f'--{name.replace("_", "-")}': value for name, value in flags.items()}
     names = {'train': train.train_split, 'validation': train.val_split, 'test': options.test_split}
     caches = {}
     for role, dataset in splits.items():
@@ -228,12 +214,10 @@ def _create_sources(
             'weights': weights,
             'transform': repr((sorted(config.items()), augmentation)),
             'data': data_digest(dataset),
-            '--dataset': train.dataset,
-            '--data-dir': train.data_dir and os.path.abspath(train.data_dir),
+            **flags,
             'split': names[role],
-            '--input-key': train.input_key,
             '--input-img-mode': image_mode(train),
-            'targets': [train.task, train.target_key, train.target_format, num_classes],
+            '--num-classes': num_classes,
         }
         caches[role] = FeatureCache(
             Path(options.cache) / role,
@@ -257,13 +241,6 @@ def _build(model: nn.Module, num_classes: int, words: dict[str, Any], spec: Head
         return build_probe(model, num_classes, spec.name, **options)
     except ValueError as error:
         raise ValueError(f'--heads {spec.label}: {error}') from error
-
-
-def _create_evaluator(options: Options, dataset: Dataset, world: World) -> ClassificationEvaluator:
-    if options.task == 'classification':
-        return ClassificationEvaluator(device=world.device)
-    seen = getattr(dataset, 'num_seen', None)
-    return multilabel_evaluator(seen, threshold=options.multilabel_threshold, device=world.device)
 
 
 def _file_name(label: str) -> str:

@@ -33,27 +33,17 @@ WARMUP = 0.1  # share of the steps; the cosine decay to 0 follows
 
 @dataclass
 class Run:
-    """One head at one learning rate with one seed.
-
-    Attributes:
-        spec: The head.
-        rate: Its largest learning rate.
-        seed: Its seed, from 0.
-        head: The module, None on ranks that do not train it.
-        parameters: Number of parameters of the head.
-        seconds: Time of its steps so far.
-        losses: Mean training loss of each epoch.
-        metrics: Metrics on the validation split by epoch; None where its logits are not finite.
-    """
+    """One head at one learning rate with one seed."""
 
     spec: HeadSpec
-    rate: float
-    seed: int
-    head: nn.Module | None = None
+    rate: float  # its largest learning rate
+    seed: int  # its seed, from 0
+    head: nn.Module | None = None  # the module, None on ranks that do not train it
     optimizer: torch.optim.Optimizer | None = None
-    parameters: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    parameters: int = 0  # number of parameters of the head
+    seconds: float = 0.0  # time of its steps so far
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    # metrics on the validation split by epoch; None where its logits are not finite
     metrics: dict[int, dict[str, float] | None] = field(default_factory=dict)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -64,61 +54,44 @@ class Run:
         return dict(parameters=self.parameters, seconds=self.seconds, losses=self.losses, metrics=self.metrics)
 
 
+@dataclass
 class Trainer:
-    """Trains and scores the runs of this rank.
+    """Trains and scores the runs of this rank."""
 
-    Args:
-        options: Options of train.py.
-        runs: All runs; this rank builds and trains every `world.size`-th.
-        build: Function of a head and the seed that builds the head.
-        loss: The training loss.
-        evaluator: Function that builds the evaluator of a split with so many seen classes (None: all).
-        world: This rank and the others.
-    """
+    options: Options  # of train.py
+    runs: list[Run]  # all runs; this rank builds and trains every `world.size`-th
+    build: Callable[[HeadSpec], nn.Module]
+    loss: nn.Module
+    evaluator: Callable[[], ClassificationEvaluator]
+    world: World
+    read_seconds: float = 0.0
 
-    def __init__(
-        self,
-        options: Options,
-        runs: Sequence[Run],
-        build: Callable[[HeadSpec], nn.Module],
-        loss: nn.Module,
-        evaluator: Callable[[], ClassificationEvaluator],
-        world: World,
-    ) -> None:
-        self.runs = list(runs)
-        self.own = self.runs[world.rank :: world.size]
-        self.read_seconds = 0.0
-        self._options = options
-        self._loss = loss.to(world.device)
-        self._evaluator = evaluator
-        self._world = world
+    def __post_init__(self) -> None:
+        self.own = self.runs[self.world.rank :: self.world.size]
+        self.loss.to(self.world.device)
         for run in self.own:
-            seed_all(options.seed + run.seed)
-            run.head = build(run.spec).to(world.device).train()
+            seed_all(self.options.seed + run.seed)
+            run.head = self.build(run.spec).to(self.world.device).train()
             run.parameters = sum(parameter.numel() for parameter in run.head.parameters())
-            run.optimizer = timm_optimizer(options.replace(lr=run.rate), run.head)
+            run.optimizer = timm_optimizer(self.options.replace(lr=run.rate), run.head)
 
     def train(self, source: Source, number: int, score: Callable[[int], None]) -> None:
-        """Train for all epochs; a collective call.
+        """Train for all epochs on a number of images; a collective call.
 
-        Args:
-            source: Features of the training split.
-            number: Number of training images.
-            score: Called with the epoch after each `--val-interval` epochs, and after the last.
+        `score` is called with the epoch after each `--val-interval` epochs, and after the last.
 
         Raises:
             ValueError: If not even one batch is full.
         """
-        options, size = self._options, self._options.batch_size * self._world.size
+        options, size = self.options, self.options.batch_size * self.world.size
         steps = number // size
         if not steps:
             raise ValueError(
-                f'--batch-size {options.batch_size} on {self._world.size} rank(s): the training split has only '
-                f'{number} images; reduce the batch size'
+                f'--batch-size {options.batch_size} on {self.world.size} rank(s) exceeds the {number} images; reduce it'
             )
         for epoch in range(options.epochs):
-            sums = {id(run): torch.zeros((), device=self._world.device) for run in self.own}
-            batches = read_together(source, training_groups(number, size, options.seed, epoch), self._world)
+            sums = {id(run): torch.zeros((), device=self.world.device) for run in self.own}
+            batches = read_together(source, training_groups(number, size, options.seed, epoch), self.world)
             for index in range(steps):
                 start = time.perf_counter()
                 batch = next(batches)
@@ -136,25 +109,21 @@ class Trainer:
     def step(self, batch: Batch, step: int, factor: float) -> list[Tensor]:
         """Take one optimizer step of each run of this rank, and return their losses.
 
-        Args:
-            batch: Features and targets.
-            step: Number of the step, which determines the draws of dropout.
-            factor: Factor of each run's learning rate.
+        The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
         """
         return [self._step(run, batch, step, factor) for run in self.own]
 
     def _step(self, run: Run, batch: Batch, step: int, factor: float) -> Tensor:
-        """Take one optimizer step, and return the loss."""
         start = time.perf_counter()
-        seed_all(key(STEP, self._options.seed, run.seed, step))
+        seed_all(key(STEP, self.options.seed, run.seed, step))
         for group in run.optimizer.param_groups:
             group['lr'] = run.rate * factor
         run.optimizer.zero_grad()
-        randomized = self._options.random_queries and getattr(run.head, 'vocabulary', None) is not None
-        loss = (RandomQueryLoss(self._loss) if randomized else self._loss)(run.logits(batch), batch.target)
+        randomized = self.options.random_queries and getattr(run.head, 'vocabulary', None) is not None
+        loss = (RandomQueryLoss(self.loss) if randomized else self.loss)(run.logits(batch), batch.target)
         loss.backward()
-        if self._options.clip_grad is not None:
-            dispatch_clip_grad(run.head.parameters(), self._options.clip_grad, mode=self._options.clip_mode)
+        if self.options.clip_grad is not None:
+            dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
         run.optimizer.step()
         self._wait()
         run.seconds += time.perf_counter() - start
@@ -164,22 +133,16 @@ class Trainer:
     def score(
         self, source: Source, number: int, runs: Sequence[Run], classes: Classes | None = None
     ) -> dict[int, dict[str, float] | None]:
-        """Score runs on a split; a collective call.
-
-        Args:
-            source: Features of the split.
-            number: Number of its images.
-            runs: The runs; this rank scores those that it trains.
-            classes: Classes that heads with text queries score instead of those of training.
+        """Score runs on a split of a number of images; a collective call.
 
         Returns:
-            The metrics of each run of this rank, by its `id`; None where logits are not finite.
+            The metrics of each of the runs that this rank trains, by its `id`; None where logits are not finite.
         """
         own = [run for run in self.own if any(run is other for other in runs)]
-        evaluators = {id(run): self._evaluator() for run in own}
+        evaluators = {id(run): self.evaluator() for run in own}
         finite = dict.fromkeys(evaluators, True)
-        size = self._options.batch_size * self._world.size
-        for batch in read_together(source, scoring_groups(number, size), self._world):
+        size = self.options.batch_size * self.world.size
+        for batch in read_together(source, scoring_groups(number, size), self.world):
             for run in own:
                 run.head.eval()
                 text = getattr(run.head, 'vocabulary', None) is not None
@@ -195,15 +158,15 @@ class Trainer:
 
     def share(self) -> None:
         """Give every rank the results of all runs; a collective call."""
-        gathered = self._world.all_gather([run.result() for run in self.own])
+        gathered = self.world.all_gather([run.result() for run in self.own])
         for rank, results in enumerate(gathered):
-            for run, result in zip(self.runs[rank :: self._world.size], results, strict=True):
+            for run, result in zip(self.runs[rank :: self.world.size], results, strict=True):
                 vars(run).update(result)
 
     def _wait(self) -> None:
         """Wait for the device, so that times are those of the work that they name."""
-        if self._world.device.type != 'cpu':
-            torch.accelerator.synchronize(self._world.device)
+        if self.world.device.type != 'cpu':
+            torch.accelerator.synchronize(self.world.device)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -216,16 +179,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best learning rate of a head.
-
-    Attributes:
-        spec: The head.
-        runs: Its runs at that rate, one per seed.
-        tried: Mean metric on the validation split of each rate, over the seeds; None where a run diverged.
-    """
+    """The best learning rate of a head."""
 
     spec: HeadSpec
-    runs: list[Run]
+    runs: list[Run]  # its runs at that rate, one per seed
+    # mean metric on the validation split of each rate, over the seeds; None where a run diverged
     tried: dict[float, float | None]
 
     @property

@@ -1,9 +1,12 @@
 """Early stop on a smoothed metric, as in the code of arXiv 2209.06585."""
 
+from dataclasses import dataclass
+
 PERFECT = 1e-4  # this close to 1, there is nothing left to improve
 SMOOTHING = 0.8  # share of a new best metric in the smoothed one
 
 
+@dataclass
 class EarlyStop:
     """Stop once the metric has not exceeded its smoothed best for some evaluations in a row, or is 1.
 
@@ -11,23 +14,18 @@ class EarlyStop:
     the smoothed metric s (0 at the start), s becomes 0.8 m + 0.2 s and the count starts again. Otherwise, after
     warm-up, the evaluation counts, and `patience` such evaluations in a row stop the run.
 
-    Args:
-        patience: Evaluations without an improvement that stop the run, at least 1.
-
-    Attributes:
-        stopped: Whether the run is to stop.
-
     Raises:
         ValueError: If the patience is below 1.
     """
 
-    def __init__(self, patience: int = 5) -> None:
-        if patience < 1:
-            raise ValueError(f'the patience of early stop must be at least 1, got {patience}')
-        self.patience = patience
-        self.smoothed = 0.0
-        self.waited = 0
-        self.stopped = False
+    patience: int = 5  # evaluations without an improvement that stop the run, at least 1
+    smoothed: float = 0.0
+    waited: int = 0
+    stopped: bool = False  # whether the run is to stop
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f'the patience of early stop must be at least 1, got {self.patience}')
 
     def step(self, *metrics: float, warmed_up: bool = True) -> bool:
         """Take in the metrics of one evaluation, and return `stopped`.

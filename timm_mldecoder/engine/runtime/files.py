@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def choose_folder(output: str, experiment: str, *names: object) -> Path:
+    """Return the folder of a run in `output`: `experiment`, or if that is empty the time and `names`."""
+    time = datetime.now().strftime('%Y%m%d-%H%M%S')
+    return Path(output) / (experiment or '-'.join(map(str, (time, *names))))
+
+
+def create_folder(folder: Path) -> None:
+    """Create the folder of a run; a ValueError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / '.writable').touch()
+        (folder / '.writable').unlink()
+    except OSError as error:
+        raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:

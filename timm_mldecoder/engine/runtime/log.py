@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -18,40 +18,33 @@ class StepTimer:
     """Times of the optimizer steps of an epoch: the last one, and the mean of all."""
 
     def __init__(self) -> None:
-        self.seconds = self.wait = self.total_seconds = self.total_wait = 0.0
-        self.steps = self.images = self.total_images = 0
-        self._wait = 0.0
-        self._images = 0
-        self._batch_mark = self._step_mark = time.perf_counter()
+        self._start = self._mark = time.perf_counter()
+        self._wait, self._images, self._steps = 0.0, 0, 0
+        # seconds, seconds of waiting and images up to the last step, and up to the one before
+        self._now = self._before = (0.0, 0.0, 0)
 
     def batch_arrived(self) -> None:
         """Record that the loader has delivered a batch."""
-        self._wait += time.perf_counter() - self._batch_mark
+        self._wait += time.perf_counter() - self._mark
 
     def batch_done(self, images: int) -> None:
         """Record that a batch was trained on; the wait for the next one begins."""
         self._images += images
-        self._batch_mark = time.perf_counter()
+        self._mark = time.perf_counter()
 
     def step_done(self) -> None:
         """Record the end of an optimizer step."""
-        self._batch_mark = time.perf_counter()
-        self.seconds, self._step_mark = self._batch_mark - self._step_mark, self._batch_mark
-        self.wait, self._wait = self._wait, 0.0
-        self.images, self._images = self._images, 0
-        self.total_seconds += self.seconds
-        self.total_wait += self.wait
-        self.total_images += self.images
-        self.steps += 1
+        self._mark = time.perf_counter()
+        self._before, self._now = self._now, (self._mark - self._start, self._wait, self._images)
+        self._steps += 1
 
     def line(self, world_size: int) -> tuple[str, str]:
         """Return the part of timm's log line about time and images/s of all ranks, and the part about data."""
-        mean, mean_wait = self.total_seconds / self.steps, self.total_wait / self.steps
-        speed = world_size * self.images / max(self.seconds, 1e-9)
-        mean_speed = world_size * self.total_images / max(self.total_seconds, 1e-9)
-        timing = f'Time: {self.seconds:.3f}s, {speed:>7.2f}/s  ({mean:.3f}s, {mean_speed:>7.2f}/s)'
-        waiting = f'Data: {self.wait:.3f} ({mean_wait:.3f})  Wait: {mean_wait / max(mean, 1e-9):.0%}'
-        return timing, waiting
+        seconds, wait, images = (now - before for now, before in zip(self._now, self._before, strict=True))
+        speed, mean_speed = (world_size * n / max(t, 1e-9) for t, n in ((seconds, images), self._now[::2]))
+        mean, mean_wait = (total / self._steps for total in self._now[:2])
+        timing = f'Time: {seconds:.3f}s, {speed:>7.2f}/s  ({mean:.3f}s, {mean_speed:>7.2f}/s)'
+        return timing, f'Data: {wait:.3f} ({mean_wait:.3f})  Wait: {mean_wait / max(mean, 1e-9):.0%}'
 
 
 def progress_bar(label: str, total: int, primary: bool) -> tqdm:
@@ -78,42 +71,30 @@ def train_line(
     )
 
 
+@dataclass
 class EvalLog:
-    """Logs the progress of an evaluation, with the metrics so far; called after every batch.
-
-    Args:
-        label: Name of what is evaluated.
-        evaluator: Evaluator that knows the metrics so far.
-        batches: Number of batches of the split.
-        interval: Batches between log lines.
-        primary: Whether this rank logs.
-    """
+    """Logs the progress of an evaluation, with the metrics so far; called after every batch."""
 
     NAMES = {'loss': 'Loss', 'top1': 'Acc@1', 'top5': 'Acc@5'}
 
-    def __init__(
-        self, label: str, evaluator: ClassificationEvaluator, batches: int, interval: int, primary: bool
-    ) -> None:
-        self._label = label
-        self._evaluator = evaluator
-        self._last = batches - 1
-        self._interval = interval
-        self._primary = primary
-        self._bar = progress_bar(label, batches, primary)
+    label: str
+    evaluator: ClassificationEvaluator  # knows the metrics so far
+    batches: int  # of the split
+    interval: int  # batches between log lines
+    primary: bool  # whether this rank logs
+
+    def __post_init__(self) -> None:
+        self._bar = progress_bar(self.label, self.batches, self.primary)
         self._begin = self._mark = time.perf_counter()
 
     def __call__(self, batch: int) -> None:
-        now = time.perf_counter()
+        now, last = time.perf_counter(), self.batches - 1
         seconds, self._mark = now - self._mark, now
         self._bar.update()
-        if self._primary and (batch == self._last or batch % self._interval == 0):
-            metrics = self._format(self._evaluator.summary())
-            mean = (now - self._begin) / (batch + 1)
-            log_above(
-                self._bar, f'{self._label}: [{batch:>4d}/{self._last}]  Time: {seconds:.3f} ({mean:.3f})  {metrics}'
-            )
-        if batch == self._last:
+        if self.primary and (batch == last or batch % self.interval == 0):
+            found = self.evaluator.summary().items()
+            metrics = '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in found)
+            times = f'{seconds:.3f} ({(now - self._begin) / (batch + 1):.3f})'
+            log_above(self._bar, f'{self.label}: [{batch:>4d}/{last}]  Time: {times}  {metrics}')
+        if batch == last:
             self._bar.close()
-
-    def _format(self, metrics: Mapping[str, float]) -> str:
-        return '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in metrics.items())

@@ -33,11 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def advise_on_memory(batch_size: int, validation_batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Turn out-of-memory errors in training into advice about the batch size.
-
-    Raises:
-        RunFailed: In place of an out-of-memory error.
-    """
+    """Turn out-of-memory errors in training into a RunFailed with advice about the batch size."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -35,11 +35,7 @@ def write_summary(path: Path, rows: list[Metrics]) -> None:
 
 
 def read_summary(path: Path, before: float = math.inf) -> list[Metrics]:
-    """Return the epochs of a summary that precede one; none if there is no such file.
-
-    Raises:
-        ValueError: If the file is not a summary.
-    """
+    """Return the epochs of a summary before one, none without a file; a ValueError if it is not a summary."""
     if not path.exists():
         return []
     try:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import overlap, summarize
+from timm_mldecoder.data import overlap
 from timm_mldecoder.engine.checkpoint.files import LOCK, CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.engine.checkpoint.resume import resume
 from timm_mldecoder.engine.checkpoint.shards import ShardWriter
@@ -26,14 +25,18 @@ from timm_mldecoder.engine.input.datasets import (
     check_classes,
     check_same_classes,
     create_split,
+    log_summary,
     read_classes,
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, parameters_on_meta, shard_task
+from timm_mldecoder.engine.parallel.classes import divide_loss
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slices_of
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
+from timm_mldecoder.engine.runtime.files import choose_folder, create_folder
 from timm_mldecoder.engine.runtime.summary import SUMMARY, write_summary
 from timm_mldecoder.engine.runtime.trackers import create_trackers
 from timm_mldecoder.engine.train.freeze import Freezer, head_modules, head_parameters
@@ -54,11 +57,7 @@ DEFAULT_OUTPUT = './output/train'
 
 
 def build_run(options: Options, world: World) -> Run:
-    """Build every part of a run, and resume it if requested.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
+    """Build every part of a run, and resume it if requested."""
     ranks = f'{world.size} processes' if world.distributed else 'a single process'
     _logger.info(f'Training with {ranks} ({world.device}).')
     given = options
@@ -66,9 +65,12 @@ def build_run(options: Options, world: World) -> Run:
 
     # data, then the model: random draws begin with the model's initialisation, as in timm's script
     train, validation = _create_splits(options)
-    random_seed(options.seed, world.rank)
     divided = is_sharded(options, world)
-    model = _create_divided(options, train, world) if divided else create_train_model(options, train)
+    random_seed(options.seed, 0 if divided else world.rank)
+    if divided:
+        model, slices = create_sliced(lambda: create_train_model(options, train), slices_of(options, world))
+    else:
+        model = create_train_model(options, train)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
@@ -99,8 +101,11 @@ def build_run(options: Options, world: World) -> Run:
     # task and optimizer
     task = create_task(options, model, train, config, world)
     if divided:
-        shard_task(task, options, world, head_modules(model))
-    eval_metric = _check_metric(options.eval_metric, task) if eval_loader else 'loss'
+        shard_task(task, slices, options, world, head_modules(model))
+    part = head_modules(model)[0].part if divided and options.head_parallel else None
+    if part is not None:
+        task.criterion = divide_loss(task.criterion, part).to(world.device)
+    eval_metric = options.eval_metric if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
         freezer.apply(0)
@@ -114,16 +119,22 @@ def build_run(options: Options, world: World) -> Run:
     schedule, epochs = create_schedule(options, optimizer, steps, decreasing)
 
     # folder, state, resume
-    folder, made = _create_folder(options, config['input_size'][-1]) if world.primary else (None, [])
+    folder, made = None, []
+    if world.primary:
+        named = safe_model_name(options.model), config['input_size'][-1]
+        folder = choose_folder(options.output or DEFAULT_OUTPUT, options.experiment, *named)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+        create_folder(folder)
     written = yaml.safe_dump({name: value for name, value in options.to_dict().items() if name != 'config'})
     source = _resume_source(options, world, folder, written)
+    sum_dtype = torch.float32 if world.device.type == 'mps' else torch.float64  # mps has no float64
     state = TrainingState(
         task=task,
         optimizer=optimizer,
         schedule=schedule,
         scaler=create_scaler(options, world.device),
         checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist, eval_metric),
-        loss=RunningLoss(torch.zeros((), dtype=_sum_dtype(world.device), device=world.device)),
+        loss=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
     )
@@ -147,6 +158,7 @@ def build_run(options: Options, world: World) -> Run:
         trackers=[],
         shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
         freezer=freezer,
+        part=part,
     )
     try:
         _begin(run, source, written)
@@ -181,47 +193,21 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         repeats=options.epoch_repeats,
         missing=options.missing_images,
     )
-    _log_summary(options.train_split, train)
+    log_summary(options.train_split, train)
     if not options.val_split:
         return train, None
     validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
-    _log_summary(options.val_split, validation)
+    log_summary(options.val_split, validation)
     if not options.class_split:
         check_same_classes(train, validation)
     if shared := overlap(train, validation):
-        _logger.warning(
-            f'{len(shared)} files are in both splits, such as {shared[0]}: validation scores will be too high'
-        )
-    if (
-        options.task == 'multilabel'
-        and not options.no_aug
-        and options.train_crop_mode is None
-        and options.scale[0] < 0.5
-    ):
-        squash = 'multi-label recipes use --train-crop-mode squash'
-        remedy = 'a larger --scale keeps them' if options.naflex_loader else squash
-        _logger.warning(
-            f'--scale {options.scale[0]:g} {options.scale[1]:g}: random crops may cut labelled objects off; {remedy}'
-        )
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
+    crops = options.task == 'multilabel' and not options.no_aug and options.train_crop_mode is None
+    if crops and options.scale[0] < 0.5:
+        remedy = 'a larger --scale' if options.naflex_loader else '--train-crop-mode squash'
+        smallest, largest = options.scale
+        _logger.warning(f'--scale {smallest:g} {largest:g}: crops may cut labelled objects off; {remedy} keeps them')
     return train, validation
-
-
-def _log_summary(split: str, dataset: Dataset) -> None:
-    for line in summarize(dataset).log_lines(split):
-        _logger.info(line)
-
-
-def _create_divided(options: Options, dataset: Dataset, world: World) -> nn.Module:
-    """Create the model without parameters, except on the first rank if they do not come from a checkpoint."""
-    resumed = world.primary and bool(options.resume) and (options.resume != 'auto' or _has_checkpoints(options))
-    if world.primary and not resumed:
-        return create_train_model(options, dataset)
-    with parameters_on_meta():
-        return create_train_model(options.replace(pretrained=False, pretrained_path='', initial_checkpoint=''), dataset)
-
-
-def _has_checkpoints(options: Options) -> bool:
-    return bool(checkpoints_in(Path(options.output or DEFAULT_OUTPUT) / options.experiment))
 
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
@@ -234,23 +220,14 @@ def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
             device='cpu' if options.model_ema_force_cpu else None,
         )
     if options.torchscript:
-        _script(task)
+        trained = task.trainable_module = script(task.get_trainable_module())
+        task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is left out
     if options.torchcompile:
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
         task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
     eval_model = task.get_eval_model()
     prepare_distributed(options, task, world)
     return eval_model
-
-
-def _script(task: TrainingTask) -> None:
-    """Compile the model of a task with torch.jit.script, for training and evaluation.
-
-    Raises:
-        ValueError: If the model cannot be compiled.
-    """
-    trained = task.trainable_module = script(task.get_trainable_module())
-    task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is not evaluated
 
 
 def _eval_classes(options: Options, model: nn.Module, validation: Dataset | None) -> Classes | None:
@@ -260,28 +237,6 @@ def _eval_classes(options: Options, model: nn.Module, validation: Dataset | None
     classes = read_classes(options.word_embeddings, validation)
     with other_classes(model, classes):
         return classes  # a head that cannot take them raises its error now, not after an epoch
-
-
-def _check_metric(name: str, task: TrainingTask) -> str:
-    names = task.create_evaluator().metric_names
-    if name not in names:
-        raise ValueError(f'--eval-metric {name}: this task has {", ".join(names)}')
-    return name
-
-
-def _create_folder(options: Options, image_size: int) -> tuple[Path, list[Path]]:
-    """Create the folder of the run; return it, and the folders that were made for it, the innermost first."""
-    time = datetime.now().strftime('%Y%m%d-%H%M%S')
-    name = options.experiment or f'{time}-{safe_model_name(options.model)}-{image_size}'
-    folder = Path(options.output or DEFAULT_OUTPUT) / name
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / '.writable').touch()
-        (folder / '.writable').unlink()
-    except OSError as error:
-        raise ValueError(f'--output: cannot write to {folder}: {error.strerror}') from error
-    return folder, made
 
 
 def _remove(folders: list[Path]) -> None:
@@ -314,7 +269,3 @@ def _resume_source(options: Options, world: World, folder: Path | None, written:
             'another --experiment, or remove the folder'
         )
     return source
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64

@@ -19,7 +19,7 @@ from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.input.datasets import check_class_names, image_channels
 from timm_mldecoder.engine.input.loaders import DataConfig
-from timm_mldecoder.engine.model import Trained, count_parameters, load_model
+from timm_mldecoder.engine.model import Trained, count_parameters, load_model, per_channel
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 
@@ -38,11 +38,6 @@ class Teacher(DistillationTeacher):
 
     timm's own takes both normalizations from the models, whatever `--mean` and `--std` are, and waits for the device in
     each step to compare them.
-
-    Args:
-        model: The teacher, on its device.
-        own: Its data configuration.
-        images: Data configuration of the images.
     """
 
     def __init__(self, model: nn.Module, own: DataConfig, images: DataConfig) -> None:
@@ -50,7 +45,9 @@ class Teacher(DistillationTeacher):
         self.requires_grad_(False)
         channels = images['input_size'][0]
         mean, std, image_mean, image_std = (
-            _per_channel(config[name], channels) for config in (own, images) for name in ('mean', 'std')
+            torch.tensor(per_channel(config[name], channels), dtype=torch.float64).view(1, -1, 1, 1)
+            for config in (own, images)
+            for name in ('mean', 'std')
         )
         like = next(model.parameters())
         self.same = torch.equal(mean, image_mean) and torch.equal(std, image_std)
@@ -92,14 +89,7 @@ class HeadTokenTask(FeatureDistillationTask):
 def create_distillation_task(
     options: Options, student: nn.Module, dataset: Dataset, images: DataConfig, **settings: Any
 ) -> TrainingTask:
-    """Create timm's task of a student and its teacher.
-
-    Args:
-        options: Options of train.py.
-        student: The model to train, on its device.
-        dataset: Training split.
-        images: Data configuration of its images.
-        **settings: Arguments of every task of timm.
+    """Create timm's task of a student, which is on its device, and its teacher.
 
     Raises:
         ValueError: If the teacher does not load, or student, teacher and images do not fit each other.
@@ -151,11 +141,7 @@ def _create_teacher(options: Options, student: nn.Module, dataset: Dataset, imag
 
 
 def _load(options: Options, student: nn.Module) -> Trained:
-    """Load the teacher that the options name.
-
-    Raises:
-        ValueError: If it does not load, or was trained for another task.
-    """
+    """Load the teacher that the options name; a ValueError if it was trained for another task."""
     settings: dict[str, Any] = dict(data_dir='.', device=options.device, in_chans=image_channels(options))
     if options.kd_model_name:
         settings['model'] = options.kd_model_name
@@ -192,11 +178,7 @@ def _check_logits(options: Options, teacher: nn.Module, num_classes: int, images
 
 @torch.no_grad()
 def _feature_width(options: Options, who: str, model: nn.Module, images: Tensor) -> int:
-    """Return the width of the pooled features of student or teacher.
-
-    Raises:
-        ValueError: If there are none, or the options give another width.
-    """
+    """Return the width of the pooled features of student or teacher; a ValueError if the options give another one."""
     training = model.training
     features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
     model.train(training)
@@ -206,10 +188,3 @@ def _feature_width(options: Options, who: str, model: nn.Module, images: Tensor)
     if options[f'kd_{who}_feature_dim'] not in (None, width):
         raise ValueError(f'--kd-{who}-feature-dim {options[f"kd_{who}_feature_dim"]}: the {who} has {width} features')
     return width
-
-
-def _per_channel(values: Any, channels: int) -> Tensor:
-    """Return mean or standard deviation of each channel [1, C, 1, 1], as timm's loader takes them."""
-    if len(values) != channels:
-        values = [sum(values) / len(values)] * channels
-    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)

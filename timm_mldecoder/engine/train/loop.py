@@ -15,7 +15,9 @@ from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_vie
 from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
+from timm_mldecoder.engine.parallel.classes import divide_evaluator
 from timm_mldecoder.engine.parallel.fsdp import broadcast_buffers
+from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.summary import print_result, summary_row
@@ -91,20 +93,13 @@ def train_epoch(run: Run) -> Metrics:
     for images, target in loader.epoch(state.epoch, state.batch, state.start):
         timer.batch_arrived()
         batch = state.batch
-        state.batch += 1
         accumulated, completes_step = run.accumulation(batch)
-        seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
-
         if not (trained or run.shards is None or options.no_ddp_bb):
             broadcast_buffers(model)
 
-        # forward and backward; gradients are exchanged once per optimizer step
-        with nullcontext() if completes_step else state.task.no_sync():
-            loss = backward(run, images, target, accumulated)
-        if options.sam:
-            with perturbed(model, options.sam):
-                backward(run, images, target, accumulated)
-        trained.append(TrainedBatch(loss, len(target), loader.image_indices(batch)))
+        # forward and backward
+        trained.append(train_batch(run, images, target, accumulated, completes_step))
+        loss = trained[-1].loss
         timer.batch_done(len(target))
         bar.update()
         if not completes_step:
@@ -149,6 +144,20 @@ def rewrap(run: Run) -> None:
         prepare_distributed(run.options, task, run.world)
 
 
+def train_batch(run: Run, images: Batch, target: Tensor, accumulated: int, completes_step: bool) -> TrainedBatch:
+    """Compute the gradients of the next batch, which are exchanged once per optimizer step."""
+    state, options = run.state, run.options
+    batch = state.batch
+    state.batch += 1
+    seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
+    with nullcontext() if completes_step else state.task.no_sync():
+        loss = backward(run, images, target, accumulated)
+    if options.sam:
+        with perturbed(state.task.get_trainable_module(), options.sam):
+            backward(run, images, target, accumulated)
+    return TrainedBatch(loss, len(target), run.train_loader.image_indices(batch))
+
+
 def backward(run: Run, images: Batch, target: Tensor, accumulated: int) -> Tensor:
     """Compute the gradients of one of the `accumulated` batches of an optimizer step.
 
@@ -165,11 +174,6 @@ def backward(run: Run, images: Batch, target: Tensor, accumulated: int) -> Tenso
 
 def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> int:
     """Step the optimizer, unless the loss or a gradient on any rank is not finite: then all ranks skip the step.
-
-    Args:
-        run: The run.
-        trained: Batches that the gradients are of.
-        buffers: Buffers of the model as they were after the previous step.
 
     Returns:
         The signal that one of the ranks received, 0 for none.
@@ -209,10 +213,7 @@ def update_ema(run: Run) -> None:
 def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> None:
     """Report a skipped optimizer step, and end the run if requested or after too many in a row.
 
-    Args:
-        run: The run.
-        trained: Batches of the step.
-        scale_too_large: Whether the loss scaler is only searching its scale, as at the start of a float16 run.
+    With `scale_too_large` the loss scaler is only searching its scale, as at the start of a float16 run.
     """
     state, options = run.state, run.options
     state.skipped += 1
@@ -224,8 +225,11 @@ def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> N
     if not scale_too_large:
         position = dict(epoch=state.epoch, step=step)
         nonfinite.report(run.folder, position, trained, run.train_loader.dataset, run.world)
-    limit = 1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit
-    nonfinite.check_limit(state.skipped, limit, where)
+    if state.skipped >= (1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit):
+        raise RunFailed(
+            f'{where}: loss or gradients not finite for {state.skipped} steps in a row (--nonfinite-limit); they '
+            'changed no parameter. A lower --lr, --clip-grad or a longer warm-up may help'
+        )
 
 
 def validate(run: Run) -> Metrics:
@@ -249,6 +253,8 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    if run.part is not None:
+        divide_evaluator(evaluator, run.part)
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,

@@ -27,10 +27,7 @@ from timm_mldecoder.models.cosine import CosineClassifier
 _logger = logging.getLogger(__name__)
 
 # timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
-TIMM_DEFAULTS = {
-    'asl': dict(detach_focusing=False),
-    'bce': dict(reduction='mean'),
-}
+TIMM_DEFAULTS = {'asl': dict(detach_focusing=False), 'bce': dict(reduction='mean')}
 # Flags of each loss, named as timm's factory names its arguments.
 LOSS_FLAGS = {
     'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
@@ -63,10 +60,8 @@ def create_task(options: Options, model: nn.Module, dataset: Dataset, images: Da
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options.replace(num_classes=options.num_classes or model.num_classes), dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
-        _logger.warning(
-            '--loss aam takes its logits for cosines, which those of this model are not: add --cosine-classifier 1, or '
-            'with --use-ml-decoder-head 1 --ml-decoder-kwargs classifier=cosine'
-        )
+        remedy = '--ml-decoder-kwargs classifier=cosine' if options.use_ml_decoder_head else '--cosine-classifier 1'
+        _logger.warning(f'--loss aam takes its logits for cosines, which those of this model are not: add {remedy}')
     if options.loss == 'csl' and not has_ignored(dataset):
         _logger.warning('--loss csl selects among labels to ignore, of which this dataset has none')
     settings: dict[str, Any] = dict(
@@ -105,10 +100,7 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
         if name not in LOSSES:
             raise ValueError(f'--loss {name} would learn from labels to ignore: choose from {sorted(LOSSES)}')
         if mixes(options):
-            raise ValueError(
-                f'--mixup and --cutmix would mix labels to ignore with others; --dataset {options.dataset} has such '
-                'labels'
-            )
+            raise ValueError(f'--mixup and --cutmix would mix labels to ignore, which --dataset {options.dataset} has')
         if timm_only:
             raise ValueError(f'{", ".join(timm_only)} do not work with --loss {name} and labels to ignore')
     return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
@@ -155,9 +147,7 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
         settings['jsd_splits'] = options.aug_splits
     if name == 'db':
         if stats is None:
-            raise ValueError(
-                '--loss db needs --class-stats: this dataset does not report its labels without the images'
-            )
+            raise ValueError('--loss db needs --class-stats: this dataset does not report its labels')
         settings |= dict(class_counts=stats[0], num_samples=stats[1])
     return create_classification_loss(**{**settings, **options.loss_kwargs})
 

@@ -1,9 +1,7 @@
 """Learning rate range test: a short run in which the learning rate grows until the loss diverges."""
 
-import csv
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
+from timm_mldecoder.engine.runtime.files import write_csv
 from timm_mldecoder.engine.runtime.memory import advise_on_memory
 from timm_mldecoder.engine.runtime.signals import Stopped
-from timm_mldecoder.engine.train.loop import backward, step_optimizer
-from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
+from timm_mldecoder.engine.train.loop import step_optimizer, train_batch
+from timm_mldecoder.engine.train.nonfinite import Buffers
 from timm_mldecoder.engine.train.run import Run
-from timm_mldecoder.engine.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
 
@@ -52,9 +49,7 @@ def find_lr(run: Run) -> None:
     if len(points) < 3:
         raise ValueError(f'--lr-find {options.lr_find}: the loss diverged after {len(points)} steps')
     if run.folder is not None:
-        with (run.folder / 'lr_find.csv').open('w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerows([Point._fields, *points])
+        write_csv(run.folder / 'lr_find.csv', [Point._fields, *points])
         steepest = steepest_descent(points)
         draw(points, steepest, run.folder / 'lr_find.png')
         _logger.info(f'The loss falls fastest at --lr {steepest:.2g}: {run.folder / "lr_find.png"}')
@@ -98,7 +93,7 @@ def _range_test(run: Run) -> list[Point]:
         for group in groups:
             group['lr'] = rate * group.get('lr_scale', 1.0)  # as timm's schedules do
         trained = [
-            _backward(run, *next(batches), accumulated, completes_step=number == accumulated - 1)
+            train_batch(run, *next(batches), accumulated, completes_step=number == accumulated - 1)
             for number in range(accumulated)
         ]
 
@@ -121,17 +116,3 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from run.train_loader.epoch(run.state.epoch)
         run.state.begin_epoch(run.state.epoch + 1)
-
-
-def _backward(run: Run, images: Tensor, target: Tensor, accumulated: int, completes_step: bool) -> TrainedBatch:
-    """Compute the gradients of a batch as in training."""
-    state, options = run.state, run.options
-    batch = state.batch
-    state.batch += 1
-    seed_all(key(STEP, options.seed, state.epoch, batch, run.world.rank))
-    with nullcontext() if completes_step else state.task.no_sync():
-        loss = backward(run, images, target, accumulated)
-    if options.sam:
-        with perturbed(state.task.get_trainable_module(), options.sam):
-            backward(run, images, target, accumulated)
-    return TrainedBatch(loss, len(target), run.train_loader.image_indices(batch))

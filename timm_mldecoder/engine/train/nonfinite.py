@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from timm_mldecoder.engine.parallel.fsdp import local
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.runtime.errors import RunFailed
 
 _logger = logging.getLogger(__name__)
 
@@ -19,17 +18,11 @@ REPORT = 'nonfinite.json'
 
 
 class TrainedBatch(NamedTuple):
-    """A batch whose gradients have been computed, until the optimizer step.
+    """A batch whose gradients have been computed, until the optimizer step."""
 
-    Attributes:
-        loss: Its mean loss, a scalar on the device.
-        images: Number of its images.
-        indices: Their indices in the dataset; empty for a stream.
-    """
-
-    loss: Tensor
-    images: int
-    indices: list[int]
+    loss: Tensor  # its mean loss, a scalar on the device
+    images: int  # number of its images
+    indices: list[int]  # their indices in the dataset; empty for a stream
 
 
 class Buffers:
@@ -71,27 +64,10 @@ def nonfinite_gradient(model: nn.Module) -> Tensor | bool:
     return ~torch.stack(extremes).isfinite().all()
 
 
-def check_limit(in_a_row: int, limit: int, where: str) -> None:
-    """Raise RunFailed once `limit` steps in a row have been skipped."""
-    if in_a_row >= limit:
-        raise RunFailed(
-            f'{where}: loss or gradients not finite for {in_a_row} steps in a row (--nonfinite-limit); they changed no '
-            'parameter. A lower --lr, --clip-grad or a longer warm-up may help'
-        )
-
-
 def report(
     folder: Path | None, position: dict[str, int], batches: list[TrainedBatch], dataset: Any, world: World
 ) -> None:
-    """Describe the first step that is not finite in a file; a collective call.
-
-    Args:
-        folder: Folder of the run; None on all ranks but the first.
-        position: Epoch and step.
-        batches: Batches of the step on this rank.
-        dataset: Dataset, which knows the files of the images if they are files.
-        world: This rank and the others.
-    """
+    """Describe the first step that is not finite in a file of the folder of the run; a collective call."""
     own = [
         {
             'loss': str(batch.loss.item()),  # JSON has neither NaN nor infinity

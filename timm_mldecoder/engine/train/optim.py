@@ -58,13 +58,7 @@ def timm_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float) -> None:
-    """Give parameters groups of their own, with a learning-rate scale that timm's schedules apply.
-
-    Args:
-        optimizer: The optimizer.
-        chosen: The `id` of each parameter.
-        scale: Factor of their learning rate, on top of that of layer decay.
-    """
+    """Give parameters, chosen by `id`, groups of their own, with a scale on top of that of layer decay."""
     groups = []
     for group in optimizer.param_groups:
         own = [parameter for parameter in group['params'] if id(parameter) in chosen]
@@ -77,13 +71,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float
 def create_schedule(
     options: Options, optimizer: torch.optim.Optimizer, steps_per_epoch: int, decreasing: bool
 ) -> tuple[Scheduler | None, int]:
-    """Create the learning-rate schedule.
-
-    Args:
-        options: Options of train.py; `lr` is set.
-        optimizer: The optimizer.
-        steps_per_epoch: Optimizer steps per epoch.
-        decreasing: Whether a lower metric is better, for the plateau schedule.
+    """Create the learning-rate schedule; the plateau schedule needs to know whether a lower metric is better.
 
     Returns:
         The schedule, None for `--sched none`, and the number of epochs that it takes.

@@ -16,6 +16,7 @@ from timm_mldecoder.engine.checkpoint.state import TrainingState
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader, TrainLoader
+from timm_mldecoder.engine.parallel.classes import ClassPart
 from timm_mldecoder.engine.parallel.fsdp import is_sharded
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.signals import Stopped, StopSignals
@@ -28,49 +29,28 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What the training loop works with. Only `state`, the loaders' positions and `signals` change while it trains.
+    """What the training loop works with. Only `state`, the loaders' positions and `signals` change while it trains."""
 
-    Attributes:
-        options: Options of train.py, with the learning rate resolved.
-        world: This rank and the others.
-        state: What a checkpoint holds.
-        train_loader: Batches to train on.
-        eval_loader: Validation split, None without one.
-        eval_model: Model as it is evaluated, without the wrapper that exchanges gradients.
-        eval_classes: Classes of a head with text queries in evaluation; None for those of training.
-        autocast: Context of forward passes.
-        epochs: Number of epochs to train.
-        steps_per_epoch: Optimizer steps of an epoch that is trained from its beginning.
-        eval_metric: Metric that ranks checkpoints.
-        dist_bn: How ranks share BatchNorm statistics; empty for not at all.
-        folder: Folder of the run; None on all ranks but the first.
-        data_config: Size, crop and normalisation of evaluation images.
-        class_names: Class names in the order of the outputs, if the data has any.
-        freezer: Freezes the backbone.
-        folder_lock: Lock of the folder, held as long as the run lives.
-        trackers: Called with the metrics of each epoch.
-        shards: Writes the checkpoints of a model that is divided over ranks; None for other models.
-        signals: Signals that stop the run.
-    """
-
-    options: Options
+    options: Options  # options of train.py, with the learning rate resolved
     world: World
-    state: TrainingState
-    train_loader: TrainLoader
-    eval_loader: EvalLoader | None
-    eval_model: nn.Module
-    eval_classes: Classes | None
+    state: TrainingState  # what a checkpoint holds
+    train_loader: TrainLoader  # batches to train on
+    eval_loader: EvalLoader | None  # validation split, None without one
+    eval_model: nn.Module  # model as it is evaluated, without the wrapper that exchanges gradients
+    eval_classes: Classes | None  # classes of a head with text queries in evaluation; None for those of training
     autocast: Callable[[], AbstractContextManager]
     epochs: int
-    steps_per_epoch: int
-    eval_metric: str
-    dist_bn: str
-    folder: Path | None
-    data_config: dict[str, Any]
-    class_names: list[str] | None
+    steps_per_epoch: int  # optimizer steps of an epoch that is trained from its beginning
+    eval_metric: str  # metric that ranks checkpoints
+    dist_bn: str  # how ranks share BatchNorm statistics; empty for not at all
+    folder: Path | None  # folder of the run; None on all ranks but the first
+    data_config: dict[str, Any]  # size, crop and normalisation of evaluation images
+    class_names: list[str] | None  # class names in the order of the outputs, if the data has any
     freezer: Freezer
-    folder_lock: IO | None
-    trackers: list[Tracker]
+    folder_lock: IO | None  # lock of the folder, held as long as the run lives
+    trackers: list[Tracker]  # called with the metrics of each epoch
+    part: ClassPart | None = None  # classes whose logits this rank has (`--head-parallel`); None for all
+    # writes the checkpoints of a model that is divided over ranks; None for other models
     shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
