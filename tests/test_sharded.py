@@ -38,8 +38,19 @@ VIT = (
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
+    """48 training images."""
+    return write_data(tmp_path_factory.mktemp('images'), 16)
+
+
+@pytest.fixture(scope='module')
+def large_data(tmp_path_factory):
+    """192 training images: 24 global batches of 8."""
+    return write_data(tmp_path_factory.mktemp('many_images'), 64)
+
+
+def write_data(root, train):
     """Write image folders, and lists with one label or two of the same images."""
-    root = write_images(tmp_path_factory.mktemp('images'), train=16, validation=5)
+    write_images(root, train=train, validation=5)
     for split in ('train', 'validation'):
         lines = [
             f'{path.relative_to(root)},{label}{f";{(label + 1) % 3}" if number % 2 else ""}'
@@ -305,18 +316,18 @@ def fall(losses):
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('model', MODELS)
-def test_two_ranks_follow_ddp(data, tmp_path, model, loss):
+def test_two_ranks_follow_ddp(large_data, tmp_path, model, loss):
     """Over 24 steps, with the backbone divided, and with the groups of the head divided too."""
-    assert fall(compare(data, tmp_path, f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 4', *HEADS))
+    assert fall(compare(large_data, tmp_path, f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 1', *HEADS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('model', MODELS)
-def test_four_ranks_follow_ddp(data, tmp_path, model, loss):
+def test_four_ranks_follow_ddp(large_data, tmp_path, model, loss):
     """Over 24 steps, with one copy of the model and with two."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4'
-    assert fall(compare(data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --hsdp 2', ranks=4))
+    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 1'
+    assert fall(compare(large_data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --hsdp 2', ranks=4))
 
 
 @pytest.mark.slow
@@ -333,10 +344,10 @@ def test_a_divided_head_follows_ddp(data, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('model', 'loss'), [('resnet50', 'ce'), ('vit', 'bce'), ('vit', 'asl')])
-def test_a_head_divided_over_four_ranks_follows_ddp(data, tmp_path, model, loss):
+def test_a_head_divided_over_four_ranks_follows_ddp(large_data, tmp_path, model, loss):
     """One of the ranks has one class, the others three each."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4 --num-of-groups 4 --num-classes 10'
-    assert fall(compare(data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
+    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 1 --num-of-groups 4 --num-classes 10'
+    assert fall(compare(large_data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
 
 
 @pytest.mark.slow
