@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import MIB, markdown, parser, peak_memory
 from benchmarks.plan import DDP, DIVIDED_HEADS, FSDP, FSDP_HEAD, HEAD, sent_bytes, state_bytes
 from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.classes import divide_loss
 from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, shard_task, slices_of
+from timm_mldecoder.engine.parallel.losses import divide_loss
 from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.optim import timm_optimizer

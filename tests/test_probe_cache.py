@@ -50,6 +50,7 @@ def assert_read(cache, groups, features):
         expected = torch.stack([features[draw.epoch % VIEWS, draw.index] for draw in group])
         assert torch.equal(torch.cat([*first, batch.tokens], dim=1), expected)
         assert batch.target.tolist() == [draw.index for draw in group]
+        assert batch.tokens.dtype == torch.float16
 
 
 @pytest.mark.parametrize('ahead', [0, 2**26], ids=['one batch ahead', 'all batches ahead'])

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from multilabel_data import write_voc
 from PIL import Image, ImageOps
 from runs import call, start
 
@@ -222,31 +223,99 @@ def test_a_kill_while_writing_loses_no_finished_shard(scenes, tmp_path):
     assert comparable(tmp_path / 'again') == comparable(tmp_path / 'whole')
 
 
+ONE_RUN = [*SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--epochs', '1']
+
+
+def refuse_cache(named, *flags, output):
+    with pytest.raises(ValueError, match=rf'(: |, ){named}(,| changed).*remove') as error:
+        run(*flags, output=output, name='other')
+    assert '\n' not in str(error.value)
+
+
+@pytest.fixture(scope='module')
+def cached(tmp_path_factory):
+    """A folder with images, scenes, and a cache of each."""
+    root = tmp_path_factory.mktemp('cached')
+    write_images(root / 'images', train=8, validation=5, size=32)
+    write_images(root / 'same images', train=8, validation=5, size=32)
+    (root / 'names.txt').write_text('class_2\nclass_1\nclass_0\n')
+    write_digit_scenes(root / 'scenes', 24, 12, size=32, sides=(8, 16), max_digits=3)
+    names = (root / 'scenes' / 'classes.txt').read_text().split()
+    (root / 'scenes' / 'other.txt').write_text('\n'.join(names[::-1]))
+    (root / 'split.json').write_text(json.dumps({'seen': names[:7], 'unseen': names[7:]}))
+    write_word_embeddings(root / 'words.safetensors', torch.eye(10), names)
+    (root / 'split.txt').write_text((root / 'split.json').read_text())
+    for kind in CACHED:
+        run(*cached_run(root, kind), output=root, name=kind)
+    return root
+
+
+CACHED = {
+    'images': '--data-dir {root}/images',
+    'scenes': '--data-dir {root}/scenes --dataset csv --task multilabel',
+    'seen classes': '--data-dir {root}/scenes --dataset csv --task multilabel --class-split {root}/split.json '
+    '--score-classes seen',
+}
+
+
+def cached_run(root, kind, flags=''):
+    """The flags of a run that reads the cache of a kind, and those that a test adds."""
+    texts = [text.format(root=root) for text in shlex.split(f'{CACHED[kind]} {flags}')]
+    return [*ONE_RUN, '--cache', root / f'cache of {kind}', *texts]
+
+
 @pytest.mark.parametrize(
-    ('flags', 'named'),
+    ('kind', 'flags', 'named'),
     [
-        ('--model test_resnet --seed 7', 'weights'),
-        ('--model-kwargs output_stride=16', 'model'),
-        ('--crop-pct 0.5', 'transform'),
-        ('--augment', 'transform'),
-        ('--input-img-mode YCbCr', '--input-img-mode'),
-        ('--amp --amp-dtype bfloat16', 'precision'),
-        ('--fast-norm', 'precision'),
-        ('--val-split train', 'split'),
-        ('--dataset torch/image_folder', '--dataset'),
-        ('touch', 'data'),
+        ('images', '--model test_resnet --seed 7', 'weights'),
+        ('images', '--model-kwargs output_stride=16', 'model'),
+        ('images', '--crop-pct 0.5', 'transform'),
+        ('images', '--mean 0.1 0.1 0.1', 'transform'),
+        ('images', '--interpolation nearest', 'transform'),
+        ('images', '--augment', 'transform'),
+        ('images', '--input-img-mode YCbCr', '--input-img-mode'),
+        ('images', '--amp --amp-dtype bfloat16', 'precision'),
+        ('images', '--fast-norm', 'precision'),
+        ('images', '--val-split train', 'split'),
+        ('images', '--dataset torch/image_folder', '--dataset'),
+        ('images', "--data-dir '{root}/same images'", '--data-dir'),
+        ('images', '--class-map {root}/names.txt', '--class-map'),
+        ('images', '--task multilabel --num-classes 3', '--task'),
+        ('images', '--cache-shard 5', 'shard'),
+        ('scenes', '--class-map {root}/scenes/other.txt', '--class-map'),
+        ('scenes', '--class-split {root}/split.json --score-classes seen', '--class-split'),
+        ('seen classes', '--class-split {root}/split.txt', '--class-split'),
+        (
+            'seen classes',
+            '--heads ml_decoder_small --word-embeddings {root}/words.safetensors --score-classes all',
+            '--score-classes',
+        ),
     ],
 )
-def test_a_cache_of_another_model_transform_or_data_is_refused(flags, named, images, tmp_path):
-    base = [images, *SMALL, '--heads', 'linear', '--lrs', '1e-2', '--seeds', '1', '--cache', tmp_path / 'cache']
-    run(*base, '--epochs', '1', output=tmp_path)
-    if flags == 'touch':
-        image = next(images.glob('train/*/*.png'))
-        os.utime(image, ns=(0, 0))
-        flags = ''
-    with pytest.raises(ValueError, match=f'{named}.*remove') as error:
-        run(*base, *flags.split(), output=tmp_path, name='other')
-    assert '\n' not in str(error.value)
+def test_a_cache_of_another_model_transform_or_data_is_refused(kind, flags, named, cached):
+    refuse_cache(named, *cached_run(cached, kind, flags), output=cached)
+
+
+def test_a_cache_of_changed_files_is_refused(images, tmp_path):
+    base = [images, *ONE_RUN, '--cache', tmp_path / 'cache']
+    run(*base, output=tmp_path)
+    os.utime(next(images.glob('train/*/*.png')), ns=(0, 0))
+    refuse_cache('data', *base, output=tmp_path)
+
+
+def test_a_cache_of_other_difficult_labels_is_refused(tmp_path):
+    write_voc(tmp_path / 'voc')
+    voc = [
+        tmp_path / 'voc',
+        *ONE_RUN,
+        '-b',
+        '2',
+        *shlex.split('--dataset voc2007 --task multilabel'),
+        '--cache',
+        tmp_path / 'cache',
+    ]
+    run(*voc, output=tmp_path)
+    refuse_cache('--voc-difficult', *voc, '--voc-difficult', 'positive', output=tmp_path)
 
 
 def test_a_cache_of_other_columns_or_records_is_refused(tmp_path, monkeypatch):
@@ -255,23 +324,33 @@ def test_a_cache_of_other_columns_or_records_is_refused(tmp_path, monkeypatch):
 
     def write(value):
         gray = [Image.new('RGB', (32, 32), (value + index,) * 3) for index in range(16)]
-        rows = {'image': gray, 'negative': [ImageOps.invert(image) for image in gray], 'label': [0, 1] * 8}
-        kinds = {'image': datasets.Image(), 'negative': datasets.Image(), 'label': datasets.ClassLabel(2)}
+        rows = {'image': gray, 'negative': [ImageOps.invert(image) for image in gray]}
+        rows |= {'label': [0, 1] * 8, 'half': [0] * 8 + [1] * 8, 'several': [[0, 1], [1]] * 8}
+        kinds = {'image': datasets.Image(), 'negative': datasets.Image()}
+        kinds |= {'label': datasets.ClassLabel(2), 'half': datasets.ClassLabel(2)}
+        kinds |= {'several': datasets.Sequence(datasets.Value('int64'))}
         for split in ('train', 'validation'):
             table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
             table.to_parquet(tmp_path / 'records' / f'{split}.parquet')
 
     (tmp_path / 'records').mkdir()
-    flags = f'--dataset hfds/{tmp_path}/records --data-dir {tmp_path}/hub --heads linear --lrs 1e-2 --seeds 1'
-    base = [*SMALL, *flags.split(), '--epochs', '1', '--cache', tmp_path / 'cache']
+    flags = f'--dataset hfds/{tmp_path}/records --data-dir {tmp_path}/hub --input-key image'
+    base = [*ONE_RUN, *flags.split(), '--cache', tmp_path / 'cache']
+    several = [
+        *base,
+        *shlex.split('--task multilabel --num-classes 2 --target-key several --cache'),
+        tmp_path / 'several',
+    ]
     write(0)
-    run(*base, '--input-key', 'image', output=tmp_path)
-    run(*base, '--input-key', 'image', output=tmp_path, name='again')
-    with pytest.raises(ValueError, match='--input-key changed'):
-        run(*base, '--input-key', 'negative', output=tmp_path, name='other')
+    run(*base, output=tmp_path)
+    run(*base, output=tmp_path, name='again')
+    run(*several, output=tmp_path, name='several')
+    refuse_cache('--input-key', *base, '--input-key', 'negative', output=tmp_path)
+    refuse_cache('--target-key', *base, '--target-key', 'half', output=tmp_path)
+    refuse_cache('--num-classes', *several, '--num-classes', '3', output=tmp_path)
+    refuse_cache('--target-format', *several, '--target-format', 'multihot', output=tmp_path)
     write(100)
-    with pytest.raises(ValueError, match='data changed'):
-        run(*base, '--input-key', 'image', output=tmp_path, name='other')
+    refuse_cache('data', *base, output=tmp_path)
 
 
 def test_other_heads_and_rates_read_the_same_cache(images, tmp_path):

@@ -38,27 +38,34 @@ VIT = (
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """48 training images."""
-    return write_data(tmp_path_factory.mktemp('images'), 16)
+    """48 training images of three classes."""
+    root = write_lists(tmp_path_factory.mktemp('images'), classes=3, train=16, validation=5)
+    write_word_embeddings(root / 'words.safetensors', torch.eye(3, 8), [f'class_{label}' for label in range(3)])
+    return root
 
 
 @pytest.fixture(scope='module')
 def large_data(tmp_path_factory):
     """192 training images: 24 global batches of 8."""
-    return write_data(tmp_path_factory.mktemp('many_images'), 64)
+    return write_lists(tmp_path_factory.mktemp('large'), classes=3, train=64, validation=5)
 
 
-def write_data(root, train):
+@pytest.fixture(scope='module')
+def ten_classes(tmp_path_factory):
+    """50 training images of ten classes."""
+    return write_lists(tmp_path_factory.mktemp('ten'), classes=10, train=5, validation=2)
+
+
+def write_lists(folder, classes, train, validation):
     """Write image folders, and lists with one label or two of the same images."""
-    write_images(root, train=train, validation=5)
+    root = write_images(folder, train, validation, classes)
     for split in ('train', 'validation'):
         lines = [
-            f'{path.relative_to(root)},{label}{f";{(label + 1) % 3}" if number % 2 else ""}'
-            for label in range(3)
+            f'{path.relative_to(root)},{label}{f";{(label + 1) % classes}" if number % 2 else ""}'
+            for label in range(classes)
             for number, path in enumerate(sorted((root / split / f'class_{label}').iterdir()))
         ]
         (root / f'{split}.csv').write_text('\n'.join(['path,labels', *lines]))
-    write_word_embeddings(root / 'words.safetensors', torch.eye(3, 8), [f'class_{label}' for label in range(3)])
     return root
 
 
@@ -344,10 +351,10 @@ def test_a_divided_head_follows_ddp(data, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('model', 'loss'), [('resnet50', 'ce'), ('vit', 'bce'), ('vit', 'asl')])
-def test_a_head_divided_over_four_ranks_follows_ddp(large_data, tmp_path, model, loss):
+def test_a_head_divided_over_four_ranks_follows_ddp(ten_classes, tmp_path, model, loss):
     """One of the ranks has one class, the others three each."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 1 --num-of-groups 4 --num-classes 10'
-    assert fall(compare(large_data, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
+    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4 --num-of-groups 4 --num-classes 10'
+    assert fall(compare(ten_classes, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
 
 
 @pytest.mark.slow
@@ -358,11 +365,18 @@ def test_mixed_precision_stays_near_ddp(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_four_ranks_and_one_continue_as_one_run(data, tmp_path):
+@pytest.mark.parametrize(
+    'parts',
+    [
+        [(2, 6, 'fsdp --head-parallel'), (4, 3, 'fsdp'), (2, 6, 'ddp'), (1, 12, 'fsdp')],
+        [(2, 6, 'ddp --head-parallel'), (2, 6, 'ddp'), (2, 6, 'ddp --head-parallel'), (1, 12, 'ddp')],
+    ],
+    ids=['fsdp', 'heads'],
+)
+def test_two_ranks_four_ranks_and_one_continue_as_one_run(data, tmp_path, parts):
     """With fsdp, ddp and in one process, as with ddp alone on the same numbers of ranks."""
     flags = [data, *shlex.split(VIT), *shlex.split('--epochs 4 --model-ema --clip-grad 1')]
     flags += ['--output', tmp_path, '--resume', 'auto']
-    parts = [(2, 6, 'fsdp --head-parallel'), (4, 3, 'fsdp'), (2, 6, 'ddp'), (1, 12, 'fsdp')]
     for number, (ranks, size, parallel) in enumerate(parts, 1):
         for name, way in (('whole', 'ddp'), ('parts', parallel)):
             more = ['-b', size, '--parallel', *way.split(), '--stop-epoch', number, '--experiment', name]

@@ -2,8 +2,8 @@
 
 Groups are independent: each rank holds K / ranks of the group fully-connected weights [K, D, group_size] and of learned
 queries, with gradients, optimizer state and EMA weights; these weights are never sent. The embedded tokens of all ranks
-are gathered, and each rank decodes its own queries for the images of all ranks. Losses and metrics work with its logits
-of its own classes, see `classes.py`. All else in the head is small, and FSDP2 has it as other modules.
+are gathered, and each rank decodes its own queries for the images of all ranks; see `classes.py`. All else in the head
+is small, and FSDP2 has it as other modules.
 """
 
 import torch

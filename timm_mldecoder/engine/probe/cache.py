@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,9 +34,8 @@ from timm_mldecoder.engine.runtime.files import write_atomically
 _logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'
-# Threads that read at the same time: a disk reaches its speed in random order only with several requests under way.
-READERS = 8
-READ_BYTES = 2**20  # of a task of a thread, at least one row
+READERS = 8  # threads: a disk reaches its speed in random order only with several requests under way
+READ_BYTES = 2**23  # of a task of a thread, at least one row: each piece of Python code between reads needs the GIL
 AHEAD_BYTES = 2**25  # features under way beside the batch in use; at least one batch
 
 
@@ -138,24 +138,32 @@ class FeatureCache:
                 tokens, targets = [], []
 
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
-        """Yield the features of each group, while the disk reads the next ones."""
+        """Yield the features of each group in float16, as they are stored, while the disk reads the next ones."""
         with ThreadPoolExecutor(READERS) as pool:
-            coming: deque[tuple[list[Draw], np.ndarray, list[Future]]] = deque()
-            free: list[np.ndarray] = []  # memory to use again: new pages cost as much as reading into them
+            coming: deque[tuple[list[Draw], Tensor, list[Future]]] = deque()
+            free: list[np.ndarray] = []
             under_way = 0  # bytes
             for group in groups:
-                used = free.pop() if free else np.empty(0)
-                rows = used if len(used) >= len(group) else np.empty((len(group), *self._shape), dtype=np.float16)
-                coming.append((group, rows, self._begin(group, rows, pool)))
+                tokens = self._memory(len(group), free)
+                coming.append((group, tokens, self._begin(group, tokens.numpy(), pool)))
                 under_way += len(group) * self.bytes_per_image
                 while under_way > AHEAD_BYTES and len(coming) > 1:
-                    group, rows, tasks = coming.popleft()
-                    batch = self._finish(group, rows, tasks)
-                    under_way -= len(group) * self.bytes_per_image
-                    free.append(rows)
-                    yield batch
+                    under_way -= len(coming[0][0]) * self.bytes_per_image
+                    yield self._finish(*coming.popleft())
             while coming:
                 yield self._finish(*coming.popleft())
+
+    def _memory(self, number: int, free: list[np.ndarray]) -> Tensor:
+        """Return float16 memory for images; it goes to `free` when no tensor uses it any more.
+
+        New pages would cost as much time as reading into them.
+        """
+        rows = free.pop() if free else np.empty(0)
+        if len(rows) < number:
+            rows = np.empty((number, *self._shape), dtype=np.float16)
+        part = rows[:number]
+        weakref.finalize(part, free.append, rows)
+        return torch.from_numpy(part)
 
     def _begin(self, group: list[Draw], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
         """Let threads read the tokens of a group, each some neighbours on the disk."""
@@ -177,11 +185,10 @@ class FeatureCache:
                     if file.readinto(rows[number]) != self.bytes_per_image:
                         raise RunFailed(f'{path} is damaged (too short): remove it, and run the command again')
 
-    def _finish(self, group: list[Draw], rows: np.ndarray, tasks: list[Future]) -> Batch:
+    def _finish(self, group: list[Draw], tokens: Tensor, tasks: list[Future]) -> Batch:
         for task in tasks:
             task.result()
-        tokens = torch.from_numpy(rows[: len(group)])
-        tokens = _to_float32(tokens) if self._device.type == 'cpu' else tokens.to(self._device).float()
+        tokens = tokens.to(self._device)
         places = map(self._place, group)
         target = torch.stack([self._open(shard)[1][row] for shard, row in places]).to(self._device)
         first = tokens[:, 0] if self._class_token else None
@@ -265,14 +272,6 @@ def data_digest(dataset: Any) -> str:
         labels = class_indices(dataset)
         digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
-
-
-def _to_float32(tokens: Tensor) -> Tensor:
-    result = torch.empty_like(tokens, dtype=torch.float32)
-    size = 2**15 - 1  # for more values torch would wait for other threads, and the readers have the processors
-    for piece, part in zip(result.view(-1).split(size), tokens.view(-1).split(size), strict=True):
-        piece.copy_(part)
-    return result
 
 
 def _save(array: np.ndarray, file: Any) -> None:

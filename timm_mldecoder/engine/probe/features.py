@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     """Features of some images.
 
     Attributes:
-        tokens: Image tokens [B, N, F], float32.
-        class_token: Class token [B, F], None for a backbone without one.
+        tokens: Image tokens [B, N, F], float32, or float16 as a cache yields them.
+        class_token: Class token [B, F] of the same type, None for a backbone without one.
         target: Class indices [B], or multi-label targets [B, C].
     """
 
@@ -140,11 +140,13 @@ class ComputedFeatures:
 
 
 def read_together(source: Source, groups: Sequence[list[Draw]], world: World) -> Iterator[Batch]:
-    """Yield the features of each group on every rank, of which each rank reads a part; a collective call."""
+    """Yield the float32 features of each group on every rank, of which each rank reads a part; a collective call."""
     padded = [group + group[-1:] * (-len(group) % world.size) for group in groups]
     own = source.read([group[world.rank :: world.size] for group in padded])
     for group, batch in zip(groups, own, strict=True):
-        yield Batch(*(part if part is None else _gather(part, world)[: len(group)] for part in batch))
+        gathered = (part if part is None else _gather(part, world)[: len(group)] for part in batch)
+        tokens, class_token, target = gathered
+        yield Batch(tokens.float(), None if class_token is None else class_token.float(), target)
 
 
 def _gather(part: Tensor, world: World) -> Tensor:

@@ -43,6 +43,9 @@ _logger = logging.getLogger(__name__)
 
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
 _OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
+# Options that choose images and targets: a cache is for one value of each.
+_OF_DATA = ('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'score_classes')
+_PATHS_OF_DATA = ('data_dir', 'class_map', 'class_split')
 
 
 def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
@@ -197,6 +200,9 @@ def _create_sources(
     tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))
     shape = (tokens.shape[1] + (class_token is not None), tokens.shape[2])
     weights = backbone.digest()
+    flags = {name: getattr(train, name) for name in _OF_DATA}
+    flags |= {name: os.path.abspath(path) if (path := getattr(train, name)) else '' for name in _PATHS_OF_DATA}
+    flags = {f'--{name.replace("_", "-")}': value for name, value in flags.items()}
     names = {'train': train.train_split, 'validation': train.val_split, 'test': options.test_split}
     caches = {}
     for role, dataset in splits.items():
@@ -208,12 +214,10 @@ def _create_sources(
             'weights': weights,
             'transform': repr((sorted(config.items()), augmentation)),
             'data': data_digest(dataset),
-            '--dataset': train.dataset,
-            '--data-dir': train.data_dir and os.path.abspath(train.data_dir),
+            **flags,
             'split': names[role],
-            '--input-key': train.input_key,
             '--input-img-mode': image_mode(train),
-            'targets': [train.task, train.target_key, train.target_format, num_classes],
+            '--num-classes': num_classes,
         }
         caches[role] = FeatureCache(
             Path(options.cache) / role,

@@ -31,8 +31,8 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
-from timm_mldecoder.engine.parallel.classes import divide_loss
 from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slices_of
+from timm_mldecoder.engine.parallel.losses import divide_loss
 from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
