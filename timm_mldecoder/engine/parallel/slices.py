@@ -102,6 +102,8 @@ class _Slicing(TorchDispatchMode):
         self._registered = 0
         self._slices: dict[int, _Slice] = {}  # by storage
         self._patches = ExitStack()
+        # for numbers of any dtype; freed after each piece, the allocator would create parameters there
+        self._scratch = torch.empty(2 * _PIECE, dtype=torch.complex128)
         self.read: set[int] = set()
 
     def __enter__(self) -> '_Slicing':
@@ -175,7 +177,7 @@ class _Slicing(TorchDispatchMode):
         part = slice(max(begin, 0), max(0, min(begin + target.numel(), len(own.entries))))
         if drawn:
             for start, size in _pieces(target.numel()):
-                piece = function(target.new_empty(size), *others, **kwargs)
+                piece = function(self._scratch.view(target.dtype)[:size], *others, **kwargs)
                 kept = slice(max(begin + start, 0), max(0, min(begin + start + size, len(own.entries))))
                 first = begin + start
                 own.entries[kept] = piece[kept.start - first :][: len(own.entries[kept])]
