@@ -7,6 +7,7 @@ that a step allocates beside them. `planned` is what `benchmarks.plan` expects o
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import MIB, markdown, parser, peak_memory
 from benchmarks.plan import DDP, DIVIDED_HEADS, FSDP, FSDP_HEAD, HEAD, sent_bytes, state_bytes
 from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.classes import divide_loss
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, parameters_on_meta, shard_task
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, shard_task, slices_of
+from timm_mldecoder.engine.parallel.losses import divide_loss
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.engine.train.optim import timm_optimizer
 from timm_mldecoder.engine.train.run import prepare_distributed
@@ -105,16 +107,16 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
         head = dict(num_of_groups=min(4000, classes), decoder_embedding=DIM, dim_feedforward=64, num_heads=4)
         settings = dict(num_classes=classes, ml_decoder=head) if classes else {}
         divided = is_sharded(options, world)
-        if divided and not world.primary:
-            with parameters_on_meta():
-                model = timm.create_model(name, **settings)
+        if divided:
+            create = functools.partial(timm.create_model, name, **settings)
+            model, slices = create_sliced(create, slices_of(options, world))
         else:
             model = timm.create_model(name, **settings)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         size = model.pretrained_cfg['input_size']
         task = ClassificationTask(model, device=world.device, verbose=False)
         if divided:
-            shard_task(task, options, world, [model.get_classifier()])
+            shard_task(task, slices, options, world, [model.get_classifier()])
         if options.head_parallel:
             task.criterion = divide_loss(task.criterion, model.get_classifier().part).to(world.device)
         optimizer = timm_optimizer(options, task.get_trainable_module())

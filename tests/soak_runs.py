@@ -18,6 +18,7 @@ HEAD = '--use-ml-decoder-head 1 --decoder-embedding 16 --num-of-groups 2'
 WORDS = '--use-ml-decoder-head 1 --decoder-embedding 16 --word-embeddings {data}/several/words.safetensors'
 SPLIT = '--class-split {data}/several/split.json'
 EMA = '--opt adamw --model-ema --model-ema-decay 0.8'
+FSDP = '--parallel fsdp --epochs 4'
 
 # A name that begins with "2 ranks" is a run of two; its flags replace those of the base where both have them.
 GROUPS: dict[str, dict[str, str]] = {
@@ -110,6 +111,14 @@ GROUPS: dict[str, dict[str, str]] = {
         '2 ranks, ML-Decoder, unfrozen later': f'{HEAD} --freeze-backbone --unfreeze-epoch 1',
         '2 ranks, text queries': f'several {WORDS} {SPLIT} --num-classes 60',
         '2 ranks, 3 views': '--aug-splits 3',
+    },
+    'divided': {
+        '2 ranks, FSDP, EMA': f'{FSDP} {EMA}',
+        '2 ranks, FSDP, the better of both': f'{FSDP} {EMA} --better-of-ema',
+        '2 ranks, FSDP, groups of the head': f'{FSDP} {HEAD} --head-parallel --opt adamw',
+        '2 ranks, FSDP, accumulation, clipped norm': f'{FSDP} --grad-accum-steps 2 --clip-grad 1 --opt lamb',
+        '2 ranks, FSDP, autocast bfloat16': f'{FSDP} --amp --amp-dtype bfloat16 {EMA}',
+        '2 ranks, FSDP, milestones, 1 checkpoint': f'{FSDP} --save-epochs 1 2 --checkpoint-hist 1',
     },
 }
 

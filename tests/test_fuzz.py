@@ -56,7 +56,7 @@ class Place:
     """A folder to fuzz in: `work` is the working folder, empty before each case; nothing beside it may change."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.work = root, root / 'work'
+        self.root, self.work = root, root / 'some/where/deep/work'  # the folder three above has no images
         (root / 'folder').mkdir(parents=True)
         for suffix in ('', '.csv', '.npz', '.png', '.safetensors', '.jsonl'):
             for device in ('zero', 'full'):
@@ -64,7 +64,7 @@ class Place:
         self.clear()
 
     def clear(self) -> None:
-        self.work.mkdir(exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         for path in self.work.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -113,6 +113,15 @@ def test_classes_that_are_not_those_of_the_checkpoint(data, tmp_path, line_of, c
         (['--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'], 'img_size=64'),
         (['--in-chans', '4'], '--in-chans'),
         (['--input-img-mode', 'XYZ'], '--input-img-mode XYZ'),
+        (['--bn-eps', '1'], '(--bn-eps 1.0)'),
+        (['--model-kwargs', 'zzz=1'], '(--model-kwargs zzz=1)'),
+        (['--model-kwargs', 'norm_layer=zzz'], '(--model-kwargs norm_layer=zzz)'),
+        (['--model-kwargs', 'output_stride=7'], 'AssertionError() (--model-kwargs output_stride=7)'),
+        (['--model-kwargs', 'stem_width=-1'], '(--model-kwargs stem_width=-1)'),
+        (['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'embed_dim=0'], '(--model-kwargs embed_dim=0)'),
+        (['--pretrained-cfg-overlay', 'zzz=1'], '(--pretrained-cfg-overlay zzz=1)'),
+        (['--opt-kwargs', 'zzz=1'], '--opt sgd --opt-kwargs zzz=1'),
+        (['--loss-class-weight', '1,2'], '--loss-class-weight 1,2: 2 values, and 3 classes'),
     ],
 )
 def test_what_a_model_does_not_take(data, line_of, flags, named):
@@ -123,6 +132,9 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, c
     flags = [data, '--device', 'cpu', '-j', '0']
     assert 'No pretrained weights exist' in line_of(validate_main, *flags, '--model', 'resnetblur18')
     assert 'Invalid pool type: foo' in line_of(validate_main, *flags, '--checkpoint', checkpoint, '--gp', 'foo')
+    assert '--model' in line_of(validate_main, *flags, '--model', '')
+    flags = [*flags, '--checkpoint', checkpoint]
+    assert ' than --use-ml-decoder-head 1: ' in line_of(validate_main, *flags, '--use-ml-decoder-head', '1')
     labels = tmp_path / 'labels.txt'
     for text, named in (
         ('0 7', ' 7 '),
@@ -131,7 +143,7 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, c
         ('2 0', ' 2 classes'),
     ):
         labels.write_text(text)
-        line = line_of(validate_main, *flags, '--checkpoint', checkpoint, '--valid-labels', labels)
+        line = line_of(validate_main, *flags, '--valid-labels', labels)
         assert f'--valid-labels {labels}' in line and named in line
 
 
@@ -156,7 +168,10 @@ def test_files_that_are_missing_or_wrong(data, tmp_path, line_of, checkpoint):
     for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--config'):
         assert 'nothing.pth' in line_of(train_main, data, *MODEL, flag, 'nothing.pth')
     torch.save({'state_dict': {'other.weight': torch.ones(3)}}, tmp_path / 'other.pth')
-    assert '--initial-checkpoint other.pth: ' in line_of(train_main, data, *MODEL, '--initial-checkpoint', 'other.pth')
+    for flags in (['--initial-checkpoint'], ['--pretrained', '--pretrained-path']):
+        assert f'{flags[-1]} other.pth: ' in line_of(train_main, data, *MODEL, *flags, 'other.pth')
+        head = ['--use-ml-decoder-head', '1', '--decoder-embedding', '8']
+        assert f'{flags[-1]} other.pth: ' in line_of(train_main, data, *MODEL, *head, *flags, 'other.pth')
     assert 'nothing.txt' in line_of(train_main, data, *MODEL, '--class-map', 'nothing.txt')
 
 

@@ -10,7 +10,9 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from benchmarks.shards import Sent
-from timm_mldecoder.engine.parallel.classes import ClassPart, divide_evaluator, divide_loss
+from timm_mldecoder.engine.parallel.classes import ClassPart
+from timm_mldecoder.engine.parallel.losses import divide_loss
+from timm_mldecoder.engine.parallel.metrics import divide_evaluator
 from timm_mldecoder.engine.runtime.distributed import join_world
 from timm_mldecoder.losses import create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from timm.task import ClassificationTask
 
 from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.fsdp import parameters_on_meta, shard_task, units
+from timm_mldecoder.engine.parallel.fsdp import shard_task, units
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.train.freeze import head_modules
 
@@ -18,18 +19,17 @@ def check(name: str, **settings) -> None:
     torch.manual_seed(0)
     whole = timm.create_model(name, num_classes=5, **settings)
     torch.manual_seed(0)
-    divided = timm.create_model(name, num_classes=5, **settings)
-    with parameters_on_meta():
-        empty = timm.create_model(name, num_classes=5, **settings)
-    assert [*empty.state_dict()] == [*whole.state_dict()]
-    assert all(parameter.is_meta for parameter in empty.parameters())
+    divided, slices = create_sliced(lambda: timm.create_model(name, num_classes=5, **settings), lambda *_: (0, 1))
+    assert [*divided.state_dict()] == [*whole.state_dict()]
+    for path, parameter in whole.named_parameters():
+        assert torch.equal(slices[path], parameter), path
 
     in_units = {id(p) for module in units(divided, head_modules(divided)) for p in module.parameters()}
     left = sum(p.numel() for p in divided.parameters() if id(p) not in in_units)
     assert left <= 0.6 * sum(p.numel() for p in divided.parameters()), f'{left} parameters are in no unit'
 
     tasks = [ClassificationTask(model, verbose=False) for model in (whole, divided)]
-    shard_task(tasks[1], options, World(torch.device('cpu')), head_modules(divided))
+    shard_task(tasks[1], slices, options, World(torch.device('cpu')), head_modules(divided))
     size = whole.pretrained_cfg['input_size']
     images, labels = torch.randn(2, *size), torch.tensor([0, 1])
     with torch.inference_mode():  # as where a run resumes with the validation of an epoch

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,9 @@ import train
 from timm_mldecoder import label_graph
 from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.checkpoints.sharded import PREFIX
 from timm_mldecoder.data import shapes
+from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.checkpoint.resume import newest
 from timm_mldecoder.engine.runtime.errors import run_command
 
@@ -52,10 +55,11 @@ def fork(call: Callable[[], int], log: Path) -> int:
     """Call a function in a child, the leader of a process group; its output goes to a file."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here too: it may be killed before it has done so
         return pid
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -134,6 +138,11 @@ def kill(processes: list[int]) -> None:
             continue
 
 
+def without_token(name: str) -> str:
+    """Return the name of a file or folder; of a folder of tensors, what is the same in each run."""
+    return name.rpartition('-')[0] if name.startswith(PREFIX) else name
+
+
 def progress(content: dict) -> tuple[int, int]:
     return content[RUN]['epoch'], content[RUN]['batch']
 
@@ -147,7 +156,7 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
         shutil.rmtree(path, ignore_errors=True)
     log = folder / 'log'
     log.write_text('')
-    result = dict(name=name, kills=0, resumed=0, lost=0, unreadable=0, equal=False, left='', error='')
+    result = dict(name=name, kills=0, resumed=0, writing=0, lost=0, unreadable=0, equal=False, left='', error='')
 
     def run(output: Path, *more: str) -> list[int]:
         return start([*arguments, '--output', str(output), '--experiment', 'run', *more], ranks, log)
@@ -181,6 +190,7 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
                 read_checkpoint(path)
             except ValueError:
                 result['unreadable'] += 1
+        result['writing'] += bool(set((killed / 'run').glob(f'{PREFIX}*')) - set(map(shards_of, paths)))
         _, content = newest(killed / 'run') if paths else (None, {})
         found = progress(content) if content else (0, 0)
         result['lost'] += found < reached
@@ -191,8 +201,10 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
         result['equal'] = True
     except AssertionError as error:
         result['error'] = f'differs: {error!s:.300}'
-    files = [{path.name for path in (output / 'run').iterdir()} for output in (killed, undisturbed)]
-    result['left'] = ' '.join(sorted(files[0] ^ files[1]))
+    ours, theirs = (
+        Counter(without_token(path.name) for path in (output / 'run').iterdir()) for output in (killed, undisturbed)
+    )
+    result['left'] = ' '.join(sorted((ours - theirs) + (theirs - ours)))
     return result
 
 

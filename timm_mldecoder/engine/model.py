@@ -1,6 +1,7 @@
 """The model that the options of either script describe, with the weights that they name."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.flags import inherit as inherit_flags
 from timm_mldecoder.engine.flags.checks import check_task
+from timm_mldecoder.engine.flags.flag import show
 from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_channels, read_classes
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
@@ -84,7 +86,10 @@ def create_model(
             **settings,
         )
         if options.cosine_classifier and not options.graph:
-            add_cosine_classifier(model, options.cosine_classifier)
+            try:
+                add_cosine_classifier(model, options.cosine_classifier)
+            except ValueError as error:
+                raise ValueError(f'--cosine-classifier {options.cosine_classifier:g}: {error}') from error
     return model
 
 
@@ -117,6 +122,8 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         bn_eps=options.bn_eps,
         **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
+    if options.pretrained_path:
+        _check_loaded(options, model)
     with refuse(options):
         if options.graph:
             names = class_names_of(dataset)
@@ -131,6 +138,34 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         _scale_head(model, options.head_init_scale, options.head_init_bias)
     _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count_parameters(model)}')
     return model
+
+
+def _check_loaded(options: Options, model: nn.Module) -> None:
+    """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
+
+    The values are compared, since timm renames the tensors of some files.
+    """
+    try:
+        content = read_checkpoint(options.pretrained_path)
+    except ValueError:  # a format that only timm reads, such as .npz
+        return
+    stored: dict[torch.Size, list[Tensor]] = {}
+    for tensor in _tensors(content):
+        stored.setdefault(tensor.shape, []).append(tensor)
+    learned = (parameter for parameter in model.parameters() if parameter.numel() and parameter.min() < parameter.max())
+    if not any(torch.equal(own, tensor.to(own)) for own in learned for tensor in stored.get(own.shape, ())):
+        raise ValueError(
+            f'--pretrained-path {options.pretrained_path}: holds no weights of --model {options.model}; pass a file of '
+            'that model'
+        )
+
+
+def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in content.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
 
 
 def _graph_settings(options: Options) -> dict[str, Any]:
@@ -189,7 +224,9 @@ class Trained(NamedTuple):
         tuned = thresholds_for(self.content, names)
         if tuned is None and self.content.get('thresholds'):
             missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
-            raise ValueError(f'class {missing!r} has no tuned threshold: tune them again, or pass --threshold')
+            raise ValueError(
+                f'class {missing!r} has no tuned threshold: run validate.py --write-thresholds, or pass --threshold'
+            )
         return tuned
 
 
@@ -233,7 +270,13 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # torch names every key that does not fit
-        raise ValueError(f'--checkpoint {options.checkpoint} holds another model: {one_line(error, 300)}') from error
+        trained = vars(content['args']) if RUN in content else {}
+        other = sorted(name for name in options.given if name in trained and options[name] != trained[name])
+        given = ', '.join(f'{options.flag(name)} {show(options[name])}' for name in other)
+        raise ValueError(
+            f'--checkpoint {options.checkpoint} holds another model{f" than {given}" * bool(given)}: '
+            f'{one_line(error, 300)}'
+        ) from error
     return Trained(model, options, config, content)
 
 
@@ -378,29 +421,65 @@ def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
             setattr(head.vocabulary, name, tensor)
 
 
+# What timm's models raise for an argument that they do not have, or for a value that is not what they expect.
+_REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticError)
+
+
 @contextmanager
 def refuse(options: Options) -> Iterator[None]:
     """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield
-    except (TypeError, AssertionError) as error:  # an argument that the model does not have, or an invalid value
-        raise ValueError(f'--model {options.model}: {error or type(error).__name__}') from error
     except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
         raise _name_file(options, error) from error
+    except _REFUSALS as error:
+        refused = _refused_file(options) if isinstance(error, AttributeError) else None  # timm takes its entries as is
+        if refused:
+            raise refused from error
+        given = _unchecked(options, error)
+        if not (given or isinstance(error, (TypeError, AssertionError))):
+            raise
+        reason = one_line(error, 300) if str(error) and not isinstance(error, LookupError) else repr(error)
+        raise ValueError(f'--model {options.model}: {reason}{given}') from error
 
 
-def _name_file(options: Options, error: Exception) -> Exception:
-    """Return an error that names the user's file of weights, if there is one."""
+def _unchecked(options: Options, error: Exception) -> str:
+    """Return the flags whose values timm's models get unchecked, in parentheses, if there are any."""
     values = options.to_dict()
-    files = {flag: values.get(flag[2:].replace('-', '_')) for flag in ('--initial-checkpoint', '--pretrained-path')}
-    files = {flag: path for flag, path in files.items() if path}
-    for flag, path in files.items():
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    given = [
+        f'{options.flag(name)} {key}={value}'
+        for name in ('model_kwargs', 'pretrained_cfg_overlay')
+        for key, value in values.get(name, {}).items()
+    ]
+    if found and found[1] in options.given:
+        given = [f'{options.flag(found[1])} {values[found[1]]}']
+    return f' ({", ".join(given)})' if given else ''
+
+
+def _weight_files(options: Options) -> dict[str, str]:
+    """Return the user's files of weights by the flag that names each."""
+    values = options.to_dict()
+    names = ('initial_checkpoint', 'pretrained_path')
+    return {f'--{name.replace("_", "-")}': values[name] for name in names if values.get(name)}
+
+
+def _refused_file(options: Options) -> ValueError | None:
+    """Return the error of the user's first file of weights that has no valid weights, None if all have."""
+    for flag, path in _weight_files(options).items():
         try:
-            read_checkpoint(path)
+            weights_of(read_checkpoint(path))
         except ValueError as reason:
-            return ValueError(f'{flag}: {reason}')
-    named = ', '.join(f'{flag} {path}' for flag, path in files.items()) or f'--model {options.model}'
-    return ValueError(f'{named}: {one_line(error, 300)}')
+            text = str(reason)
+            return ValueError(f'{flag}: {text if path in text else f"{path}: {text}"}')
+    return None
+
+
+def _name_file(options: Options, error: Exception) -> ValueError:
+    """Return an error that names the user's file of weights, if there is one."""
+    files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
+    source = files or f'--model {options.model}'
+    return _refused_file(options) or ValueError(f'{source}: {one_line(error, 300)}{_unchecked(options, error)}')
 
 
 @torch.no_grad()

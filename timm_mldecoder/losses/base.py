@@ -36,7 +36,9 @@ class MultiLabelLoss(nn.Module):
             ValueError: If the shapes differ or are not [B, C].
         """
         if logits.dim() != 2 or logits.shape != target.shape:
-            raise ValueError(f'logits {list(logits.shape)} and targets {list(target.shape)} must have one shape [B, C]')
+            raise ValueError(
+                f'logits and targets need one shape [B, C], got {list(logits.shape)} and {list(target.shape)}'
+            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = target.to(logits.dtype)
         unannotated = target < 0

@@ -161,7 +161,9 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits and targets, both [B, C]."""
         if output.dim() != 2 or target.shape != output.shape:
-            raise ValueError(f'logits {list(output.shape)} and targets {list(target.shape)} must have one shape [B, C]')
+            raise ValueError(
+                f'logits and targets need one shape [B, C], got {list(output.shape)} and {list(target.shape)}'
+            )
         output, target = self._prepare(output, target)
         if not len(output):
             return

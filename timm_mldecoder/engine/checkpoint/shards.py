@@ -13,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS, Leaf, fill, split, tensors_of
+from timm_mldecoder.engine.parallel.slices import rows_of_rank
 from timm_mldecoder.engine.runtime.distributed import World
 
 
@@ -115,7 +116,18 @@ def localize(
     for leaf in list(tensors_of(content)):
         found = divided(leaf)
         if found is not None and not isinstance(leaf.tensor, DTensor):
-            # every rank has read the file: each takes its slice, and nothing is sent
-            leaf.holder[leaf.key] = distribute_tensor(
-                leaf.tensor.to(found.device), found.device_mesh, found.placements, src_data_rank=None
+            # every rank has mapped the file, and reads its slices
+            own = rows_of_rank(leaf.tensor, *_slice_of(found)).to(found.device)
+            leaf.holder[leaf.key] = DTensor.from_local(
+                own, found.device_mesh, found.placements, run_check=False, shape=found.shape, stride=found.stride()
             )
+
+
+def _slice_of(tensor: DTensor) -> tuple[int, int]:
+    """Return which slice of a tensor this rank holds, and the number of slices."""
+    rank, ranks = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            size = tensor.device_mesh.size(dim)
+            rank, ranks = rank * size + tensor.device_mesh.get_coordinate()[dim], ranks * size
+    return rank, ranks

@@ -73,7 +73,7 @@ def list_candidates(options: Options) -> list[tuple[str, str]]:
         return [(options.model, options.checkpoint)]
     if options.model == 'all':
         return [(name, '') for name in timm.list_models(pretrained=True, exclude_filters=['*_in21k', '*_in22k'])]
-    names = timm.list_models(options.model, pretrained=True)
+    names = timm.list_models(options.model, pretrained=True) if options.model else []  # timm lists all for ''
     if not names and Path(options.model).is_file():
         names = Path(options.model).read_text().split()
     if not names:

@@ -148,7 +148,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     if not o.data_dir and o.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
         yield 'no dataset: give its folder, as DIR or --data-dir DIR'
     for name in ('input_key', 'target_key'):
-        if o[name] and o.dataset.partition('/')[0].lower() not in _RECORDS:
+        if o[name] is not None and o.dataset.partition('/')[0].lower() not in _RECORDS:
             yield f'{o.flag(name)} {o[name]}: only datasets of records have keys: {"/, ".join(_RECORDS)}/'
     if o.gp == '' and not o.use_ml_decoder_head:
         yield "--gp '' leaves the features without pooling: choose from fast, avg, max, avgmax, catavgmax"

@@ -274,7 +274,10 @@ def _check_image_mode(dataset: str, mode: str, channels: int) -> None:
     except KeyError as error:
         raise ValueError(f'--input-img-mode {mode}: Pillow has no such mode') from error
     if found != channels:
-        raise ValueError(f'the model takes {channels} channels, --input-img-mode {mode} has {found}: change either')
+        raise ValueError(
+            f'the model takes {channels} channels, --input-img-mode {mode} has {found}: change it or --in-chans (L has '
+            '1 channel, LA 2, RGB 3, RGBA and CMYK 4)'
+        )
 
 
 def _folders_without_images(dataset: Any) -> list[str]:

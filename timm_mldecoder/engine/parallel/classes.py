@@ -1,52 +1,25 @@
-"""Losses and metrics of logits whose classes are divided over ranks (`--head-parallel`).
+"""The classes of a rank where the groups of a head are divided over ranks (`--head-parallel`).
 
-Each rank has the logits of its own classes for the images of all ranks, [N, own classes]. Logits are not sent: labels
-come to the ranks of the classes, and losses and metrics are put together from numbers per image or per class.
-
-The mean of a divided loss over ranks is that of DistributedDataParallel, as is the mean of its gradients.
+Each rank has the logits of its own classes for the images of all ranks, [N, own classes]. Logits are not sent: targets
+come to the ranks of the classes; `losses.py` and `metrics.py` work with numbers per image or per class.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.loss import (
-    AsymmetricLossMultiLabel,
-    BinaryCrossEntropy,
-    LabelSmoothingCrossEntropy,
-    PolyBinaryCrossEntropy,
-    SoftTargetCrossEntropy,
-)
-from timm.task import ClassificationEvaluator
-from torch import Tensor, nn
-
-from timm_mldecoder.losses import (
-    AngularMarginLoss,
-    AsymmetricLoss,
-    BinaryCrossEntropyLoss,
-    ClassAwareSelectiveLoss,
-    automatic_scale,
-)
-from timm_mldecoder.metrics import MultiLabelEvaluator
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class ClassPart:
-    """The classes of a rank.
+    """The classes of a rank."""
 
-    Attributes:
-        num_classes: Number of classes C of all ranks.
-        width: Number of classes of each rank; the last ones have what is left.
-        rank: This rank.
-        ranks: Number of ranks R.
-    """
-
-    num_classes: int
-    width: int
+    num_classes: int  # of all ranks, C
+    width: int  # classes of each rank; the last has what is left
     rank: int
-    ranks: int
+    ranks: int  # number of ranks R
 
     @property
     def own(self) -> slice:
@@ -110,263 +83,8 @@ def _all_to_all(x: Tensor) -> Tensor:
     return parts
 
 
-def _sum(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Return the sum of the tensors of all ranks, or what `op` makes of them."""
     x = x.clone()
     dist.all_reduce(x, op)
     return x
-
-
-def _sums_classes(loss: nn.Module) -> bool:
-    return isinstance(loss, BinaryCrossEntropy) and loss.sum_classes
-
-
-def _reduction(loss: nn.Module) -> str:
-    return 'batchmean' if _sums_classes(loss) else loss.reduction
-
-
-class EntryLoss(nn.Module):
-    """A loss that is a sum over images and classes: each rank adds up its own classes.
-
-    Args:
-        loss: The loss of all classes.
-        part: Classes of this rank.
-    """
-
-    def __init__(self, loss: nn.Module, part: ClassPart) -> None:
-        super().__init__()
-        self.reduction = _reduction(loss)
-        self.part = part
-        self.loss = deepcopy(loss)
-        self.loss.reduction = 'sum'
-        if _sums_classes(loss):
-            self.loss.sum_classes = False
-        for name, buffer in loss.named_buffers(remove_duplicate=False):
-            if buffer.shape == (part.num_classes,):
-                setattr(self.loss, name, buffer[part.own])
-        if isinstance(loss, AngularMarginLoss) and loss.scale is None:
-            self.loss.scale = automatic_scale(part.num_classes)
-        if isinstance(loss, ClassAwareSelectiveLoss):
-            self.loss.__class__, self.loss.part = _SelectiveLoss, part
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return this rank's part of the loss, times the number of ranks.
-
-        Args:
-            logits: Logits of the own classes, [R B, own classes].
-            target: Targets of the own images, [B] or [B, C].
-        """
-        part, images = self.part, len(target)
-        target = part.targets(target)
-        if target.dim() == 1:  # smoothed as by timm
-            off = self.loss.smoothing / part.num_classes
-            column, is_own = part.place(target)
-            target = torch.full_like(logits, off, requires_grad=False)
-            on = torch.where(is_own, 1 - self.loss.smoothing + off, off)
-            target.scatter_(1, column[:, None], on.to(target.dtype)[:, None])
-        divisor = {'sum': 1, 'batchmean': images, 'mean': images * part.num_classes}[self.reduction]
-        return self.loss(logits, target) / divisor
-
-
-class _SelectiveLoss(ClassAwareSelectiveLoss):
-    """CSL of the classes of a rank; made of a `ClassAwareSelectiveLoss` by `EntryLoss`."""
-
-    part: ClassPart
-
-    def number_annotated(self, unannotated: Tensor) -> Tensor:
-        return _sum(super().number_annotated(unannotated))
-
-    def likeliest(self, scores: Tensor) -> Tensor:
-        """Return which scores [R B, own classes] are among the highest of the images of their rank."""
-        part = self.part
-        batches = scores.reshape(part.ranks, -1)  # [R, B x own classes]
-        images = len(scores) // part.ranks
-        count = min(self.likelihood_topk * images, images * part.num_classes)
-        if not count:
-            return torch.zeros_like(scores, dtype=torch.bool)
-        values = batches.topk(min(count, batches.shape[1])).values
-        values = gather(F.pad(values, (0, count - values.shape[1]), value=-torch.inf))
-        values = torch.cat(values.chunk(part.ranks), dim=1)  # candidates of all ranks, [R, R x count]
-        return (batches >= values.topk(count).values[:, -1:]).view_as(scores)
-
-
-class SoftmaxLoss(nn.Module):
-    """Cross-entropy of a softmax over the classes of all ranks.
-
-    Args:
-        part: Classes of this rank.
-        weight: Weight of each class, [C].
-        smoothing: Label smoothing of class indices.
-    """
-
-    def __init__(self, part: ClassPart, weight: Tensor | None = None, smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.part = part
-        self.smoothing = smoothing
-        self.register_buffer('weight', torch.ones(part.num_classes) if weight is None else weight, persistent=False)
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return a number whose mean over ranks is the loss; see `EntryLoss.forward`."""
-        target = self.part.targets(target)
-        losses = self.per_image(logits, target)
-        weights = self.weight[target] if target.dim() == 1 else torch.ones_like(losses)
-        losses, weights = (values.view(self.part.ranks, -1).sum(1) for values in (losses, weights))
-        return (losses / weights).mean()
-
-    def per_image(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return numbers [N] whose means over ranks are the losses of the images, for the targets of all ranks.
-
-        The loss is -sum_c q_c log p_c. Of the weights q the own ones are `spread`, and `amount` more in `column`.
-        """
-        part, smoothing, logits = self.part, self.smoothing, logits.float()
-        own_weight = self.weight[part.own]
-        if target.dim() == 2:
-            spread = (target * (1 - smoothing) + smoothing / part.num_classes) * own_weight
-            return _SoftmaxLosses.apply(logits, _sum(spread.sum(1)), spread, None, None)
-        column, is_own = part.place(target)
-        amount = (1 - smoothing) * self.weight[target]
-        spread = smoothing / part.num_classes * own_weight[None] if smoothing else None
-        total = amount + smoothing * self.weight.mean()
-        return _SoftmaxLosses.apply(logits, total, spread, column[:, None], (amount * is_own)[:, None])
-
-
-class _SoftmaxLosses(torch.autograd.Function):
-    """What `SoftmaxLoss.per_image` returns; all is computed in place of one tensor of the size of the logits."""
-
-    @staticmethod
-    def forward(
-        ctx, logits: Tensor, total: Tensor, spread: Tensor | None, column: Tensor | None, amount: Tensor | None
-    ):
-        highest = _sum(logits.amax(1, keepdim=True), dist.ReduceOp.MAX)
-        log_sum = _sum((logits - highest).exp_().sum(1, keepdim=True)).log()
-        product = 0 if spread is None else ((logits - highest) * spread).sum(1)
-        if column is not None:
-            product = product + ((logits.gather(1, column) - highest) * amount)[:, 0]
-        ctx.save_for_backward(logits, total, spread, column, amount, highest, log_sum)
-        return total * log_sum[:, 0] - dist.get_world_size() * product
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, total, spread, column, amount, highest, log_sum = ctx.saved_tensors
-        grad = dist.get_world_size() * grad[:, None]  # the other ranks have the same one
-        result = (logits - highest).sub_(log_sum).exp_().mul_(grad * total[:, None])
-        if spread is not None:
-            result.addcmul_(spread, grad, value=-1)
-        if column is not None:
-            result.scatter_add_(1, column, -grad * amount)
-        return result, None, None, None, None
-
-
-class ExchangedLoss(nn.Module):
-    """Any loss: the logits for all classes return to the ranks that the images came from."""
-
-    def __init__(self, loss: nn.Module, part: ClassPart) -> None:
-        super().__init__()
-        self.loss = loss
-        self.part = part
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of the own images; see `EntryLoss.forward`."""
-        return self.loss(_ToImages.apply(logits, self.part), target)
-
-
-class _ToImages(torch.autograd.Function):
-    """`ClassPart.to_images`, with its gradient."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, part: ClassPart) -> Tensor:
-        ctx.part = part
-        return part.to_images(logits)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.to_classes(grad), None
-
-
-#: How a loss is divided; those of other classes exchange logits.
-LOSSES = {
-    **dict.fromkeys((BinaryCrossEntropyLoss, AsymmetricLoss, ClassAwareSelectiveLoss, AngularMarginLoss), EntryLoss),
-    **dict.fromkeys((BinaryCrossEntropy, AsymmetricLossMultiLabel, PolyBinaryCrossEntropy), EntryLoss),
-    nn.CrossEntropyLoss: lambda loss, part: SoftmaxLoss(part, loss.weight, loss.label_smoothing),
-    LabelSmoothingCrossEntropy: lambda loss, part: SoftmaxLoss(part, smoothing=loss.smoothing),
-    SoftTargetCrossEntropy: lambda loss, part: SoftmaxLoss(part),
-}
-
-
-def divide_loss(loss: nn.Module, part: ClassPart) -> nn.Module:
-    """Return a loss of logits of the own classes and targets of the own images, see `EntryLoss.forward`."""
-    divide = LOSSES.get(type(loss), ExchangedLoss)
-    if divide is EntryLoss and _reduction(loss) == 'none':
-        divide = ExchangedLoss
-    if isinstance(loss, nn.CrossEntropyLoss) and (loss.reduction, loss.ignore_index) != ('mean', -100):
-        divide = ExchangedLoss
-    return divide(loss, part)
-
-
-class _DividedEvaluator(ClassificationEvaluator):
-    """An evaluator that takes logits of the own classes of all ranks' images; made by `divide_evaluator`."""
-
-    part: ClassPart
-    limits: list[int | None]  # number of images of each rank that are no padding
-    seen = 0  # images of each rank
-
-    def _of_all_ranks(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and targets of all ranks' images, without the padding of samplers."""
-        images = len(target)
-        target = self.part.targets(target)
-        valid = [images if limit is None else min(max(0, limit - self.seen), images) for limit in self.limits]
-        self.seen += images
-        if min(valid) == images:
-            return output, target
-        kept = [rank * images + row for rank, number in enumerate(valid) for row in range(number)]
-        return output[kept], target[kept]
-
-
-class DividedClassificationEvaluator(_DividedEvaluator):
-    """timm's loss and top-k accuracies. Every rank counts all images, which leaves means as they are."""
-
-    @torch.no_grad()
-    def update(self, output: Tensor, target: Tensor) -> None:
-        output, target = self._prepare(*self._of_all_ranks(output, target))
-        if not len(output):
-            return
-        losses = _sum(self.criterion.per_image(output, target)) / self.part.ranks
-        self._accumulate_loss(losses.mean(), len(output))
-        correct = self.part.highest(output, 5).eq(target[:, None])
-        self.counts[1] += correct[:, 0].sum()
-        self.counts[2] += correct.any(dim=-1).sum()
-
-
-class DividedMultiLabelEvaluator(_DividedEvaluator, MultiLabelEvaluator):
-    """Multi-label metrics: each rank has the scores of its own classes for all images."""
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        super().update(*self._of_all_ranks(output, target))
-
-    def _highest(self, scores: Tensor, k: int) -> Tensor:
-        column, is_own = self.part.place(self.part.highest(scores, k))
-        found = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-        return found.scatter_(1, torch.where(is_own, column, scores.shape[1]), True)[:, :-1]
-
-    def _of_all_classes(self, counts: Tensor) -> Tensor:
-        return _sum(counts)
-
-    def _of_all_images(self, counts: Tensor, distributed: bool) -> Tensor:
-        return self.part.join(counts)
-
-    def per_class(self, function, distributed: bool = False) -> Tensor:
-        return self.part.join(super().per_class(function).to(self.device)).cpu()
-
-
-EVALUATORS = {
-    ClassificationEvaluator: DividedClassificationEvaluator,
-    MultiLabelEvaluator: DividedMultiLabelEvaluator,
-}
-
-
-def divide_evaluator(evaluator: ClassificationEvaluator, part: ClassPart) -> None:
-    """Make an evaluator of all classes one of logits of the own classes, in place; a collective call."""
-    limits = [None] * part.ranks
-    dist.all_gather_object(limits, evaluator.max_samples)
-    evaluator.__class__ = EVALUATORS[type(evaluator)]
-    evaluator.part, evaluator.limits, evaluator.max_samples = part, limits, None
-    evaluator.criterion = SoftmaxLoss(part).to(evaluator.device)

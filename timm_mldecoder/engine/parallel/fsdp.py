@@ -5,8 +5,7 @@ optimizer state and EMA weights. A unit is gathered for its forward and backward
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,12 +17,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from timm_mldecoder.engine.flags import Options
-from timm_mldecoder.engine.parallel.head import divide_groups
+from timm_mldecoder.engine.parallel.head import divide_groups, holds_groups
+from timm_mldecoder.engine.parallel.slices import SliceOf
 from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.head.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -50,9 +49,8 @@ def create_mesh(options: Options, world: World) -> DeviceMesh:
     Raises:
         ValueError: If N does not divide the number of ranks.
     """
-    kind = world.device.type
-    of_a_copy = 1 if options.parallel == 'ddp' else options.hsdp
-    if of_a_copy is None:
+    kind, of_a_copy = world.device.type, _ranks_of_a_copy(options, world)
+    if of_a_copy == world.size:
         return init_device_mesh(kind, (world.size,), mesh_dim_names=('shard',))
     if world.size % of_a_copy:
         raise ValueError(f'--hsdp {of_a_copy}: must divide the number of ranks, {world.size}')
@@ -60,31 +58,30 @@ def create_mesh(options: Options, world: World) -> DeviceMesh:
     return init_device_mesh(kind, shape, mesh_dim_names=('replicate', 'shard'))
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Create modules without memory for their parameters; buffers, which few modules can compute again, are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter if parameter is None else _meta(parameter))
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+def _ranks_of_a_copy(options: Options, world: World) -> int:
+    return 1 if options.parallel == 'ddp' else options.hsdp or world.size
 
 
-def _meta(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to('meta'), requires_grad=parameter.requires_grad)
+def slices_of(options: Options, world: World) -> SliceOf:
+    """Return the function that chooses which slices of the parameters this rank holds."""
+    ranks = _ranks_of_a_copy(options, world)
+
+    def slice_of(module: nn.Module, name: str) -> tuple[int, int]:
+        if options.head_parallel and holds_groups(module, name):
+            return world.rank, world.size
+        return world.rank % ranks, ranks
+
+    return slice_of
 
 
-def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequence[nn.Module]) -> None:
+def shard_task(
+    task: TrainingTask, slices: dict[str, Tensor], options: Options, world: World, heads: Sequence[nn.Module]
+) -> None:
     """Divide the model of a task over ranks, and its EMA weights, which are created here.
 
     Args:
-        task: The task. Rank 0's model has its initial values, in host memory, unless all are on the meta device: then
-            they come from a checkpoint.
+        task: The task, with a model of `create_sliced`.
+        slices: This rank's slices of the parameters, by name; they are removed.
         options: Options of train.py.
         world: This rank and the others.
         heads: The classifier, a unit of its own; two for a distilled model.
@@ -95,22 +92,12 @@ def shard_task(task: TrainingTask, options: Options, world: World, heads: Sequen
     model, mesh = task.get_trainable_module(), create_mesh(options, world)
     _check(model)
     names = [type(module).__name__ for module in units(model, heads)]
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = _meta(parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # of a head, which is built on the device of the backbone
-                module._buffers[name] = torch.zeros_like(buffer, device=world.device)
     average = deepcopy(model) if options.model_ema else None
     paths = {id(module): path for path, module in model.named_modules()}
     head_paths = [paths[id(head)] for head in heads]
     divide(model, heads, mesh, options)
-    fresh = world.all_reduce_max(not any(value.is_meta for value in values.values()))[0]
-    fill(model, values if fresh else None, world)
+    fill(model, slices, world)
     _allocate(model)
-    if fresh:
-        share_buffers(model, world)
     if average is not None:
         divide(average, [average.get_submodule(path) for path in head_paths], mesh, options)
         fill(average, None, world)
@@ -191,40 +178,26 @@ def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
 
 
-def fill(model: nn.Module, values: Mapping[str, Tensor] | None, world: World) -> None:
-    """Give a divided model on the meta device memory, and rank 0's values; zeros without values.
-
-    One parameter at a time is in the memory of the device as a whole.
-    """
+def fill(model: nn.Module, slices: dict[str, Tensor] | None, world: World) -> None:
+    """Give the parameters of a divided model on the meta device their slices, which are removed; zeros without any."""
     filled = {}
     for name, parameter in model.named_parameters():
-        mesh, placements = parameter.device_mesh, parameter.placements
-        if values is None:
-            slice_ = torch.zeros_like(parameter.to_local(), device=world.device)
-            tensor = DTensor.from_local(
-                slice_, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-            )
+        own = parameter.to_local()
+        if slices is None:
+            slice_ = torch.zeros_like(own, device=world.device)
         else:
-            value = values[name]
-            value = torch.empty_like(value, device=world.device) if value.is_meta else value.to(world.device)
-            tensor = distribute_tensor(value, mesh, placements)
+            slice_ = slices.pop(name).to(world.device, own.dtype)
+            assert slice_.shape == own.shape, name
+        tensor = DTensor.from_local(
+            slice_,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
         filled[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     model.load_state_dict(filled, assign=True, strict=False)
-
-
-def share_buffers(model: nn.Module, world: World) -> None:
-    """Give all ranks the buffers of rank 0, whose class names other ranks may not have read."""
-    first = world.broadcast({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in model.named_buffers()})
-    for name, (shape, dtype) in first.items():
-        path, _, leaf = name.rpartition('.')
-        holder = model.get_submodule(path)
-        if tuple(holder._buffers[leaf].shape) != shape:
-            holder._buffers[leaf] = torch.empty(shape, dtype=dtype, device=world.device)
-        if holder._buffers[leaf].numel():
-            dist.broadcast(holder._buffers[leaf], src=0)
-    for module in model.modules():
-        if isinstance(module, Vocabulary):
-            module.known = world.broadcast(module.known)
 
 
 def _allocate(model: nn.Module) -> None:

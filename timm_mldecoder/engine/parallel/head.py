@@ -2,8 +2,8 @@
 
 Groups are independent: each rank holds K / ranks of the group fully-connected weights [K, D, group_size] and of learned
 queries, with gradients, optimizer state and EMA weights; these weights are never sent. The embedded tokens of all ranks
-are gathered, and each rank decodes its own queries for the images of all ranks. Losses and metrics work with its logits
-of its own classes, see `classes.py`. All else in the head is small, and FSDP2 has it as other modules.
+are gathered, and each rank decodes its own queries for the images of all ranks; see `classes.py`. All else in the head
+is small, and FSDP2 has it as other modules.
 """
 
 import torch
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from timm_mldecoder.engine.parallel.classes import ClassPart, gather
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.head.layers import GroupFullyConnected
+from timm_mldecoder.head.queries import Queries
 
 
 class ParallelMLDecoder(MLDecoder):
@@ -50,6 +52,11 @@ class ParallelMLDecoder(MLDecoder):
         if isinstance(tensor, DTensor):
             return _MeanGradient.apply(tensor.to_local())
         return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def holds_groups(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter of a module is one that `divide_groups` divides."""
+    return isinstance(module, (Queries, GroupFullyConnected)) and name == 'weight'
 
 
 def divide_groups(head: MLDecoder, mesh: DeviceMesh) -> list[nn.Parameter]:

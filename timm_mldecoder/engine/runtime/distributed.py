@@ -106,7 +106,8 @@ def join_world(device: str, device_modules: Sequence[str] = ()) -> Iterator[Worl
         found = init_distributed_device_so(device, dist_url=f'{ATTEMPT_SCHEME}://')
     except dist.DistNetworkError as error:
         address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-        raise ValueError(f'the ranks cannot connect at {address} ({error}): choose another MASTER_PORT') from error
+        remedy = 'set MASTER_PORT, or --master-port of torchrun, to a free port'
+        raise ValueError(f'the ranks cannot connect at {address} ({error}): {remedy}') from error
     try:
         yield World(torch.device(found['device']), found['global_rank'], found['world_size'])
     finally:

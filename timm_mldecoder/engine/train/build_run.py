@@ -31,8 +31,9 @@ from timm_mldecoder.engine.input.datasets import (
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
 from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
-from timm_mldecoder.engine.parallel.classes import divide_loss
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, parameters_on_meta, shard_task
+from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slices_of
+from timm_mldecoder.engine.parallel.losses import divide_loss
+from timm_mldecoder.engine.parallel.slices import create_sliced
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.files import choose_folder, create_folder
@@ -64,9 +65,12 @@ def build_run(options: Options, world: World) -> Run:
 
     # data, then the model: random draws begin with the model's initialisation, as in timm's script
     train, validation = _create_splits(options)
-    random_seed(options.seed, world.rank)
     divided = is_sharded(options, world)
-    model = _create_divided(options, train, world) if divided else create_train_model(options, train)
+    random_seed(options.seed, 0 if divided else world.rank)
+    if divided:
+        model, slices = create_sliced(lambda: create_train_model(options, train), slices_of(options, world))
+    else:
+        model = create_train_model(options, train)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
@@ -97,7 +101,7 @@ def build_run(options: Options, world: World) -> Run:
     # task and optimizer
     task = create_task(options, model, train, config, world)
     if divided:
-        shard_task(task, options, world, head_modules(model))
+        shard_task(task, slices, options, world, head_modules(model))
     part = head_modules(model)[0].part if divided and options.head_parallel else None
     if part is not None:
         task.criterion = divide_loss(task.criterion, part).to(world.device)
@@ -204,16 +208,6 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
         smallest, largest = options.scale
         _logger.warning(f'--scale {smallest:g} {largest:g}: crops may cut labelled objects off; {remedy} keeps them')
     return train, validation
-
-
-def _create_divided(options: Options, dataset: Dataset, world: World) -> nn.Module:
-    """Create the model without parameters, except on the first rank if they do not come from a checkpoint."""
-    folder = Path(options.output or DEFAULT_OUTPUT) / options.experiment
-    resumed = options.resume and (options.resume != 'auto' or checkpoints_in(folder))
-    if world.primary and not resumed:
-        return create_train_model(options, dataset)
-    with parameters_on_meta():
-        return create_train_model(options.replace(pretrained=False, pretrained_path='', initial_checkpoint=''), dataset)
 
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:

@@ -15,8 +15,8 @@ from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_vie
 from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
 from timm_mldecoder.engine.model import other_classes
-from timm_mldecoder.engine.parallel.classes import divide_evaluator
 from timm_mldecoder.engine.parallel.fsdp import broadcast_buffers
+from timm_mldecoder.engine.parallel.metrics import divide_evaluator
 from timm_mldecoder.engine.runtime.errors import RunFailed
 from timm_mldecoder.engine.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
 from timm_mldecoder.engine.runtime.memory import advise_on_memory

@@ -58,7 +58,7 @@ class MultiLabelTask(MultiLabelClassificationTask):
 
 def create_task(options: Options, model: nn.Module, dataset: Dataset, images: DataConfig, world: World) -> TrainingTask:
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
-    loss = create_train_loss(options, dataset)
+    loss = create_train_loss(options.replace(num_classes=options.num_classes or model.num_classes), dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
         remedy = '--ml-decoder-kwargs classifier=cosine' if options.use_ml_decoder_head else '--cosine-classifier 1'
         _logger.warning(f'--loss aam takes its logits for cosines, which those of this model are not: add {remedy}')
@@ -165,7 +165,7 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
 
 def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
     try:
-        return resolve_class_weights(
+        weights = resolve_class_weights(
             value,
             kind=kind,
             class_stats=stats,
@@ -173,5 +173,8 @@ def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassSta
             beta=options.loss_weight_beta,
             max_weight=options.loss_weight_max,
         )
+        if isinstance(weights, Tensor) and weights.ndim and options.num_classes not in (None, len(weights)):
+            raise ValueError(f'{len(weights)} values, and {options.num_classes} classes')
+        return weights
     except ValueError as error:
         raise ValueError(f'--loss-{kind.replace("_", "-")} {value}: {error}') from error

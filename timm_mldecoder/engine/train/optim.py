@@ -53,7 +53,8 @@ def timm_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=options.to_namespace()), **options.opt_kwargs)
     except (TypeError, ImportError, AssertionError, ValueError) as error:
-        raise ValueError(f'--opt {options.opt}: {error}') from error
+        given = ' '.join(f'{name}={value}' for name, value in options.opt_kwargs.items())
+        raise ValueError(f'--opt {options.opt}{" --opt-kwargs " * bool(given)}{given}: {error}') from error
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float) -> None:

@@ -1,0 +1,60 @@
+"""The most memory that a rank takes to begin and to save runs of train.py, in MiB: `memory_of_ranks.py FILE`.
+
+FILE is JSON: a list of command lines; the first is not measured, but imports everything. Rank 0 prints a line of JSON
+for each other, with the largest values of all ranks: `begin`, what creating the model, loading and resuming take beside
+the memory of the process before; `save`, what a checkpoint takes beside that of the run, after an epoch. A run that is
+resumed is not trained, and saves nothing.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm_mldecoder.engine.flags import parse_train
+from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.engine.train.build_run import build_run
+from timm_mldecoder.engine.train.loop import fit_epoch
+
+LIBC = ctypes.CDLL('libc.so.6')
+MMAP_THRESHOLD = -3  # of mallopt: larger blocks return to the system when they are freed, and do not hide later ones
+
+
+def peak_of(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return how much the resident memory of this process grows at most in a call, and what the call returns."""
+    gc.collect()
+    LIBC.malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # begin a new peak
+    before = status('VmRSS')
+    result = call()
+    return status('VmHWM') - before, result
+
+
+def status(name: str) -> float:
+    return int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+
+
+def main(file: str) -> None:
+    LIBC.mallopt(MMAP_THRESHOLD, 2**17)
+    with join_world('cpu') as world:
+        for number, command in enumerate(json.loads(Path(file).read_text())):
+            begin, run = peak_of(lambda command=command: build_run(parse_train(command), world))
+            save = 0.0
+            if not run.options.resume:
+                fit_epoch(run)
+                run.finish_saving()
+                save, _ = peak_of(lambda run=run: (run.save_recovery(), run.finish_saving()))
+            run.close()
+            del run
+            found = world.all_gather((begin, save))
+            if world.primary and number:
+                begin, save = map(max, zip(*found, strict=True))
+                print(json.dumps(dict(begin=begin, save=save)), flush=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])
