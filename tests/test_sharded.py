@@ -420,7 +420,7 @@ def test_no_rank_holds_the_whole_model(tmp_path):
         ('divided', f'{large} --resume {tmp_path}/drawn/last.pth.tar'),
         ('single', f'{large} --resume {tmp_path}/single.pth.tar'),
     )
-    # a quarter; what is read of a mapped file counts too
+    # a quarter, and the unit that FSDP2 gathers
     assert all(row['begin'] < 0.6 * whole for row in created)
     # with two moments: three times the model, a quarter of it before and another while it is restored
     assert all(row['begin'] < 0.6 * 3 * whole for row in resumed)
