@@ -51,7 +51,7 @@ TRAINING = [
 ]  # fmt: skip
 PLACEMENTS, EPOCHS = 3, 4  # of each training digit; epochs over all of them
 SETTINGS = [Setting('digits', DIGITS), Setting('pairs', PAIRS)]
-PROBED = {name: head for name, head in HEADS.items() if name != 'efficient_probing_8'}
+PROBED = {name: head for name, head in HEADS.items() if name not in ('efficient_probing_8', 'class_token')}
 SCENES_DRAWN = {'digits': 3, 'pairs': 2}
 MOST_CLASSES_DRAWN = 4
 

@@ -1,9 +1,10 @@
 """Heads on a frozen backbone, compared: linear probes, attention pooling, efficient probing and ML-Decoder.
 
-    python -m benchmarks.probing [FOLDER] [--quick] [--tables digits,pairs,...] [--seeds 3]
+    python -m benchmarks.probing [FOLDER] [--quick] [--backbone vit] [--tables digits,pairs,...] [--seeds 3]
 
-The backbone (timm's test_resnet at stride 8) is trained on single digits and then frozen. Heads are trained on its
-cached features of multi-label scenes (`timm_mldecoder.data.digits`). Training, validation and test digits are disjoint.
+The backbone (timm's test_resnet at stride 8, or a small ViT with a class token) is trained on single digits and then
+frozen. Heads are trained on its cached features of multi-label scenes (`timm_mldecoder.data.digits`). Training,
+validation and test digits are disjoint.
 
 Every head has its own learning rate and, where a setting has several, its own number of steps: the best on the
 validation split, with the first seed, of at least four rates for each number of steps. If the best rate is at an end of
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +50,7 @@ HEADS = {
     'efficient_probing_8': lambda *sizes: PROBES['efficient_probing'](*sizes, num_queries=8),
     'ml_decoder': lambda *sizes: PROBES['ml_decoder'](*sizes, dim=128, dim_feedforward=256),  # tokens are 96 wide
     'ml_decoder_small': PROBES['ml_decoder_small'],
+    'class_token': PROBES['class_token'],  # of the ViT only
 }
 CURVE_POINTS = 5  # times that a run is scored on validation, in equal distances; the last after training
 FINE_TUNED = ('mean', 'attention_pool', 'ml_decoder_small')
@@ -108,22 +113,40 @@ def normalize(images: Tensor) -> Tensor:
     return (images.unsqueeze(1).float() / 255 - 0.5) / 0.5
 
 
-def single_digits(split: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Every digit of a split once, in random order, each of a random size in a random place: uint8 [N, 32, 32]."""
-    options = SceneOptions(size=32, sides=(10, 24), max_digits=1)
+def single_digits(split: str, rng: np.random.Generator, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Every digit of a split once, in random order, each of a random size in a random place: uint8 [N, S, S]."""
+    options = SceneOptions(size=size, sides=(10, 24), max_digits=1)
     images, classes = load_split(split)
     order = rng.permutation(len(images))
     placed = [compose_scene(images[[i]], classes[[i]], rng, options)[0] for i in order]
     return torch.from_numpy(np.stack(placed)), torch.from_numpy(classes[order])
 
 
-def train_backbone(epochs: int) -> nn.Module:
-    """Train the backbone on single digits with mean pooling and a linear classifier."""
+def create_resnet() -> nn.Module:
+    return timm.create_model('test_resnet', in_chans=1, num_classes=10, output_stride=8)
+
+
+def create_vit() -> nn.Module:
+    """A ViT of two blocks, pooled by its class token, on the 8 x 8 feature map of the same ResNet."""
+    resnet = timm.create_model('test_resnet', in_chans=1, features_only=True, out_indices=(-1,), output_stride=8)
+    stem = partial(HybridEmbed, backbone=resnet)
+    settings = dict(embed_dim=96, depth=2, num_heads=4, embed_layer=stem)
+    return VisionTransformer(img_size=DIGITS.size, patch_size=1, in_chans=1, num_classes=10, **settings)
+
+
+# how a backbone is created, and the side of the images of single digits on which it is trained; a ViT's position
+# embeddings are of one size of image, that of the scenes
+BACKBONES = {'resnet': (create_resnet, 32), 'vit': (create_vit, DIGITS.size)}
+
+
+def train_backbone(name: str, epochs: int) -> nn.Module:
+    """Train a backbone on single digits with its own pooling and a linear classifier."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    model = timm.create_model('test_resnet', in_chans=1, num_classes=10, output_stride=8)
+    create, size = BACKBONES[name]
+    model = create()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    epoch = [single_digits('train', rng) for _ in range(epochs)]
+    epoch = [single_digits('train', rng, size) for _ in range(epochs)]
     batches = [(x, y) for images, classes in epoch for x, y in zip(images.split(64), classes.split(64), strict=True)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(len(batches), 20), pct_start=0.1)
     for images, classes in batches:
@@ -132,7 +155,7 @@ def train_backbone(epochs: int) -> nn.Module:
         optimizer.step()
         schedule.step()
     model.eval()
-    images, classes = single_digits('validation', rng)
+    images, classes = single_digits('validation', rng, size)
     with torch.no_grad():
         accuracy = (model(normalize(images)).argmax(dim=1) == classes).float().mean().item()
     print(f'backbone: {100 * accuracy:.1f} % top-1 on single digits of the validation split\n', flush=True)
@@ -140,8 +163,9 @@ def train_backbone(epochs: int) -> nn.Module:
 
 
 def tokens(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Images [B, S, S] to tokens [B, N, F]."""
-    return backbone.forward_features(normalize(images)).flatten(2).transpose(1, 2)
+    """Images [B, S, S] to tokens [B, N, F]; the first is the class token, if there is one."""
+    features = backbone.forward_features(normalize(images))
+    return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
 
 
 @dataclass
@@ -173,6 +197,7 @@ class Run:
         self.head = head(backbone.num_features, len(setting.scene.class_names))
         self.num_parameters = sum(p.numel() for p in self.head.parameters())
         self.backbone = copy.deepcopy(backbone).requires_grad_(True) if setting.fine_tune else None
+        self.prefix = getattr(backbone, 'num_prefix_tokens', 0)  # class tokens
         parameters = [*self.head.parameters(), *(self.backbone.parameters() if setting.fine_tune else ())]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -193,7 +218,8 @@ class Run:
                 module.train(mode)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        return self.head(inputs if self.backbone is None else tokens(self.backbone, inputs))
+        features = inputs if self.backbone is None else tokens(self.backbone, inputs)
+        return self.head(features[:, self.prefix :], features[:, 0] if self.prefix else None)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         start = time.perf_counter()
@@ -327,20 +353,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, nargs='?', default=Path('output/probing'), help='for the plot and results')
     parser.add_argument('--quick', action='store_true', help='two tables, one seed, a few steps: to see that it runs')
+    parser.add_argument('--backbone', choices=BACKBONES, default='resnet', help='(default: %(default)s)')
     parser.add_argument('--tables', help=f'of {", ".join(TABLES)}; separated by commas (default: all)')
     parser.add_argument('--heads', help=f'of {", ".join(HEADS)}; separated by commas (default: all)')
     parser.add_argument('--seeds', type=int, default=3, help='runs of each head at its best learning rate')
     options = parser.parse_args(arguments)
     chosen = options.tables.split(',') if options.tables else ['digits', 'pairs'] if options.quick else list(TABLES)
-    heads = options.heads.split(',') if options.heads else list(HEADS)
-    for names, table in ((chosen, TABLES), (heads, HEADS)):
+    usable = [name for name in HEADS if name != 'class_token' or options.backbone == 'vit']
+    heads = options.heads.split(',') if options.heads else usable
+    for names, table in ((chosen, TABLES), (heads, usable)):
         unknown = [name for name in names if name not in table]
         if unknown:
             parser.error(f'unknown {", ".join(unknown)}; choose of {", ".join(table)}')
     seeds, num_held_out = (1, 100) if options.quick else (options.seeds, 600)
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    backbone = train_backbone(epochs=1 if options.quick else 15)
+    backbone = train_backbone(options.backbone, epochs=1 if options.quick else 15)
     tables, done = {}, {}
     for name in chosen:
         title, settings = TABLES[name]

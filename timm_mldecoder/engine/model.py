@@ -421,31 +421,40 @@ def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
             setattr(head.vocabulary, name, tensor)
 
 
+# What timm's models raise for an argument that they do not have, or for a value that is not what they expect.
+_REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticError)
+
+
 @contextmanager
 def refuse(options: Options) -> Iterator[None]:
     """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield
-    except (TypeError, AssertionError) as error:  # an argument that the model does not have, or an invalid value
-        reason = f'{error or type(error).__name__}{_flag_of(options, error)}'
-        raise ValueError(f'--model {options.model}: {reason}') from error
     except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
         raise _name_file(options, error) from error
-    except AttributeError as error:  # timm reads the entries of a checkpoint without a look at their types
-        reason = _refused_file(options)
-        if reason is None:
+    except _REFUSALS as error:
+        refused = _refused_file(options) if isinstance(error, AttributeError) else None  # timm takes its entries as is
+        if refused:
+            raise refused from error
+        given = _unchecked(options, error)
+        if not (given or isinstance(error, (TypeError, AssertionError))):
             raise
-        raise reason from error
+        reason = one_line(error, 300) if str(error) and not isinstance(error, LookupError) else repr(error)
+        raise ValueError(f'--model {options.model}: {reason}{given}') from error
 
 
-def _flag_of(options: Options, error: Exception) -> str:
-    """Return the flag and the value of the argument that an error is about, in parentheses, if a flag has its name."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+def _unchecked(options: Options, error: Exception) -> str:
+    """Return the flags whose values timm's models get unchecked, in parentheses, if there are any."""
     values = options.to_dict()
-    for name in ('model_kwargs', 'pretrained_cfg_overlay') if found else ():
-        if found[1] in values.get(name, ()):
-            return f' ({options.flag(name)} {found[1]}={values[name][found[1]]})'
-    return f' ({options.flag(found[1])} {values[found[1]]})' if found and found[1] in values else ''
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    given = [
+        f'{options.flag(name)} {key}={value}'
+        for name in ('model_kwargs', 'pretrained_cfg_overlay')
+        for key, value in values.get(name, {}).items()
+    ]
+    if found and found[1] in options.given:
+        given = [f'{options.flag(found[1])} {values[found[1]]}']
+    return f' ({", ".join(given)})' if given else ''
 
 
 def _weight_files(options: Options) -> dict[str, str]:
@@ -469,7 +478,8 @@ def _refused_file(options: Options) -> ValueError | None:
 def _name_file(options: Options, error: Exception) -> ValueError:
     """Return an error that names the user's file of weights, if there is one."""
     files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
-    return _refused_file(options) or ValueError(f'{files or f"--model {options.model}"}: {one_line(error, 300)}')
+    source = files or f'--model {options.model}'
+    return _refused_file(options) or ValueError(f'{source}: {one_line(error, 300)}{_unchecked(options, error)}')
 
 
 @torch.no_grad()
