@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--work', help=argparse.SUPPRESS)
     args = flags.parse_args(argv)
     if args.work:
-        return json.dumps(_measure(**json.loads(args.work)))
+        return _measure(**json.loads(args.work))
     rows = []
     heads = [(args.head_model, args.num_classes)] if args.num_classes else []
     for name, classes in [*((model, 0) for model in args.models), *heads]:
@@ -96,10 +96,11 @@ def _start(ranks: int, work: dict) -> dict[str, float]:
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}'] if ranks > 1 else []
     command = [sys.executable, *launcher, '-m', 'benchmarks.shards', '--work', json.dumps(work)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.splitlines()[-1])
+    return next(json.loads(line) for line in process.stdout.splitlines() if line)
 
 
-def _measure(name: str, classes: int, way: str) -> dict[str, float]:
+def _measure(name: str, classes: int, way: str) -> str:
+    """Return what the last rank measured, as JSON; on the first rank, since lines of several ranks may mix."""
     with join_world('cpu') as world:
         options = train_options(
             data_dir='.', device='cpu', use_ml_decoder_head=int(bool(classes)), opt='adamw', lr=1e-4, **WAYS[way]
@@ -143,7 +144,7 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
         found = world.all_gather(
             dict(parameters=parameters, own=own, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
         )
-    return found[-1]
+    return json.dumps(found[-1]) if world.primary else ''
 
 
 if __name__ == '__main__':

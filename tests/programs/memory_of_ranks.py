@@ -11,6 +11,7 @@ import gc
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,32 @@ MMAP_THRESHOLD = -3  # of mallopt: larger blocks return to the system when they 
 
 
 def peak_of(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return how much the resident memory of this process grows at most in a call, and what the call returns."""
+    """Return how much the memory of this process grows at most in a call, and what the call returns.
+
+    Pages of a mapped file are not counted: the system drops them when it needs memory.
+    """
     gc.collect()
     LIBC.malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # begin a new peak
-    before = status('VmRSS')
-    result = call()
-    return status('VmHWM') - before, result
+    before = peak = own_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        result = call()
+    finally:
+        done.set()
+        thread.join()
+    return peak - before, result
 
 
-def status(name: str) -> float:
-    return int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+def own_memory() -> float:
+    return int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
 
 
 def main(file: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +101,13 @@ def script(model: nn.Module) -> nn.Module:
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 
-def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
+def create_train_model(options: Options, dataset: Dataset, *, check: bool = True) -> nn.Module:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
+
+    Args:
+        options: Options of train.py.
+        dataset: Training split.
+        check: Whether to call `check_loaded`.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
@@ -122,8 +127,8 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
         bn_eps=options.bn_eps,
         **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
-    if options.pretrained_path:
-        _check_loaded(options, model)
+    if check:
+        check_loaded(options, model.parameters())
     with refuse(options):
         if options.graph:
             names = class_names_of(dataset)
@@ -140,19 +145,28 @@ def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
     return model
 
 
-def _check_loaded(options: Options, model: nn.Module) -> None:
+def check_loaded(
+    options: Options, values: Iterable[Tensor], part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> None:
     """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
 
     The values are compared, since timm renames the tensors of some files.
+
+    Args:
+        options: Options of train.py.
+        values: The parameters of the model, or slices of them.
+        part: Returns the same slice of a tensor.
     """
+    if not options.pretrained_path:
+        return
     try:
-        content = read_checkpoint(options.pretrained_path)
+        content = read_checkpoint(options.pretrained_path, whole=False)
     except ValueError:  # a format that only timm reads, such as .npz
         return
     stored: dict[torch.Size, list[Tensor]] = {}
-    for tensor in _tensors(content):
+    for tensor in map(part, _tensors(content)):
         stored.setdefault(tensor.shape, []).append(tensor)
-    learned = (parameter for parameter in model.parameters() if parameter.numel() and parameter.min() < parameter.max())
+    learned = (value for value in values if value.numel() and value.min() < value.max())
     if not any(torch.equal(own, tensor.to(own)) for own in learned for tensor in stored.get(own.shape, ())):
         raise ValueError(
             f'--pretrained-path {options.pretrained_path}: holds no weights of --model {options.model}; pass a file of '

@@ -117,7 +117,7 @@ def localize(
         found = divided(leaf)
         if found is not None and not isinstance(leaf.tensor, DTensor):
             # every rank has mapped the file, and reads its slices
-            own = rows_of_rank(leaf.tensor, *_slice_of(found)).to(found.device)
+            own = rows_of_rank(leaf.tensor, *_slice_of(found)).clone().to(found.device)
             leaf.holder[leaf.key] = DTensor.from_local(
                 own, found.device_mesh, found.placements, run_check=False, shape=found.shape, stride=found.stride()
             )

@@ -71,9 +71,9 @@ def _meta(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def rows_of_rank(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """Return a copy of the rows of a tensor that a rank holds, those that torch.chunk gives it; there may be none."""
-    parts = tensor.chunk(ranks)
-    return (parts[rank] if rank < len(parts) else tensor[:0]).clone()
+    """Return a view of the rows of a tensor that a rank holds, those that torch.chunk gives it; there may be none."""
+    parts = tensor.chunk(ranks) if tensor.dim() else [tensor] * ranks
+    return parts[rank] if rank < len(parts) else tensor[:0]
 
 
 class _Slice(NamedTuple):
@@ -131,8 +131,7 @@ class _Slicing(TorchDispatchMode):
         found = self._find(parameter)
         if found is not None:
             return found.entries.view(-1, *parameter.shape[1:])
-        whole = parameter.detach()
-        return rows_of_rank(whole, *self._slice_of(module, name)) if whole.dim() else whole
+        return rows_of_rank(parameter.detach(), *self._slice_of(module, name)).clone()
 
     def _add(self, module: nn.Module, name: str, parameter: Tensor) -> None:
         """Begin to keep the slice of a parameter, unless it is kept already."""
@@ -147,7 +146,7 @@ class _Slicing(TorchDispatchMode):
             return
         whole, (rank, ranks) = parameter.detach(), self._slice_of(module, name)
         first = sum(part.numel() for part in whole.chunk(ranks)[:rank])
-        entries = rows_of_rank(whole, rank, ranks).view(-1)
+        entries = rows_of_rank(whole, rank, ranks).clone().view(-1)
         self._slices[_storage(parameter)] = _Slice(self._registered, whole, first, entries)
 
     def _find(self, value: Any) -> _Slice | None:

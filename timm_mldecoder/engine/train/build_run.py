@@ -30,10 +30,17 @@ from timm_mldecoder.engine.input.datasets import (
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
-from timm_mldecoder.engine.model import class_names_of, create_train_model, has_text_queries, other_classes, script
+from timm_mldecoder.engine.model import (
+    check_loaded,
+    class_names_of,
+    create_train_model,
+    has_text_queries,
+    other_classes,
+    script,
+)
 from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slices_of
 from timm_mldecoder.engine.parallel.losses import divide_loss
-from timm_mldecoder.engine.parallel.slices import create_sliced
+from timm_mldecoder.engine.parallel.slices import create_sliced, rows_of_rank
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.early_stop import EarlyStop
 from timm_mldecoder.engine.runtime.files import choose_folder, create_folder
@@ -68,7 +75,9 @@ def build_run(options: Options, world: World) -> Run:
     divided = is_sharded(options, world)
     random_seed(options.seed, 0 if divided else world.rank)
     if divided:
-        model, slices = create_sliced(lambda: create_train_model(options, train), slices_of(options, world))
+        slice_of = slices_of(options, world)
+        model, slices = create_sliced(lambda: create_train_model(options, train, check=False), slice_of)
+        check_loaded(options, slices.values(), lambda tensor: rows_of_rank(tensor, *slice_of(model, '')))
     else:
         model = create_train_model(options, train)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
