@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--work', help=argparse.SUPPRESS)
     args = flags.parse_args(argv)
     if args.work:
-        return json.dumps(_measure(**json.loads(args.work)))
+        found = _measure(**json.loads(args.work))
+        return json.dumps(found[-1]) if found else ''
     rows = []
     heads = [(args.head_model, args.num_classes)] if args.num_classes else []
     for name, classes in [*((model, 0) for model in args.models), *heads]:
@@ -96,10 +97,11 @@ def _start(ranks: int, work: dict) -> dict[str, float]:
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}'] if ranks > 1 else []
     command = [sys.executable, *launcher, '-m', 'benchmarks.shards', '--work', json.dumps(work)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(process.stdout.strip())
 
 
-def _measure(name: str, classes: int, way: str) -> dict[str, float]:
+def _measure(name: str, classes: int, way: str) -> list[dict[str, float]]:
+    """Return what each rank measured, on the first rank alone."""
     with join_world('cpu') as world:
         options = train_options(
             data_dir='.', device='cpu', use_ml_decoder_head=int(bool(classes)), opt='adamw', lr=1e-4, **WAYS[way]
@@ -143,7 +145,7 @@ def _measure(name: str, classes: int, way: str) -> dict[str, float]:
         found = world.all_gather(
             dict(parameters=parameters, own=own, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
         )
-    return found[-1]
+        return found if world.primary else []
 
 
 if __name__ == '__main__':
