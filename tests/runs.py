@@ -130,7 +130,8 @@ def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
 
 def assert_same_run(folder: Path, other: Path) -> None:
     """Compare `summary.csv` and, but for the flags, the last and the best checkpoints of two runs."""
-    assert (folder / 'summary.csv').read_text() == (other / 'summary.csv').read_text()
+    rows = [(path / 'summary.csv').read_text() for path in (folder, other)]
+    assert rows[0] == rows[1], f'summary.csv: {rows[0]!r}, {rows[1]!r}'
     for name in ('last.pth.tar', 'model_best.pth.tar'):
         contents = [read_checkpoint(path / name) for path in (folder, other)]
         for content in contents:

@@ -68,6 +68,7 @@ def stop_at(run, step):
         (2, BATCHES + 3, ()),
         (2, 2 * BATCHES, ()),
         (0, 2, ('--model-dtype', 'bfloat16')),
+        (0, 2, ('--sched', 'tanh')),
         (0, BATCHES + 2, ('--opt', 'adahessian')),
     ],
 )

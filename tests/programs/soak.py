@@ -200,7 +200,7 @@ def soak(group: str, name: str, folder: Path, chance: random.Random) -> dict:
         assert_same_run(killed / 'run', undisturbed / 'run')
         result['equal'] = True
     except AssertionError as error:
-        result['error'] = f'differs: {error!s:.300}'
+        result['error'] = f'differs: {error!s:.1000}'
     ours, theirs = (
         Counter(without_token(path.name) for path in (output / 'run').iterdir()) for output in (killed, undisturbed)
     )

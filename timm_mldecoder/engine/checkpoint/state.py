@@ -136,6 +136,7 @@ class TrainingState:
                 number of ranks or batch size.
         """
         run = content.get(RUN, {})
+        first_rates = [group['lr'] for group in self.optimizer.param_groups]
         self._restore_models(content)
         if not options.no_resume_opt:
             self._restore_optimizer(content, run.get('optimizer_generator'))
@@ -161,8 +162,11 @@ class TrainingState:
         if isinstance(self.schedule, PlateauLRScheduler) and run.get('schedule') and same_metric:
             self.schedule.lr_scheduler.load_state_dict(run['schedule']['plateau'])
             self.schedule.restore_lr = run['schedule']['restore_lr']
-        elif self.schedule is not None:
+        elif self.schedule is not None and self.epoch:
             self.schedule.step(self.epoch)
+        elif self.schedule is not None:  # timm steps no schedule before the first epoch; tanh and noise would show it
+            for group, rate in zip(self.optimizer.param_groups, first_rates, strict=True):
+                group['lr'] = rate
 
     def _restore_models(self, content: dict[str, Any]) -> None:
         weights = clean_state_dict(content.get('state_dict', content.get('model', content)))

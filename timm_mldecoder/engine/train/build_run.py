@@ -185,7 +185,8 @@ def _begin(run: Run, source: str, written: str) -> None:
     if schedule is not None and (resumed or state.epoch):
         if not resumed:
             run.step_schedule(metric=None)
-        schedule.step_update(run.steps_done())
+        if run.steps_done():
+            schedule.step_update(run.steps_done())
     if run.folder:
         run.trackers += create_trackers(run.options, run.folder)  # last: a run that is refused must not start one
         (run.folder / ARGS).write_text(written)
