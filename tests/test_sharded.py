@@ -430,7 +430,7 @@ def test_no_rank_holds_the_whole_model(tmp_path):
 
 FAMILIES = """
     test_byobnet test_coatnet test_convnext test_efficientnet test_efficientnet_evos test_efficientnet_gn test_mambaout
-    test_maxvit test_nfnet test_resnet test_vit test_vit3 test_vit_relpos swin_tiny_patch4_window7_224
+    test_maxvit nf_resnet26 test_resnet test_vit test_vit3 test_vit_relpos swin_tiny_patch4_window7_224
 """
 
 

@@ -76,8 +76,8 @@ def main(kills: int) -> None:
     reached = 0
     for attempt in range(1, kills + 1):
         children = start(attempt, reached + 1, read_checkpoint('last.pth.tar')['saver'])
-        begun = time.monotonic()
-        while not set(Path().glob(f'{PREFIX}{reached + 1}-*')) and time.monotonic() - begun < 60:
+        begun, awaited = time.monotonic(), reached + random.randint(1, 3)
+        while not set(Path().glob(f'{PREFIX}{awaited}-*')) and time.monotonic() - begun < 60:
             time.sleep(0.001)
         time.sleep(random.uniform(0.0, 0.15))
         for child in random.sample(children, 2):

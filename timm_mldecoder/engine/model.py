@@ -193,7 +193,10 @@ def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':
-            raise ValueError('--class-split: unseen classes need --word-embeddings; or pass --score-classes seen')
+            raise ValueError(
+                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
+                '--use-ml-decoder-head 1, or --score-classes seen'
+            )
         return {}
     classes = read_classes(options.word_embeddings, dataset)
     return dict(

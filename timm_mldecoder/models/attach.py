@@ -220,7 +220,8 @@ class MLDecoderModel(ClassifierModel):
         super().reset_classifier_tensors()
 
     def __prepare_scriptable__(self):
-        raise ValueError(f'torch.jit.script cannot compile {type(self).__name__}: use torch.compile or torch.jit.trace')
+        others = 'torch.compile, torch.export or torch.jit.trace'
+        raise ValueError(f'torch.jit.script cannot compile {type(self).__name__}: use {others}')
 
 
 ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
