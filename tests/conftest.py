@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ sys.path.insert(0, str(ROOT))  # train.py and validate.py
 @pytest.fixture(autouse=True, scope='session')
 def _one_thread():
     torch.set_num_threads(1)  # small models gain nothing from more, and lose a lot where cores are shared
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _temporary_folder(tmp_path_factory):
+    """What torchrun, trackers and other programs leave in the temporary folder goes with the session."""
+    tmp_path_factory.getbasetemp()  # that of pytest stays outside: it keeps what failed tests wrote
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        patch.setenv('TMPDIR', folder)
+        patch.setattr(tempfile, 'tempdir', folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

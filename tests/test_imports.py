@@ -25,7 +25,7 @@ ALLOWED = {
     'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
 }
 # The rooms of the engine, each of which may import those before it.
-ROOMS = ['flags', 'runtime', 'input', 'parallel', 'checkpoint', 'model', 'predict', 'eval', 'train', 'export', 'probe']
+ROOMS = 'flags runtime input parallel checkpoint classes model_errors model predict eval train export probe'.split()
 
 
 def modules() -> dict[str, Path]:

@@ -29,6 +29,9 @@ from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.head import MLDecoder
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
+# Rounding in float32 moves activations across the zero of a ReLU, and what follows amplifies that: two DDP runs of
+# ResNet-50 whose weights differ by 1e-7 were 5e-4 apart after 24 steps at a rate of 1e-3, 3e-6 at 1e-4.
+WITHIN = {'float64': 1e-13, 'float32': 1e-5, 'bfloat16': 1e-5}
 # no draws, no BatchNorm: the same for any number of ranks
 VIT = (
     f'{COMMON} --model test_vit --img-size 160 --opt adamw --lr 1e-4 --smoothing 0 --use-ml-decoder-head 1 '
@@ -69,29 +72,30 @@ def write_lists(folder, classes, train, validation):
     return root
 
 
-def run_all(folder, commands, ranks=2):
+def run_all(folder, commands, ranks=2, dtype='float32'):
     """Run command lines one after the other in the same ranks, and return the losses of their steps."""
     file = folder / 'commands.json'
     file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    process = call('tests/programs/runs_of_ranks.py', file, processes=ranks, timeout=1800)
+    process = call('tests/programs/runs_of_ranks.py', file, dtype, processes=ranks, timeout=1800)
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads((folder / 'commands.json.losses').read_text())
 
 
-def compare(data, folder, flags, *ways, ranks=2):
+def compare(data, folder, flags, *ways, ranks=2, dtype='float64'):
     """Train with ddp and in other ways, and compare the losses and the checkpoints; return the losses of ddp."""
     ways = ('--parallel ddp', *(ways or ('--parallel fsdp',)))
     commands = [
         [data, *shlex.split(flags), '--output', folder, '--experiment', str(number), *shlex.split(way)]
         for number, way in enumerate(ways)
     ]
-    expected, *others = run_all(folder, commands, ranks)
+    within = WITHIN[dtype]
+    expected, *others = run_all(folder, commands, ranks, dtype)
     whole = read_checkpoint(folder / '0' / 'last.pth.tar')
     assert not shards_of(folder / '0' / 'last.pth.tar')
     for number, losses in enumerate(others, 1):
         relative = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses, expected, strict=True))
         print(f'\n{ways[number]}: {len(losses)} steps, losses differ by {relative:.1e}')
-        assert relative <= 1e-5, ways[number]
+        assert relative <= within, ways[number]
         path = folder / str(number) / 'last.pth.tar'
         content = read_checkpoint(path)
         assert shards_of(path)
@@ -99,7 +103,7 @@ def compare(data, folder, flags, *ways, ranks=2):
             assert content.get(key, {}).keys() == whole.get(key, {}).keys()
             for name, value in whole.get(key, {}).items():
                 if not name.endswith('in_proj_bias'):  # that of keys has no gradient but rounding, which Adam scales up
-                    torch.testing.assert_close(content[key][name], value, rtol=1e-4, atol=1e-4, msg=name)
+                    torch.testing.assert_close(content[key][name], value, rtol=10 * within, atol=10 * within, msg=name)
         assert content['optimizer']['state'].keys() == whole['optimizer']['state'].keys()
         for ours, theirs in zip(summary(folder / str(number)), summary(folder / '0'), strict=True):
             assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4)
@@ -113,7 +117,7 @@ def numbers(row):
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
     """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel')
+    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel', dtype='float32')
     folder = tmp_path / '2'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
@@ -287,12 +291,10 @@ def test_losses_and_metrics_of_divided_classes_are_those_of_all():
 
 SEVERAL = '--dataset csv --task multilabel'
 LOSSES = {'bce': '--loss bce --smoothing 0.1', 'asl': f'--loss asl {SEVERAL}', 'ce': ''}
-# Larger rates, and images of 32 pixels, of which ResNet-50 leaves one value per channel to BatchNorm, scale rounding
-# up: there two runs with ddp part too whose weights differ by 1e-7.
 HEAD = '--use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
 MODELS = {
     'vit': VIT,
-    'resnet50': f'{COMMON} --model resnet50 --img-size 64 --opt sgd --lr 1e-3 {HEAD}',
+    'resnet50': f'{COMMON} --model resnet50 --img-size 64 --opt sgd --lr 1e-4 {HEAD}',
 }
 RESNET = f'{COMMON} --model test_resnet --img-size 32 --opt sgd --lr 5e-3 -b 4 --epochs 4'
 FOLLOWED = {
@@ -300,8 +302,7 @@ FOLLOWED = {
     'text queries': f'{RESNET} --epochs 2 --model-ema --use-ml-decoder-head 1 --decoder-embedding 64 '
     '--ml-decoder-kwargs dropout=0.0 --word-embeddings WORDS',
     'unfrozen': f'{RESNET} --freeze-backbone --unfreeze-epoch 1',
-    'bfloat16': f'{VIT} -b 4 --epochs 2 --model-dtype bfloat16',
-    'compiled': f'{VIT} -b 4 --epochs 2 --torchcompile eager --model-ema',
+    'compiled': f'{VIT} -b 4 --epochs 4 --torchcompile eager --model-ema',
 }
 FOLLOWED_WITH_HEADS = {
     'cosine': f'{RESNET} --loss bce {HEAD} learnable_queries=True classifier=cosine',
@@ -325,7 +326,15 @@ def fall(losses):
 @pytest.mark.parametrize('model', MODELS)
 def test_two_ranks_follow_ddp(large_data, tmp_path, model, loss):
     """Over 24 steps, with the backbone divided, and with the groups of the head divided too."""
-    assert len(compare(large_data, tmp_path, f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 1', *HEADS)) == 24
+    flags = f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 1'
+    assert len(compare(large_data, tmp_path, flags, *HEADS, dtype='float32')) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('loss', LOSSES)
+def test_resnet50_follows_ddp_at_a_large_learning_rate(large_data, tmp_path, loss):
+    flags = f'{MODELS["resnet50"]} {LOSSES[loss]} -b 4 --epochs 1 --lr 1e-2'
+    assert len(compare(large_data, tmp_path, flags, *HEADS)) == 24
 
 
 @pytest.mark.slow
@@ -334,7 +343,14 @@ def test_two_ranks_follow_ddp(large_data, tmp_path, model, loss):
 def test_four_ranks_follow_ddp(large_data, tmp_path, model, loss):
     """Over 24 steps, with one copy of the model and with two."""
     flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 1'
-    assert len(compare(large_data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --hsdp 2', ranks=4)) == 24
+    assert (
+        len(
+            compare(
+                large_data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --hsdp 2', ranks=4, dtype='float32'
+            )
+        )
+        == 24
+    )
 
 
 @pytest.mark.slow
@@ -354,8 +370,12 @@ def test_a_divided_head_follows_ddp(data, tmp_path, name):
 def test_a_head_divided_over_four_ranks_follows_ddp(ten_classes, tmp_path, model, loss):
     """One of the ranks has one class, the others three each."""
     flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4 --num-of-groups 4 --num-classes 10'
-    copies = ['--parallel fsdp --hsdp 2 --head-parallel'] if model == 'vit' else []
-    assert fall(compare(ten_classes, tmp_path, flags, *HEADS[1:], *copies, ranks=4))
+    assert fall(compare(ten_classes, tmp_path, flags, *HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel', ranks=4))
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_follow_ddp(data, tmp_path):
+    assert fall(compare(data, tmp_path, f'{VIT} -b 4 --epochs 2', dtype='bfloat16'))
 
 
 @pytest.mark.slow

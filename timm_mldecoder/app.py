@@ -27,9 +27,10 @@ from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.classes import other_classes
 from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.engine.input.datasets import Classes
-from timm_mldecoder.engine.model import load_trained, other_classes
+from timm_mldecoder.engine.model import load_trained
 from timm_mldecoder.engine.predict.run import Predictor
 from timm_mldecoder.engine.runtime.distributed import check_device
 from timm_mldecoder.engine.runtime.errors import run_command

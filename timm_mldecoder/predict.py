@@ -22,10 +22,11 @@ from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.data import create_dataset
+from timm_mldecoder.engine.classes import set_classes
 from timm_mldecoder.engine.eval.evaluate import autocast_context
 from timm_mldecoder.engine.flags.flag import number
 from timm_mldecoder.engine.input.images import Placement
-from timm_mldecoder.engine.model import fuse_model, load_trained, set_classes
+from timm_mldecoder.engine.model import fuse_model, load_trained
 from timm_mldecoder.engine.predict.parts import Parts, fingerprint
 from timm_mldecoder.engine.predict.pictures import draw_pictures
 from timm_mldecoder.engine.predict.run import Predictor, predict

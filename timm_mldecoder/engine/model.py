@@ -1,9 +1,7 @@
 """The model that the options of either script describe, with the weights that they name."""
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +21,19 @@ from timm_mldecoder.checkpoints.read import ranked_by_ema, read_checkpoint, weig
 from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.engine.classes import (
+    class_names_of,
+    stored_embeddings,
+    stored_words,
+    thresholds_for,
+    training_words,
+)
 from timm_mldecoder.engine.flags import Options, validate_options
 from timm_mldecoder.engine.flags import inherit as inherit_flags
 from timm_mldecoder.engine.flags.checks import check_task
 from timm_mldecoder.engine.flags.flag import show
-from timm_mldecoder.engine.input.datasets import Classes, class_to_index, image_channels, read_classes
+from timm_mldecoder.engine.input.datasets import image_channels
+from timm_mldecoder.engine.model_errors import check_loaded, refuse
 from timm_mldecoder.engine.runtime.errors import one_line
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.cosine import add_cosine_classifier
@@ -145,67 +151,11 @@ def create_train_model(options: Options, dataset: Dataset, *, check: bool = True
     return model
 
 
-def check_loaded(
-    options: Options, values: Iterable[Tensor], part: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> None:
-    """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
-
-    The values are compared, since timm renames the tensors of some files.
-
-    Args:
-        options: Options of train.py.
-        values: The parameters of the model, or slices of them.
-        part: Returns the same slice of a tensor.
-    """
-    if not options.pretrained_path:
-        return
-    try:
-        content = read_checkpoint(options.pretrained_path, whole=False)
-    except ValueError:  # a format that only timm reads, such as .npz
-        return
-    stored: dict[torch.Size, list[Tensor]] = {}
-    for tensor in map(part, _tensors(content)):
-        stored.setdefault(tensor.shape, []).append(tensor)
-    learned = (value for value in values if value.numel() and value.min() < value.max())
-    if not any(torch.equal(own, tensor.to(own)) for own in learned for tensor in stored.get(own.shape, ())):
-        raise ValueError(
-            f'--pretrained-path {options.pretrained_path}: holds no weights of --model {options.model}; pass a file of '
-            'that model'
-        )
-
-
-def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
-    for value in content.values():
-        if isinstance(value, Mapping):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor):
-            yield value
-
-
 def _graph_settings(options: Options) -> dict[str, Any]:
     """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
     if not options.cosine_classifier:
         return dict(layer=options.graph_layer, classifier='linear')
     return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
-
-
-def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
-    """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
-    if not has_text_queries(options):
-        if options.class_split and options.score_classes != 'seen':
-            raise ValueError(
-                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
-                '--use-ml-decoder-head 1, or --score-classes seen'
-            )
-        return {}
-    classes = read_classes(options.word_embeddings, dataset)
-    return dict(
-        word_embeddings=classes.embeddings,
-        class_names=classes.names,
-        random_queries=options.random_queries,
-        query_noise=options.query_noise,
-        query_cutout=options.query_cutout,
-    )
 
 
 class Trained(NamedTuple):
@@ -274,10 +224,10 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         weights = weights_of(content, options.use_ema)
     except ValueError as error:
         raise ValueError(f'--checkpoint {options.checkpoint}: {error}') from error
-    stored = _stored_embeddings(weights)
+    stored = stored_embeddings(weights)
     if stored is not None and options.num_classes is None:
         options = options.replace(num_classes=len(stored))  # as trained: they decide how many classes a query has
-    model = create_model(options, words=_stored_words(options, weights), pretrained=False)
+    model = create_model(options, words=stored_words(options, weights), pretrained=False)
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
         sizes = dict(num_classes=words.shape[0], width=words.shape[1])
@@ -361,24 +311,6 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
     return updated, config
 
 
-def _stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
-    embeddings = _stored_embeddings(weights)
-    if embeddings is None and options.word_embeddings:
-        embeddings = read_word_embeddings(options.word_embeddings)[0]
-    return {} if embeddings is None else dict(word_embeddings=embeddings.shape[1])
-
-
-def _stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
-    """Return the label embeddings [C, E] of a head in a state dict, None if it has none."""
-    return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
-
-
-def has_text_queries(options: Options) -> bool:
-    """Return whether the options request a head with text queries."""
-    return bool(options.use_ml_decoder_head and options.word_embeddings)
-
-
 def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
     """Fold BatchNorm layers into the convolutions before them, in place; a ValueError if that changes the logits."""
     weight = next(model.parameters())
@@ -388,115 +320,6 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
     except ValueError as error:
         raise ValueError(f'--fuse-bn: {error}') from error
     _logger.info(f'--fuse-bn: {fused} BatchNorm layers are part of convolutions now')
-
-
-def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
-    """Set the classes of a model with text queries, in order; None takes all of a file of label embeddings.
-
-    Without a file they are picked among the model's own. A model without text queries is left as it is.
-
-    Raises:
-        ValueError: If a class has no embedding.
-    """
-    head = model.get_classifier()
-    if not isinstance(head, MLDecoder) or head.vocabulary is None:
-        return
-    if word_embeddings:
-        head.set_word_embeddings(*read_word_embeddings(word_embeddings, names))
-    elif head.class_names and names:
-        row = {name: index for index, name in enumerate(head.class_names)}
-        missing = [name for name in names if name not in row]
-        if missing:
-            raise ValueError(f'the model has no embedding of {", ".join(missing)}: pass --word-embeddings')
-        head.set_word_embeddings(head.vocabulary.embeddings[[row[name] for name in names]], names)
-
-
-def class_names_of(dataset: Dataset) -> list[str] | None:
-    """Return the class names of a dataset in order, None if it does not report them."""
-    classes = class_to_index(dataset)
-    return list(classes) if classes else None
-
-
-@contextmanager
-def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
-    """Give a model with text queries other classes for a while; None leaves it as it is.
-
-    Raises:
-        ValueError: If its head has learned parts that do not fit so many classes.
-    """
-    if classes is None:
-        yield
-        return
-    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
-    # the very tensors are restored: DistributedDataParallel keeps references to them
-    own = dict(head.vocabulary.named_buffers())
-    head.set_word_embeddings(*classes)
-    try:
-        yield
-    finally:
-        for name, tensor in own.items():
-            setattr(head.vocabulary, name, tensor)
-
-
-# What timm's models raise for an argument that they do not have, or for a value that is not what they expect.
-_REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticError)
-
-
-@contextmanager
-def refuse(options: Options) -> Iterator[None]:
-    """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
-        raise _name_file(options, error) from error
-    except _REFUSALS as error:
-        refused = _refused_file(options) if isinstance(error, AttributeError) else None  # timm takes its entries as is
-        if refused:
-            raise refused from error
-        given = _unchecked(options, error)
-        if not (given or isinstance(error, (TypeError, AssertionError))):
-            raise
-        reason = one_line(error, 300) if str(error) and not isinstance(error, LookupError) else repr(error)
-        raise ValueError(f'--model {options.model}: {reason}{given}') from error
-
-
-def _unchecked(options: Options, error: Exception) -> str:
-    """Return the flags whose values timm's models get unchecked, in parentheses, if there are any."""
-    values = options.to_dict()
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    given = [
-        f'{options.flag(name)} {key}={value}'
-        for name in ('model_kwargs', 'pretrained_cfg_overlay')
-        for key, value in values.get(name, {}).items()
-    ]
-    if found and found[1] in options.given:
-        given = [f'{options.flag(found[1])} {values[found[1]]}']
-    return f' ({", ".join(given)})' if given else ''
-
-
-def _weight_files(options: Options) -> dict[str, str]:
-    """Return the user's files of weights by the flag that names each."""
-    values = options.to_dict()
-    names = ('initial_checkpoint', 'pretrained_path')
-    return {f'--{name.replace("_", "-")}': values[name] for name in names if values.get(name)}
-
-
-def _refused_file(options: Options) -> ValueError | None:
-    """Return the error of the user's first file of weights that has no valid weights, None if all have."""
-    for flag, path in _weight_files(options).items():
-        try:
-            weights_of(read_checkpoint(path))
-        except ValueError as reason:
-            text = str(reason)
-            return ValueError(f'{flag}: {text if path in text else f"{path}: {text}"}')
-    return None
-
-
-def _name_file(options: Options, error: Exception) -> ValueError:
-    """Return an error that names the user's file of weights, if there is one."""
-    files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
-    source = files or f'--model {options.model}'
-    return _refused_file(options) or ValueError(f'{source}: {one_line(error, 300)}{_unchecked(options, error)}')
 
 
 @torch.no_grad()
@@ -512,11 +335,3 @@ def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> No
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def thresholds_for(content: Mapping[str, Any], names: list[str] | None) -> Tensor | None:
-    """Return the tuned thresholds in a checkpoint for these classes, [C]; None if it has none for some of them."""
-    stored = content.get('thresholds')
-    if not stored or not names or any(name not in stored for name in names):
-        return None
-    return torch.tensor([stored[name] for name in names])

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
+from timm_mldecoder.engine.classes import other_classes
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.images import EvalLoader
 from timm_mldecoder.engine.input.loaders import DataConfig
-from timm_mldecoder.engine.model import other_classes
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.log import EvalLog
 from timm_mldecoder.head import MLDecoder

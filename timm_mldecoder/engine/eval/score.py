@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.engine.classes import class_names_of, has_text_queries, set_classes, thresholds_for
 from timm_mldecoder.engine.eval.evaluate import (
     create_autocast,
     create_evaluator,
@@ -27,16 +28,7 @@ from timm_mldecoder.engine.flags import Options, warn_no_effect
 from timm_mldecoder.engine.input.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.engine.input.loaders import create_eval_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
-from timm_mldecoder.engine.model import (
-    class_names_of,
-    count_parameters,
-    fuse_model,
-    has_text_queries,
-    load_model,
-    script,
-    set_classes,
-    thresholds_for,
-)
+from timm_mldecoder.engine.model import count_parameters, fuse_model, load_model, script
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.engine.runtime.log import EvalLog
 

@@ -72,8 +72,8 @@ class EntryLoss(nn.Module):
             off = self.loss.smoothing / part.num_classes
             column, is_own = part.place(target)
             target = torch.full_like(logits, off, requires_grad=False)
-            on = torch.where(is_own, 1 - self.loss.smoothing + off, off)
-            target.scatter_(1, column[:, None], on.to(target.dtype)[:, None])
+            on = torch.full_like(target[:, 0], 1 - self.loss.smoothing + off).masked_fill(~is_own, off)
+            target.scatter_(1, column[:, None], on[:, None])
         divisor = {'sum': 1, 'batchmean': images, 'mean': images * part.num_classes}[self.reduction]
         return self.loss(logits, target) / divisor
 
@@ -129,14 +129,15 @@ class SoftmaxLoss(nn.Module):
         The loss is -sum_c q_c log p_c. Of the weights q the own ones are `spread`, and `amount` more in `column`.
         """
         part, smoothing, logits = self.part, self.smoothing, logits.float()
-        own_weight = self.weight[part.own]
+        weight = self.weight.to(logits)
+        own_weight = weight[part.own]
         if target.dim() == 2:
             spread = (target * (1 - smoothing) + smoothing / part.num_classes) * own_weight
             return _SoftmaxLosses.apply(logits, all_reduce(spread.sum(1)), spread, None, None)
         column, is_own = part.place(target)
-        amount = (1 - smoothing) * self.weight[target]
+        amount = (1 - smoothing) * weight[target]
         spread = smoothing / part.num_classes * own_weight[None] if smoothing else None
-        total = amount + smoothing * self.weight.mean()
+        total = amount + smoothing * weight.mean()
         return _SoftmaxLosses.apply(logits, total, spread, column[:, None], (amount * is_own)[:, None])
 
 

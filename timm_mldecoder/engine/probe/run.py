@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_mldecoder.checkpoints.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.engine.classes import class_names_of, training_words
 from timm_mldecoder.engine.eval.evaluate import create_autocast, create_evaluator
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import (
@@ -26,7 +27,8 @@ from timm_mldecoder.engine.input.datasets import (
     read_classes,
 )
 from timm_mldecoder.engine.input.loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
-from timm_mldecoder.engine.model import class_names_of, create_train_model, load_trained, refuse, training_words
+from timm_mldecoder.engine.model import create_train_model, load_trained
+from timm_mldecoder.engine.model_errors import refuse
 from timm_mldecoder.engine.probe import report
 from timm_mldecoder.engine.probe.cache import FeatureCache, data_digest, fill
 from timm_mldecoder.engine.probe.features import Backbone, ComputedFeatures, ImageBatches, Source

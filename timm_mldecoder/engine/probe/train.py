@@ -16,10 +16,10 @@ from timm.task import ClassificationEvaluator
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from timm_mldecoder.engine.classes import other_classes
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import Classes
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
-from timm_mldecoder.engine.model import other_classes
 from timm_mldecoder.engine.probe.features import Batch, Source, read_together, scoring_groups, training_groups
 from timm_mldecoder.engine.probe.options import HeadSpec
 from timm_mldecoder.engine.runtime.distributed import World

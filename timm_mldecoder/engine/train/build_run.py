@@ -18,6 +18,7 @@ from timm_mldecoder.engine.checkpoint.files import LOCK, CheckpointFolder, check
 from timm_mldecoder.engine.checkpoint.resume import resume
 from timm_mldecoder.engine.checkpoint.shards import ShardWriter
 from timm_mldecoder.engine.checkpoint.state import RunningLoss, TrainingState
+from timm_mldecoder.engine.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.engine.eval.evaluate import create_autocast, widen
 from timm_mldecoder.engine.flags import Options
 from timm_mldecoder.engine.input.datasets import (
@@ -30,14 +31,8 @@ from timm_mldecoder.engine.input.datasets import (
 )
 from timm_mldecoder.engine.input.loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.engine.input.naflex import patch_format
-from timm_mldecoder.engine.model import (
-    check_loaded,
-    class_names_of,
-    create_train_model,
-    has_text_queries,
-    other_classes,
-    script,
-)
+from timm_mldecoder.engine.model import create_train_model, script
+from timm_mldecoder.engine.model_errors import check_loaded
 from timm_mldecoder.engine.parallel.fsdp import is_sharded, shard_task, slices_of
 from timm_mldecoder.engine.parallel.losses import divide_loss
 from timm_mldecoder.engine.parallel.slices import create_sliced, rows_of_rank

@@ -11,10 +11,10 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_mldecoder.engine.classes import other_classes
 from timm_mldecoder.engine.eval.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.engine.input.images import BadImage, Batch, record_bad_images
 from timm_mldecoder.engine.input.randomness import STEP, key, seed_all
-from timm_mldecoder.engine.model import other_classes
 from timm_mldecoder.engine.parallel.fsdp import broadcast_buffers
 from timm_mldecoder.engine.parallel.metrics import divide_evaluator
 from timm_mldecoder.engine.runtime.errors import RunFailed
