@@ -25,7 +25,8 @@ ALLOWED = {
     'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
 }
 # The rooms of the engine, each of which may import those before it.
-ROOMS = 'flags runtime input parallel checkpoint classes model_errors model predict eval train export probe'.split()
+ROOMS = ['flags', 'runtime', 'input', 'parallel', 'checkpoint', 'classes', 'model_errors', 'model']
+ROOMS += ['predict', 'eval', 'train', 'export', 'probe']
 
 
 def modules() -> dict[str, Path]:

@@ -148,7 +148,7 @@ def test_every_sample_of_an_epoch_is_seen_once_wherever_it_is_cut_and_however_it
             assert left < 2 * max(others, thirds), 'fewer than two for each rank'
 
 
-def test_draws_depend_on_seed_epoch_and_place_alone():
+def test_draws_depend_on_seed_epoch_and_position_alone():
     first = drawn(EpochBatches(order(40), 4), 1)[0]
     assert drawn(EpochBatches(order(40), 4), 1)[0] == first
     assert Counter(draw.index for draw in first) == Counter(range(40))

@@ -114,7 +114,7 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
     for name, row in rows.items():
         row.check(options[name], options.flag(name), options.data_dir)
     check_patches(options, rows)
-    for problem in _problems_of_both(options, rows):
+    for problem in (*_problems_of_overlay(options, rows), *_problems_of_both(options, rows)):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
@@ -142,6 +142,20 @@ def check_task(options: Options) -> None:
         if options[name]:
             task = 'classification' if options.task == 'multilabel' else 'multilabel'
             raise ValueError(f'{options.flag(name)} is for --task {task}, the task is {options.task}')
+
+
+def _problems_of_overlay(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
+    """What is wrong with entries of `--pretrained-cfg-overlay` that have a flag of their own; timm takes any."""
+    for name, value in o.to_dict().get('pretrained_cfg_overlay', {}).items():
+        row = rows.get(name)
+        if row is None or name in _MODEL_ARGUMENTS:
+            continue
+        values = value if row.nargs and isinstance(value, (list, tuple)) else [value]
+        label = f'--pretrained-cfg-overlay {name}:'
+        if not all(_is_a(item, row.type) for item in values) or row.choices and value not in row.choices:
+            allowed = ', '.join(filter(None, row.choices)) if row.choices else 'a number'
+            yield f'{label} {value}: expects {allowed}, as {row.label}'
+        row.check(values, label, None)
 
 
 def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
