@@ -141,12 +141,12 @@ def recorded(path):
     return [(int(epoch), int(batch), digest) for epoch, batch, digest in lines]
 
 
-@pytest.fixture(scope='module')
-def cut(data, tmp_path_factory):
+@pytest.fixture(scope='module', params=['ddp', 'fsdp'])
+def cut(data, tmp_path_factory, request):
     """A run killed within its second epoch on two ranks: the images of that epoch in an undisturbed run, those trained
     before the newest checkpoint, and the folder."""
     output = tmp_path_factory.mktemp('cut')
-    flags = [data, *CUT, '-j', '1', '--output', output]
+    flags = [data, *CUT, '-j', '1', '--output', output, '--parallel', request.param]
     call(RECORD, output / 'whole', *flags, '--experiment', 'whole', processes=2).check_returncode()
 
     log = output / 'log'
@@ -163,7 +163,7 @@ def cut(data, tmp_path_factory):
     whole = Counter(digest for epoch, _, digest in recorded(output / 'whole') if epoch == 1)
     before = Counter(digest for epoch, number, digest in recorded(output / 'part') if epoch == 1 and number < batch)
     assert len(whole) == 24 and set(whole.values()) == {1}
-    return whole, before, output / 'run'
+    return whole, before, output / 'run', request.param
 
 
 @pytest.mark.parametrize(('ranks', 'batch_size'), [(1, 2), (3, 2), (1, 6)])
@@ -172,11 +172,12 @@ def test_a_run_killed_within_an_epoch_continues_on_other_ranks_with_the_same_ima
     data, tmp_path, cut, ranks, batch_size
 ):
     """Each sample of the epoch once, with the augmentation that it has in the undisturbed run."""
-    whole, before, folder = cut
+    whole, before, folder, parallel = cut
     shutil.copytree(folder, tmp_path / 'run')
     (tmp_path / 'run' / f'.last.pth.tar{TEMPORARY}').touch()  # what a kill while saving leaves
     (tmp_path / 'run' / PENDING).touch()
     flags = [data, *CUT, '-b', batch_size, '-j', '0', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    flags += ['--parallel', parallel]
     process = call(RECORD, tmp_path / 'rest', *flags, processes=ranks)
     assert process.returncode == 0, process.stderr
     rest = Counter(digest for _, _, digest in recorded(tmp_path / 'rest'))
