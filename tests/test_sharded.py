@@ -21,7 +21,7 @@ from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of
 from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.flags.checks import DIVISIBLE_OPTIMIZERS
+from timm_mldecoder.engine.flags.divided import DIVISIBLE_OPTIMIZERS
 from timm_mldecoder.engine.model import create_train_model, load_trained
 from timm_mldecoder.engine.parallel import fsdp, slices
 from timm_mldecoder.engine.parallel.head import divide_groups
