@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from timm_mldecoder.engine.train.build_run import build_run
 from timm_mldecoder.engine.train.loop import fit
 from timm_mldecoder.engine.train.run import Run
 
+PATIENCE = 240  # seconds: each of several processes takes a few to start, many where cores are shared
+DEADLINE = 30  # seconds: what a scheduler gives a process between SIGTERM and SIGKILL
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 6  # an epoch of MODEL on `write_data`
 MODEL = shlex.split('--model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --log-interval 1')
@@ -92,6 +96,40 @@ def start(script: str, *flags: str | Path, log: Path, **launch: int) -> subproce
             cwd=log.parent,
             start_new_session=True,
         )
+
+
+def wait_for(pattern, log, process):
+    """Wait until a pattern is in the log of a process."""
+    end = time.monotonic() + PATIENCE
+    while not re.search(pattern, log.read_text()):
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def pid_of_rank(launcher, rank):
+    """The process id of a rank that torchrun has started."""
+    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+    return next(int(pid) for pid in children if f'\0RANK={rank}\0' in Path(f'/proc/{pid}/environ').read_text())
+
+
+def processes_of(session):
+    """Return the live processes of a session, by id."""
+    found = []
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            state, _, _, own = folder.joinpath('stat').read_text().rpartition(')')[2].split()[:4]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(own) == session and state != 'Z':
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until_gone(session):
+    end = time.monotonic() + DEADLINE
+    while processes_of(session):
+        assert time.monotonic() < end, 'processes are left'
+        time.sleep(0.2)
 
 
 def call(

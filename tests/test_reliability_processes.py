@@ -9,32 +9,28 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from runs import MODEL, MOVING, assert_same_run, call, start, summary, train
+from runs import (
+    DEADLINE,
+    MODEL,
+    MOVING,
+    PATIENCE,
+    assert_same_run,
+    call,
+    pid_of_rank,
+    start,
+    summary,
+    train,
+    wait_for,
+    wait_until_gone,
+)
 
 from timm_mldecoder.engine.checkpoint.files import PENDING, numbered, progress_by_name
 from timm_mldecoder.engine.runtime.files import TEMPORARY
 from validate import main as validate
 
-PATIENCE = 240  # seconds: each of several processes takes a few to start, many where cores are shared
-DEADLINE = 30  # seconds: what a scheduler gives a process between SIGTERM and SIGKILL
 DISTRIBUTED = [*MOVING, '--dist-bn', 'reduce', '--aug-repeats', '2', '-j', '1', '-b', '2', '--epochs', '4']
-
-
-def wait_for(pattern, log, process):
-    """Wait until a pattern is in the log of a process."""
-    end = time.monotonic() + PATIENCE
-    while not re.search(pattern, log.read_text()):
-        assert process.poll() is None and time.monotonic() < end, log.read_text()
-        time.sleep(0.02)
-
-
-def pid_of_rank(launcher, rank):
-    """The process id of a rank that torchrun has started."""
-    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
-    return next(int(pid) for pid in children if f'\0RANK={rank}\0' in Path(f'/proc/{pid}/environ').read_text())
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -109,26 +105,6 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(data, tmp_path, paralle
     assert float(losses[0][0]) > 0 and losses[1] == ['nan']
     (nonfinite,) = report['ranks'][1]['batches']
     assert len(nonfinite['indices']) == 2 and all((data / 'train' / file).exists() for file in nonfinite['files'])
-
-
-def processes_of(session):
-    """Return the live processes of a session, by id."""
-    found = []
-    for folder in Path('/proc').glob('[0-9]*'):
-        try:
-            state, _, _, own = folder.joinpath('stat').read_text().rpartition(')')[2].split()[:4]
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(own) == session and state != 'Z':
-            found.append(int(folder.name))
-    return found
-
-
-def wait_until_gone(session):
-    end = time.monotonic() + DEADLINE
-    while processes_of(session):
-        assert time.monotonic() < end, 'processes are left'
-        time.sleep(0.2)
 
 
 CUT = [*MODEL, '--epochs', '2', '-b', '2', '--lr', '0.01', '--aa', 'rand-m5', '--recovery-interval', '1']

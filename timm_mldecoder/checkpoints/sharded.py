@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 SHARDS = 'shards'
 PREFIX = SHARDS + '-'  # of the names of the folders
 _METADATA = '.metadata'
-# What torch's writer pickles into the metadata: building these executes no code of a file.
+# What torch's writer pickles into the metadata of tensors: building these executes no code of a file. For entries with
+# BytesStorageMetadata, which tensors do not have, torch's reader would unpickle anything.
 _HARMLESS = {
     ('torch.distributed.checkpoint.metadata', name)
     for name in ('Metadata', 'MetadataIndex', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata',
-                 'BytesStorageMetadata', 'StorageMeta', '_MEM_FORMAT_ENCODING')
+                 'StorageMeta', '_MEM_FORMAT_ENCODING')
 } | {
     ('torch.distributed.checkpoint.filesystem', '_StorageInfo'),
     ('torch', 'Size'), ('torch.serialization', '_get_layout'), ('pathlib', 'PosixPath'), ('pathlib', 'WindowsPath'),

@@ -7,13 +7,13 @@ from typing import Any
 
 from timm_mldecoder.checkpoints.read import read_checkpoint
 from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.checkpoints.sharded import SHARDS
 from timm_mldecoder.engine.checkpoint.files import (
     LAST,
     Progress,
     checkpoints_in,
     numbered,
     progress_by_name,
-    shards_of,
 )
 from timm_mldecoder.engine.checkpoint.shards import localize
 from timm_mldecoder.engine.checkpoint.state import TrainingState
@@ -74,7 +74,7 @@ def _set_aside(folder: Path, reached: Progress, whole: bool) -> None:
         return
     aside = next(path for path in (folder / f'set-aside-{number}' for number in count(1)) if not path.exists())
     aside.mkdir()
-    shards = {shards for path in ahead if (shards := shards_of(path)) is not None}
+    shards = {folder / name for path in ahead if (name := _try(path, whole=False).get(SHARDS))}
     for path in [*shards, *ahead, *folder.glob(SUMMARY)]:
         path.rename(aside / path.name)
     names = ', '.join(path.name for path in ahead)

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS, Leaf, fill, split, tensors_of
+from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS, Leaf, check_folder, fill, split, tensors_of
 from timm_mldecoder.engine.parallel.slices import rows_of_rank
 from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.engine.runtime.files import sync_folder
 
 
 class ShardWriter:
@@ -51,7 +53,7 @@ class ShardWriter:
         if self._world.device.type == 'cpu':  # else torch copies them to the host
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         index = deepcopy({**content, SHARDS: name}) if self._world.primary else {}
-        self._commit = (lambda: commit(index)) if self._world.primary else None
+        self._commit = partial(self._complete, commit, index) if self._world.primary else None
         writer = FileSystemWriter(self._folder / name)
         self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
 
@@ -76,6 +78,15 @@ class ShardWriter:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise OSError(f'could not write the tensors of a checkpoint (rank {rank}): {cause}') from error
         return commit() if commit else None
+
+    def _complete(self, commit: Callable[[dict[str, Any]], Any], index: dict[str, Any]) -> Any:
+        """Write the index, unless this rank does not see what the others wrote: then older checkpoints must stay."""
+        try:
+            check_folder(self._folder / index[SHARDS], index[SHARDS])
+        except ValueError as error:
+            raise OSError(f'{error}; --output must be a folder that all ranks share') from error
+        sync_folder(self._folder / index[SHARDS])
+        return commit(index)
 
 
 def localize(
@@ -110,7 +121,11 @@ def localize(
         return torch.empty_like(found.detach(), dtype=leaf.tensor.dtype)
 
     if 'state_dict' not in content:
-        raise ValueError('--parallel fsdp resumes from checkpoints of train.py, not from weights alone')
+        raise ValueError(
+            '--parallel fsdp and --head-parallel resume from checkpoints of train.py, not from weights alone'
+        )
+    if 'state_dict_ema' not in models:
+        content.pop('state_dict_ema', None)
     if SHARDS in content:
         fill(content, path, empty_like)
     for leaf in list(tensors_of(content)):

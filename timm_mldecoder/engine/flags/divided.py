@@ -51,8 +51,8 @@ def problems_of_divided(o: Options) -> Iterator[str]:
     for name, reason in _NOT_WITH_DIVIDED_HEAD.items() if o.head_parallel else ():
         if o[name]:
             yield f'{o.flag(name)} does not work with --head-parallel: {reason}'
-    if o.head_parallel and o.val_bad_image == 'skip':
-        yield '--val-bad-image skip does not work with --head-parallel, whose ranks need as many images each'
+    if o.val_bad_image == 'skip':
+        yield f'--val-bad-image skip does not work with {way}, whose ranks need as many batches each'
     if o.amp and o.amp_dtype == 'float16':
         yield f'--amp in float16 does not work with {way}: add --amp-dtype bfloat16'
     if o.clip_grad and o.clip_mode == 'agc':

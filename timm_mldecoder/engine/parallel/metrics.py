@@ -59,7 +59,7 @@ class DividedMultiLabelEvaluator(_DividedEvaluator, MultiLabelEvaluator):
         return all_reduce(counts)
 
     def _of_all_images(self, counts: Tensor, distributed: bool) -> Tensor:
-        return self.part.join(counts)
+        return self.part.join(counts).cpu()
 
     def per_class(self, function, distributed: bool = False) -> Tensor:
         return self.part.join(super().per_class(function).to(self.device)).cpu()

@@ -226,6 +226,7 @@ def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> N
         position = dict(epoch=state.epoch, step=step)
         nonfinite.report(run.folder, position, trained, run.train_loader.dataset, run.world)
     if state.skipped >= (1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit):
+        run.finish_saving()
         raise RunFailed(
             f'{where}: loss or gradients not finite for {state.skipped} steps in a row (--nonfinite-limit); they '
             'changed no parameter. A lower --lr, --clip-grad or a longer warm-up may help'
