@@ -195,7 +195,10 @@ class CheckpointFolder:
             self.best_metric, self.best_epoch = metric, epoch
         for best in (folder / f'checkpoint-{self.best_epoch}{SUFFIX}', folder / BEST):
             if best.exists() and not (self.folder / BEST).exists():
-                duplicate_checkpoint(best, self.folder / BEST)
+                try:
+                    duplicate_checkpoint(best, self.folder / BEST)
+                except ValueError as error:
+                    _logger.warning('skipped: %s', error)
 
     def sort_key(self, metric: float) -> tuple[bool, float]:
         """Return a key that sorts the best first, and a NaN last."""
