@@ -1,7 +1,7 @@
 # Everything runs in .venv, made once. `make demo` and `make test` need nothing but Python 3.10 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
-QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory weights \
+QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory published \
 	data_formats flags flag_effects))
 
 .PHONY: demo quick test test-slow models clean

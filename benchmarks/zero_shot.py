@@ -1,4 +1,4 @@
-"""Zero-shot recognition of drawn shapes: how well are combinations recognised that no training scene shows?
+"""Zero-shot recognition of drawn shapes: how well are combinations recognized that no training scene shows?
 
     python -m benchmarks.zero_shot              full and group decoding, query augmentations, and a control; 3 seeds
     python -m benchmarks.zero_shot --ablations  the ablations of the paper's appendix B
@@ -34,13 +34,13 @@ WAYS = {
     'full, random queries': RANDOM,
     'full, both': {**NOISE, **RANDOM},
     'groups of 5': GROUPS,
-    'control: shuffled words': dict(shuffled=True),
+    'control: shuffled label embeddings': dict(shuffled=True),
 }
 ABLATIONS = {
-    'groups of 5: word query, word pooling': GROUPS,
-    'groups of 5: word query, learned pooling': dict(GROUPS, classifier='learned'),
-    'groups of 5: learned query, word pooling': dict(GROUPS, learnable_queries=True),
-    'groups of 5: word query, learned shared pooling': dict(GROUPS, classifier='shared'),
+    'groups of 5: text query, text pooling': GROUPS,
+    'groups of 5: text query, learned pooling': dict(GROUPS, classifier='learned'),
+    'groups of 5: learned query, text pooling': dict(GROUPS, learnable_queries=True),
+    'groups of 5: text query, learned shared pooling': dict(GROUPS, classifier='shared'),
 }
 COLUMNS = ['ZSL mAP', 'ZSL F1@3', 'GZSL mAP', 'GZSL F1@3']
 
@@ -87,8 +87,8 @@ def score(model: nn.Module, words: Tensor, images: Tensor, target: Tensor) -> li
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ablations', action='store_true', help='learned and word queries and pooling, in groups')
-    parser.add_argument('--seeds', type=int, default=3, help='runs a row, two or more (default: %(default)s)')
+    parser.add_argument('--ablations', action='store_true', help='learned and text queries and pooling, in groups')
+    parser.add_argument('--seeds', type=int, default=3, help='runs per row, two or more (default: %(default)s)')
     parser.add_argument('--scenes', type=int, default=2000, help='training scenes (default: %(default)s)')
     parser.add_argument('--epochs', type=int, default=5, help='(default: %(default)s)')
     parser.add_argument('--validation-scenes', type=int, default=1000, help='(default: %(default)s)')

@@ -53,7 +53,7 @@ GROUPS: dict[str, dict[str, str]] = {
         'head learning rate': '--head-lr-scale 10 --bias-lr-scale 2',
         'dropout, drop path': '--drop 0.3 --drop-path 0.1',
     },
-    'averages and precision': {
+    'EMA and precision': {
         'EMA': EMA,
         'EMA, warmup': f'{EMA} --model-ema-warmup',
         'EMA on the CPU': f'{EMA} --model-ema-force-cpu',

@@ -231,6 +231,9 @@ def test_the_commands_of_the_readme_run(tmp_path):
     """All but the app, which serves until it is ended, on small data, for one epoch without pretrained weights."""
     data = write_images(tmp_path / 'DATA', train=2, validation=2, classes=10)
     (tmp_path / 'IMAGES').symlink_to(data / 'validation')
+    for split in ('train', 'validation'):  # the same images with several labels, for the multi-label command
+        rows = ['path,labels', *(f'{split}/class_{i}/000.png,class_{i};class_{(i + 1) % 10}' for i in range(10)), '']
+        (data / f'{split}.csv').write_text('\n'.join(rows))
     short = '--no-pretrained --epochs 1 --img-size 64 --device cpu -j 0 -b 4'
     more = {
         'train.py': f'{short} --warmup-epochs 0',

@@ -462,8 +462,8 @@ def test_a_class_map_may_lie_in_the_folder_of_the_dataset(tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'named', 'needed'),
     [
-        ('--aug-repeats 3', '--aug-repeats 3.0', 'more than one process'),
-        ('--sync-bn', '--sync-bn', 'more than one process'),
+        ('--aug-repeats 3', '--aug-repeats 3.0', 'more than one rank'),
+        ('--sync-bn', '--sync-bn', 'more than one rank'),
         ('--bce-target-thresh 0.2', '--bce-target-thresh 0.2', '--loss bce'),
         ('--remode const', '--remode const', '--reprob'),
         ('--mixup-prob 0.5', '--mixup-prob', '--mixup or --cutmix'),

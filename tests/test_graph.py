@@ -70,7 +70,7 @@ def leaky(x):
 
 
 def plain_gate(a, words, layers):
-    """The gate of A [C, C] (before normalisation), words [C, E] and layers of (W,) or (W, a)."""
+    """The gate of A [C, C] (before normalization), words [C, E] and layers of (W,) or (W, a)."""
     a, x = np.asarray(a, dtype=np.float64), np.asarray(words, dtype=np.float64)
     d = np.diag(a.sum(1) ** -0.5)
     normalised = (a @ d).T @ d

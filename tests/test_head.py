@@ -109,7 +109,7 @@ def test_group_count_is_an_exact_ceiling(num_classes, groups, queries, size):
         assert head(torch.randn(2, 4, 2, 2)).shape == (2, num_classes)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialization_is_the_published_one():
     torch.manual_seed(0)
     head = MLDecoder(1000)
     K, D, g = head.weight.shape

@@ -84,8 +84,8 @@ WAYS = {
     'full, factorised': dict(classifier='word'),
     'groups': dict(group_size=3),
     'groups that do not divide the width': dict(group_size=5),
-    'word query, learned pooling': dict(group_size=3, classifier='learned'),
-    'learned query, word pooling': dict(group_size=3, learnable_queries=True),
+    'text query, learned pooling': dict(group_size=3, classifier='learned'),
+    'learned query, text pooling': dict(group_size=3, learnable_queries=True),
     'learned query, learned pooling': dict(group_size=3, learnable_queries=True, classifier='learned'),
     'groups, shared pooling': dict(group_size=3, classifier='shared'),
 }
@@ -131,7 +131,7 @@ def test_permuted_classes_permute_the_logits_and_added_ones_leave_them():
         assert torch.equal(value, parameters[name])
 
 
-def test_initialisation_of_the_shared_pooling_is_the_published_one():
+def test_initialization_of_the_shared_pooling_is_the_published_one():
     torch.manual_seed(0)
     head = MLDecoder(3, decoder_embedding=768, word_embeddings=torch.randn(3, 300))
     assert head.weight.shape == (768, 1) and head.bias.shape == (1,) and not head.bias.any()

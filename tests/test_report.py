@@ -15,7 +15,7 @@ from PIL import Image
 from runs import call
 from sklearn import metrics
 
-from timm_mldecoder.engine.eval import page
+from timm_mldecoder.engine.eval import report_page
 from timm_mldecoder.engine.eval.report import report_folder
 from timm_mldecoder.engine.eval.report_scores import POINTS, MultiLabelScores, curve_points
 from timm_mldecoder.engine.flags import parse_validate
@@ -237,14 +237,16 @@ def test_a_long_curve_is_thinned_and_keeps_its_end():
 
 
 def test_every_text_of_the_page_is_escaped():
-    mistake = page.Mistake(EVIL, EVIL, [page.Picture(Image.new('L', (2, 2)), EVIL)])
+    mistake = report_page.Mistake(EVIL, EVIL, [report_page.Picture(Image.new('L', (2, 2)), EVIL)])
     contents = [
-        page.table({EVIL: None}, [[EVIL]]),
-        page.confusion_matrix([EVIL, EVIL], {(0, 1): 3}),
-        page.curves([page.Curve(EVIL, 1.0, [(0, 1)], 0.5, None)]),
-        page.gallery([mistake]),
+        report_page.table({EVIL: None}, [[EVIL]]),
+        report_page.confusion_matrix([EVIL, EVIL], {(0, 1): 3}),
+        report_page.curves([report_page.Curve(EVIL, 1.0, [(0, 1)], 0.5, None)]),
+        report_page.gallery([mistake]),
     ]
-    text = page.render(EVIL, {EVIL: EVIL}, [page.section(EVIL, EVIL, content, 'a') for content in contents])
+    text = report_page.render(
+        EVIL, {EVIL: EVIL}, [report_page.section(EVIL, EVIL, content, 'a') for content in contents]
+    )
     assert EVIL not in text and Page(text).tags.count('script') == 1
 
 

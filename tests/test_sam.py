@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: the steps of a plain loop, and no trace of a skipped one."""
+"""Sharpness-aware minimization: the steps of a plain loop, and no trace of a skipped one."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Data as users have it, through train.py and validate.py: WebDataset shards and Hugging Face data sets on disk."""
+"""Data as users have it, through train.py and validate.py: WebDataset shards and Hugging Face datasets on disk."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Word queries on timm models: the classes travel with everything that carries a model, and change after training."""
+"""Text queries on timm models: the classes travel with everything that carries a model, and change after training."""
 
 import copy
 import pickle

@@ -6,7 +6,7 @@
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
-ones the TResNets are recognised; for another backbone say which timm model it is (`--model`) and at which size it was
+ones the TResNets are recognized; for another backbone say which timm model it is (`--model`) and at which size it was
 trained (`--input-size`). docs/checkpoints.md has the details.
 """
 

@@ -146,7 +146,7 @@ RUN_ENTRIES = {
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
-    'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalisation of evaluation images'),
+    'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on
 

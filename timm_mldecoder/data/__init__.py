@@ -13,7 +13,7 @@ from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
 from timm_mldecoder.data.formats.voc import read_voc
-from timm_mldecoder.data.missing import apply_policy
+from timm_mldecoder.data.missing_images import apply_policy
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import cache
+from timm_mldecoder.data import annotation_cache
+from timm_mldecoder.data.annotation_cache import Table
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
@@ -22,7 +23,7 @@ def make_table(
     label: Sequence[int],
     value: Sequence[int],
     instances: Sequence[int] | None = None,
-) -> cache.Table:
+) -> Table:
     """Sort annotations by image and class, one entry per image and class.
 
     Returns:
@@ -85,14 +86,18 @@ class Annotations:
 
     @classmethod
     def from_table(
-        cls, class_names: Sequence[str], table: cache.Table, unlisted: int = NEGATIVE, folder: Path | None = None
+        cls,
+        class_names: Sequence[str],
+        table: Table,
+        unlisted: int = NEGATIVE,
+        folder: Path | None = None,
     ) -> 'Annotations':
         """Annotations from the arrays of `make_table`; `folder` is the cache that they are mapped from, if any."""
         annotations = cls.__new__(cls)
         annotations._set(class_names, table, unlisted, folder)
         return annotations
 
-    def _set(self, class_names: Sequence[str], table: cache.Table, unlisted: int, folder: Path | None) -> None:
+    def _set(self, class_names: Sequence[str], table: Table, unlisted: int, folder: Path | None) -> None:
         self.class_names = list(class_names)
         self.unlisted = unlisted
         self._table = table
@@ -106,7 +111,7 @@ class Annotations:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._table is None:
-            self._table = cache.load(self._folder)
+            self._table = annotation_cache.load(self._folder)
             if self._table is None:
                 raise ValueError(f'{self._folder}: this cache of annotations was removed or damaged; start again')
 

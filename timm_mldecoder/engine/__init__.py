@@ -1,1 +1,1 @@
-"""What train.py, validate.py and the commands run. CONTRIBUTING.md lists the rooms, in the order of their imports."""
+"""What train.py, validate.py and the commands run. CONTRIBUTING.md lists the subpackages in the order of imports."""

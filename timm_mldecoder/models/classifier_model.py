@@ -1,4 +1,4 @@
-"""What timm models with a classifier of this package share: a class made on the fly, `save_for_hf`, initialisation."""
+"""What timm models with a classifier of this package share: a class made on the fly, `save_for_hf`, initialization."""
 
 import threading
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The graph branch of arXiv 2209.06585: a gate on the pooled features, computed from a label graph and word vectors."""
+"""The graph branch of arXiv 2209.06585: a gate on the pooled features, from a label graph and label embeddings."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -138,19 +138,19 @@ CLASSIFIERS = ('cosine', 'linear')
 
 
 class GraphClassifier(nn.Module):
-    """A classifier on pooled features times a gate, which a label graph and word vectors give (arXiv 2209.06585).
+    """A classifier on pooled features times a gate, which a label graph and label embeddings give (arXiv 2209.06585).
 
-    The gate is sigmoid(max over classes) of two graph layers on the word vectors of the classes. It does not depend on
-    the image, so multiplying the pooled features by it equals multiplying the feature map before average pooling. It is
+    The gate is sigmoid(max over classes) of two graph layers on the label embeddings. It does not depend on the
+    image, so multiplying the pooled features by it equals multiplying the feature map before average pooling. It is
     computed in float32 at least, also under autocast.
 
-    Label graph and word vectors are buffers: a state dict brings them. They start as zeros, and the classifier refuses
-    to run until they are set.
+    Label graph and label embeddings are buffers: a state dict brings them. They start as zeros, and the classifier
+    refuses to run until they are set.
 
     Args:
         in_features: Width F of the pooled features.
         out_features: Number of classes C.
-        width: Width E of the word vectors.
+        width: Width E of the label embeddings.
         layer: 'gcn' or 'gat', the type of both graph layers, E -> F -> F.
         threshold: Threshold that the edges were made with, noted for `graph_options`.
         weight: Share of the neighbours, see `weighted_adjacency`.
@@ -202,7 +202,7 @@ class GraphClassifier(nn.Module):
         self._normalize_start()
 
     def reset_parameters(self) -> None:
-        """Draw layers and classifier anew; label graph and word vectors stay."""
+        """Draw layers and classifier anew; label graph and label embeddings stay."""
         for module in (self.gc1, self.gc2, self.classifier):
             module.reset_parameters()
         self._normalize_start()
@@ -225,7 +225,7 @@ class GraphClassifier(nn.Module):
 
     @torch.no_grad()
     def set_graph(self, edges: Tensor, words: Tensor) -> None:
-        """Set the edges [C, C] of `label_edges` and the word vectors [C, E]."""
+        """Set the edges [C, C] of `label_edges` and the label embeddings [C, E]."""
         self.edges.copy_(edges)
         self.words.copy_(words)
         self.known, self.folded = True, None
@@ -302,7 +302,7 @@ def add_graph_classifier(
     Args:
         model: A model with timm's `get_classifier` and C classes.
         adjacency: M [C, C] of `label_edges`, in the order of the model's classes.
-        word_embeddings: Word vectors [C, E] in the same order, used as they are.
+        word_embeddings: Label embeddings [C, E] in the same order, used as they are.
         layer: 'gcn' or 'gat', the type of the graph layers.
         threshold: Smallest entry of the adjacency that makes an edge.
         weight: Share of the neighbours, see `weighted_adjacency`.
@@ -313,8 +313,8 @@ def add_graph_classifier(
         The same model. ``forward`` gives logits [B, C].
 
     Raises:
-        ValueError: If the classifier is not one linear layer; if the sizes of model, adjacency and word vectors differ;
-            if a value is not finite or an option is out of range.
+        ValueError: If the classifier is not one linear layer; if the sizes of model, adjacency and label embeddings
+            differ; if a value is not finite or an option is out of range.
     """
     edges = label_edges(adjacency, threshold)
     check_embeddings(word_embeddings, word_embeddings.shape[-1] if word_embeddings.dim() else 0, None)
@@ -335,7 +335,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
     Args:
         model: A model with timm's `get_classifier`.
         num_classes: Number of classes C, the same as the model's.
-        width: Width E of the word vectors.
+        width: Width E of the label embeddings.
         **options: Keyword options of `GraphClassifier`; `graph_options` gives them.
 
     Returns:
@@ -378,7 +378,7 @@ def convert_graph_state_dict(
     """Tensors of a checkpoint in the layout of the authors' code, under the names of a model with a graph classifier.
 
     The file has ``backbone.`` (or ``backbone.model.``), ``head.``, ``gc1.``, ``gc2.``, ``inp`` (word vectors) and ``A``
-    (the weighted adjacency before normalisation). Left out are ``gc_weights``, the folded gate, and what the authors'
+    (the weighted adjacency before normalization). Left out are ``gc_weights``, the folded gate, and what the authors'
     wrapper of a timm model never uses: its own classifier and a PReLU at its start value.
 
     Args:

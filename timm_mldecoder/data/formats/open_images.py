@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from timm_mldecoder.data.annotation_cache import Table, load_or_build
 from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, make_table
-from timm_mldecoder.data.cache import Table, load_or_build
 from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows
 from timm_mldecoder.data.word_embeddings import load_tensors
 

@@ -17,7 +17,7 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mldecoder.engine.eval import page
+from timm_mldecoder.engine.eval import report_page
 from timm_mldecoder.engine.eval.evaluate import create_autocast
 from timm_mldecoder.engine.eval.report_scores import Entry, MultiLabelScores, SingleLabelScores
 from timm_mldecoder.engine.flags import Options
@@ -93,11 +93,11 @@ class Report:
             return
         if mistakes:
             text = 'The images with the highest loss among those with a wrong prediction or a missed label.'
-            sections.append(page.section('Worst errors', text, page.gallery(mistakes), 'errors'))
+            sections.append(report_page.section('Worst errors', text, report_page.gallery(mistakes), 'errors'))
         facts = {'Dataset': utf8(f'{o.dataset or ""} {o.data_dir or ""} {o.split}'.strip())}
         facts |= {'Checkpoint': utf8(o.checkpoint)} if o.checkpoint else {}
         facts |= {name: f'{value:.3f}' if isinstance(value, float) else str(value) for name, value in metrics.items()}
-        html = page.render(f'Results of {utf8(o.model)}', facts, sections)
+        html = report_page.render(f'Results of {utf8(o.model)}', facts, sections)
         write_atomically(folder / PAGE, lambda file: file.write(html.encode()))
         _logger.info(f'Report written: {folder / PAGE} and {folder / SCORES}')
 
@@ -133,7 +133,7 @@ class Report:
 
     def _mistakes(
         self, model: nn.Module, config: DataConfig, names: list[str], indices: Sequence[int]
-    ) -> list[page.Mistake]:
+    ) -> list[report_page.Mistake]:
         """Return the worst images, with the attention of what was wrong where the head has it; a collective call."""
         if isinstance(self.dataset, IterableDataset):
             _logger.info('no pictures of errors: a stream cannot be read at an image again')
@@ -144,14 +144,14 @@ class Report:
         pictures = self._pictures(model, config, names, worst)
         every = {place: item for part in self.world.all_gather(pictures) for place, item in part.items()}
         return [
-            page.Mistake(item.name, f'loss {item.loss:.3f}', every[place])
+            report_page.Mistake(item.name, f'loss {item.loss:.3f}', every[place])
             for place, item in enumerate(worst)
             if place in every
         ]
 
     def _pictures(
         self, model: nn.Module, config: DataConfig, names: list[str], worst: list[Worst]
-    ) -> dict[int, list[page.Picture]]:
+    ) -> dict[int, list[report_page.Picture]]:
         """Return the pictures of some of the worst images; the ranks share them."""
         if not worst:
             return {}
@@ -178,9 +178,9 @@ class Report:
                 except ValueError as error:  # features of several scales, or tokens without a grid
                     _logger.info(f'no attention in the report: {error}')
                     attends = False
-            shown = [page.Picture(thumbnail(pixels, SIDE), '' if len(maps) else ', '.join(captions))]
+            shown = [report_page.Picture(thumbnail(pixels, SIDE), '' if len(maps) else ', '.join(captions))]
             shown += [
-                page.Picture(attention_overlay(pixels, attention, SIDE), caption, kind)
+                report_page.Picture(attention_overlay(pixels, attention, SIDE), caption, kind)
                 for attention, caption, kind in zip(maps, captions, kinds, strict=False)
             ]
             found[place.item()] = shown

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_mldecoder.engine.eval import page
+from timm_mldecoder.engine.eval import report_page
 from timm_mldecoder.engine.runtime.distributed import World
 from timm_mldecoder.metrics import MultiLabelEvaluator
 
@@ -89,14 +89,16 @@ class SingleLabelScores:
         found = []
         if len(names) <= MATRIX:
             text = 'Number of images by label (rows) and prediction (columns); the colour is the share of the row.'
-            found.append(page.section('Confusion matrix', text, page.confusion_matrix(names, counts), 'confusion'))
+            found.append(
+                report_page.section('Confusion matrix', text, report_page.confusion_matrix(names, counts), 'confusion')
+            )
         pairs = [
             (names[label], names[predicted], count, 100 * count / images[label])
             for count, (label, predicted) in wrong[:PAIRS]
         ]
-        content = page.table({'label': None, 'predicted': None, 'images': 0, '% of the label': 2}, pairs)
+        content = report_page.table({'label': None, 'predicted': None, 'images': 0, '% of the label': 2}, pairs)
         text = f'{len(pairs)} of {len(wrong)} confusions, the most frequent first.'
-        found = [page.row(*found, page.section('Most confused pairs', text, content, 'pairs'))]
+        found = [report_page.row(*found, report_page.section('Most confused pairs', text, content, 'pairs'))]
         rows = []
         for index, name in enumerate(names):
             right = counts[index, index]
@@ -104,7 +106,7 @@ class SingleLabelScores:
             rows.append((name, images[index], predictions[index], *values))
         columns = {'class': None, 'images': 0, 'predictions': 0, 'precision': 2, 'recall': 2, 'F1': 2}
         text = 'Precision, recall and F1 of the first prediction, in percent. Click a column to sort.'
-        found.append(page.section('Classes', text, page.table(columns, rows), 'classes'))
+        found.append(report_page.section('Classes', text, report_page.table(columns, rows), 'classes'))
         return found
 
 
@@ -189,7 +191,7 @@ class MultiLabelScores:
         for index, points in self._curves.items():
             right, predicted, positives = counts[index]
             chosen = (right / positives, right / predicted) if predicted else None
-            shown.append(page.Curve(names[index], ap[index], points, thresholds[index], chosen))
+            shown.append(report_page.Curve(names[index], ap[index], points, thresholds[index], chosen))
         text = f'Recall to the right, precision upwards, lowest average precision first. Dots: thresholds, {kind}.'
         if len(shown) < len(names):
             text += f' {len(shown)} of {len(names)} classes; those without a positive have no curve.'
@@ -199,11 +201,11 @@ class MultiLabelScores:
             rows.append((names[index], positives, predicted, value, thresholds[index],
                          *ratios(right, predicted, positives)))  # fmt: skip
         columns = {'class': None, 'positives': 0, 'predictions': 0, 'AP': 2, 'threshold': 4}
-        table = page.table({**columns, 'precision': 2, 'recall': 2, 'F1': 2}, rows)
+        table = report_page.table({**columns, 'precision': 2, 'recall': 2, 'F1': 2}, rows)
         note = f'Precision, recall and F1 at the thresholds, {kind}, in percent. Click a column to sort.'
         return [
-            page.section('Precision and recall', text, page.curves(shown), 'curves'),
-            page.section('Classes', note, table, 'classes'),
+            report_page.section('Precision and recall', text, report_page.curves(shown), 'curves'),
+            report_page.section('Classes', note, table, 'classes'),
         ]
 
 

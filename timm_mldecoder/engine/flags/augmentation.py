@@ -35,7 +35,7 @@ AUGMENTATION: Group = ('Augmentation', [
           needs=(AUGMENTS, given('cutout'))),
     train('--cutout-place', str, 'before', 'paint before or after the other augmentations', choices=('before', 'after'),
           needs=(AUGMENTS, given('cutout'))),
-    train('--aug-repeats', float, 0, 'augmented copies of each image per epoch, over all processes',
+    train('--aug-repeats', float, 0, 'augmented copies of each image per epoch, over all ranks',
           range='[0, 1024]', needs=DISTRIBUTED),
     train('--aug-splits', int, 0, 'views of each image in a batch, of which the first is only cropped and flipped; '
           '0: off', range='[0, 64]'),

@@ -61,8 +61,8 @@ MODEL: Group = ('Model and weights', [
 HEAD: Group = ('Head', [
     both('--use-ml-decoder-head', int, 0, '1: ML-Decoder head; 0: the head of the model', choices=(0, 1),
          inherited=True),
-    both('--num-of-groups', int, -1, 'number of queries K of the head; -1: min(100, classes)', metavar='K',
-         range='[-1, 1000000]', needs=USES_HEAD, inherited=True),
+    both('--num-of-groups', int, -1, 'number of queries K of the head; -1: min(100, classes), or one per class with '
+         'text queries', metavar='K', range='[-1, 1000000]', needs=USES_HEAD, inherited=True),
     both('--decoder-embedding', int, 768, 'width D of the head', metavar='D', range='[-1, 65536]', needs=USES_HEAD,
          inherited=True),
     both('--ml-decoder-kwargs', dict, {}, 'more options of MLDecoder, such as num_layers=2 learnable_queries=True',
@@ -76,7 +76,7 @@ HEAD: Group = ('Head', [
 ])
 
 DEVICE: Group = ('Device and precision', [
-    both('--device', str, 'cuda', 'device, such as cuda:1 or cpu; if not given, cuda where there is one, else cpu'),
+    both('--device', str, 'cuda', 'device, such as cuda:1 or cpu; without the flag, cpu where there is no cuda'),
     train('--device-modules', str, None, 'Python modules to import for the device', nargs='+', metavar='MODULE'),
     validate('--num-gpu', int, 1, 'number of GPUs of a single process', range='[1, 1024]'),
     both('--amp', bool, False, 'automatic mixed precision', inherited=True),

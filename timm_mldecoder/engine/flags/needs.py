@@ -41,7 +41,7 @@ def optimizer_info(options: Options) -> OptimInfo:
 
 
 # fmt: off
-DISTRIBUTED = Need(lambda o: world_info_from_env()[2] > 1, 'more than one process')
+DISTRIBUTED = Need(lambda o: world_info_from_env()[2] > 1, 'more than one rank')
 ON_ACCELERATOR = Need(lambda o: not o.device.startswith('cpu'), 'a device other than the CPU')
 VALIDATES = Need(lambda o: bool(o.val_split), 'a validation split: --val-split')
 NO_HEAD = Need(lambda o: not o.use_ml_decoder_head, '--use-ml-decoder-head 0')

@@ -141,7 +141,8 @@ SCHEDULE: Group = ('Learning rate and schedule', [
     train('--decay-milestones', int, [90, 180, 270], 'epochs of the steps', nargs='+', range='[1, inf)',
           needs=sched('multistep')),
     train('--decay-epochs', float, 90, 'epochs between steps; for wsd and rsqrt the length of the decay, as a share of '
-          'the schedule if below 1 (default 0.2)', range='(0, inf)', needs=sched('step', 'wsd', 'rsqrt')),
+          'the schedule if below 1; wsd and rsqrt: 0.2 if not given', range='(0, inf)',
+          needs=sched('step', 'wsd', 'rsqrt')),
     train('--decay-rate --dr', float, 0.1, 'factor of each step; power of poly', range='(0, inf)',
           needs=sched('step', 'multistep', 'plateau', 'poly')),
     train('--patience-epochs', int, 10, 'epochs without improvement before a step', range='[0, inf)',

@@ -16,8 +16,9 @@ RUN: Group = ('Run', [
     train('--log-interval', int, 50, 'optimizer steps between log lines', range='[1, inf)'),
     validate('--log-freq', int, 10, 'batches between log lines', range='[1, inf)'),
     train('--val-interval', int, 1, 'epochs between validations and checkpoints', range='[1, inf)'),
-    train('--eval-metric', str, 'top1', 'metric that ranks checkpoints: loss, top1 or top5; for --task multilabel map, '
-          'loss, micro_f1 and others (default: map; openimages: map_partial; --class-split: zsl_map)', needs=VALIDATES),
+    train('--eval-metric', str, 'top1', 'metric that ranks checkpoints: loss, top1 or top5; with --task multilabel '
+          'map, loss, micro_f1 and others, and map if not given (openimages: map_partial; --class-split: zsl_map)',
+          needs=VALIDATES),
     train('--checkpoint-hist', int, 10, 'number of best checkpoints to keep', range='[1, inf)'),
     train('--recovery-interval', int, 0, 'optimizer steps between checkpoints within an epoch; 0: off',
           range='[0, inf)'),

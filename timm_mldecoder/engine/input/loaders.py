@@ -35,7 +35,7 @@ DataConfig = dict[str, Any]  # timm's: input_size, mean, std, interpolation, cro
 def resolve_config(
     options: Options, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
 ) -> DataConfig:
-    """Resolve input size, normalisation, interpolation and crop; what a checkpoint has `stored` takes precedence.
+    """Resolve input size, normalization, interpolation and crop; what a checkpoint has `stored` takes precedence.
 
     Raises:
         ValueError: If the model takes images of another size only.

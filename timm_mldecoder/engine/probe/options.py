@@ -146,7 +146,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     rates = '1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'
     add('--lrs', dest='rates', type=_rates, default=rates, help='learning rates (default: %(default)s)')
     positive, seeds = number(int, '[1, 1e6]'), number(int, '[1, 1000]')
-    add('--seeds', type=seeds, default=3, help='seeds of initialisation and dropout (default: %(default)s)')
+    add('--seeds', type=seeds, default=3, help='seeds of initialization and dropout (default: %(default)s)')
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')
     add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')

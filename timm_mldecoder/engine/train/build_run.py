@@ -65,7 +65,7 @@ def build_run(options: Options, world: World) -> Run:
     given = options
     options = options.replace(lr=learning_rate(options, world))
 
-    # data, then the model: random draws begin with the model's initialisation, as in timm's script
+    # data, then the model: random draws begin with the model's initialization, as in timm's script
     train, validation = _create_splits(options)
     divided = is_sharded(options, world)
     random_seed(options.seed, 0 if divided else world.rank)

@@ -44,7 +44,7 @@ class Run:
     eval_metric: str  # metric that ranks checkpoints
     dist_bn: str  # how ranks share BatchNorm statistics; empty for not at all
     folder: Path | None  # folder of the run; None on all ranks but the first
-    data_config: dict[str, Any]  # size, crop and normalisation of evaluation images
+    data_config: dict[str, Any]  # size, crop and normalization of evaluation images
     class_names: list[str] | None  # class names in the order of the outputs, if the data has any
     freezer: Freezer
     folder_lock: IO | None  # lock of the folder, held as long as the run lives

@@ -1,4 +1,4 @@
-"""Contract of weights.py and convert.py: a file gives the logits of the model it was made from, or an error."""
+"""Contract of checkpoints/published.py and convert.py: a file gives the logits of its source model, or an error."""
 
 import argparse
 import json
