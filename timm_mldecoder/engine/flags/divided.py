@@ -1,6 +1,10 @@
 """Options that do not work with a model or a head that is divided over ranks, and why."""
 
+import inspect
 from collections.abc import Iterator
+
+import torch
+from torch.distributed.fsdp import fully_shard
 
 from timm_mldecoder.engine.flags.options import Options
 
@@ -40,6 +44,8 @@ DIVISIBLE_OPTIMIZERS = (
 def problems_of_divided(o: Options) -> Iterator[str]:
     """What does not work with `--parallel fsdp` or `--head-parallel`, one of which is on."""
     way = '--parallel fsdp' if o.parallel == 'fsdp' else '--head-parallel'
+    if 'ignored_params' not in inspect.signature(fully_shard).parameters:
+        yield f'{way} needs a newer torch than {torch.__version__}, whose fully_shard has no ignored_params'
     for name, reason in _NOT_DIVIDED.items():
         if o[name]:
             yield f'{o.flag(name)} does not work with {way}: {reason}'

@@ -169,7 +169,8 @@ class _Slicing(TorchDispatchMode):
             Whether that is possible.
         """
         drawn = function in _DRAWS and kwargs.get('generator') is None
-        by_entry = function in _FILLS or {torch.Tag.inplace, torch.Tag.pointwise} <= set(function.tags)
+        in_place = function._schema.name.endswith('_')
+        by_entry = function in _FILLS or (in_place and torch.Tag.pointwise in function.tags)
         if not (drawn or by_entry) or not target.is_contiguous():
             return False
         begin = target.storage_offset() - own.parameter.storage_offset() - own.first
