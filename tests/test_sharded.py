@@ -21,9 +21,11 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoints.schema import RUN
 from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.engine.checkpoint.files import shards_of
+from timm_mldecoder.engine.checkpoint.resume import newest
 from timm_mldecoder.engine.flags import parse_train
 from timm_mldecoder.engine.flags.divided import DIVISIBLE_OPTIMIZERS
 from timm_mldecoder.engine.model import create_train_model, load_trained
@@ -415,29 +417,27 @@ def test_mixed_precision_stays_near_ddp(data, tmp_path):
     ids=['fsdp', 'heads'],
 )
 def test_a_run_killed_on_two_ranks_four_ranks_and_one_continues_as_one_run(ten_classes, tmp_path, parts):
-    """Each part is killed within an epoch, and resumed on other ranks, as a run that is stopped between epochs."""
-    flags = [
-        ten_classes,
-        *shlex.split(f'{VIT} --num-classes 10 --num-of-groups 4 --epochs 8 --model-ema --clip-grad 1'),
-    ]
-    flags += ['--output', tmp_path, '--resume', 'auto']
+    """Each part is killed within an epoch. A run with ddp, stopped at the newest checkpoint, has the same losses."""
+    flags = [ten_classes, *shlex.split(f'{VIT} --num-classes 10 --num-of-groups 4 --epochs 8 --clip-grad 1')]
+    flags += ['--model-ema', '--resume', 'auto', '--output', tmp_path]
     for number, (ranks, size, parallel) in enumerate(parts, 1):
-        end = 2 * number
-        whole = call('train.py', *flags, '-b', size, '--experiment', 'whole', '--stop-epoch', end, processes=ranks)
-        assert whole.returncode == 0, whole.stderr[-3000:]
-
-        more = ['-b', size, '--parallel', *parallel.split(), '--experiment', 'parts']
+        part = [*flags, '-b', size, '--parallel', *parallel.split(), '--experiment', 'parts']
         if number == len(parts):
-            assert call('train.py', *flags, *more, processes=ranks).returncode == 0
-            break
-        log = tmp_path / f'log{number}'
-        launcher = start('train.py', *flags, *more, log=log, processes=ranks)
-        wait_for(rf'Train: {end} \[', log, launcher)
-        for pid in [pid_of_rank(launcher, rank) for rank in range(ranks)]:
-            with suppress(ProcessLookupError):  # torchrun was faster
-                os.kill(pid, signal.SIGKILL)
-        launcher.wait(300)
-        wait_until_gone(launcher.pid)
+            assert call('train.py', *part, processes=ranks).returncode == 0
+            reached = 8
+        else:
+            log = tmp_path / f'log{number}'
+            launcher = start('train.py', *part, log=log, processes=ranks)
+            wait_for(rf'Train: {2 * number} \[', log, launcher)
+            for pid in [pid_of_rank(launcher, rank) for rank in range(ranks)]:
+                with suppress(ProcessLookupError):  # torchrun was faster
+                    os.kill(pid, signal.SIGKILL)
+            launcher.wait(300)
+            wait_until_gone(launcher.pid)
+            reached = newest(tmp_path / 'parts')[1][RUN]['epoch']
+        whole = [*flags, '-b', size, '--experiment', 'whole', '--stop-epoch', reached]
+        process = call('train.py', *whole, processes=ranks)
+        assert process.returncode == 0, process.stderr[-3000:]
     for ours, theirs in zip(summary(tmp_path / 'parts'), summary(tmp_path / 'whole'), strict=True):
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-5, abs=1e-5)
 
