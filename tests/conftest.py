@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import getpass
 import logging
 import os
 import subprocess
@@ -23,8 +24,10 @@ def _one_thread():
 def _temporary_folder(tmp_path_factory):
     """What torchrun, trackers and other programs leave in the temporary folder goes with the session."""
     tmp_path_factory.getbasetemp()  # that of pytest stays outside: it keeps what failed tests wrote
+    compiled = os.path.join(tempfile.gettempdir(), f'torchinductor_{getpass.getuser()}')  # torch's default, which lasts
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         patch.setenv('TMPDIR', folder)
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', os.environ.get('TORCHINDUCTOR_CACHE_DIR', compiled))
         patch.setattr(tempfile, 'tempdir', folder)
         yield
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class FeatureCache:
         self._shards_per_view = -(-number // shard)
         self._device = device
         self._opened: dict[int, tuple[int, Tensor]] = {}  # offset of the tokens in its file, and targets, by shard
+        self._opening = Lock()  # numpy parses headers by ast, which raises SystemError in threads of Python 3.11
         self.setup = {**setup, 'images': number, 'tokens': list(shape), 'views': views, 'shard': shard}
 
     @property
@@ -200,14 +202,15 @@ class FeatureCache:
 
     def _open(self, shard: int) -> tuple[int, Tensor]:
         """Return the offset of the first row in the file of a shard, and the targets of its images."""
-        if shard not in self._opened:
-            path = self.folder / self._name(shard, 'tokens')
-            try:
-                offset = np.load(path, mmap_mode='r').offset
-                self._opened[shard] = offset, torch.from_numpy(np.load(self.folder / self._name(shard, 'targets')))
-            except (ValueError, EOFError) as error:
-                raise RunFailed(f'{path} is damaged ({error}): remove it, and run the command again') from error
-        return self._opened[shard]
+        with self._opening:
+            if shard not in self._opened:
+                path = self.folder / self._name(shard, 'tokens')
+                try:
+                    offset = np.load(path, mmap_mode='r').offset
+                    self._opened[shard] = offset, torch.from_numpy(np.load(self.folder / self._name(shard, 'targets')))
+                except (ValueError, EOFError) as error:
+                    raise RunFailed(f'{path} is damaged ({error}): remove it, and run the command again') from error
+            return self._opened[shard]
 
     def _images(self, shard: int) -> range:
         first = shard % self._shards_per_view * self._shard
