@@ -6,6 +6,7 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import timm
@@ -84,7 +85,7 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
     for name, row in rows.items():
         row.check(options[name], options.flag(name), options.data_dir)
     check_patches(options, rows)
-    for problem in (*_problems_of_overlay(options, rows), *_problems_of_both(options, rows)):
+    for problem in chain(_problems_of_overlay(options, rows), _problems_of_both(options, rows)):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
