@@ -8,26 +8,9 @@ The flags are those of timm's own script, with the same defaults; `--help` lists
 """
 
 import sys
-from collections.abc import Sequence
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.runtime.errors import run_command
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.lr_find import find_lr
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train with the options of a command line.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
-    options = parse_train(argv)
-    with join_world(options.device, options.device_modules or ()) as world:
-        (find_lr if options.lr_find else fit)(build_run(options, world))
-
+from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.train.__main__ import main
 
 if __name__ == '__main__':
     sys.exit(run_command(main))

@@ -9,24 +9,9 @@ own script, with the same defaults; `--help` lists them.
 """
 
 import sys
-from collections.abc import Sequence
 
-from timm_mldecoder.engine.eval.validate import validate
-from timm_mldecoder.engine.flags import parse_validate
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.runtime.errors import run_command
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate with the options of a command line.
-
-    Raises:
-        ValueError: For a user's mistake.
-    """
-    options = parse_validate(argv)
-    with join_world(options.device) as world:
-        validate(options, world)
-
+from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.validate.__main__ import main
 
 if __name__ == '__main__':
     sys.exit(run_command(main))

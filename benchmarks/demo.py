@@ -32,9 +32,9 @@ from PIL import Image
 from timm.models import save_for_hf
 from torch import nn
 
+from benchmarks.digits import scenes, write_digit_scenes
 from benchmarks.probing import DIGITS, HEADS, PAIRS, Setting, compare, print_table, single_digits, tokens
-from timm_mldecoder.checkpoints.folders import save_folder
-from timm_mldecoder.data.digits import scenes, write_digit_scenes
+from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.models.probe_model import add_probe_head
 
 ROOT = Path(__file__).resolve().parents[1]

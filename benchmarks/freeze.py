@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks.measure import Step, inference, markdown, paired_times, parser, peak_memory, ratio
 from benchmarks.train_loop import write_images
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.runtime.distributed import World, join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import backward, step_optimizer
-from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.distributed.world import World, join_world
+from timm_mldecoder.flags import train_options
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import backward, step_optimizer
+from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch
+from timm_mldecoder.train.run import Run
 
 MODELS = ('vit_small_patch16_224', 'resnet50')
 CLASSES = 10

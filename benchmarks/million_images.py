@@ -19,8 +19,8 @@ from timm.data import create_dataset
 
 from benchmarks.measure import MIB, markdown, parser
 from timm_mldecoder.data import summarize
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.input.datasets import create_split
+from timm_mldecoder.flags import train_options
+from timm_mldecoder.loading.datasets import create_split
 
 HEADER = ('dataset', 'images', 'classes', 'seconds', 'MiB')
 

@@ -20,13 +20,13 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import Step, markdown, paired_times, parser, ratio
-from timm_mldecoder.checkpoints.folders import save_folder
-from timm_mldecoder.engine.input.images import Placement
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.predict.parts import Parts
-from timm_mldecoder.engine.predict.run import Predictor, predict
-from timm_mldecoder.engine.predict.sources import SourceDataset, open_source
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.checkpoint.folders import save_folder
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.loading.loader import Placement
+from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.predict.parts import Parts
+from timm_mldecoder.predict.predictor import Predictor, predict
+from timm_mldecoder.predict.sources import SourceDataset, open_source
 
 HEADER = ('loop', 'seconds', 'img/s', 'of the plain loop')
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import autocast, markdown, paired_times, parser, ratio
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.probe.cache import FeatureCache
-from timm_mldecoder.engine.probe.features import Backbone, Batch, read_together, training_groups
-from timm_mldecoder.engine.probe.options import HeadSpec
-from timm_mldecoder.engine.probe.train import Run, Trainer
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import train_options
 from timm_mldecoder.models.probe_model import build_probe, remove_head
+from timm_mldecoder.probe.cache import FeatureCache
+from timm_mldecoder.probe.features import Backbone, Batch, read_together, training_groups
+from timm_mldecoder.probe.options import HeadSpec
+from timm_mldecoder.probe.train import Run, Trainer
 
 HEADS = ('linear', 'max', 'logsumexp', 'ml_decoder_small')
 RATES = (1e-3, 3e-3, 1e-2)

@@ -3,7 +3,7 @@
     python -m benchmarks.probing [FOLDER] [--quick] [--backbone vit] [--tables digits,pairs,...] [--seeds 3]
 
 The backbone (timm's test_resnet at stride 8, or a small ViT with a class token) is trained on single digits and then
-frozen. Heads are trained on its cached features of multi-label scenes (`timm_mldecoder.data.digits`). Training,
+frozen. Heads are trained on its cached features of multi-label scenes (`benchmarks.digits`). Training,
 validation and test digits are disjoint.
 
 Every head has its own learning rate and, where a setting has several, its own number of steps: the best on the
@@ -34,7 +34,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_mldecoder.data.digits import SceneOptions, compose_scene, load_split, scenes
+from benchmarks.digits import SceneOptions, compose_scene, load_split, scenes
 from timm_mldecoder.models.probes import PROBES
 
 BATCH_SIZE = 32

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import MIB, markdown, parser, peak_memory
 from benchmarks.plan import DDP, DIVIDED_HEADS, FSDP, FSDP_HEAD, HEAD, sent_bytes, state_bytes
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.fsdp import is_sharded, local, shard_task, slices_of
-from timm_mldecoder.engine.parallel.losses import divide_loss
-from timm_mldecoder.engine.parallel.slices import create_sliced
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.optim import timm_optimizer
-from timm_mldecoder.engine.train.run import prepare_distributed
+from timm_mldecoder.distributed.fsdp import is_sharded, local, shard_task, slices_of
+from timm_mldecoder.distributed.losses import divide_loss
+from timm_mldecoder.distributed.slices import create_sliced
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import train_options
+from timm_mldecoder.train.optim import timm_optimizer
+from timm_mldecoder.train.run import prepare_distributed
 
 HEADER = (
     *('model', 'ranks', 'divided by', 'state, MiB', 'planned', 'of one rank'),

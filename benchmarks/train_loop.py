@@ -20,11 +20,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from benchmarks.measure import Step, markdown, paired_times, parser, ratio
-from timm_mldecoder.engine.flags import Options, train_options
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import train_epoch
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import Options, train_options
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import train_epoch
+from timm_mldecoder.train.run import Run
 
 HEADER = ('loop', 'img/s', 'of the plain loop')
 CLASSES = 10

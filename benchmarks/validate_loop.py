@@ -17,9 +17,9 @@ from timm.utils import accuracy
 
 from benchmarks.measure import Step, markdown, paired_times, parser, ratio
 from benchmarks.train_loop import CLASSES, write_images
-from timm_mldecoder.engine.eval.score import score_model
-from timm_mldecoder.engine.flags import Options, validate_options
-from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import Options, validate_options
+from timm_mldecoder.validate.score import score_model
 
 HEADER = ('loop', 'img/s', 'of the plain loop')
 

@@ -7,7 +7,7 @@ One row per configuration: mean and sample standard deviation over the seeds of 
 scores). As in the paper, ZSL scores the unseen classes alone on the scenes that show one of them, GZSL all classes on
 all scenes. `chance` is the mAP of random scores. The control is the same training with the label embeddings permuted
 at random: what it reaches on unseen classes does not come from the embeddings. The dataset is that of
-`timm_mldecoder.data.shapes`, the model one of timm's of 0.4 million parameters, head included, from random weights.
+`benchmarks.shapes`, the model one of timm's of 0.4 million parameters, head included, from random weights.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_mldecoder  # noqa: F401 - create_model takes ml_decoder
-from timm_mldecoder.data import shapes
+from benchmarks import shapes
 from timm_mldecoder.losses import RandomQueryLoss
 from timm_mldecoder.metrics.multilabel import MultiLabelEvaluator
 

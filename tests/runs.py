@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from image_folders import write_images
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.runtime.signals import SIGNALS, Stopped
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.runtime.signals import SIGNALS, Stopped
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import fit
+from timm_mldecoder.train.run import Run
 
 PATIENCE = 240  # seconds: each of several processes takes a few to start, many where cores are shared
 DEADLINE = 30  # seconds: what a scheduler gives a process between SIGTERM and SIGKILL

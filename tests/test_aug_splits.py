@@ -14,10 +14,10 @@ from timm.data.loader import fast_collate
 from torch.nn import functional as F
 
 import validate
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.input.loaders import set_train_transform
-from timm_mldecoder.engine.input.randomness import SAMPLE, key, seed_cpu
-from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.create_loaders import set_train_transform
+from timm_mldecoder.loading.randomness import SAMPLE, key, seed_cpu
+from timm_mldecoder.train.loop import fit
 
 VIEWS, SIZE, RATE = 3, 4, 0.02
 SPLITS = shlex.split(f'--aug-splits {VIEWS} --jsd-loss')

@@ -10,12 +10,12 @@ import torch
 from image_folders import write_images
 from timm.data import resolve_model_data_config
 
-from timm_mldecoder.checkpoints import folders
-from timm_mldecoder.checkpoints.folders import folder_settings, save_folder
+from benchmarks import shapes
+from timm_mldecoder.checkpoint import folders
+from timm_mldecoder.checkpoint.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
-from timm_mldecoder.data import shapes
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.model import load_trained
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.modeling.load import load_trained
 from train import main as train
 from validate import main as validate
 

@@ -12,12 +12,12 @@ from runs import BATCHES, MODEL, MOVING, assert_same_run, build, last, summary, 
 from torch.overrides import TorchFunctionMode
 
 from timm_mldecoder import MLDecoder
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import World, join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import backward, fit, step_optimizer
-from timm_mldecoder.engine.train.nonfinite import Buffers, TrainedBatch
+from timm_mldecoder.distributed.world import World, join_world
+from timm_mldecoder.flags import parse_train
 from timm_mldecoder.head.layers import Dropout, ReLUDropout
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import backward, fit, step_optimizer
+from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch
 
 SMALL = dict(decoder_embedding=32, initial_num_features=24, num_heads=4, dim_feedforward=48)
 PLAIN = shlex.split("""

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_mldecoder.data import create_dataset
-from timm_mldecoder.data.digits import (
+from benchmarks.digits import (
     KINDS,
     NAMES,
     SPLITS,
@@ -22,6 +21,7 @@ from timm_mldecoder.data.digits import (
     write_digit_scenes,
     write_digits,
 )
+from timm_mldecoder.data import create_dataset
 
 
 def contents(root) -> dict[str, bytes]:
@@ -124,7 +124,7 @@ def test_scene_options_out_of_range_are_named(options):
 def test_the_command_writes_either_set(tmp_path, capsys):
     main([str(tmp_path / 'scenes'), '--scenes'])
     assert capsys.readouterr().out == f'wrote 3000 images to {tmp_path / "scenes"}\n'
-    command = [sys.executable, '-m', 'timm_mldecoder.data.digits', str(tmp_path / 'digits')]
+    command = [sys.executable, '-m', 'benchmarks.digits', str(tmp_path / 'digits')]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f'wrote 1797 images to {tmp_path / "digits"}\n'
     with Image.open(tmp_path / 'digits' / 'train' / '0' / '0000.png') as image:

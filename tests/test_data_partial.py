@@ -7,7 +7,7 @@ from multilabel_data import write_coco
 import train
 from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
 from timm_mldecoder.data.partial import leave_out_labels
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import run_command
 
 IMAGES, CLASSES = 400, 3
 

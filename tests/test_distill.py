@@ -25,8 +25,8 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 import validate
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.loop import fit
 
 HEAD = shlex.split('--use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs dropout=0')
 FEATURE = ['--kd-distill-type', 'feature']

@@ -17,7 +17,7 @@ import torch
 from image_folders import write_images
 from runs import ROOT, call, command, environment, last, summary
 
-from timm_mldecoder.engine.runtime.distributed import first_node
+from timm_mldecoder.distributed.world import first_node
 
 SMALL = shlex.split('--num-classes 3 --device cpu --model test_resnet --img-size 32 -j 0 --epochs 1')
 # no batch norm, no augmentation, no dropout: what is left is the same for any number of ranks

@@ -17,9 +17,9 @@ from image_folders import write_images
 from runs import ROOT, environment, summary
 from test_flags import ADDED
 
-from timm_mldecoder.checkpoints.schema import ENTRIES, RUN_ENTRIES
-from timm_mldecoder.engine.flags import train_parser, validate_parser
-from timm_mldecoder.engine.flags.parse import flags
+from timm_mldecoder.checkpoint.schema import ENTRIES, RUN_ENTRIES
+from timm_mldecoder.flags import train_parser, validate_parser
+from timm_mldecoder.flags.parse import flags
 
 PAGES = {str(path.relative_to(ROOT)): path for path in [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md'))]}
 TEXTS = {name: path.read_text(encoding='utf-8') for name, path in PAGES.items()}
@@ -262,7 +262,7 @@ def test_training_commands_of_a_page_reach_the_score_beside_them(page, data, exp
     """The page prints the score as "Best NAME: SCORE"; another CPU may give a few points less."""
     printed = float(re.search(rf'Best `{experiment}`: ([\d.]+)', TEXTS[page])[1])
     for arguments in commands(TEXTS[page]):
-        makes_data = arguments[1:3] == ['-m', f'timm_mldecoder.data.{data}']
+        makes_data = arguments[1:3] == ['-m', f'benchmarks.{data}']
         if makes_data or experiment in arguments or f'output/train/{experiment}/model_best.pth.tar' in arguments:
             run(arguments, tmp_path)
     best = max(float(row[metric]) for row in summary(tmp_path / 'output/train' / experiment))

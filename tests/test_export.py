@@ -13,14 +13,14 @@ from image_folders import write_images
 from runs import environment
 from test_head_inference import computed_constants
 
-from timm_mldecoder.checkpoints.folders import save_folder
-from timm_mldecoder.engine.export import formats
-from timm_mldecoder.engine.export.compare import Images, compare
-from timm_mldecoder.engine.export.formats import FORMATS, Job, Network, _program
-from timm_mldecoder.engine.runtime.errors import RunFailed
-from timm_mldecoder.export import load_source, read_metadata
-from timm_mldecoder.export import main as export
+from timm_mldecoder.checkpoint.folders import save_folder
+from timm_mldecoder.export import formats
+from timm_mldecoder.export.__main__ import load_source, read_metadata
+from timm_mldecoder.export.__main__ import main as export
+from timm_mldecoder.export.compare import Images, compare
+from timm_mldecoder.export.formats import FORMATS, Job, Network, _program
 from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.runtime.errors import RunFailed
 from train import main as train
 from validate import main as validate
 

@@ -10,7 +10,7 @@ import torch
 from runs import build, write_data
 from torch import nn
 
-from timm_mldecoder.engine.flags import Options
+from timm_mldecoder.flags import Options
 
 #: Flags that must have an effect, by the flags that they need.
 FLAGS = {

@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
-from timm_mldecoder.engine.flags import (
+from timm_mldecoder.flags import (
     inherit,
     parse_train,
     parse_validate,
@@ -24,7 +24,7 @@ from timm_mldecoder.engine.flags import (
     validate_parser,
     warn_no_effect,
 )
-from timm_mldecoder.engine.flags.parse import flags as flag_rows
+from timm_mldecoder.flags.parse import flags as flag_rows
 
 # the flags of timm's scripts, of train.py as of September 2026 and of validate.py as of 1.0.29
 TIMM_FLAGS = list(csv.DictReader(Path(__file__).with_name('timm_flags.csv').open()))

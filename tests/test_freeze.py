@@ -7,7 +7,7 @@ import torch
 from runs import MODEL, assert_same_run, build, call, fit_until_stopped, last, train
 from test_reliability_resume import stop_at
 
-from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.train.loop import fit
 
 FROZEN = shlex.split('--epochs 2 --opt adamw --lr 1e-2 --weight-decay 0.1 --warmup-epochs 0 --freeze-backbone')
 HEADS = {

@@ -11,7 +11,7 @@ from torch import nn
 
 import validate
 from timm_mldecoder.models.fusion import fuse_batch_norm
-from timm_mldecoder.predict import main as predict
+from timm_mldecoder.predict.__main__ import main as predict
 
 
 def build(name: str, **options) -> nn.Module:

@@ -22,12 +22,12 @@ from runs import last, train
 from test_docs import parser_of
 from test_reliability_checkpoints import WRONG
 
+from benchmarks import digits, shapes
 from timm_mldecoder import app
-from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
-from timm_mldecoder.data import digits, shapes
-from timm_mldecoder.engine.flags import parse_train, parse_validate
-from timm_mldecoder.engine.flags.parse import flags
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.flags import parse_train, parse_validate
+from timm_mldecoder.flags.parse import flags
+from timm_mldecoder.runtime.errors import run_command
 
 FOLDER, ZERO, FULL = '{place}/folder', '{place}/zero', '{place}/full'  # a folder, and links to devices
 VALUES = [
@@ -107,8 +107,8 @@ BASES = {
     'plot': 'runs={run} --output=curves.png',
     'label_graph': 'data={csv} --dataset=csv --out=graph.safetensors',
     'data.embed': 'names={root}/names.txt out=out.safetensors --text-vectors={root}/vectors.txt',
-    'data.digits': 'folder=out',
-    'data.shapes': 'folder=out',
+    'benchmarks.digits': 'folder=out',
+    'benchmarks.shapes': 'folder=out',
 }
 
 
@@ -133,6 +133,14 @@ def short(monkeypatch):
     monkeypatch.setattr(app, 'build', lambda *_: Page())
 
 
+def module_of(command: str) -> str:
+    """Return the module that holds the `main` of a command."""
+    if command.startswith('benchmarks.'):
+        return command
+    room = Path(__file__).parent.parent / 'timm_mldecoder' / command / '__main__.py'
+    return f'timm_mldecoder.{command}' + '.__main__' * room.exists()
+
+
 def variants(action: argparse.Action, usual: str) -> list[list[str]]:
     """Return the arguments for each value of a flag."""
     name = next((name for name in action.option_strings if name[:2] == '--'), '')
@@ -147,8 +155,7 @@ def variants(action: argparse.Action, usual: str) -> list[list[str]]:
 
 def cases(command: str, inputs: dict, place: Path):
     """Yield the flag and the arguments of every case of a command."""
-    module = f'timm_mldecoder.{command}'
-    parser = parser_of(module)
+    parser = parser_of(module_of(command))
     base = dict(pair.split('=', 1) for pair in BASES[command].format(**inputs).split())
     exclusive = [{action.dest for action in group._group_actions} for group in parser._mutually_exclusive_groups]
     for action in parser._actions:
@@ -164,7 +171,7 @@ def cases(command: str, inputs: dict, place: Path):
             if not action.option_strings:
                 named.insert(positional.index(action.dest), changed[0])
             flagged = [f'{key}={value}' for key, value in kept.items() if key not in positional]
-            extra = ['--scenes'] if command == 'data.digits' and action.dest not in ('folder', 'scenes') else []
+            extra = ['--scenes'] if command == 'benchmarks.digits' and action.dest not in ('folder', 'scenes') else []
             yield [*flagged, *extra, *(changed if action.option_strings else []), '--', *named], changed, action
 
 
@@ -181,7 +188,11 @@ def assert_survives(main, argv: list[str], named: list[str], place: Place, capsy
     sys.stdout.reconfigure(errors='backslashreplace')
     try:
         with time_limit(case):
-            code = main(argv) if main.__module__.startswith('timm_mldecoder.data') else run_command(lambda: main(argv))
+            code = (
+                main(argv)
+                if main.__module__.startswith(('timm_mldecoder.data', 'benchmarks'))
+                else run_command(lambda: main(argv))
+            )
     except SystemExit as end:  # argparse ends the process itself
         code = end.code
     except Exception as error:
@@ -213,7 +224,7 @@ def spellings(value: str) -> list[str]:
 
 def fuzz(command, inputs, tmp_path, capsys, every):
     place = Place(tmp_path / 'place')
-    main = importlib.import_module(f'timm_mldecoder.{command}').main
+    main = importlib.import_module(module_of(command)).main
     problems, count = [], 0
     for number, (argv, changed, action) in enumerate(cases(command, inputs, place.root)):
         if number % every:
@@ -295,9 +306,9 @@ def test_every_value_of_every_flag_of_a_script_is_taken_or_named(script, part, i
 #: How a command is given the checkpoint `{checkpoint}`: its module, and its arguments.
 HEAD = '--use-ml-decoder-head 1 --num-of-groups 2 --decoder-embedding 8'
 READERS = {
-    **{name: (f'timm_mldecoder.{name}', BASES[name]) for name in ('predict', 'export', 'app')},
+    **{name: (module_of(name), BASES[name]) for name in ('predict', 'export', 'app')},
     'convert': ('timm_mldecoder.convert', 'file={checkpoint} folder=out'),
-    'probe': ('timm_mldecoder.probe', BASES['probe'] + ' --initial-checkpoint={checkpoint}'),
+    'probe': ('timm_mldecoder.probe.__main__', BASES['probe'] + ' --initial-checkpoint={checkpoint}'),
     'validate.py': ('validate', SCRIPTS['validate']),
     'train.py --resume': ('train', f'{SCRIPTS["train"]} {HEAD} --resume={{checkpoint}}'),
     'train.py --initial-checkpoint': ('train', f'{SCRIPTS["train"]} {HEAD} --initial-checkpoint={{checkpoint}}'),

@@ -18,7 +18,6 @@ from timm.utils import ModelEmaV3
 
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 from timm_mldecoder.data.label_graph import read_label_graph, write_label_graph
-from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.label_graph import main as label_graph
 from timm_mldecoder.models.cosine import CosineClassifier
 from timm_mldecoder.models.graph import (
@@ -31,6 +30,7 @@ from timm_mldecoder.models.graph import (
     propagation_matrix,
     weighted_adjacency,
 )
+from timm_mldecoder.runtime.errors import run_command
 
 CLASSES, WIDTH, SCALE = 6, 10, 17.0
 NAMES = ['zebra', 'apple', 'mouse', 'Bus', 'car', 'kite']

@@ -12,8 +12,8 @@ import train
 from timm_mldecoder.data.formats.voc import CLASSES
 from timm_mldecoder.data.label_graph import read_label_graph, write_label_graph
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.label_graph import main as label_graph
+from timm_mldecoder.runtime.errors import run_command
 
 XML = 'VOCdevkit/VOC2007/Annotations/000012.xml'
 ENTITIES = '<!DOCTYPE a [<!ENTITY b "c">]><annotation><object><name>&b;</name></object></annotation>'

@@ -11,22 +11,21 @@ from PIL import Image
 from runs import ROOT, build, write_data
 from torch import Tensor
 
-from timm_mldecoder.engine.train.loop import train_epoch
+from timm_mldecoder.train.loop import train_epoch
 
 PACKAGE = 'timm_mldecoder'
-# What the files of each package may import of ours, beside the package itself.
+LIBRARY = {'head', 'models', 'losses', 'metrics'}
+# What the files of each room may import of ours, beside the room itself.
 ALLOWED = {
     'head': set(),
     'losses': set(),
     'metrics': set(),
-    'models': {'head', 'checkpoints', 'data'},  # files of label embeddings
+    'models': {'head', 'checkpoint', 'data'},  # files of label embeddings
     'data': {'head'},  # the checks of label embeddings
-    'checkpoints': {'head', 'models'},
-    'engine': {'head', 'models', 'losses', 'metrics', 'data', 'checkpoints'},
 }
-# The subpackages and modules of the engine, each of which may import those before it.
-ENGINE = ['flags', 'runtime', 'input', 'parallel', 'checkpoint', 'classes', 'model_errors', 'model']
-ENGINE += ['predict', 'eval', 'train', 'export', 'probe']
+# The rooms that know flags, each of which may import those before it.
+ROOMS = ['flags', 'runtime', 'distributed', 'loading', 'checkpoint', 'modeling']
+ROOMS += ['predict', 'evaluation', 'validate', 'train', 'export', 'probe', 'api']
 
 
 def modules() -> dict[str, Path]:
@@ -78,21 +77,12 @@ def test_packages_import_only_what_is_below_them(graph):
     assert not wrong
 
 
-def test_only_commands_import_the_engine(graph):
-    """Those are the modules at the root that can be started with `python -m`."""
-    users = {name for name, others in graph.items() if any(subpackage(other) == 'engine' for other in others)}
-    outside = {name for name in users if subpackage(name) != 'engine'}
-    assert outside
-    for name in outside:
-        assert name.count('.') == 1 and "__name__ == '__main__'" in modules()[name].read_text(), name
-
-
-def test_subpackages_of_the_engine_import_only_those_before_them(graph):
-    owners = {name: name.split('.')[2] for name in graph if name.startswith(f'{PACKAGE}.engine.')}
-    assert set(owners.values()) <= set(ENGINE)
-    for name, own in owners.items():
-        for other in graph[name] & owners.keys():
-            assert ENGINE.index(owners[other]) <= ENGINE.index(own), f'{name} imports {other}'
+def test_rooms_import_only_those_before_them(graph):
+    for name, others in graph.items():
+        for other in others:
+            room, used = subpackage(name), subpackage(other)
+            if room in ROOMS and used in ROOMS:
+                assert ROOMS.index(used) <= ROOMS.index(room), f'{name} imports {other}'
 
 
 def test_modules_do_not_import_each_other_in_a_circle(graph):
@@ -114,8 +104,8 @@ def test_modules_do_not_import_each_other_in_a_circle(graph):
 
 
 FILES_OF_AN_IMAGE = {
-    'engine/input/images.py',
-    'engine/train/loop.py',
+    'loading/loader.py',
+    'train/loop.py',
     'models/attach.py',
     'head/ml_decoder.py',
     'head/layers.py',
@@ -146,7 +136,7 @@ def test_one_image_goes_from_disk_to_logits_through_few_files(tmp_path):
             values = [argument]
         else:
             values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
-        if any(is_image(value) for value in values) and (visits or file.name == 'images.py'):
+        if any(is_image(value) for value in values) and (visits or file.name == 'loader.py'):
             visits[str(file.relative_to(ROOT / PACKAGE))].add(code.co_name)
 
     run.state.task.get_eval_model().register_forward_hook(lambda *_: logits.append(True))

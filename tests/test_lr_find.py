@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from runs import MODEL, build, write_data
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.train.lr_find import Point, find_lr, steepest_descent
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.lr_find import Point, find_lr, steepest_descent
 from train import main as train
 
 

@@ -16,13 +16,13 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torch.nn.functional import cosine_similarity
 
+from benchmarks.digits import write_digit_scenes
 from timm_mldecoder import CosineClassifier, MLDecoder, add_cosine_classifier
-from timm_mldecoder.data.digits import write_digit_scenes
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.input.datasets import create_split
-from timm_mldecoder.engine.model import create_train_model
-from timm_mldecoder.engine.train.optim import create_optimizer, create_schedule
-from timm_mldecoder.predict import main as predict
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.modeling.load import create_train_model
+from timm_mldecoder.predict.__main__ import main as predict
+from timm_mldecoder.train.optim import create_optimizer, create_schedule
 from train import main as train
 from validate import main as validate
 

@@ -22,17 +22,17 @@ from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
+from benchmarks.digits import NAMES, write_digit_scenes
+from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.data.digits import NAMES, write_digit_scenes
 from timm_mldecoder.data.priors import read_priors
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.runtime.distributed import World, join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.loss import create_task, create_train_loss
+from timm_mldecoder.distributed.world import World, join_world
+from timm_mldecoder.flags import parse_train
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, ClassAwareSelectiveLoss
+from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import fit
+from timm_mldecoder.train.loss import create_task, create_train_loss
 from train import main as train
 from validate import main as validate
 

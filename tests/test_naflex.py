@@ -20,13 +20,13 @@ from timm.data import NaFlexMixup, create_naflex_loader
 from timm.data.naflex_dataset import NaFlexMapDatasetWrapper
 from torch.utils.data import default_collate
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.input.datasets import create_split
-from timm_mldecoder.engine.input.images import KeyedSamples
-from timm_mldecoder.engine.input.naflex import PatchFormat, create_train_batches
-from timm_mldecoder.engine.input.randomness import BATCH, key, seed_cpu
-from timm_mldecoder.engine.model import script
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.loading.loader import KeyedSamples
+from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
+from timm_mldecoder.loading.randomness import BATCH, key, seed_cpu
+from timm_mldecoder.modeling.load import script
 from validate import main as validate
 
 SMALL = dict(embed_dim=48, depth=1, num_heads=3)

@@ -2,7 +2,7 @@
 
 Compared with the `summary.csv` of timm's own script, and with a plain loop of timm's parts that is written out below.
 Nothing in these runs is drawn at random but the initial weights and the order of the first epoch: draws of augmentation
-are keyed here (see `engine.input.randomness`) and depend on the life of workers in timm. What is drawn is compared part
+are keyed here (see `loading.randomness`) and depend on the life of workers in timm. What is drawn is compared part
 by part: orders with the samplers of timm's script, mixed batches with timm's collate function and the same draws.
 """
 
@@ -26,9 +26,9 @@ from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, random_seed
 from torch.utils.data import DataLoader, DistributedSampler
 
 import train
-from timm_mldecoder.engine.flags import Options, parse_train
-from timm_mldecoder.engine.input.images import KeyedCollate, KeyedSamples
-from timm_mldecoder.engine.input.randomness import BATCH, EpochBatches, Order, key
+from timm_mldecoder.flags import Options, parse_train
+from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples
+from timm_mldecoder.loading.randomness import BATCH, EpochBatches, Order, key
 
 SMALL = '--num-classes 3 --device cpu --model test_resnet'
 # What remains of augmentation without its draws.

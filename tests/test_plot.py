@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from timm_mldecoder.engine.runtime.errors import run_command
 from timm_mldecoder.plot import main as plot
+from timm_mldecoder.runtime.errors import run_command
 
 pytest.importorskip('matplotlib')
 

@@ -133,10 +133,9 @@ def test_public_signatures_are_fixed(name):
         ('timm_mldecoder.metrics.zero_shot', 'ZeroShotEvaluator'),
         ('timm_mldecoder.models.attach', 'add_ml_decoder_head MLDecoderModel ml_decoder_class check_options'),
         ('timm_mldecoder.models.attention_maps', 'attention_maps'),
-        ('timm_mldecoder.checkpoints.published', 'convert_state_dict head_options'),
-        ('timm_mldecoder.checkpoints.read', 'read_checkpoint weights_of'),
-        ('timm_mldecoder.checkpoints.schema', 'ENTRIES check_entries'),
-        ('timm_mldecoder.weights', 'convert_state_dict head_options read_checkpoint'),
+        ('timm_mldecoder.checkpoint.published', 'convert_state_dict head_options'),
+        ('timm_mldecoder.checkpoint.read', 'read_checkpoint weights_of'),
+        ('timm_mldecoder.checkpoint.schema', 'ENTRIES check_entries'),
     ],
 )
 def test_public_import_paths(module, names):

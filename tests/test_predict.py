@@ -24,16 +24,16 @@ from runs import command, environment
 from timm.data import create_transform
 from torch._dynamo.testing import CompileCounter
 
-from timm_mldecoder.checkpoints.folders import save_folder
+from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.predict import parts as parts_module
-from timm_mldecoder.engine.predict.parts import Label, Parts, Prediction
-from timm_mldecoder.engine.predict.pictures import picture_path
-from timm_mldecoder.engine.predict.run import Predictor
-from timm_mldecoder.engine.runtime.errors import RunFailed
-from timm_mldecoder.engine.runtime.files import harmless
-from timm_mldecoder.predict import main as predict
+from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.predict import parts as parts_module
+from timm_mldecoder.predict.__main__ import main as predict
+from timm_mldecoder.predict.parts import Label, Parts, Prediction
+from timm_mldecoder.predict.pictures import picture_path
+from timm_mldecoder.predict.predictor import Predictor
+from timm_mldecoder.runtime.errors import RunFailed
+from timm_mldecoder.runtime.files import harmless
 from train import main as train
 
 NAMES = ['sky', 'zebra', 'traffic light']

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from timm_mldecoder.engine.input.randomness import Draw
-from timm_mldecoder.engine.probe import cache as module
-from timm_mldecoder.engine.probe.cache import FeatureCache
-from timm_mldecoder.engine.probe.features import scoring_groups, training_groups
-from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.loading.randomness import Draw
+from timm_mldecoder.probe import cache as module
+from timm_mldecoder.probe.cache import FeatureCache
+from timm_mldecoder.probe.features import scoring_groups, training_groups
+from timm_mldecoder.runtime.errors import RunFailed
 
 NUMBER, SHAPE, VIEWS, SHARD = 50, (3, 5), 2, 7
 

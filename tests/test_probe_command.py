@@ -16,14 +16,14 @@ from PIL import Image, ImageOps
 from runs import call, start
 
 import validate
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.data.digits import write_digit_scenes
+from benchmarks.digits import write_digit_scenes
+from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.probe import report
-from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.models.probes import PROBES
-from timm_mldecoder.probe import main
+from timm_mldecoder.probe import report
+from timm_mldecoder.probe.__main__ import main
+from timm_mldecoder.runtime.errors import RunFailed
 
 SMALL = shlex.split('--model test_resnet --img-size 64 --device cpu -j 0 -b 8 --epochs 2')
 FAST = [*SMALL, '--heads', 'linear,ml_decoder_small:dim=16', '--lrs', '1e-3,1e-2,1e-1', '--seeds', '2']

@@ -17,8 +17,8 @@ from torch import nn
 from torchvision import transforms
 
 from timm_mldecoder import MLDecoder, convert, convert_state_dict
-from timm_mldecoder.checkpoints.published import head_options
-from timm_mldecoder.checkpoints.read import read_checkpoint
+from timm_mldecoder.checkpoint.published import head_options
+from timm_mldecoder.checkpoint.read import read_checkpoint
 
 TRESNETS = {
     'M': dict(blocks=(3, 4, 11, 3), width=64, bottlenecks=False),

@@ -21,8 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 import validate
-from timm_mldecoder.data.digits import write_digit_scenes
-from timm_mldecoder.engine.flags import parse_train
+from benchmarks.digits import write_digit_scenes
+from timm_mldecoder.flags import parse_train
 
 HPARAMS = ROOT / 'hparams'
 RECIPES = {str(path.relative_to(HPARAMS)): path for path in sorted(HPARAMS.glob('**/*.yaml'))}

@@ -12,10 +12,10 @@ import system_calls
 import torch
 from runs import MODEL, build, call, fit, last, train
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.runtime.errors import RunFailed
 from validate import main as validate
 
 

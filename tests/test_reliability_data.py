@@ -11,8 +11,8 @@ import torch
 from runs import BATCHES, MODEL, build, call, fit, last, summary, train
 
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.engine.input.images import KeyedSamples, strict
-from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.loading.loader import KeyedSamples, strict
+from timm_mldecoder.runtime.errors import RunFailed
 from validate import main as validate
 
 BROKEN = {'train/class_0/001.png': b'', 'train/class_1/002.png': b'not an image', 'train/class_2/007.png': 'cut off'}

@@ -26,8 +26,8 @@ from runs import (
     wait_until_gone,
 )
 
-from timm_mldecoder.engine.checkpoint.files import PENDING, numbered, progress_by_name
-from timm_mldecoder.engine.runtime.files import TEMPORARY
+from timm_mldecoder.checkpoint.files import PENDING, numbered, progress_by_name
+from timm_mldecoder.runtime.files import TEMPORARY
 from validate import main as validate
 
 DISTRIBUTED = [*MOVING, '--dist-bn', 'reduce', '--aug-repeats', '2', '-j', '1', '-b', '2', '--epochs', '4']

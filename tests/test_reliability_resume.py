@@ -11,14 +11,14 @@ import pytest
 import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.checkpoints.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.checkpoint.files import CheckpointFolder, numbered
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data import MultiLabelDataset
 from timm_mldecoder.data.annotations import Annotations
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, numbered
-from timm_mldecoder.engine.input.datasets import balanced_weights
-from timm_mldecoder.engine.input.randomness import EpochBatches, EpochStart, Order
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.loading.datasets import balanced_weights
+from timm_mldecoder.loading.randomness import EpochBatches, EpochStart, Order
 
 
 @pytest.fixture(scope='module')

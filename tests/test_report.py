@@ -15,12 +15,12 @@ from PIL import Image
 from runs import call
 from sklearn import metrics
 
-from timm_mldecoder.engine.eval import report_page
-from timm_mldecoder.engine.eval.report import report_folder
-from timm_mldecoder.engine.eval.report_scores import POINTS, MultiLabelScores, curve_points
-from timm_mldecoder.engine.flags import parse_validate
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import parse_validate
 from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.validate import report_page
+from timm_mldecoder.validate.report import report_folder
+from timm_mldecoder.validate.report_scores import POINTS, MultiLabelScores, curve_points
 from validate import main as validate
 
 MODEL = '--model test_resnet --img-size 32 --device cpu -j 0 -b 4 --use-ml-decoder-head 1 --decoder-embedding 32'

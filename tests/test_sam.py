@@ -11,9 +11,9 @@ import torch
 from runs import BATCHES, MOVING, assert_same_run, build, call, fit_until_stopped, train
 from torch import nn
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.train.loop import fit
-from timm_mldecoder.engine.train.sam import perturbed
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.loop import fit
+from timm_mldecoder.train.sam import perturbed
 
 RHO, RATE, DECAY = 0.05, 0.02, 0.8
 PLAIN = shlex.split(f"""

@@ -20,19 +20,19 @@ from runs import ROOT, call, environment, pid_of_rank, start, summary, wait_for,
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.checkpoints.schema import RUN
-from timm_mldecoder.checkpoints.sharded import PREFIX, SHARDS
+from timm_mldecoder.checkpoint.files import shards_of
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read_sharded import PREFIX, SHARDS
+from timm_mldecoder.checkpoint.resume import newest
+from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.checkpoint.files import shards_of
-from timm_mldecoder.engine.checkpoint.resume import newest
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.flags.divided import DIVISIBLE_OPTIMIZERS
-from timm_mldecoder.engine.model import create_train_model, load_trained
-from timm_mldecoder.engine.parallel import fsdp, slices
-from timm_mldecoder.engine.parallel.head import divide_groups
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.distributed import fsdp, slices
+from timm_mldecoder.distributed.head import divide_groups
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.flags.sharded import DIVISIBLE_OPTIMIZERS
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.modeling.load import create_train_model, load_trained
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # Rounding in float32 moves activations across the zero of a ReLU, and what follows amplifies that: two DDP runs of

@@ -14,7 +14,7 @@ from PIL import Image
 from runs import summary, train
 
 import validate
-from timm_mldecoder.engine.flags import parse_validate
+from timm_mldecoder.flags import parse_validate
 
 
 class Transform:

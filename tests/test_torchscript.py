@@ -9,8 +9,8 @@ import torch
 from runs import assert_same_run, build, last, summary, train
 
 import validate
-from timm_mldecoder.engine.flags import parse_train, parse_validate
-from timm_mldecoder.engine.model import script
+from timm_mldecoder.flags import parse_train, parse_validate
+from timm_mldecoder.modeling.load import script
 
 FLAGS = shlex.split("""
     --epochs 2 --opt sgd --lr 0.01 --warmup-epochs 0 --model-ema --model-ema-decay 0.8 --grad-accum-steps 2

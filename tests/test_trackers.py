@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from runs import call, summary, write_data
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.trackers import create_trackers
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.trackers import create_trackers
 
 FLAGS = shlex.split("""
     --model test_resnet --img-size 32 --num-classes 3 --device cpu -b 4 -j 0 --epochs 2 --experiment run

@@ -17,12 +17,12 @@ from runs import build, fit, summary
 
 import train
 import validate
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.engine.eval import validate as sweep
-from timm_mldecoder.engine.eval.evaluate import test_time_views as views_of
-from timm_mldecoder.engine.eval.score import score_model
-from timm_mldecoder.engine.input import loaders
-from timm_mldecoder.engine.runtime.errors import RunFailed
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.evaluation.evaluate import test_time_views as views_of
+from timm_mldecoder.loading import create_loaders as loaders
+from timm_mldecoder.runtime.errors import RunFailed
+from timm_mldecoder.validate import checkpoints as sweep
+from timm_mldecoder.validate.score import score_model
 
 SMALL = shlex.split("""
     --num-classes 3 --device cpu --model test_resnet --img-size 32 -b 12 -j 0 --epochs 3 --opt adamw --lr 2e-3

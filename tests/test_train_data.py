@@ -17,9 +17,9 @@ from torch.utils.data import default_collate
 
 import train
 import validate
-from timm_mldecoder.engine.input.images import Placement, TrainLoader
-from timm_mldecoder.engine.input.randomness import EpochStart
-from timm_mldecoder.engine.train.run import Run
+from timm_mldecoder.loading.loader import Placement, TrainLoader
+from timm_mldecoder.loading.randomness import EpochStart
+from timm_mldecoder.train.run import Run
 
 SMALL = shlex.split("""
     --num-classes 3 --device cpu --model test_resnet --img-size 32 -b 6 -j 0 --epochs 2 --warmup-epochs 0 --opt adamw

@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import MODEL, ROOT, build, call, train
 
-from timm_mldecoder.engine.flags import parse_train, parse_validate
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.flags import parse_train, parse_validate
+from timm_mldecoder.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from timm_mldecoder.data import create_dataset, embed, shapes
+from benchmarks import shapes
+from timm_mldecoder.data import create_dataset, embed
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats import nus_wide
 from timm_mldecoder.data.word_embeddings import read_word_embeddings, write_word_embeddings

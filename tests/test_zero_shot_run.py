@@ -17,15 +17,15 @@ from timm.models import save_for_hf
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from benchmarks import shapes
 from benchmarks import zero_shot as benchmark
-from timm_mldecoder.data import shapes
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.engine.eval.evaluate import evaluate
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.runtime.log import EvalLog
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.evaluation.evaluate import evaluate
+from timm_mldecoder.flags import parse_train
 from timm_mldecoder.losses import RandomQueryLoss, create_loss
 from timm_mldecoder.metrics.zero_shot import ZeroShotEvaluator
+from timm_mldecoder.runtime.log import EvalLog
 from train import main as train
 from validate import main as validate
 

@@ -7,7 +7,7 @@ from reference_models import ReferenceHead
 from torch import nn
 
 from timm_mldecoder import add_ml_decoder_head, convert, convert_state_dict
-from timm_mldecoder.checkpoints.published import head_options
+from timm_mldecoder.checkpoint.published import head_options
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 FEATURES, WIDTH = 512, 300

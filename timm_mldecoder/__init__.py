@@ -13,7 +13,7 @@ _PUBLIC = {
     'add_cosine_classifier': 'timm_mldecoder.models.cosine',
     'add_graph_classifier': 'timm_mldecoder.models.graph',
     'add_ml_decoder_head': 'timm_mldecoder.models.attach',
-    'convert_state_dict': 'timm_mldecoder.checkpoints.published',
+    'convert_state_dict': 'timm_mldecoder.checkpoint.published',
 }
 
 __all__ = ['__version__', *_PUBLIC]

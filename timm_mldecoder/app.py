@@ -27,15 +27,15 @@ from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.classes import other_classes
-from timm_mldecoder.engine.flags.flag import number
-from timm_mldecoder.engine.input.datasets import Classes
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.predict.run import Predictor
-from timm_mldecoder.engine.runtime.distributed import check_device
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.distributed.world import check_device
+from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.loading.datasets import Classes
+from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
+from timm_mldecoder.predict.predictor import Predictor
+from timm_mldecoder.runtime.errors import run_command
 
 LABELS = 30  # rows of a list
 TYPED = 1000  # classes that may be typed

@@ -23,16 +23,16 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import Tensor
 
-from timm_mldecoder.checkpoints.folders import save_folder
-from timm_mldecoder.checkpoints.published import convert_state_dict, find_head, head_options
-from timm_mldecoder.checkpoints.read import read_checkpoint, weights_of
-from timm_mldecoder.checkpoints.schema import RUN
+from timm_mldecoder.checkpoint.files import SUFFIX
+from timm_mldecoder.checkpoint.folders import save_folder
+from timm_mldecoder.checkpoint.published import convert_state_dict, find_head, head_options
+from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.engine.checkpoint.files import SUFFIX
-from timm_mldecoder.engine.export.card import run_facts
-from timm_mldecoder.engine.model import load_trained
-from timm_mldecoder.engine.runtime.errors import run_command
-from timm_mldecoder.engine.runtime.files import write_atomically
+from timm_mldecoder.export.card import run_facts
+from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.files import write_atomically
 
 
 class Architecture(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 
 from timm_mldecoder.data import FORMATS, cooccurrence, create_dataset
 from timm_mldecoder.data.label_graph import write_label_graph
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import run_command
 
 _logger = logging.getLogger(__name__)
 

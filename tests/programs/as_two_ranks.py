@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Iterator
 
-from timm_mldecoder.engine.input import loaders
-from timm_mldecoder.engine.input.randomness import Draw, EpochBatches
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.loading import create_loaders as loaders
+from timm_mldecoder.loading.randomness import Draw, EpochBatches
+from timm_mldecoder.runtime.errors import run_command
 from train import main
 
 

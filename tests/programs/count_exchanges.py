@@ -5,10 +5,10 @@ import sys
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import fit
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from benchmarks.shards import Sent
-from timm_mldecoder.engine.parallel.classes import ClassPart
-from timm_mldecoder.engine.parallel.losses import divide_loss
-from timm_mldecoder.engine.parallel.metrics import divide_evaluator
-from timm_mldecoder.engine.runtime.distributed import join_world
+from timm_mldecoder.distributed.classes import ClassPart
+from timm_mldecoder.distributed.losses import divide_loss
+from timm_mldecoder.distributed.metrics import divide_evaluator
+from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.losses import create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
 

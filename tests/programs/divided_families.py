@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from timm.task import ClassificationTask
 
-from timm_mldecoder.engine.flags import train_options
-from timm_mldecoder.engine.parallel.fsdp import shard_task, units
-from timm_mldecoder.engine.parallel.slices import create_sliced
-from timm_mldecoder.engine.runtime.distributed import World
-from timm_mldecoder.engine.train.freeze import head_modules
+from timm_mldecoder.distributed.fsdp import shard_task, units
+from timm_mldecoder.distributed.slices import create_sliced
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import train_options
+from timm_mldecoder.train.freeze import head_modules
 
 
 def check(name: str, **settings) -> None:

@@ -3,7 +3,7 @@
 import resource
 import sys
 
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import run_command
 from train import main
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import resource
 import sys
 from importlib import import_module
 
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import run_command
 
 if __name__ == '__main__':
     megabytes, script, *flags = sys.argv[1:]

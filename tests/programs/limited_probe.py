@@ -3,8 +3,8 @@
 import resource
 import sys
 
-from timm_mldecoder.engine.runtime.errors import run_command
-from timm_mldecoder.probe import main
+from timm_mldecoder.probe.__main__ import main
+from timm_mldecoder.runtime.errors import run_command
 
 if __name__ == '__main__':
     size, *flags = sys.argv[1:]

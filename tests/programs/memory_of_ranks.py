@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit_epoch
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import fit_epoch
 
 LIBC = ctypes.CDLL('libc.so.6')
 MMAP_THRESHOLD = -3  # of mallopt: larger blocks return to the system when they are freed, and do not hide later ones

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.parallel import fsdp
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build_run import build_run
-from timm_mldecoder.engine.train.loop import fit
+from timm_mldecoder.distributed import fsdp
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.build_run import build_run
+from timm_mldecoder.train.loop import fit
 
 
 def main(file: str, dtype: str) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from system_calls import fail
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder
+from timm_mldecoder.checkpoint.files import CheckpointFolder
+from timm_mldecoder.checkpoint.read import read_checkpoint
 
 
 def save(checkpoints: CheckpointFolder, epoch: int, size: int = 1000) -> None:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.checkpoints.sharded import PREFIX
-from timm_mldecoder.engine.checkpoint.files import CheckpointFolder, checkpoints_in, lock, shards_of
-from timm_mldecoder.engine.checkpoint.shards import ShardWriter
-from timm_mldecoder.engine.runtime.distributed import World
+from timm_mldecoder.checkpoint.files import CheckpointFolder, checkpoints_in, lock, shards_of
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read_sharded import PREFIX
+from timm_mldecoder.checkpoint.write_sharded import ShardWriter
+from timm_mldecoder.distributed.world import World
 
 
 def rank(number: int, store: Path, first: int, saver: dict, last: int | None = None) -> None:

@@ -28,14 +28,14 @@ from soak_runs import GROUPS, flags
 from test_train_data import write_shards
 
 import train
+from benchmarks import shapes
 from timm_mldecoder import label_graph
-from timm_mldecoder.checkpoints.read import read_checkpoint
-from timm_mldecoder.checkpoints.schema import RUN
-from timm_mldecoder.checkpoints.sharded import PREFIX
-from timm_mldecoder.data import shapes
-from timm_mldecoder.engine.checkpoint.files import shards_of
-from timm_mldecoder.engine.checkpoint.resume import newest
-from timm_mldecoder.engine.runtime.errors import run_command
+from timm_mldecoder.checkpoint.files import shards_of
+from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read_sharded import PREFIX
+from timm_mldecoder.checkpoint.resume import newest
+from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.runtime.errors import run_command
 
 KILLS = 4  # of each run, unless it ends before
 PATIENCE = 300

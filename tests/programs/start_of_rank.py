@@ -6,9 +6,9 @@ import torch
 from timm.task import DistillationTeacher
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_mldecoder.engine.flags import parse_train
-from timm_mldecoder.engine.runtime.distributed import join_world
-from timm_mldecoder.engine.train.build_run import build_run
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.train.build_run import build_run
 
 
 def main() -> None:

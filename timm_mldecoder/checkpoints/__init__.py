@@ -1,1 +1,0 @@
-"""Checkpoint files: the layout of ours, and published layouts converted to it."""

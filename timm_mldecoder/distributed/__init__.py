@@ -1,0 +1,1 @@
+"""Ranks, and how they hold a model: replicated (DDP) or sharded (FSDP2)."""

@@ -1,1 +1,0 @@
-"""Exported models: their formats, and how they are compared with PyTorch."""

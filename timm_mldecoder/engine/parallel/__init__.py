@@ -1,1 +1,0 @@
-"""Models whose weights, gradients and optimizer state are divided over ranks."""

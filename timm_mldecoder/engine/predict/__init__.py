@@ -1,1 +1,0 @@
-"""Predictions over many images: where they come from, how they are written, and the pass over them."""

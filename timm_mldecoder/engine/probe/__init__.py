@@ -1,1 +1,0 @@
-"""Train heads on a frozen backbone side by side, and compare them."""

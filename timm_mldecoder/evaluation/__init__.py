@@ -1,0 +1,1 @@
+"""One evaluation pass over a split, shared by training and validation."""

@@ -1,0 +1,34 @@
+"""What a model card says of a run: its metrics, and the command that trained it."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from timm_mldecoder.checkpoint.read import ranked_by_ema
+from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.flags import train_options
+from timm_mldecoder.flags.config import as_arguments
+from timm_mldecoder.flags.parse import flags
+
+
+def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[str, str]:
+    """Return the lines of a model card for a checkpoint of train.py: metrics, and the command that trained it.
+
+    Metrics are those of the weights that the checkpoint was ranked by, unknown where `use_ema` takes others.
+    """
+    rows = content[RUN]['rows'] if use_ema in (None, ranked_by_ema(content)) else []
+    row = {name: value for name, value in (rows[-1] if rows else {}).items() if name != 'eval_ema'}
+    metrics = [f'{name[5:]} {value:.3f}' for name, value in row.items() if name.startswith('eval_')]
+    command = shlex.join(['train.py', 'DATA', *chosen_flags(vars(content['args']))])
+    return {'Metrics of the validation split': ', '.join(metrics) or 'unknown', 'Training': f'`{command}`'}
+
+
+def chosen_flags(options: Mapping[str, Any]) -> list[str]:
+    """Return the flags of a run that decide its result and differ from the defaults."""
+    where = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'workers', 'device', 'log_interval'}
+    defaults, rows = train_options(data_dir='.').to_dict(), flags('train')
+    arguments = []
+    for name, row in rows.items():
+        if name not in where and name in options and options[name] != defaults[name]:
+            arguments += as_arguments(row, options[name])
+    return arguments

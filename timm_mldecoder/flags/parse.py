@@ -1,0 +1,172 @@
+"""From a command line and a YAML file, or from values, to the checked options of a script."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.utils.distributed import world_info_from_env
+
+from timm_mldecoder.flags import augmentation, data, model, optimization, run
+from timm_mldecoder.flags.checks import check, check_patches, check_task, default_metric
+from timm_mldecoder.flags.config import as_arguments, find_recipe, read_config
+from timm_mldecoder.flags.flag import Flag, Group, Parser, show
+from timm_mldecoder.flags.options import Options, closest
+
+_logger = logging.getLogger(__name__)
+
+GROUPS = (
+    data.DATASET,
+    model.MODEL,
+    model.HEAD,
+    data.CLASSES,
+    data.IMAGES,
+    data.LOADING,
+    optimization.LOSS,
+    optimization.DISTILLATION,
+    optimization.OPTIMIZER,
+    optimization.SCHEDULE,
+    augmentation.AUGMENTATION,
+    augmentation.REGULARIZATION,
+    data.SIZES,
+    data.NAFLEX,
+    model.BATCH_NORM,
+    model.EMA,
+    model.DEVICE,
+    run.RUN,
+    run.TRACKERS,
+    run.RESULTS,
+)
+_FOLDER = {'data', 'data_dir'}  # two names of one option
+_PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
+
+
+def groups(script: str) -> list[Group]:
+    """The groups of flags of a script, `train` or `validate`."""
+    return [(title, [row.of(script) for row in rows if script in row.scripts]) for title, rows in GROUPS]
+
+
+def flags(script: str) -> dict[str, Flag]:
+    """The flags of a script by the name of their option."""
+    return {row.dest: row for _, rows in groups(script) for row in rows}
+
+
+def _parser(script: str) -> Parser:
+    head = 'with an ML-Decoder head or the head of the model'
+    return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
+
+
+def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
+    """Options of validate.py with those of a training run, by name, except where the user gave them.
+
+    Raises:
+        ValueError: If a flag that the user gave is not for the task or the loader of the checkpoint.
+    """
+    kept = options.given | (_PRECISION if options.given & {'amp', 'model_dtype'} else set())
+    rows = flags('validate')
+    names = [name for name, row in rows.items() if row.inherited and name in trained]
+    options = options.replace(**{name: trained[name] for name in names if name not in kept})
+    check_task(options)
+    check_patches(options, rows)
+    trained_on_cpu = trained.get('device', '').startswith('cpu')
+    return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
+
+
+def warn_no_effect(options: Options, script: str) -> None:
+    """Warn about each flag that the user gave and that has no effect given the other options."""
+    if world_info_from_env()[1] != 0:  # rank
+        return
+    values = options.to_dict()
+    for name, row in flags(script).items():
+        value = values[name]
+        if name not in options.given or value == row.default:
+            continue
+        failed = next((need for need in row.needs if not need.holds(options)), None)
+        if failed is not None:
+            shown = options.flag(name) if value is True else f'{options.flag(name)} {show(value)}'
+            _logger.warning(f'No effect: {shown} needs {failed.text}')
+
+
+def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line: defaults, then the YAML file, then `argv`, that of the process if not given.
+
+    Raises:
+        ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
+    """
+    rows, parser = flags(script), _parser(script)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given, spelled = parser.read(argv)
+    path = find_recipe(given.get('config'))
+    if path:
+        rows['config'].check(path, '--config', None)
+        arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())
+        # --config again: a list before the command line must not take in its folder
+        given, _ = parser.read([*(text for texts in arguments.values() for text in texts), f'--config={path}', *argv])
+        given['config'] = path  # argv may have the name of a recipe
+        spelled = {name: f'--config {path}: {name}' for name, texts in arguments.items() if texts} | spelled
+    return _finish(script, rows, given, spelled)
+
+
+def _from_values(script: str, /, **values: Any) -> Options:
+    """The options of a script from values, with the defaults and the checks of the command line.
+
+    Raises:
+        ValueError: For an unknown name, and as in `_parse`.
+    """
+    rows, parser, given = flags(script), _parser(script), {}
+    for name, value in values.items():
+        if name not in rows:
+            raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
+        try:
+            given |= parser.read(as_arguments(rows[name], value))[0]
+        except ValueError as error:
+            raise ValueError(f'{rows[name].label}: {error}') from error
+        if isinstance(value, Mapping):  # may hold what has no literal, such as a class
+            given[name] = dict(value)
+    return _finish(script, rows, given, {name: rows[name].label for name in given})
+
+
+def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
+    values = {name: row.default for name, row in rows.items()} | given
+    if values['data'] and values['data_dir'] and values['data'] != values['data_dir']:
+        raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
+    values['data'] = values['data_dir'] = values['data'] or values['data_dir']
+    options = Options(values, spelled)
+    options = options.replace(**_dependent_defaults(options, script))
+    check(options, rows, script)
+    if script == 'train':
+        warn_no_effect(options, script)
+    return options
+
+
+def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
+    """The defaults that depend on other options, for the options that are not given."""
+    defaults = {}
+    if 'device' not in options.given and not torch.cuda.is_available():
+        defaults['device'] = 'cpu'
+        _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')
+    defaults |= _amp_default(options, defaults.get('device', options.device))
+    if script == 'train':
+        if options.task == 'multilabel':
+            defaults |= dict(smoothing=0.0, eval_metric=default_metric(options))
+        if options.sched in ('wsd', 'rsqrt'):
+            defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
+    changes = {name: value for name, value in defaults.items() if name not in options.given}
+    return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
+
+
+def _amp_default(options: Options, device: str) -> dict[str, str]:
+    """bfloat16 on a CPU: there float16 has no loss scaling, and its convolutions take 80 times as long backwards."""
+    if not options.amp or not device.startswith('cpu') or 'amp_dtype' in options.given:
+        return {}
+    _logger.info('mixed precision on a CPU: using bfloat16; --amp-dtype float16 overrides it')
+    return {'amp_dtype': 'bfloat16'}
+
+
+#: The parser of train.py, with timm's flags and defaults and the flags of this package, and that of validate.py.
+train_parser, validate_parser = partial(_parser, 'train'), partial(_parser, 'validate')
+#: The options of a training run and of an evaluation, from a command line or from values: see the functions above.
+parse_train, parse_validate = partial(_parse, 'train'), partial(_parse, 'validate')
+train_options, validate_options = partial(_from_values, 'train'), partial(_from_values, 'validate')

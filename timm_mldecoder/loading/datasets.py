@@ -1,0 +1,293 @@
+"""The dataset of a split, and checks for mistakes that would otherwise train or score the wrong thing."""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import MultiLabelTarget
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data.annotations import POSITIVE
+from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.partial import leave_out_labels
+from timm_mldecoder.data.summary import class_indices
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.flags import Options, scores_both
+from timm_mldecoder.loading.loader import strict
+
+_logger = logging.getLogger(__name__)
+
+RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
+STREAMS = ('hfids', 'tfds', 'wds')
+
+
+class Classes(NamedTuple):
+    """Classes of a head with text queries: label embeddings [C, E], and their names if they have any."""
+
+    embeddings: Tensor
+    names: list[str] | None
+
+
+def dataset_kind(name: str) -> str:
+    """Return the kind of a dataset, the part of its name before the slash, in lower case; '' for folders and tars."""
+    return name.partition('/')[0].lower()
+
+
+def image_channels(options: Options) -> int:
+    if options.in_chans is not None:
+        return options.in_chans
+    return options.input_size[0] if options.input_size is not None else 3
+
+
+def image_mode(options: Options) -> str:
+    """Return the PIL mode in which images are read."""
+    return options.input_img_mode or ('RGB' if image_channels(options) == 3 else 'L')
+
+
+def create_split(
+    options: Options,
+    split: str,
+    *,
+    training: bool = False,
+    num_samples: int | None = None,
+    repeats: float = 0,
+    missing: str = 'error',
+    load_bytes: bool = False,
+) -> Dataset:
+    """Create the dataset of one split.
+
+    Args:
+        training: Whether it is trained on: streams are shuffled, and zero-shot splits keep the seen classes.
+        num_samples: Number of samples of a stream that does not report it.
+        repeats: Passes over a stream per epoch.
+        missing: 'error' or 'skip' at images that are annotated but not on disk.
+        load_bytes: Whether the transform takes the bytes of image files.
+
+    Raises:
+        ValueError: If the data is missing, or does not fit the task.
+    """
+    mode = image_mode(options)
+    kind = dataset_kind(options.dataset)
+    _check_folder(options.dataset, options.data_dir, split)
+    _check_image_mode(options.dataset, mode, image_channels(options))
+    multilabel = options.task == 'multilabel'
+    settings = dict(
+        **{name: options[name] for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
+        download=options.dataset_download,
+        repeats=repeats,
+        input_img_mode=mode,
+        target_format=options.target_format if multilabel and kind in RECORDS else None,
+        num_samples=num_samples,
+        trust_remote_code=options.dataset_trust_remote_code,
+    )
+    if load_bytes:
+        settings['load_bytes'] = True
+    if options.voc_difficult is not None:
+        settings['difficult'] = options.voc_difficult
+    try:
+        dataset = create_dataset(
+            options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
+        )
+    except ImportError as error:
+        raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
+    except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
+        raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
+    dataset = strict(dataset)
+    if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
+        found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
+        there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
+        raise ValueError(f'{options.data_dir}: no class folders of {split!r}; --dataset names another format{there}')
+    own = isinstance(dataset, MultiLabelDataset)
+    if own and not multilabel:
+        raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
+    if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
+        dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+    if training and options.partial_labels:
+        if not own:
+            raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
+        dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
+        values = dataset.annotations.entries()[2]
+        positive = int((values == POSITIVE).sum())
+        kept = f'{positive} positive and {len(values) - positive} negative labels'
+        _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
+    if options.class_split:
+        _select_classes(options, dataset, training)
+    return dataset
+
+
+def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
+    """Keep the classes that `--class-split` and `--score-classes` select."""
+    if not isinstance(dataset, MultiLabelDataset):
+        raise ValueError(f'--class-split needs multi-label data; --dataset {options.dataset} has one class per image')
+    split = read_class_split(options.class_split, dataset.class_names)
+    parts = {'all': split.all, 'seen': split.seen, 'unseen': split.unseen}
+    names = split.seen if training else parts[options.score_classes]
+    # as in the paper: training uses images that show a seen class, ZSL those that show an unseen one
+    alone = training or options.score_classes == 'unseen'
+    selected = select_classes(dataset.annotations, names, only_positive=alone)
+    if scores_both(options) and not training:
+        select_classes(dataset.annotations, split.unseen, only_positive=True)  # refuses data without unseen classes
+        dataset.num_seen = len(split.seen)
+    dataset.annotations = selected
+
+
+def log_summary(name: str, dataset: Dataset) -> None:
+    """Log what is to be known of a split before it is trained on."""
+    for line in summarize(dataset).log_lines(name):
+        _logger.info(line)
+
+
+def read_classes(path: str, dataset: Dataset) -> Classes:
+    """Return the label embeddings of the classes of a dataset, in its order.
+
+    Raises:
+        ValueError: If the dataset does not name its classes, or the file has not all of them.
+    """
+    names = class_to_index(dataset)
+    if names is None:
+        raise ValueError('--word-embeddings needs the names of the classes, which this dataset does not report')
+    return Classes(*read_word_embeddings(path, list(names)))
+
+
+def has_ignored(dataset: Dataset) -> bool:
+    """Return whether some labels of a dataset are to be ignored."""
+    return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored
+
+
+def balanced_weights(dataset: Any) -> Tensor:
+    """Return weights of the samples by which each class is drawn equally often, [N], without reading an image.
+
+    A sample of several classes has the sum of their weights; samples without a class count as one more class.
+
+    Raises:
+        ValueError: If the dataset does not report its labels.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        image, label, value = dataset.annotations.entries()
+        image, label = image[value == POSITIVE], label[value == POSITIVE]
+    else:
+        label = class_indices(dataset)
+        if label is None:
+            raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
+        image = np.arange(len(label))
+    weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
+    without = weights == 0
+    weights[without] = 1 / max(without.sum(), 1)
+    return torch.from_numpy(weights)
+
+
+def check_classes(dataset: Any, num_classes: int, given: bool) -> None:
+    """Compare the number of classes of a dataset with the model's.
+
+    One that the user has not `given`, such as a model's own 1000, may exceed the data's.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    classes = class_to_index(dataset)
+    if not classes:
+        return
+    empty = ', '.join(_folders_without_images(dataset))
+    if len(classes) == num_classes:
+        if empty:
+            _logger.warning(f'ignoring class folders without images: {empty}')
+        return
+    message = f'the data has {len(classes)} classes, the model {num_classes}; pass --num-classes {len(classes)}'
+    if empty:
+        message += f', or put images into {empty}'
+    if given or len(classes) > num_classes or isinstance(dataset, MultiLabelDataset):
+        raise ValueError(message)
+    _logger.warning(message)
+
+
+def check_same_classes(train: Any, validation: Any) -> None:
+    """Raise ValueError if two splits number their classes differently."""
+    ours, theirs = class_to_index(train), class_to_index(validation)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    odd = sorted(set(ours) ^ set(theirs)) or sorted(name for name in ours if ours[name] != theirs[name])
+    raise ValueError(
+        f'the training and validation splits differ in their classes ({", ".join(odd[:5])}), so their labels differ in '
+        'meaning: give every class an image in both, or pass --class-map'
+    )
+
+
+def check_class_names(dataset: Any, trained: list[str] | None) -> None:
+    """Raise ValueError if a dataset numbers its classes differently from the one that a checkpoint was trained on."""
+    present = list(class_to_index(dataset) or ())
+    if not trained or not present or present == trained:
+        return
+    differ = (index for index, pair in enumerate(zip(present, trained, strict=False)) if pair[0] != pair[1])
+    index = next(differ, min(len(present), len(trained)))
+    ours, theirs = (repr(names[index]) if index < len(names) else 'missing' for names in (present, trained))
+    raise ValueError(
+        f'class {index} is {ours} in the data and {theirs} in the checkpoint, so labels differ in meaning: pass the '
+        'names in the order of the checkpoint, one per line, as --class-map'
+    )
+
+
+def check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
+    """Raise ValueError if images [C, H, W] do not have the one size that a model is built for."""
+    patches = getattr(model, 'patch_embed', None)
+    size = getattr(patches, 'img_size', None)
+    if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
+        raise ValueError(
+            f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x {input_size[2]}: pass '
+            f'--img-size {size[0]}, or --model-kwargs img_size={input_size[1]}'
+        )
+
+
+def _check_folder(dataset: str, root: str | None, split: str) -> None:
+    """Raise ValueError if an image folder, or the requested split in it, does not exist.
+
+    timm takes the root itself where no folder has the split's name. That is right for a root of class folders, and
+    scores the training images too for a root of other splits.
+    """
+    if dataset_kind(dataset) in FORMATS or '/' in dataset or root is None:
+        return
+    path = Path(root)
+    if not path.exists():
+        raise ValueError(f'{root}: no such folder or tar file')
+    if path.is_file():
+        return
+    synonyms = next((names for names in (_TRAIN_SYNONYM, _EVAL_SYNONYM) if split in names), {})
+    present = {folder.name for folder in path.iterdir() if folder.is_dir()}
+    splits = present & {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
+    if splits and split not in present and not present & {*synonyms}:
+        raise ValueError(f'{root} has no folder {split!r}; it has {", ".join(sorted(splits))}')
+
+
+def _check_image_mode(dataset: str, mode: str, channels: int) -> None:
+    """Raise ValueError if images are read with other channels than the model takes; torchvision's have their own."""
+    if dataset_kind(dataset) == 'torch':
+        return
+    try:
+        found = Image.getmodebands(mode)
+    except KeyError as error:
+        raise ValueError(f'--input-img-mode {mode}: Pillow has no such mode') from error
+    if found != channels:
+        raise ValueError(
+            f'the model takes {channels} channels, --input-img-mode {mode} has {found}: change it or --in-chans (L has '
+            '1 channel, LA 2, RGB 3, RGBA and CMYK 4)'
+        )
+
+
+def _folders_without_images(dataset: Any) -> list[str]:
+    """Return the folders beside those of the classes that hold neither images nor folders."""
+    reader = getattr(dataset, 'reader', None)
+    if not isinstance(reader, ReaderImageFolder):
+        return []
+    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not path.name.startswith('.'))
+    return sorted(
+        path.name
+        for path in folders
+        if path.name not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
+    )

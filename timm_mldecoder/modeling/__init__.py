@@ -1,0 +1,1 @@
+"""The model that flags, a checkpoint or a folder describe."""

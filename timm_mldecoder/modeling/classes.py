@@ -1,0 +1,107 @@
+"""The classes of a model: names, label embeddings of text queries, tuned thresholds."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.flags import Options
+from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.loading.datasets import Classes, class_to_index, read_classes
+
+
+def has_text_queries(options: Options) -> bool:
+    """Return whether the options request a head with text queries."""
+    return bool(options.use_ml_decoder_head and options.word_embeddings)
+
+
+def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
+    """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
+    if not has_text_queries(options):
+        if options.class_split and options.score_classes != 'seen':
+            raise ValueError(
+                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
+                '--use-ml-decoder-head 1, or --score-classes seen'
+            )
+        return {}
+    classes = read_classes(options.word_embeddings, dataset)
+    return dict(
+        word_embeddings=classes.embeddings,
+        class_names=classes.names,
+        random_queries=options.random_queries,
+        query_noise=options.query_noise,
+        query_cutout=options.query_cutout,
+    )
+
+
+def stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
+    embeddings = stored_embeddings(weights)
+    if embeddings is None and options.word_embeddings:
+        embeddings = read_word_embeddings(options.word_embeddings)[0]
+    return {} if embeddings is None else dict(word_embeddings=embeddings.shape[1])
+
+
+def stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
+    """Return the label embeddings [C, E] of a head in a state dict, None if it has none."""
+    return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
+
+
+def class_names_of(dataset: Dataset) -> list[str] | None:
+    """Return the class names of a dataset in order, None if it does not report them."""
+    classes = class_to_index(dataset)
+    return list(classes) if classes else None
+
+
+def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
+    """Set the classes of a model with text queries, in order; None takes all of a file of label embeddings.
+
+    Without a file they are picked among the model's own. A model without text queries is left as it is.
+
+    Raises:
+        ValueError: If a class has no embedding.
+    """
+    head = model.get_classifier()
+    if not isinstance(head, MLDecoder) or head.vocabulary is None:
+        return
+    if word_embeddings:
+        head.set_word_embeddings(*read_word_embeddings(word_embeddings, names))
+    elif head.class_names and names:
+        row = {name: index for index, name in enumerate(head.class_names)}
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise ValueError(f'the model has no embedding of {", ".join(missing)}: pass --word-embeddings')
+        head.set_word_embeddings(head.vocabulary.embeddings[[row[name] for name in names]], names)
+
+
+@contextmanager
+def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
+    """Give a model with text queries other classes for a while; None leaves it as it is.
+
+    Raises:
+        ValueError: If its head has learned parts that do not fit so many classes.
+    """
+    if classes is None:
+        yield
+        return
+    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
+    # the very tensors are restored: DistributedDataParallel keeps references to them
+    own = dict(head.vocabulary.named_buffers())
+    head.set_word_embeddings(*classes)
+    try:
+        yield
+    finally:
+        for name, tensor in own.items():
+            setattr(head.vocabulary, name, tensor)
+
+
+def thresholds_for(content: Mapping[str, Any], names: list[str] | None) -> Tensor | None:
+    """Return the tuned thresholds in a checkpoint for these classes, [C]; None if it has none for some of them."""
+    stored = content.get('thresholds')
+    if not stored or not names or any(name not in stored for name in names):
+        return None
+    return torch.tensor([stored[name] for name in names])

@@ -1,0 +1,1 @@
+"""The command `probe`: heads on a frozen backbone."""

@@ -1,0 +1,174 @@
+"""Features of a frozen backbone: from lists of draws to batches of tokens, which every rank gets whole."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
+from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
+from timm_mldecoder.loading.randomness import ORDER, Draw, key
+from timm_mldecoder.models.probe_model import ProbeModel
+from timm_mldecoder.runtime.errors import RunFailed
+
+
+class Batch(NamedTuple):
+    """Features of some images.
+
+    Attributes:
+        tokens: Image tokens [B, N, F], float32, or float16 as a cache yields them.
+        class_token: Class token [B, F] of the same type, None for a backbone without one.
+        target: Class indices [B], or multi-label targets [B, C].
+    """
+
+    tokens: Tensor
+    class_token: Tensor | None
+    target: Tensor
+
+
+class Backbone:
+    """A frozen model without a head.
+
+    Args:
+        model: The model; its parameters need no gradients from now on.
+        autocast: Context of the forward pass.
+    """
+
+    def __init__(self, model: ProbeModel, autocast: Callable[[], AbstractContextManager]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._autocast = autocast
+
+    @torch.no_grad()  # features of inference mode could not be trained on
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens [B, N, F] and the class token [B, F] of images, float32."""
+        with self._autocast():
+            tokens, class_token = self.model.read_tokens(images)
+        return tokens.float(), None if class_token is None else class_token.float()
+
+    def digest(self) -> str:
+        """Return a digest of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class _Groups(Sampler[list[Draw]]):
+    """The batches of the next pass."""
+
+    groups: Sequence[list[Draw]] = ()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return iter(self.groups)
+
+
+class ImageBatches:
+    """Batches of given images of a split, on the device.
+
+    Args:
+        options: Options of train.py.
+        dataset: Map-style dataset with its transform.
+        config: Data configuration.
+        world: This rank and the others.
+        bad_image: 'skip' or 'abort' at unreadable images; the next image takes the place of one that is skipped.
+    """
+
+    def __init__(self, options: Options, dataset: Dataset, config: DataConfig, world: World, bad_image: str) -> None:
+        self._groups = _Groups()
+        self._loader = DataLoader(
+            KeyedSamples(dataset, REPLACEMENTS if bad_image == 'skip' else 0),
+            batch_sampler=self._groups,
+            collate_fn=KeyedCollate(default_collate if options.no_prefetcher else fast_collate, partial=False),
+            persistent_workers=options.workers > 0,
+            **worker_options(world, options.workers, options.pin_mem),
+        )
+        self._placement = create_placement(options, config, world)
+        self._wrapped = self._placement.wrap(self)
+
+    def close(self) -> None:
+        """End the workers."""
+        shut_down(self._loader._iterator)
+
+    def __call__(self, groups: Sequence[list[Draw]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and targets of each group."""
+        self._groups.groups = groups
+        if not groups:  # timm's prefetcher needs a batch
+            return
+        for images, target in self._wrapped:
+            images, target = self._placement.place(images, target)
+            yield self._placement.layout(images), target
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch, _, bad in self._loader:
+            if batch is None:
+                raise RunFailed(f'{bad[-1].path} cannot be read ({bad[-1].reason}); remove it from the split')
+            log_bad_images(bad)
+            yield batch
+
+
+class Source(Protocol):
+    """Features of one split."""
+
+    def read(self, groups: Sequence[list[Draw]]) -> Iterable[Batch]:
+        """Yield the features of each group."""
+        ...
+
+
+class ComputedFeatures:
+    """Features computed anew in each pass."""
+
+    def __init__(self, backbone: Backbone, images: ImageBatches) -> None:
+        self._backbone = backbone
+        self._images = images
+
+    def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
+        """Yield the features of each group."""
+        for images, target in self._images(groups):
+            yield Batch(*self._backbone(images), target)
+
+
+def read_together(source: Source, groups: Sequence[list[Draw]], world: World) -> Iterator[Batch]:
+    """Yield the float32 features of each group on every rank, of which each rank reads a part; a collective call."""
+    padded = [group + group[-1:] * (-len(group) % world.size) for group in groups]
+    own = source.read([group[world.rank :: world.size] for group in padded])
+    for group, batch in zip(groups, own, strict=True):
+        gathered = (part if part is None else _gather(part, world)[: len(group)] for part in batch)
+        tokens, class_token, target = gathered
+        yield Batch(tokens.float(), None if class_token is None else class_token.float(), target)
+
+
+def _gather(part: Tensor, world: World) -> Tensor:
+    """Return the rows of all ranks, in the order in which they were divided."""
+    if not world.distributed:
+        return part
+    parts = [torch.empty_like(part) for _ in range(world.size)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def training_groups(number: int, batch_size: int, seed: int, epoch: int) -> list[list[Draw]]:
+    """Return the batches of an epoch of `number` images, in an order that the seed and the epoch determine.
+
+    The last images of the order that make no full batch are left out.
+    """
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(key(ORDER, seed, epoch) % 2**63)).tolist()
+    draws = [Draw(index, position, epoch, seed) for position, index in enumerate(order)]
+    return [draws[first : first + batch_size] for first in range(0, number - batch_size + 1, batch_size)]
+
+
+def scoring_groups(number: int, batch_size: int) -> list[list[Draw]]:
+    """Return the batches of all images of a split, in order."""
+    draws = [Draw(index, index, 0, 0) for index in range(number)]
+    return [draws[first : first + batch_size] for first in range(0, number, batch_size)]

@@ -1,0 +1,249 @@
+"""One probe from its options to its table."""
+
+import logging
+import os
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import safe_model_name
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
+from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.create_loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
+from timm_mldecoder.loading.datasets import (
+    check_classes,
+    check_same_classes,
+    create_split,
+    image_mode,
+    log_summary,
+    read_classes,
+)
+from timm_mldecoder.modeling.classes import class_names_of, training_words
+from timm_mldecoder.modeling.errors import refuse
+from timm_mldecoder.modeling.load import create_train_model, load_trained
+from timm_mldecoder.models.factory import CLASSIFIERS
+from timm_mldecoder.models.probe_model import build_probe, remove_head
+from timm_mldecoder.probe import report
+from timm_mldecoder.probe.cache import FeatureCache, data_digest, fill
+from timm_mldecoder.probe.features import Backbone, ComputedFeatures, ImageBatches, Source
+from timm_mldecoder.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
+from timm_mldecoder.probe.train import Run, Trainer, choose
+from timm_mldecoder.runtime.files import choose_folder, create_folder
+from timm_mldecoder.runtime.memory import advise_on_memory
+from timm_mldecoder.train.loss import create_train_loss
+
+_logger = logging.getLogger(__name__)
+
+# Options of the model that a checkpoint of train.py brings, where it is the backbone.
+_OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
+# Options that choose images and targets: a cache is for one value of each.
+_OF_DATA = ('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'score_classes')
+_PATHS_OF_DATA = ('data_dir', 'class_map', 'class_split')
+
+
+def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
+    """Train every head, print the table, and write the results; a collective call.
+
+    Returns:
+        The results on the first rank, else None.
+
+    Raises:
+        RunFailed: If the disk is full, or memory is.
+    """
+    with ExitStack() as closing:
+        return _probe(options, world, closing)
+
+
+def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str, Any] | None:
+    folder = None
+    if world.primary:
+        given = options.train
+        folder = choose_folder(given.output, given.experiment, safe_model_name(given.model))
+        if (folder / report.RESULTS).exists():
+            raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove it')
+    random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
+    model, train, stored_config = _create_backbone(options.train)
+    options = options._replace(train=train)
+    splits = _create_splits(options)
+    names = class_names_of(splits['train'])
+    num_classes = len(names) if names else train.num_classes
+    if not num_classes:
+        raise ValueError('the dataset does not report its classes: pass --num-classes')
+    check_classes(splits['train'], num_classes, given=True)
+    config = resolve_config(train, model, stored=stored_config)
+    model.to(world.device)
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    backbone = Backbone(model, create_autocast(train, world.device))
+    words = training_words(train, splits['train']) if train.word_embeddings else {}
+
+    runs = [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in range(options.seeds)]
+    loss = create_train_loss(train, splits['train'])
+    trainer = Trainer(
+        train,
+        runs,
+        partial(_build, model, num_classes, words),
+        loss,
+        partial(create_evaluator, train, splits['validation'], device=world.device),
+        world,
+    )
+    sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
+    if world.primary:
+        create_folder(folder)  # a mistake found above leaves no folder
+    classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
+
+    def score(epoch: int) -> None:
+        found = trainer.score(sources['validation'], len(splits['validation']), runs, classes)
+        for run in trainer.own:
+            run.metrics[epoch] = found[id(run)]
+        _logger.info(f'Epoch {epoch}: {len(runs)} runs trained and scored')
+
+    with advise_on_memory(train.batch_size, train.batch_size, 1):
+        trainer.train(sources['train'], len(splits['train']), score)
+    trainer.share()
+    choices = choose(runs, train.eval_metric)
+    test = None
+    if options.test_split:
+        chosen = [run for choice in choices for run in choice.runs]
+        own = trainer.score(sources['test'], len(splits['test']), chosen, classes)
+        own = {index: own[id(run)] for index, run in enumerate(runs) if id(run) in own}
+        test = {index: metrics for part in world.all_gather(own) for index, metrics in part.items()}
+    folder = Path(world.broadcast(str(folder)))
+    files = {choice.spec.label: f'{_file_name(choice.spec.label)}.pth.tar' for choice in choices}
+    for choice in choices:
+        best = choice.best(train.eval_metric)
+        if any(best is run for run in trainer.own):
+            report.write_checkpoint(
+                folder / files[choice.spec.label],
+                train,
+                model,
+                best,
+                config=config,
+                class_names=names,
+                words=words if choice.spec.name in TEXT_HEADS else {},
+            )
+    world.barrier()
+    if not world.primary:
+        return None
+    results = report.collect(options, choices, runs, test, files, trainer.read_seconds)
+    report.write(folder, results)
+    return results
+
+
+def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
+    """Create the model without a classifier; return it, the options that describe it, and its data configuration."""
+    plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='', initial_checkpoint='')
+    stored: DataConfig = {}
+    content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}
+    if RUN in content:
+        trained = load_trained(options.initial_checkpoint, content=content)
+        if 'model' in options.given and options.model != trained.options.model:
+            raise ValueError(f'--model {options.model} contradicts --initial-checkpoint of {trained.options.model}')
+        changes = {name: getattr(trained.options, name) for name in _OF_BACKBONE if name not in options.given}
+        options = options.replace(**changes)
+        given = {'input_size' if name == 'img_size' else name for name in options.given}
+        stored = {name: value for name, value in trained.data_config.items() if name not in given}
+        model = trained.model
+    else:
+        model = create_train_model(plain, None)
+        if content:
+            with refuse(options):
+                model.load_state_dict(weights_of(content))
+    # the classifier is removed, so the options that build it must go too
+    kept = {name: value for name, value in options.model_kwargs.items() if name not in CLASSIFIERS}
+    with refuse(options):
+        return remove_head(model), options.replace(model_kwargs=kept), stored
+
+
+def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
+    train = options.train
+    splits = {'train': create_split(train, train.train_split, training=True, missing=train.missing_images)}
+    splits['validation'] = create_split(train, train.val_split)
+    if options.test_split:
+        splits['test'] = create_split(train, options.test_split)
+    for role, dataset in splits.items():
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')
+        log_summary(role, dataset)
+        if not train.class_split:
+            check_same_classes(splits['train'], dataset)
+    return splits
+
+
+def _create_sources(
+    options: ProbeOptions,
+    splits: dict[str, Dataset],
+    num_classes: int,
+    backbone: Backbone,
+    config: DataConfig,
+    world: World,
+    closing: ExitStack,
+) -> dict[str, Source]:
+    train, images = options.train, {}
+    for role, dataset in splits.items():
+        if role == 'train' and options.augment:
+            dataset, _ = set_train_transform(train, dataset, config)
+        else:
+            set_eval_transform(train, dataset, config)
+        bad = train.bad_image if role == 'train' else 'abort'
+        images[role] = ImageBatches(train, dataset, config, world, bad)
+        closing.callback(images[role].close)
+    if not options.cache:
+        return {role: ComputedFeatures(backbone, batches) for role, batches in images.items()}
+    tokens, class_token = backbone(torch.zeros(1, *config['input_size'], device=world.device))
+    shape = (tokens.shape[1] + (class_token is not None), tokens.shape[2])
+    weights = backbone.digest()
+    flags = {name: getattr(train, name) for name in _OF_DATA}
+    flags |= {name: os.path.abspath(path) if (path := getattr(train, name)) else '' for name in _PATHS_OF_DATA}
+    flags = {f'--{name.replace("_", "-")}': value for name, value in flags.items()}
+    names = {'train': train.train_split, 'validation': train.val_split, 'test': options.test_split}
+    caches = {}
+    for role, dataset in splits.items():
+        augmented = role == 'train' and options.augment
+        augmentation = {name: getattr(train, name) for name in (*AUGMENTATION, 'seed')} if augmented else None
+        setup = {
+            'model': [train.model, repr(sorted(train.model_kwargs.items()))],
+            'precision': [train.amp and train.amp_dtype, train.fast_norm],
+            'weights': weights,
+            'transform': repr((sorted(config.items()), augmentation)),
+            'data': data_digest(dataset),
+            **flags,
+            'split': names[role],
+            '--input-img-mode': image_mode(train),
+            '--num-classes': num_classes,
+        }
+        caches[role] = FeatureCache(
+            Path(options.cache) / role,
+            setup,
+            number=len(dataset),
+            shape=shape,
+            class_token=class_token is not None,
+            views=options.views if augmented else 1,
+            shard=options.shard,
+            device=world.device,
+        )
+    pairs = [(caches[role], images[role]) for role in splits]
+    fill(pairs, backbone, train.batch_size, train.seed, world)
+    return caches
+
+
+def _build(model: nn.Module, num_classes: int, words: dict[str, Any], spec: HeadSpec) -> nn.Module:
+    """Build a head; one with text queries gets the label embeddings of the training classes."""
+    options = {**(words if spec.name in TEXT_HEADS else {}), **spec.options}
+    try:
+        return build_probe(model, num_classes, spec.name, **options)
+    except ValueError as error:
+        raise ValueError(f'--heads {spec.label}: {error}') from error
+
+
+def _file_name(label: str) -> str:
+    return ''.join(letter if letter.isalnum() or letter in '._-=' else '_' for letter in label)

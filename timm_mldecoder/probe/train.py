@@ -1,0 +1,229 @@
+"""Train heads x learning rates x seeds side by side: one pass of the backbone per batch feeds them all.
+
+Every rank gets the features of the whole batch and trains its part of the runs, so that the number of ranks changes
+neither a run nor its BatchNorm statistics. A run depends on its own head, rate and seed alone, not on the others.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from timm.task import ClassificationEvaluator
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.datasets import Classes
+from timm_mldecoder.loading.randomness import STEP, key, seed_all
+from timm_mldecoder.losses import RandomQueryLoss
+from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.probe.features import Batch, Source, read_together, scoring_groups, training_groups
+from timm_mldecoder.probe.options import HeadSpec
+from timm_mldecoder.train.optim import timm_optimizer
+
+_logger = logging.getLogger(__name__)
+
+WARMUP = 0.1  # share of the steps; the cosine decay to 0 follows
+
+
+@dataclass
+class Run:
+    """One head at one learning rate with one seed."""
+
+    spec: HeadSpec
+    rate: float  # its largest learning rate
+    seed: int  # its seed, from 0
+    head: nn.Module | None = None  # the module, None on ranks that do not train it
+    optimizer: torch.optim.Optimizer | None = None
+    parameters: int = 0  # number of parameters of the head
+    seconds: float = 0.0  # time of its steps so far
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    # metrics on the validation split by epoch; None where its logits are not finite
+    metrics: dict[int, dict[str, float] | None] = field(default_factory=dict)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.head(batch.tokens, batch.class_token)
+
+    def result(self) -> dict:
+        """Return what other ranks need to know."""
+        return dict(parameters=self.parameters, seconds=self.seconds, losses=self.losses, metrics=self.metrics)
+
+
+@dataclass
+class Trainer:
+    """Trains and scores the runs of this rank."""
+
+    options: Options  # of train.py
+    runs: list[Run]  # all runs; this rank builds and trains every `world.size`-th
+    build: Callable[[HeadSpec], nn.Module]
+    loss: nn.Module
+    evaluator: Callable[[], ClassificationEvaluator]
+    world: World
+    read_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.own = self.runs[self.world.rank :: self.world.size]
+        self.loss.to(self.world.device)
+        for run in self.own:
+            seed_all(self.options.seed + run.seed)
+            run.head = self.build(run.spec).to(self.world.device).train()
+            run.parameters = sum(parameter.numel() for parameter in run.head.parameters())
+            run.optimizer = timm_optimizer(self.options.replace(lr=run.rate), run.head)
+
+    def train(self, source: Source, number: int, score: Callable[[int], None]) -> None:
+        """Train for all epochs on a number of images; a collective call.
+
+        `score` is called with the epoch after each `--val-interval` epochs, and after the last.
+
+        Raises:
+            ValueError: If not even one batch is full.
+        """
+        options, size = self.options, self.options.batch_size * self.world.size
+        steps = number // size
+        if not steps:
+            raise ValueError(
+                f'--batch-size {options.batch_size} on {self.world.size} rank(s) exceeds the {number} images; reduce it'
+            )
+        for epoch in range(options.epochs):
+            sums = {id(run): torch.zeros((), device=self.world.device) for run in self.own}
+            batches = read_together(source, training_groups(number, size, options.seed, epoch), self.world)
+            for index in range(steps):
+                start = time.perf_counter()
+                batch = next(batches)
+                self._wait()
+                self.read_seconds += time.perf_counter() - start
+                step = epoch * steps + index
+                factor = learning_rate_factor(step, options.epochs * steps)
+                for run, loss in zip(self.own, self.step(batch, step, factor), strict=True):
+                    sums[id(run)] += loss
+            for run in self.own:
+                run.losses.append(sums[id(run)].item() / steps)
+            if (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs:
+                score(epoch)
+
+    def step(self, batch: Batch, step: int, factor: float) -> list[Tensor]:
+        """Take one optimizer step of each run of this rank, and return their losses.
+
+        The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
+        """
+        return [self._step(run, batch, step, factor) for run in self.own]
+
+    def _step(self, run: Run, batch: Batch, step: int, factor: float) -> Tensor:
+        start = time.perf_counter()
+        seed_all(key(STEP, self.options.seed, run.seed, step))
+        for group in run.optimizer.param_groups:
+            group['lr'] = run.rate * factor
+        run.optimizer.zero_grad()
+        randomized = self.options.random_queries and getattr(run.head, 'vocabulary', None) is not None
+        loss = (RandomQueryLoss(self.loss) if randomized else self.loss)(run.logits(batch), batch.target)
+        loss.backward()
+        if self.options.clip_grad is not None:
+            dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
+        run.optimizer.step()
+        self._wait()
+        run.seconds += time.perf_counter() - start
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(
+        self, source: Source, number: int, runs: Sequence[Run], classes: Classes | None = None
+    ) -> dict[int, dict[str, float] | None]:
+        """Score runs on a split of a number of images; a collective call.
+
+        Returns:
+            The metrics of each of the runs that this rank trains, by its `id`; None where logits are not finite.
+        """
+        own = [run for run in self.own if any(run is other for other in runs)]
+        evaluators = {id(run): self.evaluator() for run in own}
+        finite = dict.fromkeys(evaluators, True)
+        size = self.options.batch_size * self.world.size
+        for batch in read_together(source, scoring_groups(number, size), self.world):
+            for run in own:
+                run.head.eval()
+                text = getattr(run.head, 'vocabulary', None) is not None
+                with other_classes(run.head, classes if text else None):
+                    logits = run.logits(batch)
+                finite[id(run)] &= bool(logits.isfinite().all())
+                evaluators[id(run)].update(logits.nan_to_num(0.0), batch.target)
+                run.head.train()
+        return {
+            name: dict(evaluator.compute(distributed=False)) if finite[name] else None
+            for name, evaluator in evaluators.items()
+        }
+
+    def share(self) -> None:
+        """Give every rank the results of all runs; a collective call."""
+        gathered = self.world.all_gather([run.result() for run in self.own])
+        for rank, results in enumerate(gathered):
+            for run, result in zip(self.runs[rank :: self.world.size], results, strict=True):
+                vars(run).update(result)
+
+    def _wait(self) -> None:
+        """Wait for the device, so that times are those of the work that they name."""
+        if self.world.device.type != 'cpu':
+            torch.accelerator.synchronize(self.world.device)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Return the factor of the learning rate in a step: linear warmup, then a cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best learning rate of a head."""
+
+    spec: HeadSpec
+    runs: list[Run]  # its runs at that rate, one per seed
+    # mean metric on the validation split of each rate, over the seeds; None where a run diverged
+    tried: dict[float, float | None]
+
+    @property
+    def rate(self) -> float:
+        return self.runs[0].rate
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the best rate is the lowest or highest of several, so that a better one may lie outside."""
+        return len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
+
+    def best(self, metric: str) -> Run:
+        """Return the run with the best score on the validation split."""
+        return max(self.runs, key=lambda run: _rank(_final(run, metric), metric))
+
+
+def choose(runs: Sequence[Run], metric: str) -> list[Choice]:
+    """Return the choice of each head: the rate with the best mean metric on the validation split over the seeds."""
+    choices = []
+    for label in dict.fromkeys(run.spec.label for run in runs):
+        by_rate: dict[float, list[Run]] = {}
+        for run in runs:
+            if run.spec.label == label:
+                by_rate.setdefault(run.rate, []).append(run)
+        tried = {rate: _mean([_final(run, metric) for run in same]) for rate, same in by_rate.items()}
+        rate = max(tried, key=lambda rate, tried=tried: _rank(tried[rate], metric))
+        choices.append(Choice(by_rate[rate][0].spec, by_rate[rate], tried))
+    return choices
+
+
+def _final(run: Run, metric: str) -> float | None:
+    metrics = run.metrics[max(run.metrics)]
+    return None if metrics is None else metrics[metric]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.mean(values)
+
+
+def _rank(value: float | None, metric: str) -> float:
+    if value is None:
+        return -math.inf
+    return -value if metric == 'loss' else value

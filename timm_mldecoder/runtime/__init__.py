@@ -1,0 +1,1 @@
+"""Signals, errors, log, files."""

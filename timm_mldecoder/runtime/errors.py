@@ -1,0 +1,64 @@
+"""Errors that users see in one line, and the exit codes of the commands."""
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from timm.utils import setup_default_logging
+
+from timm_mldecoder.runtime import signals
+
+USER_ERROR = 2  # as argparse exits
+FAILURE = 1
+INTERRUPTED = 130  # Ctrl-C before there is anything to save
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot continue, through no mistake in its options; exit code 1."""
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Call `main` and return the exit code of the process.
+
+    The code is 2 for a user's mistake and 1 for a failed run or disk, each reported in one line. A run that a signal
+    stopped exits with its own code, see `signals.Stopped`.
+    """
+    rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '0')
+    setup_default_logging(logging.INFO if rank == '0' else logging.WARNING)
+    logging.captureWarnings(True)
+    warnings.formatwarning = _format_warning
+    warnings.filterwarnings('once', 'This DataLoader will create')  # from several lines of torch, once per loader
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode
+            stream.reconfigure(errors='backslashreplace')
+    try:
+        main()
+    except signals.Stopped:
+        signals.ignore()
+        raise
+    except ValueError as error:
+        return _report(error, USER_ERROR, rank)
+    except (RunFailed, OSError) as error:
+        return _report(error, FAILURE, rank)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _report(error: Exception, code: int, rank: str) -> int:
+    where = '' if rank == '0' else f' (rank {rank})'
+    print(f'{os.path.basename(sys.argv[0])}: error{where}: {one_line(error)}', file=sys.stderr)
+    return code
+
+
+def _format_warning(message: Warning, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Format a warning in one line, without the line of code that it comes from."""
+    return f'{filename}:{lineno}: {category.__name__}: {one_line(message)}'
+
+
+def one_line(error: Exception, limit: int | None = None) -> str:
+    """Return the message of an error with its line breaks replaced, cut to `limit` characters."""
+    return ' '.join(str(error).split())[:limit]

@@ -1,0 +1,100 @@
+"""Log lines in timm's form, step timing, and a progress bar on a terminal."""
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from timm.task import ClassificationEvaluator
+from tqdm import tqdm
+
+from timm_mldecoder.runtime.memory import peak_memory
+
+_logger = logging.getLogger(__name__)
+
+
+class StepTimer:
+    """Times of the optimizer steps of an epoch: the last one, and the mean of all."""
+
+    def __init__(self) -> None:
+        self._start = self._mark = time.perf_counter()
+        self._wait, self._images, self._steps = 0.0, 0, 0
+        # seconds, seconds of waiting and images up to the last step, and up to the one before
+        self._now = self._before = (0.0, 0.0, 0)
+
+    def batch_arrived(self) -> None:
+        """Record that the loader has delivered a batch."""
+        self._wait += time.perf_counter() - self._mark
+
+    def batch_done(self, images: int) -> None:
+        """Record that a batch was trained on; the wait for the next one begins."""
+        self._images += images
+        self._mark = time.perf_counter()
+
+    def step_done(self) -> None:
+        """Record the end of an optimizer step."""
+        self._mark = time.perf_counter()
+        self._before, self._now = self._now, (self._mark - self._start, self._wait, self._images)
+        self._steps += 1
+
+    def line(self, world_size: int) -> tuple[str, str]:
+        """Return the part of timm's log line about time and images/s of all ranks, and the part about data."""
+        seconds, wait, images = (now - before for now, before in zip(self._now, self._before, strict=True))
+        speed, mean_speed = (world_size * n / max(t, 1e-9) for t, n in ((seconds, images), self._now[::2]))
+        mean, mean_wait = (total / self._steps for total in self._now[:2])
+        timing = f'Time: {seconds:.3f}s, {speed:>7.2f}/s  ({mean:.3f}s, {mean_speed:>7.2f}/s)'
+        return timing, f'Data: {wait:.3f} ({mean_wait:.3f})  Wait: {mean_wait / max(mean, 1e-9):.0%}'
+
+
+def progress_bar(label: str, total: int, primary: bool) -> tqdm:
+    """Return a progress bar that is drawn on a terminal only, and removed when it is full."""
+    return tqdm(total=total, desc=label, leave=False, disable=not (primary and sys.stderr.isatty()), dynamic_ncols=True)
+
+
+def log_above(bar: tqdm, line: str) -> None:
+    """Log a line above a progress bar."""
+    bar.clear()
+    _logger.info(line)
+    bar.refresh()
+
+
+def train_line(
+    epoch: int, step: int, steps: int, loss: tuple[float, float], lr: float, timer: StepTimer, device: torch.device,
+    world_size: int,
+) -> str:  # fmt: skip
+    """Return timm's training log line, with the share of time spent waiting for data and the peak of memory."""
+    timing, waiting = timer.line(world_size)
+    return (
+        f'Train: {epoch} [{step:>4d}/{steps} ({100.0 * (step + 1) / steps:>3.0f}%)]  '
+        f'Loss: {loss[0]:#.3g} ({loss[1]:#.3g})  {timing}  LR: {lr:.3e}  {waiting}  Mem: {peak_memory(device)}'
+    )
+
+
+@dataclass
+class EvalLog:
+    """Logs the progress of an evaluation, with the metrics so far; called after every batch."""
+
+    NAMES = {'loss': 'Loss', 'top1': 'Acc@1', 'top5': 'Acc@5'}
+
+    label: str
+    evaluator: ClassificationEvaluator  # knows the metrics so far
+    batches: int  # of the split
+    interval: int  # batches between log lines
+    primary: bool  # whether this rank logs
+
+    def __post_init__(self) -> None:
+        self._bar = progress_bar(self.label, self.batches, self.primary)
+        self._begin = self._mark = time.perf_counter()
+
+    def __call__(self, batch: int) -> None:
+        now, last = time.perf_counter(), self.batches - 1
+        seconds, self._mark = now - self._mark, now
+        self._bar.update()
+        if self.primary and (batch == last or batch % self.interval == 0):
+            found = self.evaluator.summary().items()
+            metrics = '  '.join(f'{self.NAMES.get(name, name)}: {value:>7.3f}' for name, value in found)
+            times = f'{seconds:.3f} ({(now - self._begin) / (batch + 1):.3f})'
+            log_above(self._bar, f'{self.label}: [{batch:>4d}/{last}]  Time: {times}  {metrics}')
+        if batch == last:
+            self._bar.close()

@@ -1,0 +1,1 @@
+"""The command `train`: build a run and train it."""

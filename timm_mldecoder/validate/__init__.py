@@ -1,0 +1,1 @@
+"""The command `validate`: metrics, class reports, thresholds, report pages."""

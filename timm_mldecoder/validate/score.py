@@ -1,0 +1,173 @@
+"""Score one model on one split, as validate.py does."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import apply_test_time_pool
+from timm.task import evaluation_sample_limit
+from timm.utils import random_seed
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.distributed.world import World
+from timm_mldecoder.evaluation.evaluate import (
+    create_autocast,
+    create_evaluator,
+    evaluate,
+    test_time_views,
+    widen,
+)
+from timm_mldecoder.evaluation.extra_metrics import create_extra_metrics
+from timm_mldecoder.flags import Options, warn_no_effect
+from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
+from timm_mldecoder.loading.datasets import check_class_names, check_classes, class_to_index, create_split
+from timm_mldecoder.loading.naflex import patch_format
+from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, set_classes, thresholds_for
+from timm_mldecoder.modeling.load import count_parameters, fuse_model, load_model, script
+from timm_mldecoder.runtime.log import EvalLog
+from timm_mldecoder.validate.outputs import MultiLabelOutputs
+from timm_mldecoder.validate.report import Report
+
+_logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+
+def score_model(options: Options, world: World) -> Result:
+    """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
+    random_seed(options.seed, 0)
+    model, options, config, content = load_model(options)
+    if options.write_thresholds and RUN not in content:
+        raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
+    warn_no_effect(options, 'validate')
+    dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
+    names = class_names_of(dataset)
+    set_classes(model, names, options.word_embeddings)
+    if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):
+        check_class_names(dataset, content.get('class_names'))
+    num_classes = options.num_classes or model.num_classes
+    if has_text_queries(options):
+        num_classes = model.num_classes
+    config = resolve_config(options, model, stored=config, use_test_size=not options.use_train_size)
+    model, config = _test_pool(options, model, config)
+    valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
+    if valid_labels is None:
+        check_classes(dataset, num_classes, given='num_classes' in options.given)
+    if options.fuse_bn:
+        fuse_model(model, config['input_size'])
+    plain, patches = model, patch_format(options, model)
+    model = _prepare(options, model, world)
+
+    loader = create_eval_loader(
+        options,
+        dataset,
+        widen(config, options.tta),
+        world,
+        batch_size=options.batch_size,
+        bad_image=options.bad_image,
+        remedy='--bad-image skip',
+        crop_border_pixels=options.crop_border_pixels,
+        patches=patches,
+        tf_preprocessing=options.tf_preprocessing,
+    )
+    limit = evaluation_sample_limit(loader)
+    tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
+    if tuned is not None:
+        _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
+    evaluator = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
+    extra = create_extra_metrics(options, dataset, limit, world)
+    outputs = []
+    if options.task == 'multilabel':
+        outputs = [MultiLabelOutputs(options, evaluator, names or [str(i) for i in range(num_classes)], limit, world)]
+    report = Report(options, dataset, names, evaluator, loader, limit, world) if options.report else None
+    try:
+        metrics = evaluate(
+            model,
+            loader,
+            evaluator,
+            world,
+            autocast=create_autocast(options, world.device),
+            log=EvalLog('Test', evaluator, len(loader), options.log_freq, world.primary),
+            views=test_time_views(options.tta, config['input_size'][1:]),
+            classes=valid_labels,
+            measures=[measure.update for measure in (*extra, *outputs, *([report] if report else []))],
+        )
+    finally:
+        loader.close()
+    for measure in extra:
+        metrics.update(measure.compute())
+    for output in outputs:
+        output.write(content)
+    if report:
+        report.write(plain, config, metrics)
+    if world.primary:
+        shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
+        _logger.info(f' * {shown}')
+    return _describe(options, metrics, model, config)
+
+
+def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    if options.reparam:
+        model = reparameterize_model(model)
+    if not options.test_pool:
+        return model, config
+    if options.use_ml_decoder_head or options.cosine_classifier:
+        raise ValueError('--test-pool needs a linear classifier, not an ML-Decoder head or a cosine classifier')
+    model, pooled = apply_test_time_pool(model, config)
+    return model, {**config, 'crop_pct': 1.0} if pooled else config
+
+
+def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
+    """Put the model on its device, and compile it if requested."""
+    model = model.to(device=world.device, dtype=model_dtype(options))
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if options.torchscript:
+        model = script(model)
+    elif options.torchcompile:
+        model = torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode)
+    elif options.aot_autograd:
+        model = torch.compile(model, backend='aot_eager')
+    if options.num_gpu > 1:
+        model = nn.DataParallel(model, device_ids=list(range(options.num_gpu)))
+    return model
+
+
+def _read_valid_labels(path: str, dataset: Dataset, num_classes: int, device: torch.device) -> Tensor | None:
+    if not path:
+        return None
+    try:
+        labels = [int(line) for line in Path(path).read_text().split()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--valid-labels {path}: {error}; expected one class index per line') from error
+    odd = [label for label in labels if not 0 <= label < num_classes]
+    if odd:
+        raise ValueError(f'--valid-labels {path}: {odd[0]} is not one of the {num_classes} classes of the model')
+    present = class_to_index(dataset) or ()
+    if not labels or len(labels) < len(present):
+        raise ValueError(f'--valid-labels {path} has {len(labels)} classes, the data {len(present) or "more"}')
+    return torch.tensor(labels, device=device)
+
+
+def _describe(options: Options, metrics: dict[str, float], model: nn.Module, config: dict[str, Any]) -> Result:
+    result: Result = {'model': options.model}
+    if options.checkpoint:
+        result['checkpoint'] = options.checkpoint
+    for name, value in metrics.items():
+        if name == 'loss':
+            continue
+        result[name] = value
+        if name in ('top1', 'top5'):
+            result[f'{name}_err'] = 100 - value
+    return {
+        **result,
+        'param_count': round(count_parameters(model) / 1e6, 2),
+        'img_size': config['input_size'][-1],
+        'crop_pct': config['crop_pct'],
+        'interpolation': config['interpolation'],
+        **({'seq_len': options.naflex_max_seq_len} if options.naflex_loader else {}),
+    }
