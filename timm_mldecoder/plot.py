@@ -13,8 +13,8 @@ from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
+from timm_mldecoder.checkpoint.summary import Metrics, read_summary
 from timm_mldecoder.runtime.errors import run_command
-from timm_mldecoder.train.summary import Metrics, read_summary
 
 COLUMNS = 4  # of panels; more rows for further metrics
 

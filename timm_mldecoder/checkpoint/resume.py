@@ -16,13 +16,13 @@ from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.checkpoint.read_sharded import SHARDS
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import TrainingState
+from timm_mldecoder.checkpoint.summary import SUMMARY, read_summary
 from timm_mldecoder.checkpoint.write_sharded import localize
 from timm_mldecoder.distributed.fsdp import is_sharded
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.datasets import check_class_names
 from timm_mldecoder.loading.loader import TrainLoader
-from timm_mldecoder.train.summary import SUMMARY, read_summary
 
 _logger = logging.getLogger(__name__)
 

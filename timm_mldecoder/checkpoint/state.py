@@ -12,6 +12,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from timm_mldecoder.checkpoint.early_stop import EarlyStop
 from timm_mldecoder.checkpoint.files import CheckpointFolder
 from timm_mldecoder.checkpoint.schema import RUN, VERSION
 from timm_mldecoder.distributed.world import World
@@ -19,7 +20,6 @@ from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.loader import BadImage, TrainLoader
 from timm_mldecoder.loading.randomness import EpochStart
 from timm_mldecoder.runtime.errors import one_line
-from timm_mldecoder.train.early_stop import EarlyStop
 
 _logger = logging.getLogger(__name__)
 

@@ -13,9 +13,11 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoint.early_stop import EarlyStop
 from timm_mldecoder.checkpoint.files import LOCK, CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.checkpoint.resume import resume
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
+from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
 from timm_mldecoder.data import overlap
 from timm_mldecoder.distributed.fsdp import is_sharded, shard_task, slices_of
@@ -38,7 +40,6 @@ from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, ot
 from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder
-from timm_mldecoder.train.early_stop import EarlyStop
 from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters
 from timm_mldecoder.train.loss import create_task
 from timm_mldecoder.train.optim import (
@@ -49,7 +50,6 @@ from timm_mldecoder.train.optim import (
     scale_rates,
 )
 from timm_mldecoder.train.run import Run, prepare_distributed
-from timm_mldecoder.train.summary import SUMMARY, write_summary
 from timm_mldecoder.train.trackers import create_trackers
 
 _logger = logging.getLogger(__name__)

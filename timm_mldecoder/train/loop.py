@@ -11,6 +11,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_mldecoder.checkpoint.summary import print_result, summary_row
 from timm_mldecoder.distributed.fsdp import broadcast_buffers
 from timm_mldecoder.distributed.metrics import divide_evaluator
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
@@ -24,7 +25,6 @@ from timm_mldecoder.train import nonfinite
 from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
 from timm_mldecoder.train.run import Run, prepare_distributed
 from timm_mldecoder.train.sam import perturbed
-from timm_mldecoder.train.summary import print_result, summary_row
 
 _logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_mldecoder.checkpoint.state import TrainingState
+from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
 from timm_mldecoder.distributed.classes import ClassPart
 from timm_mldecoder.distributed.fsdp import is_sharded
@@ -21,7 +22,6 @@ from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.runtime.signals import Stopped, StopSignals
 from timm_mldecoder.train.freeze import Freezer
-from timm_mldecoder.train.summary import SUMMARY, write_summary
 from timm_mldecoder.train.trackers import Tracker
 
 _logger = logging.getLogger(__name__)
