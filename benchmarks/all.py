@@ -35,7 +35,7 @@ DEVICES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0], allow_abbrev=False)
     flags.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     flags.add_argument('--only', nargs='+', choices=DEVICES, default=list(DEVICES))
     flags.add_argument('--page', type=Path, default=PAGE, help='the page to write to')

@@ -214,7 +214,9 @@ def draw_curves(axis, setting: Setting, results: dict[str, dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('folder', type=Path, nargs='?', default=Path('demo_output'), help='where everything goes')
     parser.add_argument('--quick', action='store_true', help='little data, one seed, a few steps: to see that it runs')
     options = parser.parse_args(arguments)

@@ -210,7 +210,9 @@ def write_digit_scenes(
 
 def main(arguments: list[str] | None = None) -> None:
     """Write single digits or scenes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--scenes', action='store_true', help='multi-label scenes instead of single digits')
     parser.add_argument('--seed', type=int, default=0, help='determines the scenes (default: 0)')

@@ -91,7 +91,7 @@ def gflops(case: Case) -> float:
 
 
 def main(argv: list[str] | None = None) -> str:
-    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0], allow_abbrev=False)
     tables = list(dict.fromkeys(case.table for case in CASES))
     flags.add_argument('--tables', nargs='+', choices=tables, default=tables)
     args = flags.parse_args(argv)

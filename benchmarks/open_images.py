@@ -68,7 +68,7 @@ def measure(way: str, root: Path) -> tuple[float, float, float, float, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], allow_abbrev=False)
     parser.add_argument('--rows', type=int, default=3_000_000, help='number of labels (default: %(default)s)')
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

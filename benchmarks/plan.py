@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> str:
-    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition('\n')[0], allow_abbrev=False)
     flags.add_argument('--classes', type=int, default=10_000_000)
     flags.add_argument('--ranks', type=int, default=8)
     flags.add_argument('--groups', type=int, help='default: classes / 1000')

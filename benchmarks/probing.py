@@ -350,7 +350,9 @@ def plot(tables: dict[str, dict[str, dict]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('folder', type=Path, nargs='?', default=Path('output/probing'), help='for the plot and results')
     parser.add_argument('--quick', action='store_true', help='two tables, one seed, a few steps: to see that it runs')
     parser.add_argument('--backbone', choices=BACKBONES, default='resnet', help='(default: %(default)s)')

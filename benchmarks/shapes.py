@@ -134,7 +134,9 @@ def write_shapes(root: str | Path, num_train: int = 4000, num_validation: int = 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the dataset from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--num-train', type=int, default=4000, help='training scenes (default: %(default)s)')
     parser.add_argument('--num-validation', type=int, default=1000, help='validation scenes (default: %(default)s)')

@@ -86,7 +86,9 @@ def score(model: nn.Module, words: Tensor, images: Tensor, target: Tensor) -> li
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('--ablations', action='store_true', help='learned and text queries and pooling, in groups')
     parser.add_argument('--seeds', type=int, default=3, help='runs per row, two or more (default: %(default)s)')
     parser.add_argument('--scenes', type=int, default=2000, help='training scenes (default: %(default)s)')

@@ -27,6 +27,10 @@ NUS_SPLIT = {'train class': ['clouds', 'sky', 'zebra'], 'test class': ['traffic 
 def write_all(root: Path) -> Path:
     """One folder for each folder of `hparams/`, named like it."""
     write_images(root / 'imagenet', train=2, validation=2, classes=2)
+    write_images(root / 'finetune', train=2, validation=2, classes=2)
+    for split in ('train', 'validation'):  # the same images with several labels
+        rows = (f'{split}/class_{i}/00{j}.png,class_{i};class_{j}' for i in range(2) for j in range(2))
+        write_text(root / 'finetune' / f'{split}.csv', 'path,labels', *rows)
     write_cifar(root / 'cifar100' / 'cifar-100-python')
     write_cars(root / 'stanford_cars' / 'stanford_cars')
     for folder, dataset in (('coco', 'coco2014'), ('openimages', 'openimages')):
@@ -56,7 +60,10 @@ def flags(root: Path, recipe: str) -> list[str]:
         'visual_genome': ['--num-classes', 2, '-b', 2],
         'nus_wide': ['--num-classes', 2, '-b', 2],
         'voc': ['-b', 2],
+        'finetune': ['--num-classes', 2, '-b', 4],
     }[folder]
+    if name.startswith('multilabel'):
+        own += ['--dataset', 'csv']
     if folder == 'nus_wide' and 'aam' not in name:
         own = [*words, '--class-split', root / folder / 'benchmark_81_v0.json', '-b', 2]
     if 'selective' in name:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from PIL import Image
 from timm.data import resolve_model_data_config
 
 from benchmarks import shapes
@@ -16,6 +17,7 @@ from timm_mldecoder.checkpoint.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
 from validate import main as validate
 
@@ -68,6 +70,21 @@ def check_transformers(model):
     images = torch.randn(2, *model.pretrained_cfg['input_size'])
     with torch.no_grad():  # the same tensors at other addresses are summed in another order
         torch.testing.assert_close(loaded(images).logits, model(images), rtol=1e-5, atol=1e-5)
+    if images.shape[1] == 3:  # the pipeline opens every image as RGB
+        check_pipeline(transformers, model)
+
+
+def check_pipeline(transformers, model):
+    """The pipeline gives the scores that predict writes: a sigmoid for the multi-label task, else a softmax."""
+    config = resolve_model_data_config(model)
+    pixels = torch.randint(256, (40, 40, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    predictor = Predictor(load_trained('folder'))
+    with torch.no_grad():
+        expected, _ = predictor(timm.data.create_transform(**config, is_training=False)(image)[None])
+    found = transformers.pipeline('image-classification', 'folder')(image, top_k=len(predictor.class_names))
+    found = {entry['label']: entry['score'] for entry in found}
+    assert [found[name] for name in predictor.class_names] == pytest.approx(expected[0].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

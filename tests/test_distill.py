@@ -142,7 +142,7 @@ def test_the_second_classifier_of_a_distilled_model_learns_from_the_teacher(data
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
 def test_beside_a_head_a_linear_classifier_learns_from_the_teacher(data, tmp_path, folder, kind, model):
     flags = [*DISTILLED, '--kd-model-name', folder, '--kd-token-distill-type', kind, *HEAD, '--model', model]
-    run = build(data, tmp_path, *flags, *(['--model-kwargs'] if model == 'test_resnet' else []))
+    run = build(data, tmp_path, *flags, *(['--model-kwargs', ''] if model == 'test_resnet' else []))
     task = run.state.task
     images, target = next(iter(run.train_loader.epoch(0)))
     run.close()

@@ -621,3 +621,36 @@ def test_a_recipe_is_found_by_its_name():
     options = parse_train(['.', '--config', 'imagenet/resnet50_mldecoder_a3', '--device', 'cpu'])
     assert options.config.endswith('hparams/imagenet/resnet50_mldecoder_a3.yaml')
     assert options.opt == 'lamb'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        ('--pretrained', 'finetune/single_label'),
+        ('--pretrained --task multilabel --num-classes 3', 'finetune/multilabel'),
+        ('--pretrained --opt adamw', ''),
+        ('--pretrained --config finetune/single_label', ''),
+        ('', ''),  # from random weights, timm's defaults are what is expected
+    ],
+)
+def test_fine_tuning_without_a_recipe_names_one(flags, named, caplog):
+    parse_train(['data', '--device', 'cpu', *flags.split()])
+    found = [record.getMessage() for record in caplog.records if 'finetune/' in record.getMessage()]
+    assert len(found) == bool(named) and all(named in message for message in found)
+
+
+@pytest.mark.parametrize(
+    'flags', ['--ml-decoder', '--ml-decoder 1', '--use-ml-decoder 1', '--weight 0.1', '--drop-p 0.1']
+)
+def test_flags_have_no_abbreviations(flags):
+    with pytest.raises(ValueError, match='unknown argument'):
+        parse_train(['data', '--device', 'cpu', *flags.split()])
+
+
+@pytest.mark.parametrize('name', ['--ml-decoder-kwargs', '--model-kwargs', '--opt-kwargs', '--loss-kwargs'])
+def test_a_flag_of_pairs_without_a_pair_is_refused_and_an_empty_text_clears(name, tmp_path):
+    with pytest.raises(ValueError, match='KEY=VALUE'):
+        parse_train(['data', '--device', 'cpu', name])
+    (tmp_path / 'c.yaml').write_text(f'{name[2:].replace("-", "_")}: {{a: 1}}')
+    options = parse_train(['data', '--device', 'cpu', '--config', str(tmp_path / 'c.yaml'), name, ''])
+    assert options[name[2:].replace('-', '_')] == {}

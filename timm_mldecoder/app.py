@@ -117,13 +117,17 @@ class Shown:
         text = f'{len(self.predictor.class_names)} classes, {kind}, {size} pixels'
         return f'<div class="title"><h3 title="{escape(self.name)}">{escape(self.name)}</h3><p>{escape(text)}</p></div>'
 
-    def classes(self, typed: str) -> Classes | None:
+    def classes(self, typed: str | None) -> Classes | None:
         """Return the classes that were typed, one per line or separated by commas; None for the model's own.
+
+        A browser sends None for the box of classes where it is hidden.
 
         Raises:
             ValueError: If a name is unknown, or there are too many.
         """
-        names = list(dict.fromkeys(part.strip() for part in typed.replace('\n', ',').split(',') if part.strip()))
+        names = list(
+            dict.fromkeys(part.strip() for part in (typed or '').replace('\n', ',').split(',') if part.strip())
+        )
         if not names or not self._rows:
             return None
         missing = [name for name in names if name not in self._rows]
@@ -135,7 +139,7 @@ class Shown:
         return Classes(torch.stack([self._rows[name] for name in names]), names)
 
     @torch.inference_mode()
-    def score(self, image: Image.Image, typed: str = '') -> Scores:
+    def score(self, image: Image.Image, typed: str | None = None) -> Scores:
         """Score an image, for the classes that were typed or else the model's own.
 
         Raises:
@@ -164,14 +168,26 @@ class Shown:
     def _images(self, image: Image.Image) -> Tensor:
         return self._transform(image.convert(self.predictor.image_mode))[None].to(self._device)
 
-    def rows(self, found: Scores | None, threshold: float) -> str:
-        """Return the list of labels as HTML: those of at least `threshold`, the likeliest first."""
+    @property
+    def tuned(self) -> bool:
+        """Whether the model has a tuned threshold per class."""
+        return bool(self._tuned)
+
+    def rows(self, found: Scores | None, threshold: float | None) -> str:
+        """Return the list of labels as HTML, the likeliest first.
+
+        Those are the labels of at least `threshold`; with None those that predict gives: of at least the tuned
+        threshold of their class, or else 0.5. A single-label model then lists what reaches 0.05.
+        """
         if found is None:
             return '<div class="list"><p>No image yet.</p></div>'
         order = sorted(range(len(found.names)), key=lambda index: -found.scores[index])
-        reached = [index for index in order if found.scores[index] >= threshold]
+        default = (0.5 if self.multilabel else 0.05) if threshold is None else threshold
+        tuned = self._tuned if threshold is None else {}
+        reached = [index for index in order if found.scores[index] >= tuned.get(found.names[index], default)]
         buttons = ''.join(self._button(found, index) for index in reached[:LABELS])
-        text = f'{len(reached)} of {len(order)} classes reach {threshold:.2f}'
+        limit = 'their tuned thresholds' if tuned else f'{default:.2f}'
+        text = f'{len(reached)} of {len(order)} classes reach {limit}'
         text += f', the first {LABELS} are shown' if len(reached) > LABELS else ''
         if not reached:
             text += f'; the highest is {found.names[order[0]]} with {found.scores[order[0]]:.3f}'
@@ -205,7 +221,7 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
     """Return the page as `gradio.Blocks`, with the models side by side; `max_size` is that of an upload in MB."""
     gradio = _gradio()
 
-    def predict(image: Image.Image | str | None, typed: str, threshold: float) -> list[Any]:
+    def predict(image: Image.Image | str | None, typed: str | None, threshold: float, tuned: bool) -> list[Any]:
         values: list[Any] = []
         for shown in models:
             found, message = None, image if isinstance(image, str) else ''
@@ -214,30 +230,33 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
                     found = shown.score(image, typed)
                 except ValueError as error:
                     message = str(error)
-            content = _problem(message) if message else shown.rows(found, threshold)
+            content = _problem(message) if message else shown.rows(found, None if tuned else threshold)
             values += [found, content, gradio.Image(None, label=HINT)]
         return values
 
-    def move(threshold: float, *found: Scores | None) -> Any:
-        lists = [shown.rows(one and Scores(*one), threshold) for shown, one in zip(models, found, strict=True)]
+    def move(threshold: float, tuned: bool, *found: Scores | None) -> Any:
+        limit = None if tuned else threshold
+        lists = [shown.rows(one and Scores(*one), limit) for shown, one in zip(models, found, strict=True)]
         return lists if len(lists) > 1 else lists[0]
 
     def attend(shown: Shown) -> Any:
-        def show(image: Any, found: Scores | None, threshold: float, event: gradio.EventData) -> tuple:
+        def show(image: Any, found: Scores | None, threshold: float, tuned: bool, event: gradio.EventData) -> tuple:
             found, index = found and Scores(*found), event.index
+            limit = None if tuned else threshold
             if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
-                return None, shown.rows(found, threshold), found
+                return None, shown.rows(found, limit), found
             found = found._replace(shown=index)
             try:
                 picture, label = shown.attention(image, found.names, index), f'Attention: {found.names[index]}'
             except ValueError as error:
                 picture, label = None, str(error)
-            return gradio.Image(picture, label=label), shown.rows(found, threshold), found
+            return gradio.Image(picture, label=label), shown.rows(found, limit), found
 
         return show
 
     known = list(dict.fromkeys(name for shown in models for name in shown.vocabulary))
     start = 0.5 if all(shown.multilabel for shown in models) else 0.05
+    tunes = any(shown.tuned for shown in models)
     title = 'ML-Decoder' if len(models) > 1 else models[0].name
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page, gradio.Row():
         with gradio.Column(scale=2, min_width=300):
@@ -246,6 +265,7 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
             )
             image.preprocess = _read_upload  # a derived class would make gradio write a stub beside this file
             threshold = gradio.Slider(0, 1, start, step=0.01, label='Threshold', elem_id='threshold')
+            tuned = gradio.Checkbox(tunes, visible=tunes, label='Tuned thresholds', elem_id='tuned')
             typed = gradio.Textbox(
                 label='Classes', lines=2, max_lines=8, visible=bool(known), elem_id='classes',
                 info='Separated by commas; press the button to score them. Empty: the classes of the model.',
@@ -264,16 +284,19 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
                             elem_id=f'attention-{number}', height=300,
                         )
                     )  # fmt: skip
-                    lists.append(gradio.HTML(shown.rows(None, start), js_on_load=CLICK, elem_id=f'labels-{number}'))
+                    lists.append(gradio.HTML(shown.rows(None, None), js_on_load=CLICK, elem_id=f'labels-{number}'))
         outputs = [part for parts in zip(states, lists, pictures, strict=True) for part in parts]
-        inputs = [image, typed, threshold]
+        inputs = [image, typed, threshold, tuned]
         image.change(predict, inputs, outputs, api_name='predict')
         for event in (button.click, typed.submit):
             event(predict, inputs, outputs, api_name=False)
-        threshold.change(move, [threshold, *states], lists, show_progress='hidden', api_name=False)
+        quiet = dict(show_progress='hidden', api_name=False)
+        threshold.input(lambda: False, None, tuned, **quiet)  # who moves the slider wants one threshold for all
+        threshold.change(lambda value, *found: move(value, False, *found), [threshold, *states], lists, **quiet)
+        tuned.input(move, [threshold, tuned, *states], lists, **quiet)
         for shown, state, one, picture in zip(models, states, lists, pictures, strict=True):
             if shown.attends:
-                one.click(attend(shown), [image, state, threshold], [picture, one, state], api_name=False)
+                one.click(attend(shown), [image, state, threshold, tuned], [picture, one, state], api_name=False)
     return page
 
 
@@ -383,7 +406,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add('models', nargs='+', metavar='MODEL', help='checkpoint of train.py, folder of a run, or folder for local-dir:')
     add('--word-embeddings', type=Path, help='label embeddings of classes to type, for models with text queries')

@@ -233,7 +233,9 @@ def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'python -m timm_mldecoder.label_graph',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add('data', help='folder of the dataset')

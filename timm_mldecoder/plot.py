@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If a run has no epochs yet, or matplotlib is missing.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or its summary.csv')
     parser.add_argument('--output', default='curves.png', metavar='FILE', help='picture (default: %(default)s)')
     parser.add_argument('--best', default='', metavar='METRIC', help='print the best METRIC of each run and their mean')

@@ -15,6 +15,8 @@ from timm.models._hub import load_cfg_from_json
 from torch import nn
 
 SETTINGS = 'timm_mldecoder'
+#: The name that transformers has for a task.
+PROBLEM_TYPES = {'classification': 'single_label_classification', 'multilabel': 'multi_label_classification'}
 CARD = """\
 ---
 tags:
@@ -84,9 +86,13 @@ def save_folder(
         path = written / 'config.json'
         content = json.loads(path.read_text())
         content.get('model_args', {}).pop('num_classes', None)
+        # transformers applies a softmax to what is not named multi-label
+        content['problem_type'] = PROBLEM_TYPES[task]
         path.write_text(json.dumps(content, indent=2))
         card = model_card(content, folder.name, class_names, facts or {})
         (written / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
+        for file in written.iterdir():  # safetensors writes for the owner only
+            file.chmod(path.stat().st_mode)
         written.replace(folder)  # an empty folder may be there
     return folder
 

@@ -189,7 +189,9 @@ def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str
 
 def main(arguments: list[str] | None = None) -> None:
     """Make a file of label embeddings from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('names', type=Path, help='file of class names; for --nus-wide the folder of the dataset')
     parser.add_argument('out', type=Path, help='safetensors file to write')
     way = parser.add_mutually_exclusive_group(required=True)

@@ -183,7 +183,9 @@ DEFAULTS = dict(
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('python -m timm_mldecoder.export', description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'python -m timm_mldecoder.export', description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.set_defaults(**DEFAULTS)
     add = parser.add_argument
     add('source', help='checkpoint of train.py, model folder, or pretrained timm model such as hf-hub:OWNER/NAME')

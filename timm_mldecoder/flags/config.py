@@ -67,7 +67,7 @@ def as_arguments(row: Flag, value: Any) -> list[str]:
         return [name] if value else [f'--no-{name[2:]}'] if row.type is bool and name[:5] != '--no-' else []
     if row.type is dict:
         row.check(_expect(value, dict, 'a mapping'), name, None)
-        return [name, *(f'{key}={_as_literal(item)}' for key, item in value.items())]
+        return [name, *(f'{key}={_as_literal(item)}' for key, item in value.items())] if value else [name, '']
     if row.nargs not in (None, '?'):
         values = [_as_text(row, item) for item in _expect(value, (list, tuple), 'a list')]
         return [f'{name}={values[0]}'] if len(values) == 1 else [name, *values]

@@ -189,6 +189,9 @@ class _Pairs(ParseKwargs):
         super().__init__(option_strings, dest, **{**settings, 'nargs': '*'})
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if not values:
+            raise argparse.ArgumentError(self, "expected KEY=VALUE pairs, got none; '' clears those of a file")
+        values = [value for value in values if value]
         for value in values:
             if not re.match(r'\w+=', value):
                 raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value!r}')
@@ -199,7 +202,13 @@ class _Pairs(ParseKwargs):
 
 
 class BaseParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits."""
+    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits.
+
+    It takes no abbreviations: `--ml-decoder` would be `--ml-decoder-kwargs`.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{'allow_abbrev': False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix('argument '))

@@ -138,7 +138,23 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
     check(options, rows, script)
     if script == 'train':
         warn_no_effect(options, script)
+        _name_recipes(options)
     return options
+
+
+def _name_recipes(options: Options) -> None:
+    """Log that timm's defaults for ImageNet apply, where a run from pretrained weights sets none of them."""
+    fine_tunes = options.pretrained or options.initial_checkpoint or options.pretrained_path
+    if (
+        fine_tunes
+        and not options.given & {'opt', 'lr', 'lr_base', 'epochs', 'config'}
+        and world_info_from_env()[1] == 0
+    ):
+        recipe = 'multilabel' if options.task == 'multilabel' else 'single_label'
+        _logger.warning(
+            f"training with timm's defaults for ImageNet, {options.epochs} epochs of {options.opt}: "
+            f'for your own images pass --config finetune/{recipe}, or --opt, --lr and --epochs'
+        )
 
 
 def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:

@@ -140,7 +140,9 @@ def _read_classes(classes: str | None) -> list[str] | None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('python -m timm_mldecoder.predict', description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'python -m timm_mldecoder.predict', description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     add, positive = parser.add_argument, number(int, '[1, inf)')
     add('images', type=Path, help='image, folder, tar file, or CSV or Parquet list')
     model = parser.add_mutually_exclusive_group(required=True)
