@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from timm_mldecoder.checkpoint.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.predict.predictor import Predictor
+from timm_mldecoder.probe.__main__ import main as probe
 from train import main as train
 from validate import main as validate
 
@@ -197,3 +200,39 @@ def test_a_run_that_scores_raw_weights_alone_gives_those(capsys):
     train([*SINGLE, *RUN, '--model-ema', '--model-ema-decay', '0.5', '--model-ema-force-cpu'])
     taken, raw = (load_trained(CHECKPOINT, use_ema=ema).model.state_dict() for ema in (None, False))
     assert all(torch.equal(taken[name], tensor) for name, tensor in raw.items())
+
+
+@pytest.mark.parametrize('program', ['train', 'probe'])
+def test_a_run_from_a_folder_needs_the_folder_no_more(program, tmp_path, monkeypatch):
+    """Loaded, converted, predicted with and resumed from another working directory, after the folder is gone."""
+    write_images(Path('data'), train=8, validation=5)
+    train([*SINGLE, *RUN, *HEAD.split(), '--model-kwargs', 'output_stride=16'])
+    convert([CHECKPOINT, 'start'])
+    flags = ['data', '--model', 'local-dir:start', '--pretrained', '--num-classes', '3', '--device', 'cpu', '-j', '0']
+    flags += ['-b', '4', '--img-size', '32', '--epochs', '1', '--output', 'out', '--experiment', 'second']
+    if program == 'train':
+        train([*flags, '--warmup-epochs', '0'])
+        made = Path('out/second/last.pth.tar').resolve()
+    else:
+        probe([*flags, '--heads', 'attention_pool', '--lrs', '1e-3', '--seeds', '1'])
+        made = next(Path('out/second').rglob('*.pth.tar')).resolve()
+    images = torch.randn(2, 3, 32, 32)
+    expected = load_trained(str(made)).model(images)
+    shutil.rmtree('start')
+    (tmp_path / 'elsewhere').mkdir()
+    data = Path('data').resolve()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    assert torch.equal(load_trained(str(made)).model(images), expected)
+    convert([str(made), 'converted'])
+    assert torch.equal(timm.create_model('local-dir:converted', pretrained=True).eval()(images), expected)
+    assert scores_of(data, made)
+    if program == 'train':
+        flags[0], flags[flags.index('--epochs') + 1] = str(data), '2'
+        flags[flags.index('--output') + 1] = str(made.parent.parent)
+        train([*flags, '--warmup-epochs', '0', '--resume', 'auto'])
+        assert load_trained(str(made)).content['epoch'] == 1
+
+
+def scores_of(data, checkpoint):
+    predict([str(data / 'validation'), '--checkpoint', str(checkpoint), '--out', 'x.csv', '--device', 'cpu', '-j', '0'])
+    return Path('x.csv').read_text().count('.png')

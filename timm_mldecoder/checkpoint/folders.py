@@ -5,7 +5,8 @@ What timm's `config.json` has no place for, such as the task and the tuned thres
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,33 @@ def folder_settings(model: str) -> dict[str, Any]:
     Args:
         model: Name as `timm.create_model` takes it; `local-dir:` and `hf-hub:` names may have settings.
     """
-    return _folder_config(model).get(SETTINGS, {})
+    return folder_config(model).get(SETTINGS, {})
 
 
 def folder_channels(model: str) -> int | None:
     """Return the number of image channels of the folder that a model name stands for, None if it is not one."""
-    size = _folder_config(model).get('pretrained_cfg', {}).get('input_size')
+    size = folder_config(model).get('pretrained_cfg', {}).get('input_size')
     return size[0] if size else None
 
 
-def _folder_config(model: str) -> dict[str, Any]:
+@contextmanager
+def stored_folder(model: str, config: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield a model name that works without the folder it names, which may have moved since.
+
+    Args:
+        model: Name as `timm.create_model` takes it.
+        config: What `folder_config` returned for it when its checkpoint was written; empty or None yields the name.
+    """
+    if not config:
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix='timm_mldecoder.') as folder:
+        (Path(folder) / 'config.json').write_text(json.dumps(config))
+        yield f'local-dir:{folder}'
+
+
+def folder_config(model: str) -> dict[str, Any]:
+    """Return the `config.json` of the folder that a model name stands for, empty for other names."""
     scheme, _, place = model.partition(':')
     if scheme == 'local-dir' and (Path(place) / 'config.json').is_file():
         return load_cfg_from_json(Path(place) / 'config.json')

@@ -146,6 +146,7 @@ RUN_ENTRIES = {
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
+    'model_config': Entry(_optional(_is(Mapping)), 'a mapping', 'config.json of the folder of --model local-dir:'),
     'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on
@@ -154,7 +155,7 @@ RUN_ENTRIES = {
 def check_entries(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise ValueError for the first entry of a train.py checkpoint that is missing or invalid."""
     _check(content, ENTRIES, path, required={'epoch', 'arch', 'args', 'state_dict', 'optimizer', 'saver', RUN})
-    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys())
+    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys() - {'model_config'})  # of 0.2.0
     run, position = content[RUN], content[RUN]['start']
     if run['batch'] < position['batch'] or len(run['ranks']) != run['world_size']:
         raise ValueError(f'{path}: {RUN}: batch, start, ranks and world_size contradict each other')

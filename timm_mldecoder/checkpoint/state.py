@@ -65,6 +65,7 @@ class TrainingState:
     skipped: int = 0  # optimizer steps skipped in a row because they were not finite
     # metrics of every epoch so far, the rows of `summary.csv`
     rows: list[dict[str, float]] = field(default_factory=list)
+    model_config: dict[str, Any] | None = None  # of the folder that `--model` names, which may move
     early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
 
     def begin_epoch(self, epoch: int) -> None:
@@ -101,6 +102,7 @@ class TrainingState:
             grad_accum_steps=options.grad_accum_steps,
             optimizer_generator=_generator_state(self.optimizer),
             early_stop=self.early_stop.state_dict() if self.early_stop else None,
+            model_config=self.model_config,
             data_config=data_config,
         )
         content = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.jit.frontend import FrontendError
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoint.folders import folder_channels, folder_settings
+from timm_mldecoder.checkpoint.folders import folder_channels, folder_settings, stored_folder
 from timm_mldecoder.checkpoint.published import convert_state_dict
 from timm_mldecoder.checkpoint.read import ranked_by_ema, read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.checkpoint.schema import RUN
@@ -227,7 +227,9 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
     stored = stored_embeddings(weights)
     if stored is not None and options.num_classes is None:
         options = options.replace(num_classes=len(stored))  # as trained: they decide how many classes a query has
-    model = create_model(options, words=stored_words(options, weights), pretrained=False)
+    stored = None if 'model' in options.given else content.get(RUN, {}).get('model_config')
+    with stored_folder(options.model, stored) as name:
+        model = create_model(options.replace(model=name), words=stored_words(options, weights), pretrained=False)
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
         sizes = dict(num_classes=words.shape[0], width=words.shape[1])

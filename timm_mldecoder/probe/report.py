@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from timm_mldecoder.checkpoint.folders import folder_config
 from timm_mldecoder.checkpoint.schema import RUN, VERSION, check_entries
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.create_loaders import DataConfig
@@ -184,6 +185,7 @@ def write_checkpoint(
             'grad_accum_steps': 1,
             'optimizer_generator': None,
             'early_stop': None,
+            'model_config': folder_config(options.model) or None,
             'data_config': dict(config),
         },
     }

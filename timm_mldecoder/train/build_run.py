@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,8 +15,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.early_stop import EarlyStop
-from timm_mldecoder.checkpoint.files import LOCK, CheckpointFolder, checkpoints_in, lock
+from timm_mldecoder.checkpoint.files import LAST, LOCK, CheckpointFolder, checkpoints_in, lock
+from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
+from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.checkpoint.resume import resume
+from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
@@ -67,14 +71,15 @@ def build_run(options: Options, world: World) -> Run:
 
     # data, then the model: random draws begin with the model's initialization, as in timm's script
     train, validation = _create_splits(options)
+    model_config = _model_config(given)
     divided = is_sharded(options, world)
     random_seed(options.seed, 0 if divided else world.rank)
     if divided:
         slice_of = slices_of(options, world)
-        model, slices = create_sliced(lambda: create_train_model(options, train, check=False), slice_of)
+        model, slices = create_sliced(lambda: _create_model(options, train, model_config, check=False), slice_of)
         check_loaded(options, slices.values(), lambda tensor: rows_of_rank(tensor, *slice_of(model, '')))
     else:
-        model = create_train_model(options, train)
+        model = _create_model(options, train, model_config)
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(train, num_classes, given=given.num_classes is not None)
@@ -141,6 +146,7 @@ def build_run(options: Options, world: World) -> Run:
         loss=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
+        model_config=model_config,
     )
     run = Run(
         options=options,
@@ -187,6 +193,28 @@ def _begin(run: Run, source: str, written: str) -> None:
         (run.folder / ARGS).write_text(written)
         if state.rows:
             write_summary(run.folder / SUMMARY, state.rows)
+
+
+def _model_config(options: Options) -> dict[str, Any] | None:
+    """Return the configuration of the folder that `--model` names; of a resumed run, that of its checkpoint.
+
+    The folder may have moved since the run began.
+    """
+    if config := folder_config(options.model):
+        return config
+    path = Path(options.resume)
+    if options.resume == 'auto' and options.experiment:
+        path = Path(options.output or DEFAULT_OUTPUT) / options.experiment / LAST
+    if not options.model.startswith('local-dir:') or not (options.resume and path.is_file()):
+        return None
+    return read_checkpoint(path).get(RUN, {}).get('model_config')
+
+
+def _create_model(options: Options, train: Dataset, config: dict[str, Any] | None, check: bool = True) -> nn.Module:
+    if folder_config(options.model) or not config:
+        return create_train_model(options, train, check=check)
+    with stored_folder(options.model, config) as name:  # weights come from the checkpoint
+        return create_train_model(options.replace(model=name, pretrained=False), train, check=check)
 
 
 def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
