@@ -23,14 +23,14 @@ test-slow: .venv/ready  ## the long sweeps: every timm model, the soak of kills
 models: .venv/ready  ## write docs/models.md anew
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.survey --write
 
-.venv/demo: setup.cfg pyproject.toml
+.venv/demo: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable '.[demo]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
 .venv/ready: .venv/demo
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:

@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import demo, flops
 from benchmarks.aims import summary
 from benchmarks.all import DEVICES, PAGE, write_table
+from benchmarks.flops import count_products
 from benchmarks.measure import markdown, paired_times, peak_memory, ratio
 from benchmarks.peers import FullDecoder, Products, ReferenceHead
 from timm_mldecoder import MLDecoder
@@ -89,14 +89,19 @@ def test_the_products_are_those_of_the_head():
     features = torch.randn(2, 12, 2, 2, requires_grad=True)
     head = MLDecoder(10, 3, initial_num_features=12).train()
     for training in (False, True):
-        with FlopCounterMode(display=False) as ours:
+        with count_products() as ours:
             logits = head.train(training)(features)
             if training:
                 logits.sum().backward()
         products = Products(features.detach(), 10, 3, training)
-        with FlopCounterMode(display=False) as alone:
+        with count_products() as alone:
             products()
         assert alone.get_total_flops() == ours.get_total_flops()
+        # by hand, of one image: tokens 4, features 12, width 768, feed-forward 2048, 3 queries, 4 classes each
+        inputs, attention = 4 * 12 * 768, 2 * 4 * 768**2 + 2 * 3 * 4 * 768
+        outputs = 3 * 768**2 + 2 * 3 * 768 * 2048 + 3 * 768 * 4
+        if not training:  # the queries are projected once for all images
+            assert ours.get_total_flops() == 2 * (2 * (inputs + attention + outputs) + 3 * 768**2)
 
 
 def test_reference_computes_what_the_head_computes():
