@@ -152,7 +152,7 @@ def predict(
         )
     )
     pending: list[Prediction] = []
-    results = _predictions(predictor, batches, loader, dataset, autocast, placement, 'scores' in parts.arrays)
+    results = _predictions(predictor, batches, loader, dataset, autocast, placement, parts)
     try:
         with progress_bar('Predict', sum(len(batch) for _, batch in batches), world.primary) as bar:
             for (part, batch), predictions in zip(batches, results, strict=True):
@@ -177,7 +177,7 @@ def _predictions(
     dataset: SourceDataset,
     autocast: Callable[[], AbstractContextManager],
     placement: Placement,
-    keep_scores: bool,
+    parts: Parts,
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of each batch in order, unreadable images included."""
     for (_, indices), (batch, positions, bad) in zip(batches, loader, strict=True):
@@ -188,7 +188,7 @@ def _predictions(
             images, _ = placement.place(*batch)
             with autocast():
                 scores, features = predictor(placement.layout(images))
-            arrays = {'scores': scores.half().numpy()} if keep_scores else {}
+            arrays = {'scores': scores.numpy().astype(parts.dtype('scores'))} if 'scores' in parts.arrays else {}
             arrays |= {} if features is None else {'features': features.half().numpy()}
             for row, (position, labels) in enumerate(zip(positions, predictor.labels(scores), strict=True)):
                 kept = {name: rows[row] for name, rows in arrays.items()}
