@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from timm_mldecoder.distributed.world import World
+from timm_mldecoder.evaluation.precision import float32_logits
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import worker_options
 from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement, shut_down
@@ -186,7 +187,7 @@ def _predictions(
         predictions = [Prediction(name, error=errors.get(name, '')) for name in names]
         if batch is not None:
             images, _ = placement.place(*batch)
-            with autocast():
+            with autocast(), float32_logits(predictor.model):
                 scores, features = predictor(placement.layout(images))
             arrays = {'scores': scores.numpy().astype(parts.dtype('scores'))} if 'scores' in parts.arrays else {}
             arrays |= {} if features is None else {'features': features.half().numpy()}
