@@ -40,7 +40,7 @@ def _several(found: Any) -> list[Any]:
 
 
 def _again(module: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any], output: Any) -> Any:
-    """Return the output of a module, computed again without autocast which rounds it, if only before a bias is added."""
+    """Return the output of a module, computed again without the rounding of autocast."""
     if not isinstance(output, Tensor) or not torch.is_autocast_enabled(output.device.type):
         return output
     parameters = list(module.parameters())
