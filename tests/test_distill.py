@@ -48,7 +48,9 @@ PLAIN = shlex.split("""
 @pytest.fixture(scope='module')
 def checkpoint(data, tmp_path_factory):
     """A teacher with an ML-Decoder head, trained by train.py on images with a normalization of its own."""
-    flags = shlex.split('--epochs 1 --lr 0.05 --warmup-epochs 0 --model-ema --mean 0.4 --std 0.3')
+    flags = shlex.split(
+        '--epochs 1 --lr 0.05 --warmup-epochs 0 --model-ema --model-ema-decay 0.9998 --mean 0.4 --std 0.3'
+    )
     return str(train(data, tmp_path_factory.mktemp('teacher'), *flags, *HEAD) / 'last.pth.tar')
 
 
@@ -326,7 +328,20 @@ def test_two_ranks_train_as_one_and_resume_after_a_kill(data, tmp_path, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [HEAD, FEATURE, DISTILLED, [*DISTILLED, *HEAD]], ids=' '.join)
 def test_compiled_runs_have_the_losses_of_others(data, tmp_path, folder, flags):
-    flags = ['--epochs', '2', '--opt', 'sgd', '--lr', '0.01', '--model-ema', '--kd-model-name', folder, *flags]
+    flags = [
+        '--epochs',
+        '2',
+        '--opt',
+        'sgd',
+        '--lr',
+        '0.01',
+        '--model-ema',
+        '--model-ema-decay',
+        '0.9998',
+        '--kd-model-name',
+        folder,
+        *flags,
+    ]
     plain = summary(train(data, tmp_path / 'plain', *flags))
     run = build(data, tmp_path, *flags, '--torchcompile', 'aot_eager')
     fit(run)

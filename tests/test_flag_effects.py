@@ -33,7 +33,7 @@ FLAGS = {
     '--mixup 0.2 --cutmix 1': '--mixup-switch-prob 0.1 | --mixup-mode elem | --mixup-prob 0.5 | --mixup-off-epoch 1',
     '--cutout 0.5': '--cutout-place after | --cutout-prob 0.5',
     '--reprob 0.5': '--remode const | --recount 3',
-    '--model-ema': '--model-ema-decay 0.5 | --model-ema-warmup',
+    '--model-ema': '--model-ema-decay 0.5 | --no-model-ema-warmup',
     '--loss bce': '--bce-pos-weight 3 | --bce-target-thresh 0.2 | --bce-sum',
     '--model test_efficientnet': '--bn-eps 0.1 | --bn-momentum 0.3',
 }

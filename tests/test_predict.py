@@ -157,9 +157,12 @@ def test_scores_and_features(images):
     predict([*base, '--out', 'a.csv', '--scores', 's.npz', '--features', 'f.npz', '--part-size', '2'])
     scores, features = np.load('s.npz'), np.load('f.npz')
     assert list(scores['classes']) == NAMES and list(scores['images']) == list(features['images']) == IMAGES
-    assert scores['scores'].dtype == np.float16
+    assert scores['scores'].dtype == np.float32
     wanted = torch.stack([scores_of(model, Path('images', name)) for name in IMAGES])
-    np.testing.assert_allclose(scores['scores'], wanted.numpy(), atol=1e-3)
+    np.testing.assert_allclose(scores['scores'], wanted.numpy(), atol=1e-6)
+    predict([*base, '--out', 'h.csv', '--scores', 'h.npz', '--scores-dtype', 'float16'])
+    assert np.load('h.npz')['scores'].dtype == np.float16
+    np.testing.assert_array_equal(np.load('h.npz')['scores'], scores['scores'].astype(np.float16))
     assert features['features'].shape == (3, model.num_features)
     predict([*base, '--out', 'b.csv', '--features', 'q.npz', '--feature-kind', 'queries'])
     assert np.load('q.npz')['features'].shape == (3, 3, 32)

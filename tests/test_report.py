@@ -217,7 +217,8 @@ def test_tuned_thresholds_are_the_chosen_ones():
     logits, target = torch.randn(40, 3, generator=generator), torch.randint(-1, 2, (40, 3), generator=generator)
     evaluator.update(logits, target)
     evaluator.compute()
-    scores = MultiLabelScores(evaluator, tune=True)
+    evaluator.use_thresholds(evaluator.tune_thresholds())
+    scores = MultiLabelScores(evaluator)
     scores.finish(['a', 'b', 'c'], 40, World(torch.device('cpu')))
     table = Page(''.join(scores.sections())).tables['classes'][1:]
     assert [number(row[4]) for row in table] == pytest.approx(evaluator.tune_thresholds().tolist(), abs=5e-5)

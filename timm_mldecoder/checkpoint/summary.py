@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_mldecoder.runtime.files import write_atomically
@@ -47,11 +47,11 @@ def read_summary(path: Path, before: float = math.inf) -> list[Metrics]:
 
 
 def print_result(rows: list[Metrics], metric: str, decreasing: bool) -> None:
-    """Print the ten best epochs as JSON, the best last."""
+    """Print loss and ranking metric of the ten best epochs as JSON, the best last; `summary.csv` has all metrics."""
     results = []
     for row in rows:
-        result = {'epoch': row['epoch'], 'train': _group(row, 'train_')}
-        validation = _group(row, 'eval_')
+        result = {'epoch': row['epoch'], 'train': _group(row, 'train_', ('loss', metric))}
+        validation = _group(row, 'eval_', ('loss', metric))
         results.append({**result, 'validation': validation} if validation else result)
 
     def rank(result: dict) -> float:
@@ -61,5 +61,5 @@ def print_result(rows: list[Metrics], metric: str, decreasing: bool) -> None:
     print(f'--result\n{json.dumps(sorted(results, key=rank)[-10:], indent=4)}')
 
 
-def _group(row: Mapping[str, float], prefix: str) -> Metrics:
-    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+def _group(row: Mapping[str, float], prefix: str, names: Sequence[str]) -> Metrics:
+    return {name: row[prefix + name] for name in dict.fromkeys(names) if prefix + name in row}

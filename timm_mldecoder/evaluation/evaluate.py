@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
 from timm_mldecoder.distributed.world import World
+from timm_mldecoder.evaluation.precision import float32_logits
 from timm_mldecoder.flags import Options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig
@@ -85,14 +86,14 @@ def evaluate(
     unseen = _unseen_classes(model, evaluator)
     for index, (images, target) in enumerate(until(loader.batches())):
         images = views(images) if views else [images]
-        with autocast():
+        with autocast(), float32_logits(model):
             output = _mean_logits(model, images)
         if classes is not None:
             output = output[:, classes]
         if unseen is None:
             evaluator.update(output, target)
         else:
-            with autocast(), other_classes(model, unseen):
+            with autocast(), other_classes(model, unseen), float32_logits(model):
                 alone = _mean_logits(model, images)
             evaluator.update(output, target, alone)
         for measure in measures:

@@ -111,7 +111,8 @@ EMA: Group = ('EMA weights', [
     train('--model-ema-force-cpu', bool, False, 'keep the EMA weights on the CPU, without evaluating them', needs=_EMA),
     train('--model-ema-decay', float, 0.9998, 'decay of the EMA weights per optimizer step', range='[0, 1]',
           needs=_EMA),
-    train('--model-ema-warmup', bool, False, 'use a smaller decay at first', needs=_EMA),
+    train('--model-ema-warmup', bool, False, 'use a smaller decay at first; on by default in a run that is too short '
+          'for the default decay', needs=_EMA),
     train('--better-of-ema', bool, False, 'rank an epoch by the better of raw and EMA weights, not by the EMA weights',
           needs=_EMA),
 ])

@@ -187,7 +187,12 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         counts = torch.stack([right.sum(1), predicted.sum(1), positive.sum(0).expand_as(right[:, 0])], 1)
         self._class_counts = counts if self._class_counts is None else self._class_counts + counts
         self._annotated = annotated.sum(0) if self._annotated is None else self._annotated + annotated.sum(0)
-        of_images = self._of_all_classes(torch.stack([right[0].sum(1), predicted[0].sum(1), positive.sum(1)]))
+        self._add_sample_f1(predicted[0], positive)
+
+    def _add_sample_f1(self, predicted: Tensor, positive: Tensor) -> None:
+        """Add the F1 of each image, from what is predicted and positive [B, C]; ignored labels are neither."""
+        right = predicted & positive
+        of_images = self._of_all_classes(torch.stack([right.sum(1), predicted.sum(1), positive.sum(1)]))
         sample_f1 = _ratio(2 * of_images[0], of_images[1] + of_images[2])
         self._sample_f1 += sample_f1.sum(dtype=self._sample_f1.dtype)
 
@@ -248,6 +253,19 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def tune_thresholds(self, distributed: bool = False) -> Tensor:
         """Return the threshold of each class with the highest F1 on the images seen, [C]; see `best_thresholds`."""
         return self.per_class(lambda logits, target: best_thresholds(logits.sigmoid(), target), distributed)
+
+    def use_thresholds(self, thresholds: Tensor) -> None:
+        """Predict the images seen so far, and further ones, from other probabilities, [C]; `compute` then follows."""
+        self.threshold = thresholds.to(self.device, torch.float32)
+        if not self._scores:
+            return
+        at_thresholds = self.class_counts().to(self._class_counts.device)
+        self._class_counts = torch.cat([at_thresholds[None], self._class_counts[1:]])
+        self._sample_f1 = torch.zeros_like(self._sample_f1)
+        for logits, target in self.samples():
+            positive = target.to(self.device) == 1
+            predicted = (logits.to(self.device).sigmoid() >= self.threshold) & (target.to(self.device) >= 0)
+            self._add_sample_f1(predicted, positive)
 
     def class_counts(self, thresholds: Tensor | None = None, distributed: bool = False) -> Tensor:
         """Return true positives, predictions and positives of each class over all images, int64 [3, C].

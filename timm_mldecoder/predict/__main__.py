@@ -71,6 +71,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         top_k=arguments.top_k,
         features=predictor.features,
         amp=amp_dtype,
+        scores_dtype=arguments.scores_dtype,
     )
     arrays = {name: path for name in ('scores', 'features') if (path := getattr(arguments, name))}
     parts = Parts(arguments.out, len(dataset), arguments.part_size, setup, arrays)
@@ -157,7 +158,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--out', type=Path, required=True, help='file to write: .csv, .jsonl or .parquet')
     add('--top-k', type=positive, help='largest number of labels per image')
     add('--threshold', type=number(float, '[0, 1]'), help='probability of a label (default: the tuned ones, else 0.5)')
-    add('--scores', type=Path, help='.npz for the scores of all classes, float16')
+    add('--scores', type=Path, help='.npz for the scores of all classes')
+    add(
+        '--scores-dtype',
+        choices=['float32', 'float16'],
+        default='float32',
+        help='float16: half the size, and ties that change average precision (default: %(default)s)',
+    )
     add('--features', type=Path, help='.npz for features, float16')
     add('--feature-kind', choices=['pooled', 'queries'], default='pooled', help='mean of the tokens, or query outputs')
     add('--pictures', type=Path, help='folder for a picture per image, with attention maps')

@@ -94,6 +94,11 @@ class Parts:
         self.folder.mkdir(exist_ok=True)
         write_atomically(setup, lambda file: file.write(json.dumps(self.setup).encode()))
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype of an array: scores are as they were computed if nothing else is requested."""
+        half = name != 'scores' or self.setup.get('scores_dtype', 'float32') == 'float16'
+        return '<f2' if half else '<f4'
+
     def missing(self) -> list[int]:
         """Return the parts that are still to be written."""
         done = {path.name for path in self.folder.glob('*.jsonl')}
@@ -184,7 +189,7 @@ class Parts:
         kind = f'<U{max((len(image) for image, _, error in self._rows() if not error), default=1)}'
         names = (image for image, _, error in self._rows() if not error)
         chunks = iter(lambda: list(islice(names, CHUNK)), [])
-        arrays = {name: ('<f2', shape, parts), 'images': (kind, shape[:1], chunks)}
+        arrays = {name: (self.dtype(name), shape, parts), 'images': (kind, shape[:1], chunks)}
         if name == 'scores':
             classes = np.array(self.setup['classes'])
             arrays['classes'] = (classes.dtype.str, classes.shape, [classes])

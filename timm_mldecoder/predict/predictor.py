@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from timm_mldecoder.distributed.world import World
+from timm_mldecoder.evaluation.precision import float32_logits
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import worker_options
 from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement, shut_down
@@ -152,7 +153,7 @@ def predict(
         )
     )
     pending: list[Prediction] = []
-    results = _predictions(predictor, batches, loader, dataset, autocast, placement, 'scores' in parts.arrays)
+    results = _predictions(predictor, batches, loader, dataset, autocast, placement, parts)
     try:
         with progress_bar('Predict', sum(len(batch) for _, batch in batches), world.primary) as bar:
             for (part, batch), predictions in zip(batches, results, strict=True):
@@ -177,7 +178,7 @@ def _predictions(
     dataset: SourceDataset,
     autocast: Callable[[], AbstractContextManager],
     placement: Placement,
-    keep_scores: bool,
+    parts: Parts,
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of each batch in order, unreadable images included."""
     for (_, indices), (batch, positions, bad) in zip(batches, loader, strict=True):
@@ -186,9 +187,9 @@ def _predictions(
         predictions = [Prediction(name, error=errors.get(name, '')) for name in names]
         if batch is not None:
             images, _ = placement.place(*batch)
-            with autocast():
+            with autocast(), float32_logits(predictor.model):
                 scores, features = predictor(placement.layout(images))
-            arrays = {'scores': scores.half().numpy()} if keep_scores else {}
+            arrays = {'scores': scores.numpy().astype(parts.dtype('scores'))} if 'scores' in parts.arrays else {}
             arrays |= {} if features is None else {'features': features.half().numpy()}
             for row, (position, labels) in enumerate(zip(positions, predictor.labels(scores), strict=True)):
                 kept = {name: rows[row] for name, rows in arrays.items()}

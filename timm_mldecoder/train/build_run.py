@@ -44,6 +44,7 @@ from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, ot
 from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder
+from timm_mldecoder.train.ema import choose_ema_warmup
 from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters
 from timm_mldecoder.train.loss import create_task
 from timm_mldecoder.train.optim import (
@@ -122,10 +123,12 @@ def build_run(options: Options, world: World) -> Run:
     if options.head_lr_scale != 1:
         scale_rates(optimizer, head_parameters(model), options.head_lr_scale)
     freezer.apply(0)
-    eval_model = _wrap(options, task, world)
     decreasing = eval_metric == 'loss'
     steps = -(-len(train_loader) // options.grad_accum_steps)
     schedule, epochs = create_schedule(options, optimizer, steps, decreasing)
+    epochs = min(epochs, options.stop_epoch or epochs)
+    options = choose_ema_warmup(options, steps * epochs)
+    eval_model = _wrap(options, task, world)
 
     # folder, state, resume
     folder, made = None, []
@@ -157,7 +160,7 @@ def build_run(options: Options, world: World) -> Run:
         eval_model=eval_model,
         eval_classes=_eval_classes(options, eval_model, validation),
         autocast=create_autocast(options, world.device),
-        epochs=min(epochs, options.stop_epoch or epochs),
+        epochs=epochs,
         steps_per_epoch=steps,
         eval_metric=eval_metric,
         dist_bn='' if options.sync_bn else options.dist_bn,
@@ -245,7 +248,9 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
 
 def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
     """Set up EMA weights, compilation and DistributedDataParallel, in this order; return the model to evaluate."""
-    if options.model_ema and not task.has_ema():
+    if task.has_ema():  # that of a divided model
+        task.trainable_module_ema.use_warmup = options.model_ema_warmup
+    elif options.model_ema:
         world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
             decay=options.model_ema_decay,

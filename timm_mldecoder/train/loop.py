@@ -1,8 +1,10 @@
 """The training loop, top to bottom: epochs, and the optimizer steps of one."""
 
 import logging
+import time
 from collections import OrderedDict
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,8 +37,12 @@ def fit(run: Run) -> None:
     validation_batch_size = options.validation_batch_size or options.batch_size
     try:
         with run.signals, advise_on_memory(options.batch_size, validation_batch_size, options.grad_accum_steps):
+            begin, first = time.perf_counter(), run.state.epoch
             while run.state.epoch < run.epochs and not run.stopped_early():
+                start = time.perf_counter()
                 fit_epoch(run)
+                now, done = time.perf_counter(), run.state.epoch - first
+                log_epoch(run, now - start, (now - begin) / done * (run.epochs - run.state.epoch))
             run.finish_saving()
     finally:
         run.close()
@@ -46,6 +52,17 @@ def fit(run: Run) -> None:
         if checkpoints.best_metric is not None:
             _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
         print_result(run.state.rows, run.eval_metric, checkpoints.decreasing)
+
+
+def log_epoch(run: Run, seconds: float, left: float) -> None:
+    """Log what an epoch is ranked by, if it was validated, its seconds, and how long the epochs to come will take."""
+    epoch, rows = run.state.epoch - 1, run.state.rows
+    metric = ''
+    if rows and rows[-1]['epoch'] == epoch:
+        column = f'{"eval" if run.eval_loader is not None else "train"}_{run.eval_metric}'
+        metric = f'{column}: {rows[-1][column]:.3f}  '
+    if run.world.primary:
+        _logger.info(f'Epoch: {epoch}  {metric}Time: {seconds:.1f}s  Left: {timedelta(seconds=round(left))}')
 
 
 def fit_epoch(run: Run) -> None:

@@ -38,14 +38,17 @@ class MultiLabelOutputs:
             self._priors.update(output)
 
     def write(self, content: dict[str, Any]) -> None:
-        """Write what was requested, given what the checkpoint holds; a collective call, after the metrics."""
+        """Write what was requested, given what the checkpoint holds; a collective call, after the metrics.
+
+        All are at the thresholds of the evaluator, which are the tuned ones with `--write-thresholds`.
+        """
         options, distributed = self.options, self.world.distributed
-        thresholds = self.evaluator.tune_thresholds(distributed) if options.write_thresholds else None
         priors = self._priors.compute(distributed) if options.write_class_priors else None
-        counts = self.evaluator.class_counts(thresholds, distributed) if options.class_report else None
+        counts = self.evaluator.class_counts(distributed=distributed) if options.class_report else None
         if not self.world.primary:
             return
-        if thresholds is not None:
+        thresholds = self.evaluator.threshold.cpu().expand(len(self.class_names))
+        if options.write_thresholds:
             named = dict(zip(self.class_names, thresholds.tolist(), strict=True))
             content = {**content, 'thresholds': {**content.get('thresholds', {}), **named}}
             write_atomically(Path(options.checkpoint), lambda file: torch.save(content, file))
@@ -53,8 +56,7 @@ class MultiLabelOutputs:
         if priors is not None:
             write_priors(options.write_class_priors, self.class_names, priors)
         if options.class_report:
-            used = self.evaluator.threshold.cpu() if thresholds is None else thresholds
-            self._write_classes(Path(options.class_report), used.expand(len(self.class_names)), counts)
+            self._write_classes(Path(options.class_report), thresholds, counts)
 
     def _write_classes(self, path: Path, thresholds: Tensor, counts: Tensor) -> None:
         """Write a row per class, with precision, recall and F1 at its threshold, in percent."""

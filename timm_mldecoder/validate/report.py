@@ -62,13 +62,13 @@ class Report:
     def __post_init__(self) -> None:
         self._scores: SingleLabelScores | MultiLabelScores = SingleLabelScores()
         if isinstance(self.evaluator, MultiLabelEvaluator):
-            self._scores = MultiLabelScores(self.evaluator, tune=self.options.write_thresholds)
+            self._scores = MultiLabelScores(self.evaluator)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Take in logits [B, C] and targets."""
         self._scores.update(output, target)
 
-    def write(self, model: nn.Module, config: DataConfig, metrics: dict[str, float]) -> None:
+    def write(self, model: nn.Module, config: DataConfig, metrics: dict[str, float | str]) -> None:
         """Write the page and `scores.csv`; a collective call, after the metrics were computed.
 
         The model is as it was built, neither compiled nor wrapped.

@@ -111,14 +111,10 @@ class SingleLabelScores:
 
 
 class MultiLabelScores:
-    """Scores of the images of this rank, which the evaluator holds, and what they give for each class.
+    """Scores of the images of this rank, which the evaluator holds, and what they give at its thresholds."""
 
-    With `tune`, thresholds are those with the best F1 on this split, not those of the evaluator.
-    """
-
-    def __init__(self, evaluator: MultiLabelEvaluator, tune: bool = False) -> None:
+    def __init__(self, evaluator: MultiLabelEvaluator) -> None:
         self._evaluator = evaluator
-        self._tune = tune
         self.num_classes = 0
 
     @property
@@ -131,8 +127,7 @@ class MultiLabelScores:
     def finish(self, names: list[str], number: int, world: World) -> None:
         """Count predictions and compute curves on all ranks; a collective call."""
         evaluator, self._names = self._evaluator, names
-        thresholds = evaluator.tune_thresholds(world.distributed) if self._tune else evaluator.threshold
-        self._thresholds = thresholds.float().cpu().expand(len(names))
+        self._thresholds = evaluator.threshold.cpu().expand(len(names))
         self._counts = evaluator.class_counts(self._thresholds, world.distributed)
         lowest = sorted(range(len(names)), key=evaluator.class_ap.tolist().__getitem__)
         chosen = [index for index in lowest if self._counts[2, index]][:CURVES]
@@ -186,13 +181,14 @@ class MultiLabelScores:
     def sections(self) -> list[str]:
         names, thresholds, counts = self._names, self._thresholds.tolist(), self._counts.T.tolist()
         ap = self._evaluator.class_ap.tolist()
-        kind = 'those with the best F1 on this split' if self._tune else 'those of the metrics above'
         shown = []
         for index, points in self._curves.items():
             right, predicted, positives = counts[index]
             chosen = (right / positives, right / predicted) if predicted else None
             shown.append(report_page.Curve(names[index], ap[index], points, thresholds[index], chosen))
-        text = f'Recall to the right, precision upwards, lowest average precision first. Dots: thresholds, {kind}.'
+        text = (
+            'Recall to the right, precision upwards, lowest average precision first. Dots: thresholds of the metrics.'
+        )
         if len(shown) < len(names):
             text += f' {len(shown)} of {len(names)} classes; those without a positive have no curve.'
         rows = []
@@ -202,7 +198,7 @@ class MultiLabelScores:
                          *ratios(right, predicted, positives)))  # fmt: skip
         columns = {'class': None, 'positives': 0, 'predictions': 0, 'AP': 2, 'threshold': 4}
         table = report_page.table({**columns, 'precision': 2, 'recall': 2, 'F1': 2}, rows)
-        note = f'Precision, recall and F1 at the thresholds, {kind}, in percent. Click a column to sort.'
+        note = 'Precision, recall and F1 at the thresholds of the metrics, in percent. Click a column to sort.'
         return [
             report_page.section('Precision and recall', text, report_page.curves(shown), 'curves'),
             report_page.section('Classes', note, table, 'classes'),

@@ -78,6 +78,7 @@ def score_model(options: Options, world: World) -> Result:
     tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
     if tuned is not None:
         _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
+    operating_point = 'stored thresholds' if tuned is not None else f'threshold {options.multilabel_threshold:g}'
     evaluator = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     outputs = []
@@ -100,14 +101,19 @@ def score_model(options: Options, world: World) -> Result:
         loader.close()
     for measure in extra:
         metrics.update(measure.compute())
+    if options.write_thresholds:  # all that is written and shown is then at these
+        evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed))
+        metrics.update(evaluator.compute(world.distributed))
+        operating_point = 'thresholds tuned on this split'
+    named = {'operating_point': operating_point} if options.task == 'multilabel' else {}
     for output in outputs:
         output.write(content)
     if report:
-        report.write(plain, config, metrics)
+        report.write(plain, config, metrics | named)
     if world.primary:
         shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
-        _logger.info(f' * {shown}')
-    return _describe(options, metrics, model, config)
+        _logger.info(f' * {shown}' + (f' (at {operating_point})' if named else ''))
+    return _describe(options, metrics | named, model, config)
 
 
 def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -153,7 +159,7 @@ def _read_valid_labels(path: str, dataset: Dataset, num_classes: int, device: to
     return torch.tensor(labels, device=device)
 
 
-def _describe(options: Options, metrics: dict[str, float], model: nn.Module, config: dict[str, Any]) -> Result:
+def _describe(options: Options, metrics: dict[str, Any], model: nn.Module, config: dict[str, Any]) -> Result:
     result: Result = {'model': options.model}
     if options.checkpoint:
         result['checkpoint'] = options.checkpoint
