@@ -92,6 +92,8 @@ def create_split(
         settings['load_bytes'] = True
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
+    if kind.startswith('coco'):
+        settings['unannotated'] = options.coco_unannotated
     try:
         dataset = create_dataset(
             options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings

@@ -46,7 +46,10 @@ _logger = logging.getLogger(__name__)
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
 _OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
 # Options that choose images and targets: a cache is for one value of each.
-_OF_DATA = ('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'score_classes')
+_OF_DATA = (
+    *('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'coco_unannotated'),
+    'score_classes',
+)
 _PATHS_OF_DATA = ('data_dir', 'class_map', 'class_split')
 
 
