@@ -32,8 +32,10 @@ from timm_mldecoder.loading.datasets import (
     create_split,
     log_summary,
     read_classes,
+    with_classes,
 )
 from timm_mldecoder.loading.naflex import patch_format
+from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
@@ -66,7 +68,8 @@ def build_run(options: Options, world: World) -> Run:
     options = options.replace(lr=learning_rate(options, world))
 
     # data, then the model: random draws begin with the model's initialization, as in timm's script
-    train, validation = _create_splits(options)
+    train, validation = _create_splits(options, world)
+    options = with_classes(options, train)
     divided = is_sharded(options, world)
     random_seed(options.seed, 0 if divided else world.rank)
     if divided:
@@ -189,7 +192,7 @@ def _begin(run: Run, source: str, written: str) -> None:
             write_summary(run.folder / SUMMARY, state.rows)
 
 
-def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
+def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | None]:
     train = create_split(
         options,
         options.train_split,
@@ -200,9 +203,11 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
     )
     log_summary(options.train_split, train)
     if not options.val_split:
+        check_ranks(world, {options.train_split: train})
         return train, None
     validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
     log_summary(options.val_split, validation)
+    check_ranks(world, {options.train_split: train, options.val_split: validation})
     if not options.class_split:
         check_same_classes(train, validation)
     if shared := overlap(train, validation):
