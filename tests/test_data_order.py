@@ -97,7 +97,7 @@ def test_ranks_compare_names_of_files_and_labels_of_lists(tmp_path):
         for paths, labels in ((images, [0, 1]), (images, [0, 1]), (images[::-1], [0, 1]), (images, [1, 1]))
     ]
     assert described[0] == described[1]
-    assert len(set(part.digest for part in described)) == 3
+    assert len({part.digest for part in described}) == 3
 
 
 def test_the_number_of_classes_is_that_of_the_data(tmp_path):
