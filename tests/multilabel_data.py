@@ -22,6 +22,9 @@ def write_text(path: Path, *lines: str) -> None:
     path.write_text('\n'.join(lines) + '\n')
 
 
+COCO_LABELS = {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}, 13: {}}  # 13 without annotations is kept
+
+
 def write_coco(root: Path, year: int = 2014) -> None:
     ids = {'dog': 18, 'cat': 17}  # classes are in the order of the file, not of the ids
     for part in ('train', 'val'):
@@ -104,8 +107,8 @@ def write_json(root: Path) -> None:
 VOC_TARGETS = {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}, 13: {'bird': -1}}
 # format: its writer, its classes, the targets of each image that are not the default, and the default
 WRITTEN = {
-    'coco2014': (write_coco, ['dog', 'cat'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}}, 0),
-    'coco2017': (lambda root: write_coco(root, 2017), ['dog', 'cat'], {11: {'dog': 1}, 12: {'cat': 1, 'dog': 1}}, 0),
+    'coco2014': (write_coco, ['dog', 'cat'], COCO_LABELS, 0),
+    'coco2017': (lambda root: write_coco(root, 2017), ['dog', 'cat'], COCO_LABELS, 0),
     'voc2007': (write_voc, list(VOC_CLASSES), VOC_TARGETS, 0),
     'voc2012': (lambda root: write_voc(root, 2012), list(VOC_CLASSES), VOC_TARGETS, 0),
     'openimages': (

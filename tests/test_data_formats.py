@@ -1,5 +1,7 @@
 """Each multi-label format, written to disk as it is distributed and read back: images, targets, names, mistakes."""
 
+import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -282,3 +284,34 @@ def test_open_images_has_a_test_split_and_does_without_a_list_of_trainable_class
     dataset = create_dataset('openimages', str(tmp_path), 'train')
     assert dataset.class_names == ['dog', 'cat', 'jaguar (/m/1)', 'jaguar (/m/2)', 'nobody, nowhere']
     assert len(dataset) == 3
+
+
+def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, caplog):
+    write_coco(tmp_path)
+    with caplog.at_level(logging.INFO):
+        kept, dropped = (
+            create_dataset('coco2014', str(tmp_path), 'validation', unannotated=choice) for choice in ('keep', 'drop')
+        )
+    assert [len(kept), len(dropped)] == [3, 2]
+    assert [kept[index][1].tolist() for index in range(3)] == [[1, 0], [1, 1], [0, 0]]
+    assert [record.message.count('1 of 3 images') for record in caplog.records] == [1, 1]
+    with pytest.raises(ValueError, match='unannotated.*ignore'):
+        create_dataset('coco2014', str(tmp_path), 'validation', unannotated='ignore')
+
+
+def test_coco_categories_of_one_name_are_one_class(tmp_path, caplog):
+    write_coco(tmp_path)
+    path = tmp_path / 'annotations' / 'instances_train2014.json'
+    content = json.loads(path.read_text())
+    content['categories'].insert(1, dict(id=5, name='dog'))
+    content['annotations'] += [
+        dict(id=90, image_id=13, category_id=5),
+        dict(id=91, image_id=11, category_id=5),
+    ]
+    path.write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO):
+        dataset = create_dataset('coco2014', str(tmp_path), 'train', instances=True)
+    assert dataset.class_names == ['dog', 'cat']
+    assert [dataset[index][1].tolist() for index in range(3)] == [[1, 0], [1, 1], [1, 0]]
+    assert dataset.annotations.instances.tolist() == [3, 2, 2, 1]
+    assert any("18, 5 have the name 'dog'" in record.message for record in caplog.records)

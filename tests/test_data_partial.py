@@ -63,7 +63,7 @@ def test_training_with_partial_labels_logs_what_it_kept_and_validates_on_all(tmp
     loss = ['--loss', 'csl', '--loss-kwargs', 'mode=ignore_normalize_classes']
     with caplog.at_level('INFO'):
         assert run(tmp_path, '--partial-labels', 'fpc=1', *loss, *output) == 0
-    assert 'fpc=1: kept 2 positive and 1 negative labels' in caplog.text
+    assert 'fpc=1: kept 2 positive and 2 negative labels' in caplog.text
     assert (tmp_path / 'out' / 'run' / 'summary.csv').is_file()
 
 

@@ -90,7 +90,9 @@ def test_smoothing_moves_annotated_targets_only(name, options):
 def test_reductions(name):
     logits, target = make_data(name, ignored=0.4)
     each = create_loss(name, reduction='none')(logits, target)
-    expected = dict(sum=each.sum(), batchmean=each.sum() / BATCH, mean=each.mean(), none=each)
+    counts = create_loss(name).entries(logits, target)[1]  # all but labels to ignore, of which CSL uses some
+    assert name == 'csl' or torch.equal(counts, target >= 0)
+    expected = dict(sum=each.sum(), batchmean=each.sum() / BATCH, mean=each.sum() / counts.sum(), none=each)
     for reduction in REDUCTIONS:
         torch.testing.assert_close(create_loss(name, reduction=reduction)(logits, target), expected[reduction])
 
@@ -249,3 +251,15 @@ def test_shapes_that_do_not_fit_are_named():
         create_loss('asl')(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match='7 entries for 3 classes'):
         create_loss('csl', class_prior=[0.1] * 7)(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize('ignored', [0, 1, 9, 20])
+def test_the_mean_is_over_the_annotated_labels(ignored):
+    """Logits of zero cost ln 2 per label, however many labels are to be ignored."""
+    target = (torch.arange(20).view(4, 5) % 3 == 0).float()
+    target.view(-1)[:ignored] = -1
+    logits = torch.zeros(4, 5, requires_grad=True)
+    loss = create_loss('bce', reduction='mean')(logits, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(0 if ignored == 20 else math.log(2))
+    assert logits.grad.abs().sum().item() == pytest.approx(0 if ignored == 20 else 0.5)

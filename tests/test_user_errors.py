@@ -75,7 +75,8 @@ def test_a_class_without_images(data, tmp_path, line_of):
 
 
 def test_another_number_of_classes(data, tmp_path, line_of, checkpoint):
-    assert '--num-classes 3' in line_of(train_main, data, *MODEL, '--num-classes', '5')
+    line = line_of(train_main, data, *MODEL, '--num-classes', '5')
+    assert "the data has 3 classes ('class_0', 'class_1', 'class_2'), the model 5" in line
     fewer = without(data, tmp_path, '*/class_2/*')
     line = line_of(train_main, fewer, *MODEL, '--num-classes', '2', '--resume', checkpoint)
     assert "class 2 is missing in the data and 'class_2' in the checkpoint" in line
@@ -87,7 +88,7 @@ def test_another_number_of_classes(data, tmp_path, line_of, checkpoint):
 
 def test_a_class_that_has_no_image_anywhere_is_named(data, tmp_path, line_of, caplog):
     fewer = without(data, tmp_path, '*/class_1/*')
-    assert 'or put images into class_1' in line_of(train_main, fewer, *MODEL)
+    assert 'no images are in class_1' in line_of(train_main, fewer, *MODEL)
     build(fewer, tmp_path, '--num-classes', '2')
     assert any('class_1' in record.getMessage() for record in caplog.records if record.levelname == 'WARNING')
 

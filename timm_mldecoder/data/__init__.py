@@ -6,6 +6,7 @@ from pathlib import Path
 import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
+from timm_mldecoder.data.class_order import one_order, warn_about_alike
 from timm_mldecoder.data.formats import torchvision_sets
 from timm_mldecoder.data.formats.coco import read_coco
 from timm_mldecoder.data.formats.csv_list import read_csv
@@ -18,8 +19,8 @@ from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurr
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
-    'coco2014': (partial(read_coco, year=2014), {'instances'}),
-    'coco2017': (partial(read_coco, year=2017), {'instances'}),
+    'coco2014': (partial(read_coco, year=2014), {'instances', 'unannotated'}),
+    'coco2017': (partial(read_coco, year=2017), {'instances', 'unannotated'}),
     'voc2007': (partial(read_voc, year=2007), {'instances', 'difficult'}),
     'voc2012': (partial(read_voc, year=2012), {'instances', 'difficult'}),
     'openimages': (read_open_images, set()),
@@ -64,7 +65,8 @@ def create_dataset(
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
         missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
             out with a warning, None does not check.
-        **kwargs: Options of `timm.data.create_dataset`; those of a format (`instances`, `difficult`, `class_map`).
+        **kwargs: Options of `timm.data.create_dataset`; those of a format (`instances`, `difficult`,
+            `unannotated`, `class_map`).
 
     Raises:
         ValueError: If the name, the folder or the split does not exist, an annotation file is malformed, images are
@@ -81,7 +83,10 @@ def create_dataset(
             raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
         if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
             raise ValueError(f'dataset {name!r} lacks a name after the slash')
-        dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        with one_order():
+            dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+        if not slash and not kwargs.get('class_map'):
+            warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)
         return dataset

@@ -23,6 +23,7 @@ from timm_mldecoder.losses import (
     AsymmetricLoss,
     BinaryCrossEntropyLoss,
     ClassAwareSelectiveLoss,
+    MultiLabelLoss,
     automatic_scale,
 )
 
@@ -74,8 +75,15 @@ class EntryLoss(nn.Module):
             target = torch.full_like(logits, off, requires_grad=False)
             on = torch.full_like(target[:, 0], 1 - self.loss.smoothing + off).masked_fill(~is_own, off)
             target.scatter_(1, column[:, None], on[:, None])
+        if self.reduction == 'mean' and isinstance(self.loss, MultiLabelLoss):
+            return self._mean(*self.loss.entries(logits, target))
         divisor = {'sum': 1, 'batchmean': images, 'mean': images * part.num_classes}[self.reduction]
         return self.loss(logits, target) / divisor
+
+    def _mean(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Return a number whose mean over ranks is that of the means over the entries that count of each rank."""
+        losses, counts = (entries.view(self.part.ranks, -1).sum(1) for entries in (losses, counts))
+        return (losses / all_reduce(counts).clamp(min=1)).sum()
 
 
 class _SelectiveLoss(ClassAwareSelectiveLoss):

@@ -44,6 +44,8 @@ DATASET: Group = ('Dataset', [
     both('--class-map', str, '', 'file that lists the class names in the order of their indices', path='dataset file'),
     both('--voc-difficult', str, None, 'labels of Pascal-VOC that only difficult objects show; as VOC does (ignore) if '
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
+    both('--coco-unannotated', str, 'keep', 'COCO images without annotations: keep them, as negatives of every class, '
+         'or drop them, as published results do', choices=('keep', 'drop'), needs=dataset('coco'), inherited=True),
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset, summarize
 from timm_mldecoder.data.annotations import POSITIVE
+from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
@@ -27,6 +29,8 @@ _logger = logging.getLogger(__name__)
 
 RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')
+HIDDEN = ('__MACOSX', '__pycache__', '@eaDir', 'lost+found')  # folders that systems leave behind
+SEPARATORS = (',', '|', '/', '\t', ' ')  # of labels, elsewhere
 
 
 class Classes(NamedTuple):
@@ -92,6 +96,8 @@ def create_split(
         settings['load_bytes'] = True
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
+    if kind.startswith('coco'):
+        settings['unannotated'] = options.coco_unannotated
     try:
         dataset = create_dataset(
             options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
@@ -109,7 +115,8 @@ def create_split(
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
-        dataset.target_transform = MultiLabelTarget(options.num_classes, dense=options.target_format == 'multihot')
+        classes = options.num_classes or len(class_to_index(dataset) or ()) or None
+        dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
     if training and options.partial_labels:
         if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
@@ -184,6 +191,14 @@ def balanced_weights(dataset: Any) -> Tensor:
     return torch.from_numpy(weights)
 
 
+def with_classes(options: Options, dataset: Dataset) -> Options:
+    """Return the options of train.py with the number of classes of the data, unless it is given or unknown."""
+    classes = class_to_index(dataset)
+    if options.num_classes is not None or not classes:
+        return options
+    return options.replace(num_classes=len(classes))
+
+
 def check_classes(dataset: Any, num_classes: int, given: bool) -> None:
     """Compare the number of classes of a dataset with the model's.
 
@@ -200,12 +215,39 @@ def check_classes(dataset: Any, num_classes: int, given: bool) -> None:
         if empty:
             _logger.warning(f'ignoring class folders without images: {empty}')
         return
-    message = f'the data has {len(classes)} classes, the model {num_classes}; pass --num-classes {len(classes)}'
-    if empty:
-        message += f', or put images into {empty}'
+    message = f'the data has {len(classes)} classes ({_shown(classes)}), the model {num_classes}'
+    causes = [*likely_causes(list(classes)), *([f'no images are in {empty}'] if empty else [])]
+    if causes:
+        message += f': {"; ".join(causes)}'
+    else:
+        message += ': compare these names with those you expect; without --num-classes, train.py reads their number'
     if given or len(classes) > num_classes or isinstance(dataset, MultiLabelDataset):
         raise ValueError(message)
     _logger.warning(message)
+
+
+def likely_causes(names: Sequence[str]) -> list[str]:
+    """Return what class names tell about mistakes in the data: hidden folders, stray quotes, separators, case."""
+    causes = []
+    hidden = [name for name in names if name.startswith('.') or name in HIDDEN]
+    if hidden:
+        causes.append(f'{_shown(hidden)} is no class but a hidden folder: remove it')
+    quoted = [name for name in names if '\n' in name or name.count('"') % 2]
+    if quoted:
+        causes.append(f'a stray quote in the file joins lines into the label {_shown(quoted[:1])}')
+    for separator in SEPARATORS:
+        parts = {name: [part.strip(' \'"[]') for part in name.split(separator)] for name in names if separator in name}
+        joined = [name for name, split in parts.items() if len(split) > 1 and set(split) & ({*names} - {name})]
+        if joined:
+            causes.append(f'{_shown(joined[:1])} looks like several labels with {separator!r} between: separate by ;')
+    if groups := alike(names):
+        causes.append(f'names differ only in case or leading zeros: {_shown(groups[0])}')
+    return causes
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = [repr(name if len(name) <= 40 else f'{name[:40]}...') for name in names]
+    return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
 
 
 def check_same_classes(train: Any, validation: Any) -> None:

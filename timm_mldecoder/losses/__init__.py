@@ -1,8 +1,8 @@
 """Multi-label losses: asymmetric (ASL), class-aware selective (CSL), angular margin (AAM), binary cross-entropy.
 
 They share one convention for targets [B, C]: values in [0, 1], soft ones included, and below 0 for unannotated labels.
-An unannotated label adds nothing to the loss, except in CSL. Do not mix targets (Mixup, CutMix) with labels below 0:
-the mixture would look like a soft annotation.
+An unannotated label adds nothing to the loss, except in CSL, and does not count in its mean. Do not mix targets (Mixup,
+CutMix) with labels below 0: the mixture would look like a soft annotation.
 
 All compute in float32 at least, also under autocast, and from logits: timm's `AsymmetricLossMultiLabel`, which
 otherwise agrees, clamps probabilities at 1e-8, so that a positive below logit -18 has no gradient and never recovers.

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-REDUCTIONS = {
-    'sum': lambda loss: loss.sum(),  # as published for ASL, CSL and AAM: grows with batch and classes
-    'batchmean': lambda loss: loss.sum() / loss.shape[0],
-    'mean': lambda loss: loss.mean(),
-    'none': lambda loss: loss,
+REDUCTIONS = {  # of the loss [B, C] of each entry, and which entries count
+    'sum': lambda loss, counts: loss.sum(),  # as published for ASL, CSL and AAM: grows with batch and classes
+    'batchmean': lambda loss, counts: loss.sum() / loss.shape[0],
+    'mean': lambda loss, counts: loss.sum() / counts.sum().clamp(min=1),  # labels to ignore do not count
+    'none': lambda loss, counts: loss,
 }
 
 
@@ -35,6 +35,10 @@ class MultiLabelLoss(nn.Module):
         Raises:
             ValueError: If the shapes differ or are not [B, C].
         """
+        return REDUCTIONS[self.reduction](*self.entries(logits, target))
+
+    def entries(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each entry, [B, C], 0 where it is left out, and which are not, bool [B, C]."""
         if logits.dim() != 2 or logits.shape != target.shape:
             raise ValueError(
                 f'logits and targets need one shape [B, C], got {list(logits.shape)} and {list(target.shape)}'
@@ -44,7 +48,8 @@ class MultiLabelLoss(nn.Module):
         unannotated = target < 0
         smooth = target * (1 - self.smoothing) + 0.5 * self.smoothing
         loss = self.elementwise(logits, smooth.masked_fill(unannotated, 0), unannotated)
-        return REDUCTIONS[self.reduction](loss.masked_fill(self.left_out(logits.detach(), unannotated), 0))
+        left_out = self.left_out(logits.detach(), unannotated)
+        return loss.masked_fill(left_out, 0), ~left_out
 
     def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:
         """Return the loss of each entry, [B, C]; targets are in [0, 1], and 0 where `unannotated`."""

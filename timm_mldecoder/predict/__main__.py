@@ -27,6 +27,7 @@ from timm_mldecoder.evaluation.evaluate import autocast_context
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.loader import Placement
+from timm_mldecoder.loading.ranks import check_rank_names
 from timm_mldecoder.modeling.classes import set_classes
 from timm_mldecoder.modeling.load import fuse_model, load_trained
 from timm_mldecoder.predict.parts import Parts, fingerprint
@@ -58,6 +59,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         source = dataset_source(dataset, arguments.images)
     else:
         source = open_source(arguments.images, exclude=outputs)
+    check_rank_names(world, source.names, predictor.class_names)
     transform = create_transform(**{**predictor.data_config, 'is_training': False})
     dataset = SourceDataset(source, transform, predictor.image_mode)
     amp_dtype = arguments.amp_dtype if arguments.amp else None

@@ -27,6 +27,7 @@ from timm_mldecoder.loading.datasets import (
     log_summary,
     read_classes,
 )
+from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, training_words
 from timm_mldecoder.modeling.errors import refuse
 from timm_mldecoder.modeling.load import create_train_model, load_trained
@@ -46,7 +47,10 @@ _logger = logging.getLogger(__name__)
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
 _OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
 # Options that choose images and targets: a cache is for one value of each.
-_OF_DATA = ('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'score_classes')
+_OF_DATA = (
+    *('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'coco_unannotated'),
+    'score_classes',
+)
 _PATHS_OF_DATA = ('data_dir', 'class_map', 'class_split')
 
 
@@ -73,9 +77,9 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
-    splits = _create_splits(options)
+    splits = _create_splits(options, world)
     names = class_names_of(splits['train'])
-    num_classes = len(names) if names else train.num_classes
+    num_classes = train.num_classes or len(names or ())
     if not num_classes:
         raise ValueError('the dataset does not report its classes: pass --num-classes')
     check_classes(splits['train'], num_classes, given=True)
@@ -164,12 +168,13 @@ def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
         return remove_head(model), options.replace(model_kwargs=kept), stored
 
 
-def _create_splits(options: ProbeOptions) -> dict[str, Dataset]:
+def _create_splits(options: ProbeOptions, world: World) -> dict[str, Dataset]:
     train = options.train
     splits = {'train': create_split(train, train.train_split, training=True, missing=train.missing_images)}
     splits['validation'] = create_split(train, train.val_split)
     if options.test_split:
         splits['test'] = create_split(train, options.test_split)
+    check_ranks(world, splits)
     for role, dataset in splits.items():
         if isinstance(dataset, IterableDataset):
             raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')

@@ -38,8 +38,10 @@ from timm_mldecoder.loading.datasets import (
     create_split,
     log_summary,
     read_classes,
+    with_classes,
 )
 from timm_mldecoder.loading.naflex import patch_format
+from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
@@ -71,7 +73,8 @@ def build_run(options: Options, world: World) -> Run:
     options = options.replace(lr=learning_rate(options, world))
 
     # data, then the model: random draws begin with the model's initialization, as in timm's script
-    train, validation = _create_splits(options)
+    train, validation = _create_splits(options, world)
+    options = with_classes(options, train)
     model_config = _model_config(given)
     divided = is_sharded(options, world)
     random_seed(options.seed, 0 if divided else world.rank)
@@ -220,7 +223,7 @@ def _create_model(options: Options, train: Dataset, config: dict[str, Any] | Non
         return create_train_model(options.replace(model=name, pretrained=False), train, check=check)
 
 
-def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
+def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | None]:
     train = create_split(
         options,
         options.train_split,
@@ -231,9 +234,11 @@ def _create_splits(options: Options) -> tuple[Dataset, Dataset | None]:
     )
     log_summary(options.train_split, train)
     if not options.val_split:
+        check_ranks(world, {options.train_split: train})
         return train, None
     validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
     log_summary(options.val_split, validation)
+    check_ranks(world, {options.train_split: train, options.val_split: validation})
     if not options.class_split:
         check_same_classes(train, validation)
     if shared := overlap(train, validation):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.loss import create_classification_loss
-from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.loss.class_weights import CLASS_WEIGHT_METHODS, load_class_stats, resolve_class_weights
 from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -164,17 +164,35 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
 
 
 def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
+    flag = f'--loss-{kind.replace("_", "-")} {value}'
+    settings = dict(
+        kind=kind, power=options.loss_weight_power, beta=options.loss_weight_beta, max_weight=options.loss_weight_max
+    )
     try:
-        weights = resolve_class_weights(
-            value,
-            kind=kind,
-            class_stats=stats,
-            power=options.loss_weight_power,
-            beta=options.loss_weight_beta,
-            max_weight=options.loss_weight_max,
-        )
+        if stats is not None and value and value.strip() in CLASS_WEIGHT_METHODS:
+            weights = _weights_of_counts(flag, value, *stats, settings)
+        else:
+            weights = resolve_class_weights(value, class_stats=stats, **settings)
         if isinstance(weights, Tensor) and weights.ndim and options.num_classes not in (None, len(weights)):
             raise ValueError(f'{len(weights)} values, and {options.num_classes} classes')
         return weights
     except ValueError as error:
-        raise ValueError(f'--loss-{kind.replace("_", "-")} {value}: {error}') from error
+        raise ValueError(f'{flag}: {error}') from error
+
+
+def _weights_of_counts(flag: str, method: str, counts: Tensor, images: int, settings: dict[str, Any]) -> Tensor:
+    """Compute weights from positives per class; classes that a method has no weight for get 1, and a warning.
+
+    These are the classes that every image shows, for the weight of positives (it would be 0), and those that no image
+    shows, for the weight of a class (it would decide the mean of all).
+    """
+    of_positives = settings['kind'] == 'pos_weight'
+    without = counts >= images if of_positives else counts == 0
+    weights = torch.full((len(counts),), min(1.0, settings['max_weight'] or 1.0))
+    if not without.all():
+        weights[~without] = resolve_class_weights(method, class_stats=(counts[~without], images), **settings)
+    if without.any():
+        shown = ', '.join(map(str, without.nonzero()[:5, 0].tolist())) + (', ...' if without.sum() > 5 else '')
+        shows = 'every image shows' if of_positives else 'no image shows'
+        _logger.warning(f'{flag}: weight 1 for {int(without.sum())} classes that {shows} (numbers {shown})')
+    return weights

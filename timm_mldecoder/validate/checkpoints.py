@@ -7,10 +7,10 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.utils import natural_key
 from timm.utils.decay_batch import decay_batch_step
 
 from timm_mldecoder.checkpoint.files import SUFFIX
+from timm_mldecoder.data.class_order import sort_key
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.runtime.errors import RunFailed
@@ -68,7 +68,7 @@ def list_candidates(options: Options) -> list[tuple[str, str]]:
         files = [str(path) for suffix in (SUFFIX, '.pth', '.safetensors') for path in folder.glob(f'*{suffix}')]
         if not files:
             raise ValueError(f'--checkpoint {folder}: the folder has no checkpoint')
-        return [(options.model, file) for file in sorted(files, key=natural_key)]
+        return [(options.model, file) for file in sorted(files, key=sort_key)]
     if ':' in options.model or timm.is_model(options.model):
         return [(options.model, options.checkpoint)]
     if options.model == 'all':

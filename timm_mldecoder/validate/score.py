@@ -26,6 +26,7 @@ from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.loading.naflex import patch_format
+from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, set_classes, thresholds_for
 from timm_mldecoder.modeling.load import count_parameters, fuse_model, load_model, script
 from timm_mldecoder.runtime.log import EvalLog
@@ -45,6 +46,7 @@ def score_model(options: Options, world: World) -> Result:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
     dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
+    check_ranks(world, {options.split: dataset})
     names = class_names_of(dataset)
     set_classes(model, names, options.word_embeddings)
     if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):

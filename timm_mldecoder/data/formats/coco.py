@@ -3,20 +3,24 @@
     ROOT/annotations/instances_{train,val}{2014,2017}.json
     ROOT/{train,val}{2014,2017}/*.jpg
 
-The classes are the categories in the order of the annotation file (80, without the unused ids). As in the published
-results, the images are those with at least one annotation (82,081 for training and 40,137 for validation in 2014), and
-objects of every size, also crowds, count.
+The classes are the names of the categories in the order of the annotation file (80, without the unused ids). Objects of
+every size, also crowds, count. Images without annotations show none of the classes; the published results leave them
+out (82,081 images for training and 40,137 for validation in 2014), as `unannotated='drop'` does.
 """
 
 import json
+import logging
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
 
+_logger = logging.getLogger(__name__)
+
+UNANNOTATED = ('keep', 'drop')
 SPLITS = {'train': 'train', 'validation': 'val'}
 
 
-def read_coco(root: Path, split: str, year: int, instances: bool = False) -> Annotations:
+def read_coco(root: Path, split: str, year: int, instances: bool = False, unannotated: str = 'keep') -> Annotations:
     """Read one split of COCO.
 
     Args:
@@ -24,11 +28,14 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False) -> Ann
         split: One of `SPLITS`.
         year: 2014 or 2017.
         instances: Keep the number of objects per image and class.
+        unannotated: What to do with images without annotations: 'keep' them as negatives of every class, or 'drop'.
 
     Raises:
-        ValueError: If the split is unknown, its file is missing or damaged, or an annotation refers to an image or a
-            category that is not in the file.
+        ValueError: If `unannotated` or the split is unknown, its file is missing or damaged, or an annotation refers to
+            an image or a category that is not in the file.
     """
+    if unannotated not in UNANNOTATED:
+        raise ValueError(f'unannotated must be one of {UNANNOTATED}, got {unannotated!r}')
     if split not in SPLITS:
         raise ValueError(f'COCO has no split {split!r} with labels, choose one of {sorted(SPLITS)}')
     folder = f'{SPLITS[split]}{year}'
@@ -43,17 +50,34 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False) -> Ann
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
 
-    label_index = {category: index for index, category in enumerate(categories)}
+    class_names = list(dict.fromkeys(categories.values()))
+    _log_merged(categories, path)
+    class_index = {name: index for index, name in enumerate(class_names)}
+    label_index = {category: class_index[name] for category, name in categories.items()}
     for annotation, image, category in objects:
         if image not in files or category not in label_index:
             raise ValueError(f'{path}, annotation {annotation}: unknown image {image} or category {category}')
     annotated = {image for _, image, _ in objects}
-    image_index = {image: index for index, image in enumerate(image for image in files if image in annotated)}
+    if len(annotated) < len(files):
+        done = 'left out' if unannotated == 'drop' else 'kept, as negatives of every class'
+        _logger.info(f'{path}: {len(files) - len(annotated):,} of {len(files):,} images have no annotation: {done}')
+    kept = [image for image in files if unannotated == 'keep' or image in annotated]
+    image_index = {image: index for index, image in enumerate(kept)}
     return Annotations(
-        list(categories.values()),
+        class_names,
         [f'{folder}/{files[image]}' for image in image_index],
         image=[image_index[image] for _, image, _ in objects],
         label=[label_index[category] for _, _, category in objects],
         value=[POSITIVE] * len(objects),
         instances=[1] * len(objects) if instances else None,
     )
+
+
+def _log_merged(categories: dict[int, str], path: Path) -> None:
+    """Log the names that several categories share; these are one class."""
+    ids: dict[str, list[int]] = {}
+    for category, name in categories.items():
+        ids.setdefault(name, []).append(category)
+    for name, shared in ids.items():
+        if len(shared) > 1:
+            _logger.info(f'{path}: categories {", ".join(map(str, shared))} have the name {name!r}: they are one class')
