@@ -162,7 +162,7 @@ class Shown:
         return attention_overlay(pixels, maps[0].float().cpu(), SIDE)
 
     def _images(self, image: Image.Image) -> Tensor:
-        return self._transform(image.convert(self.predictor.image_mode))[None].to(self._device)
+        return self._transform(self.predictor.reading.convert(image, self.predictor.image_mode))[None].to(self._device)
 
     def rows(self, found: Scores | None, threshold: float) -> str:
         """Return the list of labels as HTML: those of at least `threshold`, the likeliest first."""

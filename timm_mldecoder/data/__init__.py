@@ -7,6 +7,7 @@ import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
 from timm_mldecoder.data.formats import torchvision_sets
+from timm_mldecoder.data.formats.class_folders import create_folder_dataset
 from timm_mldecoder.data.formats.coco import read_coco
 from timm_mldecoder.data.formats.csv_list import read_csv
 from timm_mldecoder.data.formats.json_list import read_json
@@ -81,6 +82,8 @@ def create_dataset(
             raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
         if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
             raise ValueError(f'dataset {name!r} lacks a name after the slash')
+        if not slash and root is not None:
+            return create_folder_dataset(root, split, **kwargs)
         dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)

@@ -47,6 +47,11 @@ DATASET: Group = ('Dataset', [
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
+    both('--background', str, 'white', 'colour under transparent pixels, such as white or #808080', metavar='COLOUR',
+         inherited=True),
+    both('--image-range', float, None, 'values that become black and white in images of 16 bits, 32 bits or floats '
+         '(default: 0 65535 for 16 bits, 0 1 for floats)', nargs=2, inherited=True),
+    both('--exif-rotate', bool, False, 'turn images upright as their EXIF tag says', inherited=True),
     both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
     both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),
     both('--task', str, 'classification', 'classification: one class per image; multilabel: any number of classes',
