@@ -1,4 +1,4 @@
-"""Files as people have them: every reader follows one set of rules, of timm_mldecoder/data/images.py and docs/data.md."""
+"""Files as people have them: every reader follows one set of rules, which docs/data.md has."""
 
 import json
 import logging
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_mldecoder.data import class_to_index, create_dataset
+from timm_mldecoder.data import class_to_index, create_dataset, overlap, summarize
 from timm_mldecoder.data.images import Reading, find_images
+from timm_mldecoder.flags.parse import parse_train
+from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import strict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 
@@ -188,3 +190,118 @@ def test_unicode_forms_of_a_folder_are_one_class(tmp_path):
     write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     with pytest.raises(ValueError, match='one class by their name'):
         create_dataset('', str(tmp_path), 'train')
+
+
+ROWS = [('x/0.png', 'cat'), ('x/1.png', 'cat;dog'), ('x/2.png', ''), ('x/3.png', 'dog')]
+
+
+def write_table(root: Path, text: str, name: str = 'train.csv') -> None:
+    for number in range(4):
+        if not (root / f'x/{number}.png').exists():
+            write(root / f'x/{number}.png', Image.new('RGB', (8, 8)))
+    (root / name).write_bytes(text.encode())
+
+
+def rows(separator: str = ',', labels=lambda names: names) -> str:
+    return ''.join(f'{path}{separator}{labels(names)}\n' for path, names in ROWS)
+
+
+def labels_of(root: Path, split: str = 'train', **options: str) -> dict[str, set[str]]:
+    dataset = create_dataset('csv', str(root), split, **options)
+    return {
+        dataset.filename(index): {
+            name
+            for name, value in zip(dataset.class_names, dataset.annotations.target(index).tolist(), strict=True)
+            if value == 1
+        }
+        for index in range(len(dataset))
+    }
+
+
+EXPECTED = {path: set(filter(None, names.split(';'))) for path, names in ROWS}
+
+
+@pytest.mark.parametrize(
+    ('text', 'options'),
+    [
+        ('path;labels\n' + rows(';', lambda names: f'"{names}"'), {}),
+        ('path\tlabels\n' + rows('\t'), {}),
+        ('PATH, Labels \n' + rows(', '), {}),
+        ('sep=;\npath;labels\n' + rows(';', lambda names: f'"{names}"'), {}),
+        ('sep=,\r\npath,labels\r\n' + rows(), {}),
+        ('file,tags\n' + rows(), {'path_column': 'File', 'label_column': 'tags'}),
+        ('path,labels\n' + rows(',', lambda names: names.replace(';', ' | ')), {'label_separator': '|'}),
+        ('path,labels\n' + rows(',', lambda names: f'"{names.replace(";", ",")}"'), {'label_separator': ','}),
+        (
+            'path,labels\n' + rows(',', lambda names: f'"{names.split(";") if names else []}"'),
+            {'label_separator': 'list'},
+        ),
+        ('path,dog,cat\n' + rows(',', lambda names: f'{int("dog" in names)},{float("cat" in names)}'), {}),
+        ('path,labels\n' + rows(',', lambda names: names.replace('cat', 'c\u200bat\ufeff')), {}),
+        ('path,labels\n' + rows().replace('x/', './x//'), {}),
+    ],
+)
+def test_tables_as_people_write_them(text, options, tmp_path):
+    write_table(tmp_path, text)
+    assert labels_of(tmp_path, **options) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('path,labels\nx/0.png,"cat\n' + rows(), r'train\.csv, line 2: .*quote'),
+        ('path,labels\n' + rows() + '"x/0.png,cat\nx/1.png,dog\n', r'train\.csv, line 6: .*quote'),
+        ('path,labels\n', r'train\.csv: .*no image'),
+        ('path,labels\nx/0.png,c\0at\n', r"train\.csv, line 2: .*'\\x00'"),
+        ('path,labels\nx/0.png,"cat,dog"\nx/1.png,"dog,cat"\nx/2.png,cat\n', "--label-separator ','"),
+        ('path,labels\nx/0.png,cat|dog\nx/1.png,dog|cow\nx/2.png,cat|cow\n', r"--label-separator '\|'"),
+        ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
+        ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
+        ('file,names\n' + rows(), '--path-column'),
+    ],
+)
+def test_broken_tables_are_one_line(text, message, tmp_path):
+    write_table(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        labels_of(tmp_path)
+    assert '\n' not in str(error.value)
+    assert '--num-classes' not in str(error.value)
+
+
+def test_commas_within_class_names_are_kept(tmp_path):
+    write_table(tmp_path, 'path,labels\nx/0.png,"tench, Tinca tinca"\nx/1.png,"ray, manta"\n')
+    assert labels_of(tmp_path) == {'x/0.png': {'tench, Tinca tinca'}, 'x/1.png': {'ray, manta'}}
+
+
+@pytest.mark.parametrize('split', ['validation', 'val'])
+def test_val_csv_is_the_validation_split(split, tmp_path):
+    write_table(tmp_path, 'path,labels\n' + rows())
+    write_table(tmp_path, 'path,labels\nx/3.png,dog\n', 'val.csv')
+    assert labels_of(tmp_path, split) == {'x/3.png': {'dog'}}
+
+
+def test_leaks_are_found_in_any_spelling(tmp_path):
+    write_table(tmp_path, 'path,labels\n' + rows())
+    write_table(tmp_path, 'path,labels\n./x/1.png,cat\nx//2.png,dog\n', 'validation.csv')
+    splits = [create_dataset('csv', str(tmp_path), split) for split in ('train', 'validation')]
+    assert overlap(*splits) == ['x/1.png', 'x/2.png']
+    images = [[path, ['a']] for path in ('x/0.png', './x/0.png', 'x//0.png', 'x/1.png')]
+    (tmp_path / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': images}))
+    assert summarize(create_dataset('json', str(tmp_path), 'train')).duplicates == ['x/0.png']
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write(tmp_path / 'pictures' / 'train' / 'a' / 'x.png', Image.new('RGB', (8, 8)))
+    Path(tmp_path / 'run.yaml').write_text('data_dir: ~/pictures\nval_split: ""\n')
+    options = parse_train(['--config', str(tmp_path / 'run.yaml'), '--output=~/runs'])
+    assert options.data_dir == str(tmp_path / 'pictures')
+    assert options.output == str(tmp_path / 'runs')
+
+
+def test_flags_of_images_reach_the_dataset(tmp_path):
+    write(tmp_path / 'train' / 'a' / 'x.png', transparent('RGBA'))
+    flags = ['--background', 'black', '--image-range', '0', '100', '--exif-rotate']
+    dataset = create_split(parse_train([str(tmp_path), '--val-split', '', *flags]), 'train')
+    assert dataset.reading == Reading('black', (0, 100), True)
+    assert dataset[0][0].getpixel((7, 0)) == (0, 0, 0)

@@ -26,7 +26,7 @@ FORMATS = {
     'openimages': (read_open_images, set()),
     'nuswide': (read_nus_wide, set()),
     'json': (read_json, {'instances'}),
-    'csv': (read_csv, {'class_map'}),
+    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator'}),
 }
 # Datasets of timm: an image folder or tar file, and the prefixes of its other readers.
 TIMM_FOLDERS = ('', 'folder', 'imagefolder', 'image_folder', 'tar', 'imagetar', 'image_tar')

@@ -152,7 +152,7 @@ class Reading:
             lines.append(f'{name}: {shown}, of {looked_at} files looked at: scaled to 8 bits by {by}')
         if rotated and not self.exif_rotate:
             lines.append(
-                f'{name}: {rotated} of {looked_at} files looked at are rotated by their EXIF tag, which is not applied; '
+                f'{name}: {rotated} of {looked_at} files looked at have an EXIF rotation, which is not applied; '
                 '--exif-rotate turns them upright'
             )
         return lines

@@ -44,6 +44,11 @@ DATASET: Group = ('Dataset', [
     both('--class-map', str, '', 'file that lists the class names in the order of their indices', path='dataset file'),
     both('--voc-difficult', str, None, 'labels of Pascal-VOC that only difficult objects show; as VOC does (ignore) if '
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
+    both('--path-column', str, '', 'column of a CSV file that has the paths of images (default: path)',
+         needs=dataset('csv')),
+    both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv')),
+    both('--label-separator', str, '', 'what is between labels in a CSV file (default: ;), or list for lists such as '
+         '[1, 2]', metavar='TEXT', needs=dataset('csv')),
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),

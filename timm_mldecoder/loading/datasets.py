@@ -92,6 +92,8 @@ def create_split(
     )
     if load_bytes:
         settings['load_bytes'] = True
+    if kind == 'csv':
+        settings |= {name: options[name] for name in ('path_column', 'label_column', 'label_separator')}
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     try:

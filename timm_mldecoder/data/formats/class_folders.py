@@ -76,7 +76,7 @@ def create_folder_dataset(
     class_map: Any = '',
     load_bytes: bool = False,
     search_split: bool = True,
-    **kwargs,
+    **options: Any,
 ) -> ImageDataset:
     """timm's dataset of a folder of class folders or a tar file; see `timm.data.create_dataset`."""
     root = os.fspath(root)
@@ -85,7 +85,7 @@ def create_folder_dataset(
     is_tar = os.path.isfile(root) and root.lower().endswith('.tar')
     reader = (read_tar if is_tar else ClassFolders)(root, class_map or '')
     known = ('input_img_mode', 'transform', 'target_transform')
-    settings = {name: kwargs[name] for name in known if name in kwargs}
+    settings = {name: options[name] for name in known if name in options}
     return ImageDataset(root, reader=reader, load_bytes=load_bytes, **settings)
 
 

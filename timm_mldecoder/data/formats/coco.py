@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
+from timm_mldecoder.data.text_files import normalize_path
 
 SPLITS = {'train': 'train', 'validation': 'val'}
 
@@ -51,7 +52,7 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False) -> Ann
     image_index = {image: index for index, image in enumerate(image for image in files if image in annotated)}
     return Annotations(
         list(categories.values()),
-        [f'{folder}/{files[image]}' for image in image_index],
+        [normalize_path(f'{folder}/{files[image]}') for image in image_index],
         image=[image_index[image] for _, image, _ in objects],
         label=[label_index[category] for _, _, category in objects],
         value=[POSITIVE] * len(objects),
