@@ -55,7 +55,8 @@ def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
     """Class names of one CSV field."""
     if separator == LIST:
         try:
-            return [normalize_name(str(name)) for name in ast.literal_eval(field.strip() or '[]')]
+            names = [normalize_name(str(name)) for name in ast.literal_eval(field.strip() or '[]')]
+            return [name for name in names if name]
         except (ValueError, SyntaxError, TypeError) as error:
             raise ValueError(f'{field!r} is not a list; --label-separator names what is between labels') from error
     return [name for part in field.split(separator) if (name := normalize_name(part))]
