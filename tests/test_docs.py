@@ -62,10 +62,11 @@ def is_command(path: Path) -> bool:
 
 
 def module_of(path: Path) -> str:
-    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
 
 
 COMMANDS = [module_of(path) for path in sorted(ROOT.glob('timm_mldecoder/**/*.py')) if is_command(path)]
+COMMANDS = [name for name in COMMANDS if name not in ('timm_mldecoder.train', 'timm_mldecoder.validate')]  # the scripts
 
 
 @pytest.fixture(scope='module')

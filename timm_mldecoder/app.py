@@ -166,7 +166,7 @@ class Shown:
         return attention_overlay(pixels, maps[0].float().cpu(), SIDE)
 
     def _images(self, image: Image.Image) -> Tensor:
-        return self._transform(image.convert(self.predictor.image_mode))[None].to(self._device)
+        return self._transform(self.predictor.reading.convert(image, self.predictor.image_mode))[None].to(self._device)
 
     @property
     def tuned(self) -> bool:

@@ -8,6 +8,7 @@ import timm.data
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
 from timm_mldecoder.data.class_order import one_order, warn_about_alike
 from timm_mldecoder.data.formats import torchvision_sets
+from timm_mldecoder.data.formats.class_folders import create_folder_dataset
 from timm_mldecoder.data.formats.coco import read_coco
 from timm_mldecoder.data.formats.csv_list import read_csv
 from timm_mldecoder.data.formats.json_list import read_json
@@ -26,7 +27,7 @@ FORMATS = {
     'openimages': (read_open_images, set()),
     'nuswide': (read_nus_wide, set()),
     'json': (read_json, {'instances'}),
-    'csv': (read_csv, {'class_map'}),
+    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator'}),
 }
 # Datasets of timm: an image folder or tar file, and the prefixes of its other readers.
 TIMM_FOLDERS = ('', 'folder', 'imagefolder', 'image_folder', 'tar', 'imagetar', 'image_tar')
@@ -83,10 +84,13 @@ def create_dataset(
             raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
         if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
             raise ValueError(f'dataset {name!r} lacks a name after the slash')
+        if not slash and root is not None:
+            dataset = create_folder_dataset(root, split, **kwargs)
+            if not kwargs.get('class_map'):
+                warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
+            return dataset
         with one_order():
             dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
-        if not slash and not kwargs.get('class_map'):
-            warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)
         return dataset

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.data import annotation_cache
 from timm_mldecoder.data.annotation_cache import Table
+from timm_mldecoder.data.images import Reading
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
@@ -187,6 +188,7 @@ class MultiLabelDataset(Dataset):
 
     # number of classes, the first ones, that the model was trained on; None if it was trained on all
     num_seen: int | None = None
+    reading = Reading()  # how files become images
 
     def __init__(
         self,
@@ -221,8 +223,7 @@ class MultiLabelDataset(Dataset):
 
     def _load(self, path: str) -> Image.Image:
         try:
-            with Image.open(path) as file:
-                return file.convert(self.input_img_mode)
+            return self.reading.open(path, self.input_img_mode)
         except Exception as error:  # decoders raise many types of exceptions on damaged files
             raise OSError(f'cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
 

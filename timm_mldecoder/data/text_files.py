@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,29 @@ from pathlib import Path
 _logger = logging.getLogger(__name__)
 
 
+_INVISIBLE = dict.fromkeys(map(ord, '\u200b\u2060\ufeff'))  # zero-width characters that no script needs
+_CONTROL = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
+
+
 def normalize_name(name: str) -> str:
-    """A class name without surrounding blanks, in NFC, so that both ways to encode an accent are one class."""
-    return unicodedata.normalize('NFC', name.strip())
+    """A class name without surrounding blanks and zero-width characters, in NFC: both ways to encode an accent."""
+    name = name if name.isascii() else unicodedata.normalize('NFC', name.translate(_INVISIBLE))
+    return name.strip()
+
+
+def normalize_path(path: str) -> str:
+    """A path without the parts that mean nothing, as in `./a` and `a//b`, so that a file has one spelling."""
+    if '//' not in path and './' not in path and '/.' not in path:
+        return path
+    return '/' * path.startswith('/') + '/'.join(part for part in path.split('/') if part not in ('', '.'))
+
+
+def check_field(text: str, where: str) -> None:
+    """Raise ValueError if a path or label has a line break, as after a stray quote, or another control character."""
+    if found := _CONTROL.search(text):
+        if found[0] in '\r\n':
+            raise ValueError(f'{where}: a line break within a field ({text[:40]!r}): a quote is not closed')
+        raise ValueError(f'{where}: the control character {found[0]!r} in {text[:40]!r}')
 
 
 def read_text(path: Path) -> str:
@@ -27,22 +48,24 @@ def read_text(path: Path) -> str:
         raise _not_utf8(path) from None
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every row of a CSV file; blank lines are left out.
+def read_rows(path: Path, delimiter: str = ',', skip: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Number of the first line and fields of every row of a CSV file; blank lines and the first `skip` are left out.
 
     Raises:
         ValueError: If the file is not UTF-8 or not CSV (naming file and line).
     """
     with path.open(newline='', encoding='utf-8-sig') as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, delimiter=delimiter)
+        line = 1
         try:
             for row in reader:
-                if row:
-                    yield reader.line_num, row
+                if row and line > skip:
+                    yield line, row
+                line = reader.line_num + 1
         except UnicodeDecodeError:
             raise _not_utf8(path) from None
         except csv.Error as error:
-            raise ValueError(f'{path}, line {reader.line_num}: {error}') from error
+            raise ValueError(f'{path}, line {line}: {error}') from error
 
 
 def read_names(path: Path) -> list[str]:

@@ -46,9 +46,19 @@ DATASET: Group = ('Dataset', [
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
     both('--coco-unannotated', str, 'keep', 'COCO images without annotations: keep them, as negatives of every class, '
          'or drop them, as published results do', choices=('keep', 'drop'), needs=dataset('coco'), inherited=True),
+    both('--path-column', str, '', 'column of a CSV file that has the paths of images (default: path)',
+         needs=dataset('csv')),
+    both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv')),
+    both('--label-separator', str, '', 'what is between labels in a CSV file (default: ;), or list for lists such as '
+         '[1, 2]', metavar='TEXT', needs=dataset('csv')),
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
+    both('--background', str, 'white', 'colour under transparent pixels, such as white or #808080', metavar='COLOUR',
+         inherited=True),
+    both('--image-range', float, None, 'values that become black and white in images of 16 bits, 32 bits or floats '
+         '(default: 0 65535 for 16 bits, 0 1 for floats)', nargs=2, inherited=True),
+    both('--exif-rotate', bool, False, 'turn images upright as their EXIF tag says', inherited=True),
     both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
     both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),
     both('--task', str, 'classification', 'classification: one class per image; multilabel: any number of classes',

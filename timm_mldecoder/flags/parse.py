@@ -1,6 +1,7 @@
 """From a command line and a YAML file, or from values, to the checked options of a script."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -129,6 +130,7 @@ def _from_values(script: str, /, **values: Any) -> Options:
 
 
 def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
+    given = {name: _expand(value) for name, value in given.items()}
     values = {name: row.default for name, row in rows.items()} | given
     if values['data'] and values['data_dir'] and values['data'] != values['data_dir']:
         raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
@@ -155,6 +157,11 @@ def _name_recipes(options: Options) -> None:
             f"training with timm's defaults for ImageNet, {options.epochs} epochs of {options.opt}: "
             f'for your own images pass --config finetune/{recipe}, or --opt, --lr and --epochs'
         )
+
+
+def _expand(value: Any) -> Any:
+    """A path with the home folder for `~`, which shells leave alone in `--output=~/x` and YAML files."""
+    return os.path.expanduser(value) if isinstance(value, str) and (value == '~' or value.startswith('~/')) else value
 
 
 def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:

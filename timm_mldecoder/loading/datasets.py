@@ -19,6 +19,7 @@ from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, crea
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
@@ -82,6 +83,7 @@ def create_split(
     kind = dataset_kind(options.dataset)
     _check_folder(options.dataset, options.data_dir, split)
     _check_image_mode(options.dataset, mode, image_channels(options))
+    reading = Reading.of(options)
     multilabel = options.task == 'multilabel'
     settings = dict(
         **{name: options[name] for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
@@ -94,6 +96,8 @@ def create_split(
     )
     if load_bytes:
         settings['load_bytes'] = True
+    if kind == 'csv':
+        settings |= {name: options[name] for name in ('path_column', 'label_column', 'label_separator')}
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     if kind.startswith('coco'):
@@ -107,6 +111,8 @@ def create_split(
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
+    if hasattr(dataset, 'reading'):
+        dataset.reading = reading
     if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
         found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
         there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
@@ -150,6 +156,9 @@ def log_summary(name: str, dataset: Dataset) -> None:
     """Log what is to be known of a split before it is trained on."""
     for line in summarize(dataset).log_lines(name):
         _logger.info(line)
+    if hasattr(dataset, 'reading'):
+        for line in dataset.reading.describe(name, dataset):
+            _logger.warning(line)
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:

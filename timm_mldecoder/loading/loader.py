@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from PIL import Image
 from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
@@ -25,6 +24,7 @@ from timm.data.naflex_loader import NaFlexPrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.loading.naflex import NaFlexBatches, PatchBatch
 from timm_mldecoder.loading.randomness import (
     BATCH,
@@ -59,6 +59,8 @@ class BadImage(NamedTuple):
 class StrictImageDataset(ImageDataset):
     """timm's dataset of image files, in which an unreadable one is an OSError rather than the next image."""
 
+    reading = Reading()  # how files become images
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         try:
             file, target = self.reader[index][:2]
@@ -77,8 +79,7 @@ class StrictImageDataset(ImageDataset):
     def _decode(self, file: IO[bytes]) -> Any:
         if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
             return self.transform(file.read())
-        image = Image.open(file)
-        return image.convert(self.input_img_mode or image.mode)
+        return self.reading.open(file, self.input_img_mode)
 
 
 def strict(dataset: Dataset) -> Dataset:

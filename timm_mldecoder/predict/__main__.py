@@ -61,13 +61,13 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         source = open_source(arguments.images, exclude=outputs)
     check_rank_names(world, source.names, predictor.class_names)
     transform = create_transform(**{**predictor.data_config, 'is_training': False})
-    dataset = SourceDataset(source, transform, predictor.image_mode)
+    dataset = SourceDataset(source, transform, predictor.image_mode, predictor.reading)
     amp_dtype = arguments.amp_dtype if arguments.amp else None
     weights = predictor.model.state_dict().values()
     setup = dict(
         weights=fingerprint(tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in weights),
         source=fingerprint([source.names]),
-        preprocessing=[predictor.data_config, predictor.image_mode],
+        preprocessing=[predictor.data_config, predictor.image_mode, str(predictor.reading)],
         classes=predictor.class_names,
         thresholds=None if predictor.thresholds is None else predictor.thresholds.tolist(),
         top_k=arguments.top_k,

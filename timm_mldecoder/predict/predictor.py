@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.precision import float32_logits
 from timm_mldecoder.head import MLDecoder
@@ -54,6 +55,7 @@ class Predictor:
         self.model = trained.model
         self.data_config = trained.data_config
         self.image_mode = trained.image_mode
+        self.reading = Reading.of(trained.options)
         self.class_names = [str(name) for name in class_names or trained.class_names or range(self.model.num_classes)]
         self.thresholds: Tensor | None = None
         if (task or trained.task) == 'multilabel':

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2', '.avif')
+from timm_mldecoder.data.images import Reading, find_images, is_image
 
 
 class Files:
@@ -35,7 +35,7 @@ class Shards:
         for number, path in enumerate(paths):
             try:
                 with tarfile.open(path, 'r:') as tar:
-                    members = [member for member in tar if member.isfile() and _is_image(member.name)]
+                    members = [member for member in tar if member.isfile() and is_image(member.name)]
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f'{path} is not an uncompressed tar file: {error}') from error
             entries += [(number, member.offset_data, member.size, f'{path.name}/{member.name}') for member in members]
@@ -60,6 +60,7 @@ class SourceDataset(Dataset):
     source: Source
     transform: Callable
     mode: str = 'RGB'
+    reading: Reading = Reading()
 
     def __len__(self) -> int:
         return len(self.source.names)
@@ -70,8 +71,8 @@ class SourceDataset(Dataset):
     def read(self, index: int) -> Image.Image:
         """Read an image in the mode of the model; an OSError if it cannot be read."""
         try:
-            with self.source.open(index) as file, Image.open(file) as image:
-                return image.convert(self.mode)
+            with self.source.open(index) as file:
+                return self.reading.open(file, self.mode)
         except Exception as error:  # damaged bytes make PIL's decoders raise anything
             raise OSError(str(error)) from error
 
@@ -100,11 +101,11 @@ def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
         source = Shards([path]) if path.suffix.lower() == '.tar' else Files(path.parent, [path.name])
     elif path.is_dir():
         shards = sorted(path.glob('*.tar'))
-        source = Shards(shards) if shards else Files(path, _find_images(path, exclude))
+        source = Shards(shards) if shards else Files(path, find_images(path, exclude))
     else:
         raise ValueError(f'{path}: no such file or folder')
     if not len(source.names):
-        raise ValueError(f'{path}: no images found ({", ".join(SUFFIXES)})')
+        raise ValueError(f'{path}: no images found (.png, .jpg, .webp, .tif and what else Pillow reads)')
     return source
 
 
@@ -113,20 +114,6 @@ def dataset_source(dataset: Any, root: Path) -> Source:
     if not hasattr(dataset, 'filenames'):
         raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
     return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not any(part.startswith('.') for part in name.split('/') if part != '.')
-
-
-def _find_images(root: Path, exclude: Sequence[Path]) -> list[str]:
-    left_out = {folder.resolve() for folder in exclude}
-    names = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        folders[:] = [name for name in folders if name[0] != '.' and (here / name).resolve() not in left_out]
-        names += [(here / name).relative_to(root).as_posix() for name in files if _is_image(name)]
-    return sorted(names)
 
 
 def _read_csv(path: Path) -> list[str]:

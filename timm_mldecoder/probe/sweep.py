@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
 from timm_mldecoder.flags import Options
@@ -45,7 +46,16 @@ from timm_mldecoder.train.loss import create_train_loss
 _logger = logging.getLogger(__name__)
 
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
-_OF_BACKBONE = ('model', 'model_kwargs', 'in_chans', 'input_img_mode', 'channels_last')
+_OF_BACKBONE = (
+    'model',
+    'model_kwargs',
+    'in_chans',
+    'input_img_mode',
+    'channels_last',
+    'background',
+    'image_range',
+    'exif_rotate',
+)
 # Options that choose images and targets: a cache is for one value of each.
 _OF_DATA = (
     *('dataset', 'input_key', 'target_key', 'target_format', 'task', 'voc_difficult', 'coco_unannotated'),
@@ -225,6 +235,7 @@ def _create_sources(
             'split': names[role],
             '--input-img-mode': image_mode(train),
             '--num-classes': num_classes,
+            '--background': str(Reading.of(train)),
         }
         caches[role] = FeatureCache(
             Path(options.cache) / role,

@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
+from timm_mldecoder.data.text_files import normalize_path
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False, unanno
     image_index = {image: index for index, image in enumerate(kept)}
     return Annotations(
         class_names,
-        [f'{folder}/{files[image]}' for image in image_index],
+        [normalize_path(f'{folder}/{files[image]}') for image in image_index],
         image=[image_index[image] for _, image, _ in objects],
         label=[label_index[category] for _, _, category in objects],
         value=[POSITIVE] * len(objects),

@@ -3,68 +3,178 @@
     ROOT/train.csv, ROOT/validation.csv     with a header: path, labels and optionally ignored
     ROOT/classes.txt                        optional: one class name per line, in the order of the model's outputs
 
-`path` is relative to ROOT. `labels` are the classes in the image and `ignored` the classes that were not annotated,
+`path` is relative to ROOT. Columns may also be named by options, separated by semicolons or tabs, or be one column of 0
+and 1 per class. `labels` are the classes in the image and `ignored` the classes that were not annotated,
 both separated by semicolons and both possibly empty; every other class is absent. An image may have several rows, for
 instance one per label; their labels are merged. Without `classes.txt` (or `--class-map`) the classes are the sorted
 labels of `train.csv`. Class names are compared in Unicode form NFC.
 """
 
+import ast
 import csv
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from timm_mldecoder.data.annotations import IGNORED, POSITIVE, Annotations
-from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows, warn_about_case
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
+from timm_mldecoder.data.text_files import (
+    check_field,
+    normalize_name,
+    normalize_path,
+    read_names,
+    read_rows,
+    warn_about_case,
+)
 
 _logger = logging.getLogger(__name__)
 
 SEPARATOR = ';'
-COLUMNS = {'labels': POSITIVE, 'ignored': IGNORED}
+LIST = 'list'  # in place of a separator
+DELIMITERS = (',', ';', '\t')
+ONE_HOT = {'0': NEGATIVE, '0.0': NEGATIVE, '1': POSITIVE, '1.0': POSITIVE, '-1': IGNORED, '-1.0': IGNORED}
 
 
-def split_labels(field: str) -> list[str]:
+@dataclass(frozen=True)
+class Table:
+    """How the rows of a file are read: columns by number, and the lines before the header."""
+
+    delimiter: str
+    skip: int
+    header: list[str]
+    path: int
+    columns: dict[int, int]  # number of a column of names: POSITIVE or IGNORED
+    one_hot: dict[int, str]  # number of a column of 0, 1 and -1 (ignored): name of its class
+
+
+def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
     """Class names of one CSV field."""
-    return [normalize_name(name) for name in field.split(SEPARATOR) if name.strip()]
+    if separator == LIST:
+        try:
+            names = [normalize_name(str(name)) for name in ast.literal_eval(field.strip() or '[]')]
+            return [name for name in names if name]
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(f'{field!r} is not a list; --label-separator names what is between labels') from error
+    return [name for part in field.split(separator) if (name := normalize_name(part))]
 
 
-def read_images(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def _open_table(path: Path, path_column: str, label_column: str) -> Table:
+    """Find delimiter and columns by the header, where names count without case and blanks."""
+    rows = read_rows(path)
+    _, best = next(rows, (1, []))
+    skip, delimiters = 0, DELIMITERS
+    if best and best[0].strip().lower().startswith('sep='):  # written by Excel
+        skip, delimiters = 1, [','.join(best).strip()[4:5] or '\t']
+    paths, labels = (
+        (name or default).strip().lower() for name, default in ((path_column, 'path'), (label_column, 'labels'))
+    )
+    for delimiter in delimiters:
+        _, header = next(read_rows(path, delimiter, skip), (1, []))
+        names = [normalize_name(name).lower() for name in header]
+        if names.count(paths) != 1 or names.count(labels) > 1 or len(set(header)) < len(header):
+            continue
+        if delimiter != ',':
+            _logger.info(f'{path}: columns are separated by {delimiter!r}')
+        place = names.index(paths)
+        columns = {
+            names.index(name): value for name, value in ((labels, POSITIVE), ('ignored', IGNORED)) if name in names
+        }
+        one_hot = {}
+        if labels not in names and not label_column and len(names) > 2:
+            one_hot = {n: normalize_name(name) for n, name in enumerate(header) if n != place and n not in columns}
+        if labels in names or one_hot:
+            return Table(delimiter, skip, header, place, columns, one_hot)
+    raise ValueError(
+        f'{path}, line {skip + 1}: the header must hold {paths} and {labels}, each once, got {best}; --path-column and '
+        '--label-column name others'
+    )
+
+
+def read_images(
+    path: Path, path_column: str = '', label_column: str = '', label_separator: str = ''
+) -> dict[str, dict[str, tuple[int, int]]]:
     """Labels of each image of a file: image path to class name to (POSITIVE or IGNORED, line number).
 
+    Args:
+        path: The file.
+        path_column: Name of the column of paths, `path` if empty.
+        label_column: Name of the column of labels, `labels` if empty; without one, columns of 0 and 1 are classes.
+        label_separator: Between labels, `;` if empty; `list` for lists such as `['a', 'b']`.
+
     Raises:
-        ValueError: If the header lacks a column, a row has another number of fields or no path, or a label is both
-            given and ignored (naming file and line).
+        ValueError: If the header lacks a column, a row has another number of fields or no path, a label is both given
+            and ignored, a quote is not closed (naming file and line), or there is no row.
     """
-    rows = read_rows(path)
-    _, header = next(rows, (1, []))
-    if not {'path', 'labels'} <= set(header) or len(set(header)) < len(header):
-        raise ValueError(f'{path}, line 1: the header must hold path and labels, each once, got {header}')
+    table = _open_table(path, path_column, label_column)
+    separator = label_separator or SEPARATOR
     images: dict[str, dict[str, tuple[int, int]]] = {}
-    count = 0
+    rows = read_rows(path, table.delimiter, table.skip)
+    next(rows)
+    count, needed = 0, max(table.path, *(n for n, value in table.columns.items() if value == POSITIVE), *table.one_hot)
     for line, row in rows:
-        if len(row) > len(header):
+        where = f'{path}, line {line}'
+        for number in (table.path, *table.columns):
+            check_field(row[number] if number < len(row) else '', where)
+        if len(row) > len(table.header):
             raise ValueError(
-                f'{path}, line {line}: {len(row)} fields under a header of {len(header)}: {row}; separate labels by '
-                f'{SEPARATOR!r} and quote fields that contain commas'
+                f'{where}: {len(row)} fields under a header of {len(table.header)}: {row}; separate labels by '
+                f'{separator!r} and quote fields that contain {table.delimiter!r}'
             )
-        fields = dict(zip(header, row, strict=False))
-        if not fields.get('path') or 'labels' not in fields:
-            raise ValueError(f'{path}, line {line}: expected a path and labels, got {row}')
-        labels = images.setdefault(fields['path'], {})
-        for column, value in COLUMNS.items():
-            for name in split_labels(fields.get(column, '')):
-                if labels.setdefault(name, (value, line))[0] != value:
-                    raise ValueError(
-                        f'{path}, line {line}: label {name!r} of {fields["path"]} is both given and ignored (the other '
-                        f'is in line {labels[name][1]})'
-                    )
+        if len(row) <= needed or not row[table.path].strip():
+            raise ValueError(f'{where}: expected a path and labels, got {row}')
+        file = normalize_path(row[table.path].strip())
+        labels = images.setdefault(file, {})
+        for name, value in _labels(table, row, separator, where):
+            if labels.setdefault(name, (value, line))[0] != value:
+                raise ValueError(
+                    f'{where}: label {name!r} of {file} is both given and ignored (the other is in line '
+                    f'{labels[name][1]})'
+                )
         count += 1
+    if not count:
+        raise ValueError(f'{path}: a header and no rows, so no image')
     if count > len(images):
         _logger.info(f'{path}: merged {count} rows into {len(images)} images')
+    if not label_separator and not table.one_hot:
+        _offer_separator(path, {name for labels in images.values() for name in labels})
     return images
+
+
+def _labels(table: Table, row: list[str], separator: str, where: str) -> Iterator[tuple[str, int]]:
+    for number, value in table.columns.items():
+        try:
+            names = split_labels(row[number] if number < len(row) else '', separator)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from error
+        for name in names:
+            yield name, value
+    for number, name in table.one_hot.items():
+        value = ONE_HOT.get(row[number].strip())
+        if value is None:
+            raise ValueError(
+                f'{where}: expected 0, 1 or -1 (ignored) in the column {name!r}, got {row[number]!r}; a column of '
+                'names is called labels, or named by --label-column'
+            )
+        if value != NEGATIVE:
+            yield name, value
+
+
+def _offer_separator(path: Path, names: set[str]) -> None:
+    """Raise ValueError if labels look like combinations of few names, joined by something else than the separator."""
+    if names and all(name.startswith('[') and name.endswith(']') for name in names):
+        raise ValueError(f'{path}: labels such as {max(names, key=len)!r} look like lists: pass --label-separator list')
+    for separator in (',', '|'):
+        joined = [name for name in names if separator in name]
+        uses = Counter(part.strip() for name in names for part in name.split(separator))
+        if len(joined) > 1 and all(uses[part.strip()] > 1 for name in joined for part in name.split(separator)):
+            raise ValueError(
+                f'{path}: labels such as {min(joined)!r} look like several classes: pass --label-separator '
+                f"'{separator}', or '{SEPARATOR}' if each is one class"
+            )
 
 
 def write_csv(
@@ -84,25 +194,27 @@ def write_csv(
                 writer.writerow([path, SEPARATOR.join(labels)])
 
 
-def read_csv(root: Path, split: str, class_map: str | Path | None = None) -> Annotations:
-    """Read `ROOT/SPLIT.csv`.
+def read_csv(root: Path, split: str, class_map: str | Path | None = None, **columns: str) -> Annotations:
+    """Read `ROOT/SPLIT.csv`; `validation` is also read from `val.csv`. `columns` are arguments of `read_images`.
 
     Raises:
         ValueError: If the split is unknown, a row is malformed, or a label is not one of the classes (naming file, line
             and label).
     """
     path = root / f'{split}.csv'
+    if split == 'validation' and not path.is_file() and (root / 'val.csv').is_file():
+        path = root / 'val.csv'
     if not path.is_file():
         found = sorted(file.stem for file in root.glob('*.csv'))
         raise ValueError(f'{path} is missing, for split {split!r}; {root} holds the splits {found}')
-    images = read_images(path)
+    images = read_images(path, **columns)
 
     source = Path(class_map) if class_map else root / 'classes.txt'
     if class_map or source.is_file():
         class_names = read_names(source)
     else:
         source = root / 'train.csv'
-        train_images = images if source == path else read_images(source)
+        train_images = images if source == path else read_images(source, **columns)
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
-from timm_mldecoder.data.text_files import normalize_name, read_text, warn_about_case
+from timm_mldecoder.data.text_files import normalize_name, normalize_path, read_text, warn_about_case
 
 
 def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
@@ -60,7 +60,7 @@ def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
         unknown = [name for name in names if name not in class_index]
         if unknown:
             raise ValueError(f'{path}, images[{index}] ({file}): not in "classes": {unknown}')
-        paths.append(file)
+        paths.append(normalize_path(file))
         image += [index] * len(names)
         label += [class_index[name] for name in names]
     values = [POSITIVE] * len(label)

@@ -1,0 +1,307 @@
+"""Files as people have them: every reader follows one set of rules, which docs/data.md has."""
+
+import json
+import logging
+import os
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_mldecoder.data import class_to_index, create_dataset, overlap, summarize
+from timm_mldecoder.data.images import Reading, find_images
+from timm_mldecoder.flags.parse import parse_train
+from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.loading.loader import strict
+from timm_mldecoder.predict.sources import SourceDataset, open_source
+
+RAMP = np.linspace(0, 1, 32)[None].repeat(8, 0)
+GREY = (RAMP * 255).round()
+
+
+def write(path: Path, image: Image.Image | np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
+    return path
+
+
+def read_folder(path: Path, mode: str) -> Image.Image:
+    return strict(create_dataset('', str(path.parent.parent.parent), 'train', input_img_mode=mode))[0][0]
+
+
+def read_csv(path: Path, mode: str) -> Image.Image:
+    root = path.parent.parent.parent
+    (root / 'train.csv').write_text(f'path,labels\n{path.relative_to(root)},a\n')
+    return create_dataset('csv', str(root), 'train', input_img_mode=mode)[0][0]
+
+
+def read_json(path: Path, mode: str) -> Image.Image:
+    root = path.parent.parent.parent
+    (root / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': [[str(path.relative_to(root)), ['a']]]}))
+    return create_dataset('json', str(root), 'train', input_img_mode=mode)[0][0]
+
+
+def read_tar(path: Path, mode: str) -> Image.Image:
+    root = path.parent.parent.parent
+    with tarfile.open(root / 'all.tar', 'w') as tar:
+        tar.add(path, f'a/{path.name}')
+    return strict(create_dataset('', str(root / 'all.tar'), 'train', input_img_mode=mode))[0][0]
+
+
+def read_prediction(path: Path, mode: str) -> Image.Image:
+    return SourceDataset(open_source(path.parent), lambda image: image, mode)[0][0]
+
+
+READERS = [read_folder, read_csv, read_json, read_tar, read_prediction]
+
+
+@pytest.mark.parametrize('read', READERS)
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+@pytest.mark.parametrize(
+    ('name', 'pixels'),
+    [
+        ('deep.png', (RAMP * 65535).round().astype(np.uint16)),
+        ('deep.tiff', (RAMP * 65535).round().astype(np.uint16)),
+        ('wide.tif', (RAMP * 65535).round().astype(np.int32)),
+        ('narrow.tif', GREY.astype(np.int32)),
+        ('float.tif', RAMP.astype(np.float32)),
+    ],
+)
+def test_deep_images_are_scaled_by_their_range(read, mode, name, pixels, tmp_path):
+    image = read(write(tmp_path / 'train' / 'a' / name, pixels), mode)
+    assert image.mode == mode
+    values = np.asarray(image, dtype=float).reshape(*GREY.shape, -1)
+    assert np.abs(values - GREY[..., None]).max() <= 1
+
+
+def transparent(mode: str) -> Image.Image:
+    """A black left half, and a right half of nothing."""
+    image = Image.new('RGBA', (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    if mode == 'P':
+        image = image.quantize(4)
+    elif mode == 'tRNS':
+        image = Image.new('RGB', (8, 8), (1, 2, 3))
+        image.paste((0, 0, 0), (0, 0, 4, 8))
+        image.info['transparency'] = (1, 2, 3)
+    return image if mode in ('P', 'tRNS') else image.convert(mode)
+
+
+@pytest.mark.parametrize('read', READERS)
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'tRNS'])
+def test_transparent_pixels_are_white(read, mode, tmp_path):
+    image = np.asarray(read(write(tmp_path / 'train' / 'a' / 'x.png', transparent(mode)), 'RGB'))
+    assert (image[:, :4] == 0).all()
+    assert (image[:, 4:] == 255).all()
+
+
+def test_reading_of_flags(tmp_path):
+    path = write(tmp_path / 'x.tif', np.array([[-1000, 0, 1000]], dtype=np.int32))
+    assert np.asarray(Reading(image_range=(-1000, 1000)).open(path, 'L')).tolist() == [[0, 128, 255]]
+    with pytest.raises(ValueError, match=r'-1000 to 1000 .* --image-range'):
+        Reading().open(path, 'L')
+    image = Reading(background='#0000ff').convert(transparent('RGBA'), 'RGB')
+    assert image.getpixel((7, 0)) == (0, 0, 255)
+    assert Reading().convert(transparent('RGBA'), 'RGBA').getpixel((7, 0)) == (0, 0, 0, 0)
+    with pytest.raises(ValueError, match='--background nocolour'):
+        Reading(background='nocolour')
+
+
+@pytest.mark.parametrize('read', READERS)
+def test_first_frame_cmyk_and_palette(read, tmp_path):
+    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+    path = tmp_path / 'train' / 'a' / 'x.gif'
+    path.parent.mkdir(parents=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert read(path, 'RGB').getpixel((0, 0)) == (255, 0, 0)
+    path.unlink()
+    image = read(write(path.with_suffix('.jpg'), Image.new('CMYK', (8, 8), (0, 255, 255, 0))), 'RGB')
+    assert image.getpixel((0, 0))[0] > 200
+
+
+def write_rotated(path: Path) -> Path:
+    image, exif = Image.new('RGB', (8, 4)), Image.Exif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, exif=exif)
+    return path
+
+
+def test_exif_rotation_is_off_and_told(tmp_path):
+    path = write_rotated(tmp_path / 'train' / 'a' / 'x.jpg')
+    assert read_folder(path, 'RGB').size == (8, 4)
+    assert Reading(exif_rotate=True).open(path, 'RGB').size == (4, 8)
+    dataset = strict(create_dataset('', str(tmp_path), 'train'))
+    (line,) = Reading().describe('train', dataset)
+    assert '1 of 1' in line
+    assert '--exif-rotate' in line
+    assert not Reading(exif_rotate=True).describe('train', dataset)
+
+
+SUFFIXES = ['.png', '.JPG', '.jfif', '.webp', '.bmp', '.tif', '.gif', '.ppm', '.jp2', '.tga']
+CLUTTER = ['.ipynb_checkpoints/x.png', '__MACOSX/x.png', '@eaDir/x.png', '._x.png', 'Thumbs.db', '.hidden/y/x.png']
+
+
+def write_odd_folder(root: Path) -> None:
+    for name in 'ab':
+        for suffix in SUFFIXES:
+            write(root / name / f'x{suffix}', Image.new('RGB', (8, 8)))
+        for clutter in CLUTTER:
+            (root / name / clutter).parent.mkdir(parents=True, exist_ok=True)
+            (root / name / clutter).write_bytes(b'x')
+        (root / name / 'notes.txt').write_text('x')
+
+
+def test_one_rule_for_what_is_an_image(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_odd_folder(tmp_path / 'train')
+    expected = sorted(f'{name}/x{suffix}' for name in 'ab' for suffix in SUFFIXES)
+    assert find_images(tmp_path / 'train') == expected
+    assert '2 .txt' in caplog.text
+    dataset = create_dataset('', str(tmp_path), 'train')
+    assert class_to_index(dataset) == {'a': 0, 'b': 1}
+    assert sorted(dataset.filenames()) == expected
+    source = open_source(tmp_path / 'train')
+    assert sorted(map(os.fsdecode, source.names)) == expected
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(tmp_path / 'train', '')
+    packed = create_dataset('', str(tmp_path / 'all.tar'), 'train')
+    assert sorted(packed.filenames()) == expected
+    assert sorted(packed.reader.class_name_to_idx) == ['a', 'b']
+    assert len(open_source(tmp_path / 'all.tar').names) == len(expected)
+    assert strict(packed)[len(packed) - 1][1] == 1
+
+
+def test_one_leaf_name_in_two_places_is_an_error(tmp_path):
+    for folder in ('north/lake', 'south/lake', 'city'):
+        write(tmp_path / 'train' / folder / 'x.png', Image.new('RGB', (8, 8)))
+    with pytest.raises(ValueError, match=r'north/lake and south/lake .*lake'):
+        create_dataset('', str(tmp_path), 'train')
+
+
+def test_unicode_forms_of_a_folder_are_one_class(tmp_path):
+    for split, form in (('train', 'NFD'), ('validation', 'NFC')):
+        write(tmp_path / split / unicodedata.normalize(form, 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
+    classes = [class_to_index(create_dataset('', str(tmp_path), split)) for split in ('train', 'validation')]
+    assert classes[0] == classes[1] == {unicodedata.normalize('NFC', 'Müsli'): 0}
+    write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
+    with pytest.raises(ValueError, match='one class by their name'):
+        create_dataset('', str(tmp_path), 'train')
+
+
+ROWS = [('x/0.png', 'cat'), ('x/1.png', 'cat;dog'), ('x/2.png', ''), ('x/3.png', 'dog')]
+
+
+def write_table(root: Path, text: str, name: str = 'train.csv') -> None:
+    for number in range(4):
+        if not (root / f'x/{number}.png').exists():
+            write(root / f'x/{number}.png', Image.new('RGB', (8, 8)))
+    (root / name).write_bytes(text.encode())
+
+
+def rows(separator: str = ',', labels=lambda names: names) -> str:
+    return ''.join(f'{path}{separator}{labels(names)}\n' for path, names in ROWS)
+
+
+def labels_of(root: Path, split: str = 'train', **options: str) -> dict[str, set[str]]:
+    dataset = create_dataset('csv', str(root), split, **options)
+    return {
+        dataset.filename(index): {
+            name
+            for name, value in zip(dataset.class_names, dataset.annotations.target(index).tolist(), strict=True)
+            if value == 1
+        }
+        for index in range(len(dataset))
+    }
+
+
+EXPECTED = {path: set(filter(None, names.split(';'))) for path, names in ROWS}
+
+
+@pytest.mark.parametrize(
+    ('text', 'options'),
+    [
+        ('path;labels\n' + rows(';', lambda names: f'"{names}"'), {}),
+        ('path\tlabels\n' + rows('\t'), {}),
+        ('PATH, Labels \n' + rows(', '), {}),
+        ('sep=;\npath;labels\n' + rows(';', lambda names: f'"{names}"'), {}),
+        ('sep=,\r\npath,labels\r\n' + rows(), {}),
+        ('file,tags\n' + rows(), {'path_column': 'File', 'label_column': 'tags'}),
+        ('path,labels\n' + rows(',', lambda names: names.replace(';', ' | ')), {'label_separator': '|'}),
+        ('path,labels\n' + rows(',', lambda names: f'"{names.replace(";", ",")}"'), {'label_separator': ','}),
+        (
+            'path,labels\n' + rows(',', lambda names: f'"{names.split(";") if names else []}"'),
+            {'label_separator': 'list'},
+        ),
+        ('path,dog,cat\n' + rows(',', lambda names: f'{int("dog" in names)},{float("cat" in names)}'), {}),
+        ('path,labels\n' + rows(',', lambda names: names.replace('cat', 'c\u200bat\ufeff')), {}),
+        ('path,labels\n' + rows().replace('x/', './x//'), {}),
+    ],
+)
+def test_tables_as_people_write_them(text, options, tmp_path):
+    write_table(tmp_path, text)
+    assert labels_of(tmp_path, **options) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('path,labels\nx/0.png,"cat\n' + rows(), r'train\.csv, line 2: .*quote'),
+        ('path,labels\n' + rows() + '"x/0.png,cat\nx/1.png,dog\n', r'train\.csv, line 6: .*quote'),
+        ('path,labels\n', r'train\.csv: .*no image'),
+        ('path,labels\nx/0.png,c\0at\n', r"train\.csv, line 2: .*'\\x00'"),
+        ('path,labels\nx/0.png,"cat,dog"\nx/1.png,"dog,cat"\nx/2.png,cat\n', "--label-separator ','"),
+        ('path,labels\nx/0.png,cat|dog\nx/1.png,dog|cow\nx/2.png,cat|cow\n', r"--label-separator '\|'"),
+        ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
+        ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
+        ('file,names\n' + rows(), '--path-column'),
+    ],
+)
+def test_broken_tables_are_one_line(text, message, tmp_path):
+    write_table(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        labels_of(tmp_path)
+    assert '\n' not in str(error.value)
+    assert '--num-classes' not in str(error.value)
+
+
+def test_commas_within_class_names_are_kept(tmp_path):
+    write_table(tmp_path, 'path,labels\nx/0.png,"tench, Tinca tinca"\nx/1.png,"ray, manta"\n')
+    assert labels_of(tmp_path) == {'x/0.png': {'tench, Tinca tinca'}, 'x/1.png': {'ray, manta'}}
+
+
+@pytest.mark.parametrize('split', ['validation', 'val'])
+def test_val_csv_is_the_validation_split(split, tmp_path):
+    write_table(tmp_path, 'path,labels\n' + rows())
+    write_table(tmp_path, 'path,labels\nx/3.png,dog\n', 'val.csv')
+    assert labels_of(tmp_path, split) == {'x/3.png': {'dog'}}
+
+
+def test_leaks_are_found_in_any_spelling(tmp_path):
+    write_table(tmp_path, 'path,labels\n' + rows())
+    write_table(tmp_path, 'path,labels\n./x/1.png,cat\nx//2.png,dog\n', 'validation.csv')
+    splits = [create_dataset('csv', str(tmp_path), split) for split in ('train', 'validation')]
+    assert overlap(*splits) == ['x/1.png', 'x/2.png']
+    images = [[path, ['a']] for path in ('x/0.png', './x/0.png', 'x//0.png', 'x/1.png')]
+    (tmp_path / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': images}))
+    assert summarize(create_dataset('json', str(tmp_path), 'train')).duplicates == ['x/0.png']
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write(tmp_path / 'pictures' / 'train' / 'a' / 'x.png', Image.new('RGB', (8, 8)))
+    Path(tmp_path / 'run.yaml').write_text('data_dir: ~/pictures\nval_split: ""\n')
+    options = parse_train(['--config', str(tmp_path / 'run.yaml'), '--output=~/runs'])
+    assert options.data_dir == str(tmp_path / 'pictures')
+    assert options.output == str(tmp_path / 'runs')
+
+
+def test_flags_of_images_reach_the_dataset(tmp_path):
+    write(tmp_path / 'train' / 'a' / 'x.png', transparent('RGBA'))
+    flags = ['--background', 'black', '--image-range', '0', '100', '--exif-rotate']
+    dataset = create_split(parse_train([str(tmp_path), '--val-split', '', *flags]), 'train')
+    assert dataset.reading == Reading('black', (0, 100), True)
+    assert dataset[0][0].getpixel((7, 0)) == (0, 0, 0)
