@@ -158,7 +158,7 @@ def _graph_settings(options: Options) -> dict[str, Any]:
     return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
 
 
-class LoadedModel(NamedTuple):
+class Trained(NamedTuple):
     """A model with weights, and what they bring along."""
 
     model: nn.Module
@@ -197,7 +197,7 @@ class LoadedModel(NamedTuple):
         return tuned
 
 
-def load_model(options: Options, content: dict[str, Any] | None = None) -> LoadedModel:
+def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
     Options that the user gave (`options.given`) win over those of the checkpoint. `content` is what `read_checkpoint`
@@ -213,7 +213,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Loade
             check_task(options)
         if options.in_chans is None and options.input_size is None:
             options = options.replace(in_chans=folder_channels(options.model))
-        return LoadedModel(create_model(options, pretrained=True), options, {}, settings)
+        return Trained(create_model(options, pretrained=True), options, {}, settings)
     content = read_checkpoint(options.checkpoint) if content is None else content
     config: dict[str, Any] = {}
     if RUN in content:
@@ -244,12 +244,12 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Loade
             f'--checkpoint {options.checkpoint} holds another model{f" than {given}" * bool(given)}: '
             f'{one_line(error, 300)}'
         ) from error
-    return LoadedModel(model, options, config, content)
+    return Trained(model, options, config, content)
 
 
 def load_trained(
     source: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
-) -> LoadedModel:
+) -> Trained:
     """Load a model for use, in eval mode: the entry for other programs.
 
     Args:
@@ -283,7 +283,7 @@ def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _load_pretrained(source: str, device: str, use_ema: bool | None) -> LoadedModel:
+def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
     """Load a model folder, or a pretrained timm model."""
     name = f'local-dir:{source}' if Path(source).is_dir() else source
     if ':' not in name and not timm.is_model(name):
@@ -294,7 +294,7 @@ def _load_pretrained(source: str, device: str, use_ema: bool | None) -> LoadedMo
         model = timm.create_model(name, pretrained=True).eval().to(device)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
-    return LoadedModel(model, None, resolve_data_config({}, model=model), folder_settings(name))
+    return Trained(model, None, resolve_data_config({}, model=model), folder_settings(name))
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:

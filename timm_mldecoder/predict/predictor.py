@@ -12,7 +12,7 @@ from timm_mldecoder.distributed.world import World
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import worker_options
 from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement, shut_down
-from timm_mldecoder.modeling.load import LoadedModel
+from timm_mldecoder.modeling.load import Trained
 from timm_mldecoder.predict.parts import Label, Parts, Prediction
 from timm_mldecoder.predict.sources import SourceDataset
 from timm_mldecoder.runtime.errors import RunFailed
@@ -41,7 +41,7 @@ class Predictor:
 
     def __init__(
         self,
-        trained: LoadedModel,
+        trained: Trained,
         class_names: Sequence[str] | None = None,
         *,
         task: str | None = None,

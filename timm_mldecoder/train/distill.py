@@ -20,7 +20,7 @@ from timm_mldecoder.flags import Options, validate_options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig
 from timm_mldecoder.loading.datasets import check_class_names, image_channels
-from timm_mldecoder.modeling.load import LoadedModel, count_parameters, load_model, per_channel
+from timm_mldecoder.modeling.load import Trained, count_parameters, load_model, per_channel
 from timm_mldecoder.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _create_teacher(options: Options, student: nn.Module, dataset: Dataset, imag
     return Teacher(model, own, images)
 
 
-def _load(options: Options, student: nn.Module) -> LoadedModel:
+def _load(options: Options, student: nn.Module) -> Trained:
     """Load the teacher that the options name; a ValueError if it was trained for another task."""
     settings: dict[str, Any] = dict(data_dir='.', device=options.device, in_chans=image_channels(options))
     if options.kd_model_name:
