@@ -44,10 +44,8 @@ def test_train_is_callable_whatever_is_imported_first(first):
 
 def test_library_works_without_fcntl():
     code = 'import sys; sys.modules["fcntl"] = None\nimport timm, timm_mldecoder\n'
-    code += (
-        'import timm_mldecoder.losses, timm_mldecoder.metrics, timm_mldecoder.data\n'
+    code += 'import timm_mldecoder.losses, timm_mldecoder.metrics, timm_mldecoder.data\n'
     code += 'import timm_mldecoder.predict.__main__\n'
-    )
     code += 'timm.create_model("test_resnet", ml_decoder=True)'
     result = python(code)
     assert result.returncode == 0, result.stderr
