@@ -45,7 +45,8 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         found.append(parser)
         raise Found
 
-    main = importlib.import_module(module).main
+    room = ROOT.joinpath(*module.split('.')) / '__main__.py'
+    main = importlib.import_module(f'{module}.__main__' if room.exists() else module).main
     original = argparse.ArgumentParser.parse_known_args
     argparse.ArgumentParser.parse_known_args = take
     try:

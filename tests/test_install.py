@@ -53,19 +53,19 @@ def test_the_wheel_trains_an_epoch_by_its_installed_commands(built, tmp_path):
     assert place.startswith(str(site))
     scripts = tmp_path / 'venv' / 'bin'
     options = f'data --config imagenet/resnet50_mldecoder_a3 {TRAIN} --output output --experiment one'
-    run(python, scripts / 'train.py', *options.split())
+    run(python, scripts / 'timm-mldecoder', 'train', *options.split())
     assert (tmp_path / 'output' / 'one' / 'model_best.pth.tar').is_file()
-    run(python, scripts / 'validate.py', 'data', '--checkpoint', 'output/one/model_best.pth.tar')
+    run(python, scripts / 'timm-mldecoder', 'validate', 'data', '--checkpoint', 'output/one/model_best.pth.tar')
 
 
 def test_wheel_and_sdist_hold_what_a_user_needs(built):
     (wheel,), (sdist,) = built.glob('*.whl'), built.glob('*.tar.gz')
     names = zipfile.ZipFile(wheel).namelist()
-    packaged = {name for name in names if name.startswith('timm_mldecoder/')}
+    packaged = {name for name in names if name.startswith('timm_mldecoder/') and not name.endswith('.yaml')}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_mldecoder').rglob('*.py')}
     assert packaged == sources | {'timm_mldecoder/py.typed'}
     recipes = {str(path.relative_to(ROOT)) for path in (ROOT / 'hparams').rglob('*.yaml')}
-    assert recipes == {name.partition('share/timm_mldecoder/')[2] for name in names if name.endswith('.yaml')}
+    assert recipes == {name.removeprefix('timm_mldecoder/') for name in names if name.endswith('.yaml')}
     with tarfile.open(sdist) as archive:
         members = {name.partition('/')[2] for name in archive.getnames()}
     assert recipes | {'tests/conftest.py', 'train.py', 'validate.py', 'Makefile', 'docs/head.md'} <= members

@@ -3,7 +3,6 @@
 timm's saver unlinks the old file before it moves the new one into place, and ranks a NaN first, so it is not used here.
 """
 
-import fcntl
 import logging
 import math
 import os
@@ -56,6 +55,10 @@ def lock(folder: Path) -> IO:
     Raises:
         ValueError: If another run holds the lock.
     """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise ValueError('training needs the file locks of Linux or macOS (fcntl)') from error
     file = open(folder / LOCK, 'w')  # noqa: SIM115 - open for as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

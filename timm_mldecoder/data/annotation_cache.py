@@ -1,7 +1,6 @@
 """Tables of annotations as memory-mapped files, built once and shared by every process that reads the dataset."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -91,7 +90,10 @@ def _store(folder: Path, name: str, table: Table) -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open('w') as file:
-        with contextlib.suppress(OSError):  # network file systems without locks: several processes build the same table
+        # ImportError: Windows; OSError: network file systems without locks: several processes build the same table
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ _FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I)  # YAML 1.1 reads 
 
 
 # where recipes are: in a clone, and where pip puts them
-RECIPES = (Path(__file__).parents[2] / 'hparams', Path(sys.prefix, 'share', 'timm_mldecoder', 'hparams'))
+RECIPES = (Path(__file__).parents[2] / 'hparams', Path(__file__).parents[1] / 'hparams')
 
 
 def find_recipe(name: str | None) -> str | None:

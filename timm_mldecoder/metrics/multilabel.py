@@ -133,6 +133,8 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         threshold: float | Sequence[float] | Tensor = 0.5,
         top_k: Sequence[int] = (3,),
     ):
+        if isinstance(device, int):  # torch takes 12 for a GPU
+            raise ValueError(f'device: got the number {device}; the number of classes is taken from the first batch')
         self.threshold = torch.as_tensor(threshold, dtype=torch.float32, device=device)
         if not ((self.threshold >= 0) & (self.threshold <= 1)).all():
             raise ValueError(f'thresholds are probabilities in [0, 1], got {threshold}')

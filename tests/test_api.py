@@ -1,0 +1,64 @@
+"""The front door: train, evaluate and load from Python, and the console command."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from runs import environment, write_data
+
+import timm_mldecoder
+from timm_mldecoder import cli
+from timm_mldecoder.metrics import MultiLabelEvaluator
+
+SETTINGS = dict(model='test_resnet', img_size=32, device='cpu', batch_size=4, workers=0)
+
+
+def python(code):
+    return subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
+
+
+def test_a_whole_life(tmp_path):
+    data = write_data(tmp_path / 'data')
+    result = timm_mldecoder.train(
+        data, **SETTINGS, num_classes=3, epochs=1, use_ml_decoder_head=1, output=tmp_path, experiment='run'
+    )
+    assert result.folder == tmp_path / 'run' and result.best.is_file() and len(result.rows) == 1
+    metrics = timm_mldecoder.evaluate(data, checkpoint=result.best, device='cpu', workers=0)
+    assert metrics['top1'] == pytest.approx(result.rows[0]['eval_top1'], abs=1e-3)
+    loaded = timm_mldecoder.load(result.folder)
+    assert loaded.task == 'classification' and len(loaded.class_names) == 3 and loaded.thresholds is None
+    paths = sorted(path for path in data.rglob('*') if path.is_file())[:5]
+    labels = loaded.predict(paths, batch_size=2)
+    assert len(labels) == 5 and all(len(found) == 1 for found in labels)
+    assert loaded.predict(Image.open(paths[0]))[0][0][:2] == labels[0][0][:2]
+
+
+@pytest.mark.parametrize('first', ['pass', 'import timm_mldecoder.train.loop', 'import timm_mldecoder.api'])
+def test_train_is_callable_whatever_is_imported_first(first):
+    code = f'{first}\nimport timm_mldecoder as t\nassert callable(t.train)\n'
+    code += 'try: t.train("x", no_such_flag=1)\nexcept ValueError as e: assert "no_such_flag" in str(e)'
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_library_works_without_fcntl():
+    code = 'import sys; sys.modules["fcntl"] = None\nimport timm, timm_mldecoder\n'
+    code += 'import timm_mldecoder.losses, timm_mldecoder.metrics, timm_mldecoder.data\n'
+    code += 'import timm_mldecoder.predict.__main__\n'
+    code += 'timm.create_model("test_resnet", ml_decoder=True)'
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_console_lists_commands_and_refuses_others(capsys):
+    cli.main(['--help'])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+    with pytest.raises(ValueError, match='validate'):
+        cli.main(['evalidate'])
+
+
+def test_evaluator_refuses_a_number_of_classes_as_its_device():
+    with pytest.raises(ValueError, match='12'):
+        MultiLabelEvaluator(12)
