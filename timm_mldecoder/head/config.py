@@ -116,8 +116,8 @@ def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence
     """Raise ValueError for an invalid number of classes, groups or heads, or an invalid width."""
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}')
-    if num_of_groups == 0 or num_of_groups < -1:
-        raise ValueError(f'num_of_groups must be at least 1, or -1 for {DEFAULT_NUM_QUERIES}, got {num_of_groups}')
+    if num_of_groups == 0:
+        raise ValueError(f'num_of_groups must be at least 1, or negative for {DEFAULT_NUM_QUERIES}, got {num_of_groups}')
     if not widths or min(widths) < 1:
         raise ValueError(f"initial_num_features must be the backbone's feature width, got {widths}")
     if dim < 1 or num_heads < 1 or dim % num_heads:

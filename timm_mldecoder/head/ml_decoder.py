@@ -22,11 +22,12 @@ class MLDecoder(nn.Module):
 
     Args:
         num_classes: Number of classes C.
-        num_of_groups: Number of queries K, each of which gives ceil(C / K) logits; -1 means 100, or C with text
-            queries. Never more than C.
+        num_of_groups: Number of queries K, each of which gives ceil(C / K) logits; a negative number means 100, or
+            C with text queries. Never more than C.
         decoder_embedding: Width D of queries and embedded tokens; -1 means 768.
         initial_num_features: Width F of the backbone's features; a sequence of widths for features of several scales,
             each of which gets its own embedding.
+        zsl: The published switch of zero-shot heads: 1 says that `word_embeddings` are given, 0 says nothing.
         num_heads: Attention heads; must divide D.
         dim_feedforward: Hidden width of the feed-forward network; 0 leaves it out.
         dropout: Probability of every dropout of the decoder.
@@ -62,6 +63,7 @@ class MLDecoder(nn.Module):
         num_of_groups: int = -1,
         decoder_embedding: int = DEFAULT_EMBEDDING,
         initial_num_features: int | Sequence[int] = 2048,
+        zsl: int = 0,
         *,
         num_heads: int = 8,
         dim_feedforward: int = 2048,
@@ -83,6 +85,9 @@ class MLDecoder(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        if zsl and word_embeddings is None:
+            raise ValueError(f'zsl={zsl} needs label embeddings, from which its queries are made: give word_embeddings')
+        num_of_groups = max(num_of_groups, -1)  # as published
         dim = DEFAULT_EMBEDDING if decoder_embedding == -1 else decoder_embedding
         widths = [initial_num_features] if isinstance(initial_num_features, int) else list(initial_num_features)
         check_sizes(num_classes, num_of_groups, dim, widths, num_heads)

@@ -28,12 +28,17 @@ register_notrace_module(MLDecoder)  # to timm's fx tracer the head is one node
 HEAD_OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(MLDecoder).parameters.items()
-    if name not in ('num_classes', 'initial_num_features', 'device', 'dtype')
+    if name not in ('num_classes', 'initial_num_features', 'zsl', 'device', 'dtype')
 }
 
 
 def add_ml_decoder_head(
-    model: nn.Module, num_classes: int = -1, num_of_groups: int = -1, decoder_embedding: int = 768, **options
+    model: nn.Module,
+    num_classes: int = -1,
+    num_of_groups: int = -1,
+    decoder_embedding: int = 768,
+    zsl: int = 0,
+    **options,
 ) -> nn.Module:
     """Replace the pooling and classifier of a timm model by an ML-Decoder head, in place.
 
@@ -42,6 +47,7 @@ def add_ml_decoder_head(
         num_classes: Number of classes C of the new head; -1 keeps the model's.
         num_of_groups: Number of queries, see `MLDecoder`.
         decoder_embedding: Width of the head, see `MLDecoder`.
+        zsl: 1 requires ``word_embeddings``, as in the published signature.
         **options: Further keyword options of `MLDecoder`. ``word_embeddings`` may also be a file, see
             `timm_mldecoder.data.word_embeddings`; ``class_names`` then select and order its classes.
 
@@ -52,6 +58,9 @@ def add_ml_decoder_head(
         ValueError: If the model is not a timm model with image features and classes, an option is unknown or out of
             range, or the label embeddings are for another number of classes.
     """
+    if zsl and options.get('word_embeddings') is None:
+        raise ValueError(f'zsl={zsl} needs label embeddings, from which its queries are made: give word_embeddings')
+    num_of_groups = max(num_of_groups, -1)  # any negative number is the default, as published
     options = {'num_of_groups': num_of_groups, 'decoder_embedding': decoder_embedding, **options}
     check_options(options)
     options = _read_label_embeddings(options)
