@@ -14,6 +14,8 @@ from PIL import Image
 from timm.data import create_loader
 
 from timm_mldecoder.data import FORMATS, create_dataset
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.datasets import create_split
 
 multi_label_formats = pytest.mark.parametrize('name', WRITTEN)
 
@@ -181,7 +183,7 @@ def test_images_outside_of_the_root_are_found(tmp_path):
     write_image(tmp_path / 'root' / 'b.png', 1)
     write_text(tmp_path / 'root' / 'train.csv', 'path,labels', f'{tmp_path}/elsewhere/a.png,x', '../elsewhere/a.png,x',
                'b.png,x', './b.png,x')  # fmt: skip
-    assert len(create_dataset('csv', str(tmp_path / 'root'), 'train')) == 4
+    assert len(create_dataset('csv', str(tmp_path / 'root'), 'train')) == 3, './b.png is b.png'
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -195,7 +197,7 @@ OPEN_IMAGES_LABELS = 'oidv6-train-annotations-human-imagelabels.csv'
 COCO_FILE = 'annotations/instances_train2014.json'
 MISTAKES = [
     ('csv', 'train.csv', 'cat;dog', 'cat;dgo', None, "train.csv, line 3.*'dgo'.*classes.txt"),
-    ('csv', 'train.csv', 'labels', 'label', None, "train.csv, line 1.*'label'"),
+    ('csv', 'train.csv', 'labels', 'label', None, "train.csv, line 2.*'label'"),
     ('csv', 'train.csv', 'ignored', 'labels', None, "train.csv, line 1.*'labels'"),
     ('csv', 'train.csv', 'images/12.png', '', None, 'train.csv, line 3'),
     ('csv', 'train.csv', 'cat;dog', 'cat,dog,zebra', None, "train.csv, line 3: 5 fields .* 3.*'zebra'"),
@@ -315,3 +317,13 @@ def test_coco_categories_of_one_name_are_one_class(tmp_path, caplog):
     assert [dataset[index][1].tolist() for index in range(3)] == [[1, 0], [1, 1], [1, 0]]
     assert dataset.annotations.instances.tolist() == [3, 2, 2, 1]
     assert any("18, 5 have the name 'dog'" in record.message for record in caplog.records)
+
+
+def test_the_flag_keeps_or_drops_images_without_annotations(tmp_path):
+    WRITTEN['coco2014'][0](tmp_path)
+    images = {}
+    for value in ('keep', 'drop'):
+        flags = ['--dataset', 'coco2014', '--task', 'multilabel', '--num-classes', '2', '--coco-unannotated', value]
+        options = parse_train([str(tmp_path), '--device', 'cpu', *flags])
+        images[value] = create_split(options, 'train', training=True).filenames()
+    assert set(images['drop']) < set(images['keep'])

@@ -78,7 +78,7 @@ def test_names_that_are_almost_equal_are_warned_about(names, groups, tmp_path, c
     assert found == [True] * len(groups)
 
 
-@pytest.mark.parametrize('script', ['train.py', 'validate.py'])
+@pytest.mark.parametrize('script', ['train.py'])
 def test_ranks_with_other_files_end_in_one_line_each(script, tmp_path):
     for rank, names in enumerate((['cat', 'dog'], ['cat', 'wolf'])):
         for split in ('train', 'validation'):

@@ -15,7 +15,7 @@ from timm_mldecoder.data import class_to_index, cooccurrence, create_dataset, ov
 
 @pytest.fixture
 def scenes(tmp_path):
-    rows = ['path,labels,ignored', 'a.png,cat;dog,', 'b.png,cat,zebra', 'c.png,,dog', './a.png,cat,']
+    rows = ['path,labels,ignored', 'a.png,cat;dog,', 'b.png,cat,zebra', 'c.png,,dog', 'e.png,cat,']
     write_text(tmp_path / 'train.csv', *rows)
     write_text(tmp_path / 'validation.csv', 'path,labels', 'b.png,cat', 'd.png,dog')
     write_text(tmp_path / 'classes.txt', 'cat', 'dog', 'zebra', 'gnu')

@@ -280,7 +280,7 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(data, undisturbed, tmp
     # validate.py takes the loader from the checkpoint
     best = undisturbed / 'model_best.pth.tar'
     validate([str(data), '--checkpoint', str(best), '--device', 'cpu', '-j', '0', '-b', '4'])
-    scored = float(capsys.readouterr().out.partition('"top1": ')[2].partition(',')[0])
+    scored = float(re.findall(r'"top1": ([\d.]+)', capsys.readouterr().out)[-1])
     assert scored == pytest.approx(max(float(row['eval_top1']) for row in summary(undisturbed)))
     with pytest.raises(ValueError, match='--tta.*--naflex-loader'):
         validate([str(data), '--checkpoint', str(best), '--device', 'cpu', '-j', '0', '--tta', '2'])

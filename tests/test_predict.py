@@ -523,7 +523,7 @@ def test_hostile_names_of_images_and_classes_stay_text_within_the_outputs(suffix
         outputs = ['--out', f'work/{number}/labels{suffix}', '--scores', f'work/{number}/scores.npz']
         predict([source, *shlex.split(flags), *outputs])
         readable = list(np.load(f'work/{number}/scores.npz')['images'])
-        assert len(readable) == (2 if number else 4) and list(np.load(f'work/{number}/scores.npz')['classes']) == names
+        assert len(readable) == (2 if number else 5) and list(np.load(f'work/{number}/scores.npz')['classes']) == names
         found = {path.name for path in Path(f'work/{number}').iterdir()}
         assert found == {f'labels{suffix}', f'labels{suffix}.errors.csv', 'scores.npz', 'pictures'}
         assert len([path for path in Path(f'work/{number}/pictures').rglob('*') if path.is_file()]) == len(readable)

@@ -36,8 +36,7 @@ AUTHORS_A2 = shlex.split(
 # what makes a recipe small: not what it trains, but how much of it
 SMALL = shlex.split(
     '--device cpu -j 0 --epochs 5 --warmup-epochs 2 --stop-epoch 2 --cooldown-epochs 0 '
-    '--model test_resnet --model-kwargs '
-    ' --img-size 64 --decoder-embedding 32 --experiment run'
+    '--model test_resnet --model-kwargs "" --img-size 64 --decoder-embedding 32 --experiment run'
 )
 
 

@@ -5,6 +5,7 @@ key more. docs/checkpoints.md has the same table.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,15 @@ def _data_config(value: Any) -> bool:
         'crop_mode': _is(str),
     }
     return isinstance(value, Mapping) and all(name in checks and checks[name](item) for name, item in value.items())
+
+
+def _model_config(value: Any) -> bool:
+    """Return whether a value is what `config.json` of a model folder may hold."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, Mapping) and _is(str)(value.get('architecture'))
 
 
 def _thresholds(value: Any) -> bool:
@@ -146,7 +156,7 @@ RUN_ENTRIES = {
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
-    'model_config': Entry(_optional(_is(Mapping)), 'a mapping', 'config.json of the folder of --model local-dir:'),
+    'model_config': Entry(_optional(_model_config), 'a configuration with an architecture', 'config.json of the folder of --model local-dir:'),
     'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on

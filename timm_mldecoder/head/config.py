@@ -117,7 +117,9 @@ def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}')
     if num_of_groups == 0:
-        raise ValueError(f'num_of_groups must be at least 1, or negative for {DEFAULT_NUM_QUERIES}, got {num_of_groups}')
+        raise ValueError(
+            f'num_of_groups must be at least 1, or negative for {DEFAULT_NUM_QUERIES}, got {num_of_groups}'
+        )
     if not widths or min(widths) < 1:
         raise ValueError(f"initial_num_features must be the backbone's feature width, got {widths}")
     if dim < 1 or num_heads < 1 or dim % num_heads:

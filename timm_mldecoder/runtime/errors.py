@@ -50,7 +50,9 @@ def run_command(main: Callable[[], None]) -> int:
 
 def _report(error: Exception, code: int, rank: str) -> int:
     where = '' if rank == '0' else f' (rank {rank})'
-    print(f'{os.path.basename(sys.argv[0])}: error{where}: {one_line(error)}', file=sys.stderr)
+    folder, name = os.path.split(sys.argv[0])
+    name = f'{os.path.basename(folder)}.py' if name == '__main__.py' else name  # of a command that is a folder
+    print(f'{name}: error{where}: {one_line(error)}', file=sys.stderr)
     return code
 
 
