@@ -275,7 +275,7 @@ def test_meta_device_to_empty_and_reset():
 
 @pytest.mark.parametrize('options, said', [
     (dict(num_classes=0), 'num_classes must be at least 1, got 0'),
-    (dict(num_of_groups=0), 'num_of_groups must be at least 1, or -1 for 100, got 0'),
+    (dict(num_of_groups=0), 'num_of_groups must be at least 1, or negative for 100, got 0'),
     (dict(decoder_embedding=100), r'decoder_embedding \(100\) must be a multiple of num_heads \(8\)'),
     (dict(initial_num_features=0), 'initial_num_features'),
     (dict(dropout=1.0), r'dropout must be in \[0, 1\), got 1.0'),

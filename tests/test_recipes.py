@@ -165,7 +165,9 @@ def without_torchvisions_checksums(monkeypatch):
 )
 def test_a_row_makes_two_optimizer_steps_on_small_data(row, data, tmp_path, without_torchvisions_checksums):
     config = tmp_path / 'recipe.yaml'
-    config.write_text(RECIPES[row.recipe].read_text().replace('pretrained: true', 'pretrained: false'))
+    text = RECIPES[row.recipe].read_text().replace('pretrained: true', 'pretrained: false')
+    # a few images may have an mAP of 100 after the first epoch, which ends a run
+    config.write_text('\n'.join(line for line in text.splitlines() if not line.startswith('early_stop')))
     flags = shlex.split(row.flags.replace('WORDS', str(data / 'words.safetensors')))
     steps = []
     hook = register_optimizer_step_post_hook(lambda *args: steps.append(args))

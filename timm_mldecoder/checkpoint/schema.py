@@ -156,7 +156,8 @@ RUN_ENTRIES = {
     'grad_accum_steps': Entry(_positive, 'a number of batches', 'batches per optimizer step'),
     'optimizer_generator': Entry(_optional(_is(Tensor)), 'a tensor', 'RNG state that the optimizer owns, if any'),
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
-    'model_config': Entry(_optional(_model_config), 'a configuration with an architecture', 'config.json of the folder of --model local-dir:'),
+    'model_config': Entry(_optional(_model_config), 'a configuration with an architecture',
+                          'config.json of the folder of --model local-dir:'),
     'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on
