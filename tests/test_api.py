@@ -1,8 +1,10 @@
 """The front door: train, evaluate and load from Python, and the console command."""
 
+import csv
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from runs import environment, write_data
@@ -10,6 +12,7 @@ from runs import environment, write_data
 import timm_mldecoder
 from timm_mldecoder import cli
 from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.predict.__main__ import main as predict
 
 SETTINGS = dict(model='test_resnet', img_size=32, device='cpu', batch_size=4, workers=0)
 
@@ -32,6 +35,30 @@ def test_a_whole_life(tmp_path):
     labels = loaded.predict(paths, batch_size=2)
     assert len(labels) == 5 and all(len(found) == 1 for found in labels)
     assert loaded.predict(Image.open(paths[0]))[0][0][:2] == labels[0][0][:2]
+
+
+@pytest.mark.parametrize('kind', ['rgb', 'transparent', '16 bit', 'float', 'palette'])
+def test_load_gives_the_labels_of_the_command_for_any_image(kind, tmp_path):
+    data = write_data(tmp_path / 'data')
+    result = timm_mldecoder.train(data, **SETTINGS, num_classes=3, epochs=1, lr=0.1, output=tmp_path, experiment='run')
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    image = {
+        'rgb': lambda: Image.fromarray(values[..., :3]),
+        'transparent': lambda: Image.fromarray(values),
+        '16 bit': lambda: Image.fromarray(values[..., 0].astype(np.uint16) * 257),
+        'float': lambda: Image.fromarray(values[..., 0].astype(np.float32) / 255),
+        'palette': lambda: Image.fromarray(values[..., :3]).quantize(8),
+    }[kind]()
+    (tmp_path / 'images').mkdir()
+    image.save(tmp_path / 'images' / 'x.tif' if kind != 'palette' else tmp_path / 'images' / 'x.png')
+    flags = ['--checkpoint', str(result.best), '--out', str(tmp_path / 'x.csv'), '--device', 'cpu', '-j', '0']
+    predict([str(tmp_path / 'images'), *flags, '--top-k', '3'])
+    with (tmp_path / 'x.csv').open() as file:
+        expected = {row['label']: float(row['score']) for row in csv.DictReader(file)}
+    loaded = timm_mldecoder.load(result.folder, top_k=3)
+    for given in (next((tmp_path / 'images').iterdir()), image):
+        (labels,) = loaded.predict(given)
+        assert {label.name: label.score for label in labels} == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize('first', ['pass', 'import timm_mldecoder.train.loop', 'import timm_mldecoder.api'])

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from runs import call, environment
@@ -78,13 +79,16 @@ def test_names_that_are_almost_equal_are_warned_about(names, groups, tmp_path, c
     assert found == [True] * len(groups)
 
 
-@pytest.mark.parametrize('script', ['train.py'])
+@pytest.mark.parametrize('script', ['train.py', 'validate.py'])
 def test_ranks_with_other_files_end_in_one_line_each(script, tmp_path):
     for rank, names in enumerate((['cat', 'dog'], ['cat', 'wolf'])):
         for split in ('train', 'validation'):
             write_folders(tmp_path / f'rank{rank}', names, split)
     flags = shlex.split('--model test_resnet --num-classes 2 --img-size 32 -j 0 -b 2 --device cpu')
     flags += ['--output', str(tmp_path / 'out')] if script == 'train.py' else []
+    if script == 'validate.py':
+        torch.save(timm.create_model('test_resnet', num_classes=2).state_dict(), tmp_path / 'weights.pth')
+        flags += ['--checkpoint', str(tmp_path / 'weights.pth')]
     process = call('tests/programs/data_of_rank.py', script, tmp_path / 'rank', *flags, processes=2)
     assert process.returncode != 0
     assert process.stderr.count("class 1 is 'wolf', and 'dog' on rank 0") == 2, process.stderr[-3000:]

@@ -123,10 +123,8 @@ class LoadedModel:
         return found
 
     def _open(self, image: ImageOrPath) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image.convert(self.trained.image_mode)
-        with Image.open(image) as opened:
-            return opened.convert(self.trained.image_mode)
+        reading, mode = self._predictor.reading, self._predictor.image_mode
+        return reading.convert(image, mode) if isinstance(image, Image.Image) else reading.open(image, mode)
 
 
 def load(

@@ -100,13 +100,11 @@ class Reading:
 
     @classmethod
     def of(cls, options: Any) -> 'Reading':
-        """The reading that options describe; the default for None, and for options of older checkpoints."""
-        image_range = getattr(options, 'image_range', None)
-        return cls(
-            getattr(options, 'background', None) or 'white',
-            tuple(image_range) if image_range else None,
-            bool(getattr(options, 'exif_rotate', False)),
-        )
+        """The reading that options describe; the default for None, as of a model that no run of ours trained."""
+        if options is None:
+            return cls()
+        image_range = tuple(options.image_range) if options.image_range else None
+        return cls(options.background, image_range, options.exif_rotate)
 
     def open(self, file: str | os.PathLike | IO[bytes], mode: str | None) -> Image.Image:
         """Read an image file in a PIL mode; None keeps that of the file."""
@@ -140,7 +138,7 @@ class Reading:
                 with Image.open(dataset.filename(index, absolute=True)) as image:
                     modes[image.mode] += 1
                     rotated += image.getexif().get(_ORIENTATION, 1) != 1
-            except Exception:
+            except Exception:  # damaged bytes make PIL raise anything; the loader reports the file when it reads it
                 continue
             looked_at += 1
         lines = []
