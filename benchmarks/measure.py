@@ -23,7 +23,7 @@ Step = Callable[[], object]
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
-    flags = argparse.ArgumentParser(description=description.partition('\n')[0])
+    flags = argparse.ArgumentParser(description=description.partition('\n')[0], allow_abbrev=False)
     flags.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda runs in bfloat16, channels-last')
     flags.add_argument('--rounds', type=int, default=rounds, help='paired, alternating runs, at the least')
     return flags

@@ -144,7 +144,9 @@ def summary(results: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('--names', nargs='+', help='only these names')
     parser.add_argument('--write', action='store_true', help=f'write {PAGE.name}')
     parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)  # prints one JSON line per name

@@ -654,3 +654,9 @@ def test_a_flag_of_pairs_without_a_pair_is_refused_and_an_empty_text_clears(name
     (tmp_path / 'c.yaml').write_text(f'{name[2:].replace("-", "_")}: {{a: 1}}')
     options = parse_train(['data', '--device', 'cpu', '--config', str(tmp_path / 'c.yaml'), name, ''])
     assert options[name[2:].replace('-', '_')] == {}
+
+
+@pytest.mark.parametrize('parse', [parse_train, parse_validate])
+def test_the_name_of_the_option_of_create_model_is_answered_with_the_flag(parse):
+    with pytest.raises(ValueError, match='--ml-decoder, did you mean --use-ml-decoder-head 1'):
+        parse(['data', '--device', 'cpu', '--ml-decoder'])

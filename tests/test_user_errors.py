@@ -7,10 +7,15 @@ import socket
 import warnings
 
 import pytest
+import timm
 import torch
+from image_folders import write_images
 from runs import MODEL, ROOT, build, call, train
 
+import timm_mldecoder
+from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.flags import parse_train, parse_validate
+from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.runtime.errors import run_command
 from train import main as train_main
 from validate import main as validate_main
@@ -257,3 +262,43 @@ def test_every_test_that_the_table_of_promises_names_exists():
         assert any(f'def {test}(' in text for text in code.values()), test
     rows = [int(row) for row in re.findall(r'^\| (\d+) \|', table, re.MULTILINE)]
     assert rows == list(range(1, 22))
+
+
+@pytest.mark.parametrize('program', ['predict', 'export', 'validate', 'load'])
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])
+def test_weights_that_do_not_name_their_model_are_answered_with_the_way_to_convert_them(program, name, tmp_path):
+    path = tmp_path / 'own.pth'
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), path)
+    write_images(tmp_path / 'data', train=1, validation=1)
+    calls = {
+        'predict': lambda: predict(
+            [str(tmp_path / 'data'), '--checkpoint', str(path), '--out', str(tmp_path / 'x.csv')]
+        ),
+        'export': lambda: export([str(path), str(tmp_path / 'x.onnx'), '--format', 'onnx']),
+        'validate': lambda: validate_main([str(tmp_path / 'data'), '--checkpoint', str(path), '--device', 'cpu']),
+        'load': lambda: timm_mldecoder.load(path),
+    }
+    with pytest.raises(ValueError, match=r'own\.pth.*convert') as caught:
+        calls[program]()
+    assert 'Missing key' not in str(caught.value) and '--model' in str(caught.value)
+
+
+@pytest.mark.parametrize('change', ['--num-classes 2', '--use-ml-decoder-head 1 --num-classes 3', '--model test_vit'])
+def test_an_initial_checkpoint_of_another_model_is_answered_with_the_ways_that_work(change, tmp_path):
+    data = write_images(tmp_path / 'data', train=4, validation=2, classes=2 if '2' in change.split() else 3)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'own.pth')
+    flags = f'--model test_resnet --num-classes 3 --img-size 160 -b 4 -j 0 --device cpu --output {tmp_path} {change}'
+    with pytest.raises(ValueError, match='--pretrained-path.*local-dir:'):
+        train_main([str(data), *flags.split(), '--initial-checkpoint', str(tmp_path / 'own.pth')])
+    if 'vit' not in change:  # the first way works
+        start = [
+            '--pretrained',
+            '--pretrained-path',
+            str(tmp_path / 'own.pth'),
+            '--epochs',
+            '1',
+            '--warmup-epochs',
+            '0',
+        ]
+        train_main([str(data), *flags.split(), *start, '--experiment', 'second'])
+        assert (tmp_path / 'second' / 'last.pth.tar').is_file()

@@ -231,7 +231,10 @@ class Parser(BaseParser):
         namespace = argparse.Namespace(**{action.dest: unset for action in self._actions if action.dest != 'help'})
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            hint = closest(unknown[0].partition('=')[0], self._option_string_actions)
+            name = unknown[0].partition('=')[0]
+            hint = closest(name, self._option_string_actions)
+            if name == '--ml-decoder' and '--use-ml-decoder-head' in self._option_string_actions:  # as in create_model
+                hint = ', did you mean --use-ml-decoder-head 1?'
             raise ValueError(f'unknown argument {unknown[0]}{hint}')
         # argparse sets a positional argument that is not given to None
         values = {name: value for name, value in vars(namespace).items() if value is not unset and value is not None}

@@ -107,4 +107,12 @@ def _name_file(options: Options, error: Exception) -> ValueError:
     """Return an error that names the user's file of weights, if there is one."""
     files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
     source = files or f'--model {options.model}'
-    return _refused_file(options) or ValueError(f'{source}: {one_line(error, 300)}{_unchecked(options, error)}')
+    text = f'{source}: {one_line(error, 300)}{_unchecked(options, error)}'
+    if isinstance(error, RuntimeError) and '--initial-checkpoint' in _weight_files(options):
+        path = options.initial_checkpoint
+        text += (
+            f'. --initial-checkpoint takes all weights of the same model. For other classes or another head pass '
+            f'--pretrained --pretrained-path {path} (the backbone), or make a folder of it with python -m '
+            'timm_mldecoder.convert and pass --pretrained --model local-dir:FOLDER'
+        )
+    return _refused_file(options) or ValueError(text)

@@ -220,6 +220,12 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         options, config = inherit(options, content)
     else:
         check_task(options)
+        if 'model' not in options.given:
+            raise ValueError(
+                f'{options.checkpoint} is not a checkpoint of train.py, and does not say which model its weights are '
+                f'of: make a folder of it with python -m timm_mldecoder.convert {options.checkpoint} FOLDER --model '
+                'NAME, or pass --model to validate.py'
+            )
     try:
         weights = weights_of(content, options.use_ema)
     except ValueError as error:
@@ -270,8 +276,6 @@ def load_trained(
         return _load_pretrained(str(source), device, use_ema)
     options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
     trained = load_model(options, content)
-    if RUN not in trained.content:
-        raise ValueError(f'{checkpoint} is not a checkpoint of train.py')
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
     for name in ('mean', 'std'):
