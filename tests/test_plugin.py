@@ -106,7 +106,9 @@ def test_every_option_has_its_classifier():
 SIGNATURES = {
     'MLDecoder': dict(num_classes=inspect.Parameter.empty, num_of_groups=-1, decoder_embedding=(-1, 768))
     | dict(initial_num_features=2048, zsl=0),
-    'add_ml_decoder_head': dict(model=inspect.Parameter.empty, num_classes=-1, num_of_groups=-1, decoder_embedding=768, zsl=0),
+    'add_ml_decoder_head': dict(
+        model=inspect.Parameter.empty, num_classes=-1, num_of_groups=-1, decoder_embedding=768, zsl=0
+    ),
     'add_cosine_classifier': dict(model=inspect.Parameter.empty, scale=1.0),
     'convert_state_dict': dict(state_dict=inspect.Parameter.empty, model=inspect.Parameter.empty),
 }
