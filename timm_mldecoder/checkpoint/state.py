@@ -30,7 +30,7 @@ SCHEDULE = ('epochs', 'sched', 'lr', 'min_lr', 'warmup_epochs', 'warmup_lr', 'co
 
 @dataclass
 class RunningLoss:
-    """Sum of the training loss over the samples of an epoch, on the device so that no step waits for it."""
+    """Sum of the loss over an epoch's samples, or of another value; on the device, so that no step waits for it."""
 
     total: Tensor
     samples: int = 0
@@ -59,6 +59,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler  # loss scaler of float16, disabled where it is not needed
     checkpoints: CheckpointFolder  # ranking of the checkpoints, and the best metric
     loss: RunningLoss
+    gradient_norm: RunningLoss  # of the steps of the epoch; empty unless `--clip-grad` computes it
     epoch: int = 0  # epoch under way, or the next one
     batch: int = 0  # batches of it that are trained
     start: EpochStart = field(default_factory=EpochStart)  # from where the epoch is trained
@@ -72,6 +73,7 @@ class TrainingState:
         """Move to the beginning of an epoch."""
         self.epoch, self.batch, self.start = epoch, 0, EpochStart()
         self.loss.reset()
+        self.gradient_norm.reset()
 
     def models(self) -> dict[str, nn.Module]:
         """Return the model, and the one with the EMA weights if there is one, by the key of their weights."""
@@ -94,6 +96,7 @@ class TrainingState:
             start=asdict(self.start),
             restart=restart and asdict(restart),
             skipped=self.skipped,
+            gradient_norm=(self.gradient_norm.total.item(), self.gradient_norm.samples),
             rows=self.rows,
             schedule=_schedule_state(self.schedule),
             ranks=ranks,
@@ -225,6 +228,8 @@ class TrainingState:
             bad = [image for rank in ranks for image in rank['bad_images']] if world.primary else []
         self.loss.total.fill_(total)
         self.loss.samples = samples
+        total, self.gradient_norm.samples = run.get('gradient_norm', (0.0, 0))  # the same on all ranks
+        self.gradient_norm.total.fill_(total)
         loader.bad_images = [BadImage(*image) for image in bad]
         for ema, buffers in own['buffers'].items():
             unwrap_model(self.task.get_eval_model(ema=ema)).load_state_dict(buffers, strict=False)

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.flags import augmentation, data, model, optimization, run
 from timm_mldecoder.flags.checks import check, check_patches, check_task, default_metric
-from timm_mldecoder.flags.config import as_arguments, find_recipe, read_config
+from timm_mldecoder.flags.config import FOLDER, as_arguments, find_recipe, read_config, read_resumed
 from timm_mldecoder.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.flags.options import Options, closest
 
@@ -40,7 +40,6 @@ GROUPS = (
     run.TRACKERS,
     run.RESULTS,
 )
-_FOLDER = {'data', 'data_dir'}  # two names of one option
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
 
 
@@ -93,20 +92,27 @@ def warn_no_effect(options: Options, script: str) -> None:
 def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
     """The options of a command line: defaults, then the YAML file, then `argv`, that of the process if not given.
 
+    A run that is resumed by its name keeps its own options in place of the defaults.
+
     Raises:
         ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
     rows, parser = flags(script), _parser(script)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, spelled = parser.read(argv)
+    arguments = read_resumed(given, rows, parser) if script == 'train' else {}
+    values, _ = parser.read([text for texts in arguments.values() for text in texts])
+    changed = {name for name, value in values.items() if value != rows[name].default}
+    values |= {name: rows[name].default for name in values.keys() - changed}  # 0 where argparse reads 0.0
+    spelled = {name: rows[name].label for name in changed} | spelled
     path = find_recipe(given.get('config'))
     if path:
         rows['config'].check(path, '--config', None)
-        arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())
+        recipe = read_config(path, rows, parser, skip=FOLDER if given.keys() & FOLDER else ())
+        spelled |= {name: f'--config {path}: {name}' for name, texts in recipe.items() if texts and name not in given}
         # --config again: a list before the command line must not take in its folder
-        given, _ = parser.read([*(text for texts in arguments.values() for text in texts), f'--config={path}', *argv])
-        given['config'] = path  # argv may have the name of a recipe
-        spelled = {name: f'--config {path}: {name}' for name, texts in arguments.items() if texts} | spelled
+        argv = [*(text for texts in recipe.values() for text in texts), f'--config={path}', *argv]
+    given = values | parser.read(argv)[0] | ({'config': path} if path else {})  # argv may have the name of a recipe
     return _finish(script, rows, given, spelled)
 
 
@@ -136,7 +142,7 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
         raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
     values['data'] = values['data_dir'] = values['data'] or values['data_dir']
     options = Options(values, spelled)
-    options = options.replace(**_dependent_defaults(options, script))
+    options = options.replace(**_dependent_defaults(options, script, given))
     check(options, rows, script)
     if script == 'train':
         warn_no_effect(options, script)
@@ -164,8 +170,8 @@ def _expand(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and (value == '~' or value.startswith('~/')) else value
 
 
-def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
-    """The defaults that depend on other options, for the options that are not given."""
+def _dependent_defaults(options: Options, script: str, known: Container[str]) -> dict[str, Any]:
+    """The defaults that depend on other options, but for those whose values are known."""
     defaults = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
@@ -176,7 +182,7 @@ def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
             defaults |= dict(smoothing=0.0, eval_metric=default_metric(options))
         if options.sched in ('wsd', 'rsqrt'):
             defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
-    changes = {name: value for name, value in defaults.items() if name not in options.given}
+    changes = {name: value for name, value in defaults.items() if name not in known}
     return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
 
 

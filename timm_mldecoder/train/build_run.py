@@ -30,6 +30,7 @@ from timm_mldecoder.distributed.slices import create_sliced, rows_of_rank
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
 from timm_mldecoder.loading.create_loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import (
     Classes,
@@ -60,9 +61,6 @@ from timm_mldecoder.train.run import Run, prepare_distributed
 from timm_mldecoder.train.trackers import create_trackers
 
 _logger = logging.getLogger(__name__)
-
-ARGS = 'args.yaml'
-DEFAULT_OUTPUT = './output/train'
 
 
 def build_run(options: Options, world: World) -> Run:
@@ -150,6 +148,7 @@ def build_run(options: Options, world: World) -> Run:
         scaler=create_scaler(options, world.device),
         checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist, eval_metric),
         loss=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
+        gradient_norm=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model_config,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from timm.task import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
@@ -150,7 +151,10 @@ def train_epoch(run: Run) -> Metrics:
 
     if hasattr(state.optimizer, 'sync_lookahead'):
         state.optimizer.sync_lookahead()
-    return record_bad(run, loader.bad_images, OrderedDict(loss=state.loss.mean(run.world).item()))
+    metrics = OrderedDict(loss=state.loss.mean(run.world).item())
+    if (norm := state.gradient_norm).samples:
+        metrics['grad_norm'] = norm.total.item() / norm.samples
+    return record_bad(run, loader.bad_images, metrics)
 
 
 def rewrap(run: Run) -> None:
@@ -207,7 +211,7 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
         skip_step(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
     else:
         if options.clip_grad is not None:
-            dispatch_clip_grad(run.clip_parameters(), value=options.clip_grad, mode=options.clip_mode)
+            clip_gradients(run)
         state.optimizer.step()  # the scaler's own step would wait for the device to know what is known
         update_ema(run)
         buffers.save()
@@ -217,6 +221,16 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
     state.scaler.update()
     state.optimizer.zero_grad()
     return stop
+
+
+def clip_gradients(run: Run) -> None:
+    """Clip the gradients as timm does, and keep their norm before it, which timm's function computes and drops."""
+    parameters, limit = run.clip_parameters(), run.options.clip_grad
+    if run.options.clip_mode != 'norm':
+        dispatch_clip_grad(parameters, limit, run.options.clip_mode)
+        return
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    run.state.gradient_norm.add(norm.full_tensor() if isinstance(norm, DTensor) else norm, 1)
 
 
 def update_ema(run: Run) -> None:
@@ -314,11 +328,12 @@ def record_bad(run: Run, bad: list[BadImage], metrics: Metrics) -> Metrics:
 def log_step(run: Run, step: int, loss: Tensor, timer: StepTimer, bar: tqdm) -> None:
     """Log the loss of the last batch and of the epoch so far, means over all ranks; a collective call."""
     now = run.world.all_reduce_sum(loss.to(run.state.loss.total)) / run.world.size
-    values = torch.stack([now, run.state.loss.mean(run.world)]).tolist()
+    norm = run.state.gradient_norm
+    values = torch.stack([now, run.state.loss.mean(run.world), norm.total / max(norm.samples, 1)]).tolist()
     if run.world.primary:
         steps = -(-len(run.train_loader) // run.options.grad_accum_steps)
         line = train_line(
-            run.state.epoch, step, steps, tuple(values), run.learning_rate(), timer, run.world.device,
+            run.state.epoch, step, steps, values, norm.samples > 0, run.learning_rate(), timer, run.world.device,
             run.world.size,
         )  # fmt: skip
         log_above(bar, line)
