@@ -31,7 +31,7 @@ MODEL: Group = ('Model and weights', [
     validate('--use-ema', bool, None, 'evaluate the EMA weights, or with --no-use-ema the raw ones. If not given: the '
              'weights by which training ranked the checkpoint, EMA weights where there are any. The same default holds '
              'for predict and convert', needs=given('checkpoint')),
-    both('--num-classes', int, None, 'number of classes; the default of the model if not given', range='[1, 10000000]',
+    both('--num-classes', int, None, 'number of classes; those of the data if not given', range='[1, 10000000]',
          inherited=True),
     both('--gp', str, None, 'global pooling: fast, avg, max, avgmax or catavgmax', metavar='POOL', inherited=True,
          needs=NO_HEAD._replace(text='--use-ml-decoder-head 0: an ML-Decoder head does not pool')),

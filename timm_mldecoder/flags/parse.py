@@ -40,6 +40,13 @@ GROUPS = (
     run.TRACKERS,
     run.RESULTS,
 )
+# what `--help` shows
+_COMMON = """
+    help help_all data_dir dataset config task model pretrained initial_checkpoint use_ml_decoder_head num_of_groups
+    num_classes img_size train_crop_mode crop_mode crop_pct batch_size workers epochs opt lr weight_decay warmup_epochs
+    clip_grad head_lr_scale freeze_backbone loss aa mixup cutmix model_ema amp device output experiment resume
+    checkpoint use_ema split test_split write_thresholds class_report report results_file
+"""
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
 
 
@@ -55,7 +62,11 @@ def flags(script: str) -> dict[str, Flag]:
 
 def _parser(script: str) -> Parser:
     head = 'with an ML-Decoder head or the head of the model'
-    return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
+    return Parser(
+        f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.',
+        groups(script),
+        _COMMON.split(),
+    )
 
 
 def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
