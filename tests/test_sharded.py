@@ -1,4 +1,4 @@
-"""Models divided over ranks (`--parallel fsdp`): the same training, and checkpoints that any number of ranks reads."""
+"""Sharded models (`--parallel fsdp`): the same training, and checkpoints that any number of ranks reads."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -27,11 +26,9 @@ from timm_mldecoder.checkpoint.resume import newest
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.distributed import fsdp, slices
-from timm_mldecoder.distributed.head import divide_groups
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.flags.sharded import DIVISIBLE_OPTIMIZERS
-from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.flags.sharded import SHARDABLE_OPTIMIZERS
 from timm_mldecoder.modeling.load import create_train_model, load_trained
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
@@ -125,8 +122,8 @@ def numbers(row):
 def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path):
     """And what they saved is read in one process, as by convert."""
     flags = f'{VIT} -b 4 --epochs 1 --model-ema --model-ema-decay 0.5 --clip-grad 1 --grad-accum-steps 2'
-    compare(data, tmp_path, flags, '--parallel fsdp', '--head-parallel', dtype='float32')
-    folder = tmp_path / '2'
+    compare(data, tmp_path, flags, dtype='float32')
+    folder = tmp_path / '1'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
     trained = load_trained(str(folder / 'last.pth.tar'))
@@ -254,20 +251,14 @@ def test_tensors_that_would_execute_code_are_refused(index):
         '--clip-grad 1 --clip-mode agc', '--dataset wds/x', '--lr-find 20',
         '--aug-splits 2 --split-bn', '--kd-model-name resnet18', f'--kd-checkpoint {__file__}', '--torchscript',
         '--naflex-loader', f'--task multilabel --word-embeddings {__file__} --graph {__file__}',
-        '--head-parallel --torchcompile eager', '--head-parallel --train-img-sizes 64',
-        f'--head-parallel --word-embeddings {__file__}',
-        f'--head-parallel --word-embeddings {__file__} --task multilabel --class-split {__file__}',
         '--val-bad-image skip',
     ],
 )  # fmt: skip
-@pytest.mark.parametrize('parallel', ['fsdp', 'ddp'])
-def test_what_does_not_work_with_a_divided_model_is_refused(tmp_path, flags, parallel):
-    if parallel == 'ddp' and '--head-parallel' not in flags:
-        flags = f'--head-parallel {flags}'
+def test_what_does_not_work_with_a_sharded_model_is_refused(tmp_path, flags):
     first = next(word for word in reversed(flags.split()) if word.startswith('--'))
     name = {'--amp-dtype': '--amp'}.get(first, first)
-    with pytest.raises(ValueError, match=f'{name}.*(--parallel fsdp|--head-parallel)'):
-        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', parallel])
+    with pytest.raises(ValueError, match=f'{name}.*--parallel fsdp'):
+        parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
 
 
 def test_models_and_ranks_that_cannot_be_divided_are_refused():
@@ -282,29 +273,13 @@ def test_models_and_ranks_that_cannot_be_divided_are_refused():
         fsdp.create_mesh(parse_train(['.', '--parallel', 'fsdp', '--hsdp', '3']), World(torch.device('cpu'), 0, 4))
 
 
-@pytest.mark.parametrize(
-    ('options', 'reason'),
-    [
-        (dict(num_of_groups=6), '--num-of-groups 6'),
-        (dict(num_of_groups=8), 'none of the 9 classes'),
-        (dict(num_of_groups=4, self_attention=True), 'self_attention'),
-        (dict(word_embeddings=torch.eye(9, 8)), 'queries'),
-    ],
-)
-def test_a_head_whose_groups_four_ranks_cannot_have_is_refused(options, reason):
-    head = MLDecoder(9, decoder_embedding=8, initial_num_features=8, **options)
-    with pytest.raises(ValueError, match=f'--head-parallel.*{reason}'):
-        divide_groups(head, SimpleNamespace(size=lambda: 4))
-
-
-def test_losses_and_metrics_of_divided_classes_are_those_of_all():
-    """Without sending logits, but for a few losses."""
-    process = call('tests/programs/divided_classes.py', processes=2)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert [line.split()[1] for line in process.stdout.splitlines() if line.startswith('exchanged')] == [
-        'CrossEntropyLoss:', 'AsymmetricLossSingleLabel:', 'PolyCrossEntropy:', 'ZlprLoss:',
-        'ClassAwareSelectiveLoss:',
-    ]  # fmt: skip
+def test_the_removed_option_names_the_one_to_use(tmp_path):
+    for arguments in (['--head-parallel'], ['--config', str(tmp_path / 'on.yaml')]):
+        (tmp_path / 'on.yaml').write_text('head_parallel: true')
+        with pytest.raises(ValueError, match='head.parallel was removed: .*--parallel fsdp'):
+            parse_train([str(tmp_path), *arguments])
+    (tmp_path / 'off.yaml').write_text('head_parallel: false')
+    parse_train([str(tmp_path), '--config', str(tmp_path / 'off.yaml')])
 
 
 SEVERAL = '--dataset csv --task multilabel'
@@ -321,8 +296,6 @@ FOLLOWED = {
     '--ml-decoder-kwargs dropout=0.0 --word-embeddings WORDS',
     'unfrozen': f'{RESNET} --freeze-backbone --unfreeze-epoch 1',
     'compiled': f'{VIT} -b 4 --epochs 4 --torchcompile eager --model-ema --clip-grad 0.01 --clip-mode value',
-}
-FOLLOWED_WITH_HEADS = {
     'cosine': f'{RESNET} --loss bce {HEAD} learnable_queries=True classifier=cosine',
     'layers': f'{RESNET} --loss asl {SEVERAL} {HEAD} num_layers=2',
     'checkpointing': f'{VIT} -b 4 --epochs 4 --drop-path 0.2 --clip-grad 1 --grad-checkpointing --opt lamb',
@@ -331,7 +304,6 @@ FOLLOWED_WITH_HEADS = {
     'aam': f'{VIT} classifier=cosine -b 4 --epochs 4 --loss aam {SEVERAL}',
     'csl': f'{VIT} -b 4 --epochs 4 --loss csl {SEVERAL} --partial-labels rps=0.5',
 }
-HEADS = '--parallel fsdp', '--parallel fsdp --head-parallel', '--head-parallel'
 
 
 def fall(losses):
@@ -343,16 +315,16 @@ def fall(losses):
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('model', MODELS)
 def test_two_ranks_follow_ddp(large_data, tmp_path, model, loss):
-    """Over 24 steps, with the backbone divided, and with the groups of the head divided too."""
+    """Over 24 steps."""
     flags = f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 1'
-    assert len(compare(large_data, tmp_path, flags, *HEADS, dtype='float32')) == 24
+    assert len(compare(large_data, tmp_path, flags, dtype='float32')) == 24
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 def test_resnet50_follows_ddp_at_a_large_learning_rate(large_data, tmp_path, loss):
     flags = f'{MODELS["resnet50"]} {LOSSES[loss]} -b 4 --epochs 1 --lr 1e-2'
-    assert len(compare(large_data, tmp_path, flags, *HEADS)) == 24
+    assert len(compare(large_data, tmp_path, flags)) == 24
 
 
 @pytest.mark.slow
@@ -373,26 +345,8 @@ def test_four_ranks_follow_ddp(large_data, tmp_path, model, loss):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED)
-def test_a_divided_model_follows_ddp(data, tmp_path, name):
+def test_a_sharded_model_follows_ddp(data, tmp_path, name):
     assert fall(compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors'))))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', FOLLOWED_WITH_HEADS)
-def test_a_divided_head_follows_ddp(data, tmp_path, name):
-    assert fall(compare(data, tmp_path, FOLLOWED_WITH_HEADS[name], *HEADS))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('model', 'loss', 'dtype'),
-    [(model, loss, 'float32') for model in MODELS for loss in LOSSES] + [('vit', 'ce', 'float64')],
-)
-def test_a_head_divided_over_four_ranks_follows_ddp(ten_classes, tmp_path, model, loss, dtype):
-    """One of the ranks has one class, the others three each."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 4 --num-of-groups 4 --num-classes 10'
-    ways = (*HEADS[1:], '--parallel fsdp --hsdp 2 --head-parallel')
-    assert fall(compare(ten_classes, tmp_path, flags, *ways, ranks=4, dtype=dtype))
 
 
 @pytest.mark.slow
@@ -411,10 +365,10 @@ def test_mixed_precision_stays_near_ddp(data, tmp_path):
 @pytest.mark.parametrize(
     'parts',
     [
-        [(2, 6, 'fsdp --head-parallel'), (4, 3, 'fsdp --hsdp 2 --head-parallel'), (2, 6, 'ddp'), (1, 12, 'fsdp')],
-        [(2, 6, 'ddp --head-parallel'), (4, 3, 'fsdp'), (2, 6, 'ddp --head-parallel'), (1, 12, 'ddp')],
+        [(2, 6, 'fsdp'), (4, 3, 'fsdp --hsdp 2'), (2, 6, 'ddp'), (1, 12, 'fsdp')],
+        [(2, 6, 'ddp'), (4, 3, 'fsdp'), (2, 6, 'fsdp'), (1, 12, 'ddp')],
     ],
-    ids=['fsdp', 'heads'],
+    ids=['first', 'second'],
 )
 def test_a_run_killed_on_two_ranks_four_ranks_and_one_continues_as_one_run(ten_classes, tmp_path, parts):
     """Each part is killed within an epoch. A run with ddp, stopped at the newest checkpoint, has the same losses."""
@@ -512,7 +466,7 @@ def test_killed_while_writing_always_leaves_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_optimizer_that_is_allowed_steps_slices_as_whole_parameters():
-    process = call('tests/programs/step_of_slices.py', *DIVISIBLE_OPTIMIZERS, processes=2)
+def test_every_optimizer_that_is_allowed_steps_shards_as_whole_parameters():
+    process = call('tests/programs/step_of_shards.py', *SHARDABLE_OPTIMIZERS, processes=2)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.split() == list(DIVISIBLE_OPTIMIZERS)
+    assert process.stdout.split() == list(SHARDABLE_OPTIMIZERS)

@@ -121,9 +121,7 @@ def localize(
         return torch.empty_like(found.detach(), dtype=leaf.tensor.dtype)
 
     if 'state_dict' not in content:
-        raise ValueError(
-            '--parallel fsdp and --head-parallel resume from checkpoints of train.py, not from weights alone'
-        )
+        raise ValueError('--parallel fsdp resumes from checkpoints of train.py, not from weights alone')
     if 'state_dict_ema' not in models:
         content.pop('state_dict_ema', None)
     if SHARDS in content:

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from timm_mldecoder.distributed.head import divide_groups, holds_groups
 from timm_mldecoder.distributed.slices import SliceOf
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
@@ -33,7 +32,7 @@ _BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
 
 def is_sharded(options: Options, world: World) -> bool:
     """Return whether the run divides its model over ranks."""
-    return (options.parallel == 'fsdp' or options.head_parallel) and world.distributed
+    return options.parallel == 'fsdp' and world.distributed
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -43,8 +42,6 @@ def local(tensor: Tensor) -> Tensor:
 
 def create_mesh(options: Options, world: World) -> DeviceMesh:
     """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
-
-    With `--parallel ddp` each rank has a copy, and FSDP2 sums gradients as DistributedDataParallel.
 
     Raises:
         ValueError: If N does not divide the number of ranks.
@@ -59,7 +56,7 @@ def create_mesh(options: Options, world: World) -> DeviceMesh:
 
 
 def _ranks_of_a_copy(options: Options, world: World) -> int:
-    return 1 if options.parallel == 'ddp' else options.hsdp or world.size
+    return options.hsdp or world.size
 
 
 def slices_of(options: Options, world: World) -> SliceOf:
@@ -67,8 +64,6 @@ def slices_of(options: Options, world: World) -> SliceOf:
     ranks = _ranks_of_a_copy(options, world)
 
     def slice_of(module: nn.Module, name: str) -> tuple[int, int]:
-        if options.head_parallel and holds_groups(module, name):
-            return world.rank, world.size
         return world.rank % ranks, ranks
 
     return slice_of
@@ -160,11 +155,10 @@ def _called(module: nn.Module) -> list[nn.Module]:
 
 def divide(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
     """Apply `fully_shard` to each unit of a model, and to the model."""
-    own = {part for head in heads for part in divide_groups(head, mesh)} if options.head_parallel else set()
     for module in units(model, heads):
         narrow = not any(module is head for head in heads)
-        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None), ignored_params=own)
-    fully_shard(model, mesh=mesh, mp_policy=precision(options, None), ignored_params=own)
+        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None))
+    fully_shard(model, mesh=mesh, mp_policy=precision(options, None))
 
 
 def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy:
@@ -173,7 +167,7 @@ def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy
     Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters
     in the dtype of the buffers. Autocast converts these, as it does under DistributedDataParallel.
     """
-    divided = options.amp and options.parallel == 'fsdp' and block is not None
+    divided = options.amp and block is not None
     narrow = divided and not any(buffer.is_floating_point() for buffer in block.buffers())
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
 

@@ -25,7 +25,6 @@ from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
 from timm_mldecoder.data import overlap
 from timm_mldecoder.distributed.fsdp import is_sharded, shard_task, slices_of
-from timm_mldecoder.distributed.losses import divide_loss
 from timm_mldecoder.distributed.slices import create_sliced, rows_of_rank
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
@@ -115,9 +114,6 @@ def build_run(options: Options, world: World) -> Run:
     task = create_task(options, model, train, config, world)
     if divided:
         shard_task(task, slices, options, world, head_modules(model))
-    part = head_modules(model)[0].part if divided and options.head_parallel else None
-    if part is not None:
-        task.criterion = divide_loss(task.criterion, part).to(world.device)
     eval_metric = options.eval_metric if eval_loader else 'loss'
     freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
@@ -174,7 +170,6 @@ def build_run(options: Options, world: World) -> Run:
         trackers=[],
         shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
         freezer=freezer,
-        part=part,
     )
     try:
         _begin(run, source, written)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
 from timm_mldecoder.distributed.fsdp import broadcast_buffers
-from timm_mldecoder.distributed.metrics import divide_evaluator
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
@@ -271,8 +270,6 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
-    if run.part is not None:
-        divide_evaluator(evaluator, run.part)
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,

@@ -14,7 +14,6 @@ from torch import nn
 from timm_mldecoder.checkpoint.state import TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
-from timm_mldecoder.distributed.classes import ClassPart
 from timm_mldecoder.distributed.fsdp import is_sharded
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
@@ -49,7 +48,6 @@ class Run:
     freezer: Freezer
     folder_lock: IO | None  # lock of the folder, held as long as the run lives
     trackers: list[Tracker]  # called with the metrics of each epoch
-    part: ClassPart | None = None  # classes whose logits this rank has (`--head-parallel`); None for all
     # writes the checkpoints of a model that is divided over ranks; None for other models
     shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
