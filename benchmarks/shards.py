@@ -2,12 +2,11 @@
 
     python -m benchmarks.shards [--ranks 1 2 4] [--num-classes 1_000_000]
 
-Gloo on the CPU, float32, AdamW. Memory is what torch allocated on the last rank: the slices that it holds, and the most
+Gloo on the CPU, float32, AdamW. Memory is what torch allocated on the last rank: the shards that it holds, and the most
 that a step allocates beside them. `planned` is what `benchmarks.plan` expects of weights, gradients and state.
 """
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -20,12 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import MIB, markdown, parser, peak_memory
 from benchmarks.plan import DDP, FSDP, sent_bytes, state_bytes
-from timm_mldecoder.distributed.fsdp import is_sharded, local, shard_task, slices_of
-from timm_mldecoder.distributed.slices import create_sliced
-from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.distributed.layout import create_layout
+from timm_mldecoder.distributed.world import join_world, local
 from timm_mldecoder.flags import train_options
 from timm_mldecoder.train.optim import timm_optimizer
-from timm_mldecoder.train.run import prepare_distributed
 
 HEADER = (
     *('model', 'ranks', 'held by', 'state, MiB', 'planned', 'of one rank'),
@@ -102,19 +99,14 @@ def _measure(name: str, classes: int, way: str) -> str:
         )
         head = dict(num_of_groups=min(4000, classes), decoder_embedding=DIM, dim_feedforward=64, num_heads=4)
         settings = dict(num_classes=classes, ml_decoder=head) if classes else {}
-        divided = is_sharded(options, world)
-        if divided:
-            create = functools.partial(timm.create_model, name, **settings)
-            model, slices = create_sliced(create, slices_of(options, world))
-        else:
-            model = timm.create_model(name, **settings)
+        layout = create_layout(options, world)
+        model = layout.create(lambda _: timm.create_model(name, **settings))
+        layout.place(model, [model.get_classifier()])
         parameters = sum(parameter.numel() for parameter in model.parameters())
         size = model.pretrained_cfg['input_size']
         task = ClassificationTask(model, device=world.device, verbose=False)
-        if divided:
-            shard_task(task, slices, options, world, [model.get_classifier()])
         optimizer = timm_optimizer(options, task.get_trainable_module())
-        prepare_distributed(options, task, world)
+        layout.wrap(task)
         images, labels = torch.randn(BATCH, *size), torch.tensor([0, 1])
 
         def step() -> None:

@@ -21,15 +21,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from timm_mldecoder.checkpoint.files import shards_of
 from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.read_sharded import PREFIX, SHARDS
 from timm_mldecoder.checkpoint.resume import newest
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.distributed import fsdp, slices
+from timm_mldecoder.distributed import fsdp
+from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.flags.sharded import SHARDABLE_OPTIMIZERS
-from timm_mldecoder.modeling.load import create_train_model, load_trained
+from timm_mldecoder.modeling.load import load_trained
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # Rounding in float32 moves activations across the zero of a ReLU, and what follows amplifies that: two DDP runs of
@@ -145,51 +145,31 @@ def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path
         assert torch.equal(content['state_dict'][name], value)
 
 
-@pytest.mark.parametrize(
-    'kind', ['none', 'folder', 'pretrained.safetensors', 'pretrained.pth', 'old.pth', 'initial.pth']
-)
-def test_slices_are_parts_of_the_model_that_one_rank_creates(tmp_path, monkeypatch, kind):
-    """Drawn in small pieces, and read from files; one has another classifier."""
-    monkeypatch.setattr(slices, '_PIECE', 64)
-    file, other = tmp_path / kind, timm.create_model('test_vit', num_classes=4)
-    weights, name = other.state_dict(), 'test_vit'
-    if kind == 'folder':
-        timm.models.save_for_hf(other, file)
-        name = f'local-dir:{file}'
-    elif kind.endswith('safetensors'):
-        safetensors.torch.save_file(weights, file)
-    else:
-        torch.save(weights, file, _use_new_zipfile_serialization=kind != 'old.pth')
-    ways = {'none': '', 'folder': '--pretrained', 'initial.pth': f'--initial-checkpoint {file}'}
-    flags = f'--model {name} {ways.get(kind, f"--pretrained --pretrained-path {file}")} --head-init-scale 0.5'
-    flags += ' --num-classes 4'
-    if kind != 'initial.pth':
-        flags += ' --use-ml-decoder-head 1 --decoder-embedding 24 --ml-decoder-kwargs learnable_queries=True'
-    options = parse_train([str(tmp_path), *shlex.split(flags)])
-
-    def create():
-        torch.manual_seed(1)
-        return create_train_model(options, None, check=False)
-
-    whole, state = create(), torch.get_rng_state()
-    parts = [slices.create_sliced(create, lambda *_, rank=rank: (rank, 3))[1] for rank in range(3)]
-    assert torch.equal(torch.get_rng_state(), state)
-    for name, parameter in whole.named_parameters():
-        assert torch.equal(torch.cat([part[name] for part in parts]), parameter), name
-        assert all(part[name].untyped_storage().nbytes() <= part[name].nbytes for part in parts), name
-
-
-def test_parameters_that_a_model_reads_while_it_is_created_are_whole_until_then():
-    """A hybrid ViT computes features of its CNN, and takes their size."""
-    torch.manual_seed(0)
-    whole = timm.create_model('vit_tiny_r_s16_p8_224')
-    torch.manual_seed(0)
-    model, own = slices.create_sliced(lambda: timm.create_model('vit_tiny_r_s16_p8_224'), lambda *_: (1, 2))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    for name, parameter in whole.named_parameters():
-        assert torch.equal(own[name], parameter[(len(parameter) + 1) // 2 :]), name
-    for name, buffer in whole.named_buffers():
-        assert torch.equal(model.get_buffer(name), buffer), name
+def test_ranks_start_from_the_weights_that_ddp_starts_from(tmp_path):
+    """Drawn, and read from files by the first rank; one has another classifier."""
+    data, other = write_images(tmp_path / 'images', train=2, validation=1), timm.create_model('test_vit', num_classes=4)
+    timm.models.save_for_hf(other, tmp_path / 'folder')
+    safetensors.torch.save_file(other.state_dict(), tmp_path / 'weights.safetensors')
+    torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'weights.pth')
+    head = '--use-ml-decoder-head 1 --decoder-embedding 24 --ml-decoder-kwargs learnable_queries=True dropout=0.0'
+    starts = [
+        '--model test_vit',
+        f'--pretrained --model local-dir:{tmp_path}/folder {head}',
+        f'--pretrained --model test_vit --pretrained-path {tmp_path}/weights.safetensors {head}',
+        f'--model test_vit --initial-checkpoint {tmp_path}/weights.pth',
+    ]
+    flags = f'{COMMON} --head-init-scale 0.5 --img-size 160 -b 3 --epochs 1 --lr 0 --val-split "" --output {tmp_path}'
+    commands = [
+        [data, *shlex.split(f'{flags} {start} --parallel {parallel} --experiment {parallel}{number}')]
+        for number, start in enumerate(starts)
+        for parallel in ('ddp', 'fsdp')
+    ]
+    losses = run_all(tmp_path, commands)
+    assert losses[::2] == losses[1::2]
+    for number in range(len(starts)):
+        ddp, fsdp_ = (read_checkpoint(tmp_path / f'{name}{number}' / 'last.pth.tar') for name in ('ddp', 'fsdp'))
+        for name, value in ddp['state_dict'].items():
+            assert torch.equal(fsdp_['state_dict'][name], value), (starts[number], name)
 
 
 @pytest.fixture
@@ -261,16 +241,36 @@ def test_what_does_not_work_with_a_sharded_model_is_refused(tmp_path, flags):
         parse_train([str(tmp_path), *shlex.split(flags), '--parallel', 'fsdp'])
 
 
-def test_models_and_ranks_that_cannot_be_divided_are_refused():
+def test_models_and_ranks_that_cannot_be_sharded_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    options, world = parse_train(['.', '--parallel', 'fsdp', '--hsdp', '3']), World(torch.device('cpu'), 0, 4)
     model[1].weight = model[0].weight
     with pytest.raises(ValueError, match='share'):
-        fsdp._check(slices.create_sliced(lambda: model, lambda *_: (0, 2))[0])
+        fsdp.shard(model, [], None, options, world)
     model[1].weight = nn.Parameter(torch.tensor(0.0))
     with pytest.raises(ValueError, match='1.weight'):
-        fsdp._check(slices.create_sliced(lambda: model, lambda *_: (0, 2))[0])
+        fsdp.shard(model, [], None, options, world)
     with pytest.raises(ValueError, match='--hsdp 3'):
-        fsdp.create_mesh(parse_train(['.', '--parallel', 'fsdp', '--hsdp', '3']), World(torch.device('cpu'), 0, 4))
+        fsdp.create_mesh(options, world)
+
+
+def test_a_skeleton_has_no_values_whatever_its_model_does():
+    """A model that reads its tensors while it is created is created with them first."""
+
+    class Reads(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.total = self.weight.sum().item()
+
+    class Keeps(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.grid = torch.arange(3)
+
+    for create in (Reads, Keeps, lambda: nn.BatchNorm1d(3)):
+        model = fsdp.create_skeleton(create)
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        assert not getattr(model, 'grid', torch.empty(0)).is_meta
 
 
 def test_the_removed_option_names_the_one_to_use(tmp_path):
@@ -397,8 +397,8 @@ def test_a_run_killed_on_two_ranks_four_ranks_and_one_continues_as_one_run(ten_c
 
 
 @pytest.mark.slow
-def test_no_rank_holds_the_whole_model(tmp_path):
-    """Neither while it creates the model, reads weights or saves, nor while it resumes."""
+def test_no_rank_but_the_first_holds_the_whole_model(tmp_path):
+    """Which does while it creates the model and reads weights; none while it saves or resumes."""
     flags = f'{COMMON} --img-size 32 --model-kwargs img_size=32 --opt adamw -b 1 --val-split "" --parallel fsdp'
     large = '--model vit_base_patch16_224'
     images = write_images(tmp_path / 'images', train=2, validation=1)
@@ -417,7 +417,7 @@ def test_no_rank_holds_the_whole_model(tmp_path):
         assert process.returncode == 0, process.stderr[-3000:]
         found = [json.loads(line) for line in process.stdout.splitlines()]
         for (name, _), row in zip(ways, found, strict=True):
-            print(f'\n{name}: begin {row["begin"]:.0f} MiB, save {row["save"]:.0f} MiB; model {whole:.0f} MiB')
+            print(f'\n{name}: {", ".join(f"{part} {size:.0f}" for part, size in row.items())} MiB; model {whole:.0f} MiB')
         return found
 
     created = measure(
@@ -440,13 +440,14 @@ def test_no_rank_holds_the_whole_model(tmp_path):
 FAMILIES = """
     test_byobnet test_coatnet test_convnext test_efficientnet test_efficientnet_evos test_efficientnet_gn test_mambaout
     test_maxvit nf_resnet26 test_resnet test_vit test_vit3 test_vit_relpos swin_tiny_patch4_window7_224
+    vit_tiny_r_s16_p8_224 hiera_tiny_224
 """
 
 
 @pytest.mark.slow
-def test_models_of_many_families_are_divided():
+def test_models_of_many_families_are_sharded():
     """With their own classifier and an ML-Decoder, scored before they are trained."""
-    process = call('tests/programs/divided_families.py', *FAMILIES.split())
+    process = call('tests/programs/sharded_families.py', *FAMILIES.split(), processes=2, timeout=1800)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.split() == FAMILIES.split(), process.stderr[-3000:]
 
