@@ -417,7 +417,8 @@ def test_no_rank_but_the_first_holds_the_whole_model(tmp_path):
         assert process.returncode == 0, process.stderr[-3000:]
         found = [json.loads(line) for line in process.stdout.splitlines()]
         for (name, _), row in zip(ways, found, strict=True):
-            print(f'\n{name}: {", ".join(f"{part} {size:.0f}" for part, size in row.items())} MiB; model {whole:.0f} MiB')
+            sizes = ', '.join(f'{part} {size:.0f}' for part, size in row.items())
+            print(f'\n{name}: {sizes} MiB; model {whole:.0f} MiB')
         return found
 
     created = measure(
