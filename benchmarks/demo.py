@@ -104,7 +104,7 @@ def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 6, side: int = 200) -> None:
-    """Draw test cells that the model calls defective, rightly (above) and wrongly, and those it misses, with attention."""
+    """Draw cells called defective, rightly and wrongly, and defective ones that were missed, with their attention."""
     model = timm_mldecoder.load(checkpoint)
     defective = model.class_names.index('defective')
     rows = {'defective, found': [], 'defective, missed': [], 'intact, called defective': []}

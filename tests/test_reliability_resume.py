@@ -12,12 +12,11 @@ import pytest
 import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train
 
-from timm_mldecoder.checkpoint.files import CheckpointFolder, numbered
-from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.files import CheckpointFolder
 from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data import MultiLabelDataset
 from timm_mldecoder.data.annotations import Annotations
-from timm_mldecoder.distributed.world import World, join_world
+from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.loading.datasets import balanced_weights
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart, Order
@@ -298,11 +297,6 @@ def test_another_batch_size_warns_and_resumes_within_an_epoch_too(data, tmp_path
     assert fit_until_stopped(run) == 143
     resumed = build(data, tmp_path, *MOVING, '--resume', 'auto')
     assert 'batch_size was 6 and is 4' in caplog.text
-    content = read_checkpoint(numbered(folder)[0])
-    divided, world = resumed.options.replace(head_parallel=True), World(torch.device('cpu'), 0, 2)
-    with pytest.raises(ValueError, match='--head-parallel'):
-        resumed.state.restore(content, divided, world, resumed.train_loader)
-    resumed = build(data, tmp_path, *MOVING, '--resume', 'auto')
     images = []
     resumed.state.task.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     fit(resumed)

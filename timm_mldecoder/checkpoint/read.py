@@ -13,8 +13,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from timm_mldecoder.checkpoint.read_sharded import SHARDS, check_folder, fill
 from timm_mldecoder.checkpoint.schema import RUN, check_entries, is_folder_name
+from timm_mldecoder.distributed.read_sharded import SHARDS, check_folder, fill
 
 RAW, EMA = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # keys of the weights, timm's first
 

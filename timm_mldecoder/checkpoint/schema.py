@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from timm_mldecoder.checkpoint.read_sharded import SHARDS
+from timm_mldecoder.distributed.read_sharded import SHARDS
 
 RUN = 'timm_mldecoder'  # what train.py keeps beside timm's keys
 VERSION = 2  # timm's: 'epoch' is the epoch that ended

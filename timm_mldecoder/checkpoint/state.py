@@ -153,12 +153,6 @@ class TrainingState:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):
             self._restore_position(run, world, loader, changed)
-            if options.head_parallel and world.distributed and self.start.order_ranks is not None:
-                raise ValueError(
-                    f'{"; ".join(changed) or "ranks or batch size changed within this epoch"}: --head-parallel needs '
-                    'batches of one size on all ranks, which the rest of the epoch does not have; undo that change, '
-                    'leave --head-parallel out until the end of the epoch, or use a checkpoint of the end of an epoch'
-                )
         if changed and self.batch:
             changed.append('the rest of the epoch is divided into other batches')
         before = vars(content['args']) if run else {}

@@ -21,7 +21,7 @@ from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.flags.flag import Flag, show
 from timm_mldecoder.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.flags.options import Options, closest
-from timm_mldecoder.flags.sharded import problems_of_divided
+from timm_mldecoder.flags.sharded import problems_of_sharded
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.losses import LOSSES
 from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
@@ -250,8 +250,8 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield '--early-stop needs a metric in percent, not --eval-metric loss'
     if o.eval_metric not in names:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
-    if o.parallel == 'fsdp' or o.head_parallel:
-        yield from problems_of_divided(o)
+    if o.parallel == 'fsdp':
+        yield from problems_of_sharded(o)
     yield from _problems_of_images(o)
     yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from timm_mldecoder.flags.flag import Flag, Parser
-from timm_mldecoder.flags.options import closest
+from timm_mldecoder.flags.options import REMOVED, closest
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Conta
     """
     arguments = {}
     for key, value in _read(path).items():
+        if (flag := f'--{key.replace("_", "-")}') in REMOVED:
+            if value:
+                raise ValueError(f'--config {path}: {key} was removed: {REMOVED[flag]}')
+            continue
         if key not in rows:
             raise ValueError(f'--config {path}: {key!r} is not an option{closest(key, rows)}')
         if key == 'config' and value:

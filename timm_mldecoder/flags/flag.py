@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from timm.utils import ParseKwargs
 
-from timm_mldecoder.flags.options import Options, closest
+from timm_mldecoder.flags.options import REMOVED, Options, closest
 
 _LARGEST_INT = 2**53
 _METAVARS = {int: 'N', float: 'X', str: 'NAME', dict: 'KEY=VALUE'}
@@ -262,6 +262,8 @@ class Parser(BaseParser):
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             name = unknown[0].partition('=')[0]
+            if name in REMOVED:
+                raise ValueError(f'{name} was removed: {REMOVED[name]}')
             hint = closest(name, self._option_string_actions)
             if name == '--ml-decoder' and '--use-ml-decoder-head' in self._option_string_actions:  # as in create_model
                 hint = ', did you mean --use-ml-decoder-head 1?'

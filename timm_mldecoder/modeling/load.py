@@ -107,13 +107,12 @@ def script(model: nn.Module) -> nn.Module:
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 
-def create_train_model(options: Options, dataset: Dataset, *, check: bool = True) -> nn.Module:
+def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Args:
         options: Options of train.py.
         dataset: Training split.
-        check: Whether to call `check_loaded`.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
@@ -133,8 +132,7 @@ def create_train_model(options: Options, dataset: Dataset, *, check: bool = True
         bn_eps=options.bn_eps,
         **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
-    if check:
-        check_loaded(options, model.parameters())
+    check_loaded(options, model)
     with refuse(options):
         if options.graph:
             names = class_names_of(dataset)

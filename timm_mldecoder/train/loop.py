@@ -15,8 +15,6 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
-from timm_mldecoder.distributed.fsdp import broadcast_buffers
-from timm_mldecoder.distributed.metrics import divide_evaluator
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
@@ -26,7 +24,7 @@ from timm_mldecoder.runtime.log import EvalLog, StepTimer, log_above, progress_b
 from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.train import nonfinite
 from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
-from timm_mldecoder.train.run import Run, prepare_distributed
+from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +42,7 @@ def fit(run: Run) -> None:
                 fit_epoch(run)
                 now, done = time.perf_counter(), run.state.epoch - first
                 log_epoch(run, now - start, (now - begin) / done * (run.epochs - run.state.epoch))
-            run.finish_saving()
+            run.layout.wait()
     finally:
         run.close()
 
@@ -99,7 +97,7 @@ def train_epoch(run: Run) -> Metrics:
     """Train the rest of the epoch under way: all of it, unless it was resumed within."""
     state, options, loader = run.state, run.options, run.train_loader
     if run.freezer.apply(state.epoch):
-        rewrap(run)
+        run.layout.rewrap(state.task)
     model = state.task.get_trainable_module()
     run.freezer.train_mode(model, state.epoch)
     state.optimizer.zero_grad()
@@ -112,8 +110,8 @@ def train_epoch(run: Run) -> Metrics:
         timer.batch_arrived()
         batch = state.batch
         accumulated, completes_step = run.accumulation(batch)
-        if not (trained or run.shards is None or options.no_ddp_bb):
-            broadcast_buffers(model)
+        if not trained:
+            run.layout.begin_step(model)
 
         # forward and backward
         trained.append(train_batch(run, images, target, accumulated, completes_step))
@@ -142,7 +140,7 @@ def train_epoch(run: Run) -> Metrics:
             state.schedule.step_update(num_updates=run.steps_done())
 
         # checkpoint
-        run.poll_saving()
+        run.layout.poll()
         if stop:
             run.stop(stop)
         if options.recovery_interval and (step + 1) % options.recovery_interval == 0:
@@ -155,14 +153,6 @@ def train_epoch(run: Run) -> Metrics:
     if (norm := state.gradient_norm).samples:
         metrics['grad_norm'] = norm.total.item() / norm.samples
     return record_bad(run, loader.bad_images, metrics)
-
-
-def rewrap(run: Run) -> None:
-    """Wrap the model again: DistributedDataParallel exchanges gradients of the parameters that were trainable then."""
-    task = run.state.task
-    if run.world.distributed and run.shards is None:
-        task.trainable_module = task.trainable_module.module
-        prepare_distributed(run.options, task, run.world)
 
 
 def train_batch(run: Run, images: Batch, target: Tensor, accumulated: int, completes_step: bool) -> TrainedBatch:
@@ -257,7 +247,7 @@ def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> N
         position = dict(epoch=state.epoch, step=step)
         nonfinite.report(run.folder, position, trained, run.train_loader.dataset, run.world)
     if state.skipped >= (1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit):
-        run.finish_saving()
+        run.layout.wait()
         raise RunFailed(
             f'{where}: loss or gradients not finite for {state.skipped} steps in a row (--nonfinite-limit); they '
             'changed no parameter. A lower --lr, --clip-grad or a longer warm-up may help'
@@ -285,8 +275,6 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
-    if run.part is not None:
-        divide_evaluator(evaluator, run.part)
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,
@@ -298,7 +286,7 @@ def score(run: Run, ema: bool) -> Metrics:
                 'Test (EMA)' if ema else 'Test', evaluator, len(loader), options.log_interval, run.world.primary
             ),
             views=test_time_views(options.tta, run.data_config['input_size'][1:]),
-            until=run.until_stopped,
+            until=lambda batches: run.layout.until_stopped(batches, run.signals),
         )
     # stopped now, the run resumes with the validation, after all batches of the epoch
     (stop,) = run.world.all_reduce_max(run.signals.received)
