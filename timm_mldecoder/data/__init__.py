@@ -16,6 +16,7 @@ from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
 from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy
+from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
@@ -106,6 +107,7 @@ def create_dataset(
     annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
     if missing is not None:
         annotations = apply_policy(annotations, root, missing)
+    annotations = merge_same_files(annotations, root)
     return MultiLabelDataset(annotations, root, **options)
 
 

@@ -19,6 +19,7 @@ from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, crea
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
+from timm_mldecoder.data.formats.class_folders import class_name
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
@@ -152,10 +153,13 @@ def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
     dataset.annotations = selected
 
 
-def log_summary(name: str, dataset: Dataset) -> None:
+def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     """Log what is to be known of a split before it is trained on."""
-    for line in summarize(dataset).log_lines(name):
+    found = summarize(dataset)
+    for line in found.log_lines(name):
         _logger.info(line)
+    for line in found.warnings(name, training):
+        _logger.warning(line)
     if hasattr(dataset, 'reading'):
         for line in dataset.reading.describe(name, dataset):
             _logger.warning(line)
@@ -340,5 +344,5 @@ def _folders_without_images(dataset: Any) -> list[str]:
     return sorted(
         path.name
         for path in folders
-        if path.name not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
+        if class_name(path.name) not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
     )

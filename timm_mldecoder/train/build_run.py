@@ -232,7 +232,7 @@ def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | N
         repeats=options.epoch_repeats,
         missing=options.missing_images,
     )
-    log_summary(options.train_split, train)
+    log_summary(options.train_split, train, training=True)
     if not options.val_split:
         check_ranks(world, {options.train_split: train})
         return train, None

@@ -35,6 +35,7 @@ _logger = logging.getLogger(__name__)
 
 SEPARATOR = ';'
 LIST = 'list'  # in place of a separator
+EMPTY_CELLS = {'nan', 'NaN', '<NA>'}  # what pandas writes for them
 DELIMITERS = (',', ';', '\t')
 ONE_HOT = {'0': NEGATIVE, '0.0': NEGATIVE, '1': POSITIVE, '1.0': POSITIVE, '-1': IGNORED, '-1.0': IGNORED}
 
@@ -95,7 +96,7 @@ def _open_table(path: Path, path_column: str, label_column: str) -> Table:
 
 
 def read_images(
-    path: Path, path_column: str = '', label_column: str = '', label_separator: str = ''
+    path: Path, path_column: str = '', label_column: str = '', label_separator: str = '', class_map: bool = False
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Labels of each image of a file: image path to class name to (POSITIVE or IGNORED, line number).
 
@@ -104,6 +105,7 @@ def read_images(
         path_column: Name of the column of paths, `path` if empty.
         label_column: Name of the column of labels, `labels` if empty; without one, columns of 0 and 1 are classes.
         label_separator: Between labels, `;` if empty; `list` for lists such as `['a', 'b']`.
+        class_map: Whether a file lists the classes: then a label may be `nan`.
 
     Raises:
         ValueError: If the header lacks a column, a row has another number of fields or no path, a label is both given
@@ -126,9 +128,14 @@ def read_images(
             )
         if len(row) <= needed or not row[table.path].strip():
             raise ValueError(f'{where}: expected a path and labels, got {row}')
-        file = normalize_path(row[table.path].strip())
+        file = row[table.path].strip()
         labels = images.setdefault(file, {})
         for name, value in _labels(table, row, separator, where):
+            if not class_map and name in EMPTY_CELLS:
+                raise ValueError(
+                    f'{where}: the label {name!r} is how pandas writes an empty cell: leave the field empty, or list '
+                    f'{name!r} in classes.txt if it is a class'
+                )
             if labels.setdefault(name, (value, line))[0] != value:
                 raise ValueError(
                     f'{where}: label {name!r} of {file} is both given and ignored (the other is in line '
@@ -207,10 +214,10 @@ def read_csv(root: Path, split: str, class_map: str | Path | None = None, **colu
     if not path.is_file():
         found = sorted(file.stem for file in root.glob('*.csv'))
         raise ValueError(f'{path} is missing, for split {split!r}; {root} holds the splits {found}')
-    images = read_images(path, **columns)
-
     source = Path(class_map) if class_map else root / 'classes.txt'
-    if class_map or source.is_file():
+    listed = bool(class_map) or source.is_file()
+    images = read_images(path, **columns, class_map=listed)
+    if listed:
         class_names = read_names(source)
     else:
         source = root / 'train.csv'
@@ -229,4 +236,7 @@ def read_csv(root: Path, split: str, class_map: str | Path | None = None, **colu
             image.append(index)
             label.append(class_index[name])
             values.append(value)
-    return Annotations(class_names, list(images), image, label, values)
+    paths = [normalize_path(file) for file in images]
+    if len(set(paths)) < len(paths):
+        paths = list(images)  # `merge_same_files` names each spelling
+    return Annotations(class_names, paths, image, label, values)
