@@ -172,6 +172,10 @@ def test_one_rule_for_what_is_an_image(tmp_path, caplog):
     assert sorted(packed.filenames()) == expected
     assert sorted(packed.reader.class_name_to_idx) == ['a', 'b']
     assert len(open_source(tmp_path / 'all.tar').names) == len(expected)
+    (tmp_path / 'train' / 'c').mkdir()
+    (tmp_path / 'train' / '@eaDir').mkdir()
+    check_classes(create_dataset('', str(tmp_path), 'train'), 2, given=True)
+    assert caplog.messages[-1] == 'ignoring class folders without images: c'
     assert strict(packed)[len(packed) - 1][1] == 1
 
 

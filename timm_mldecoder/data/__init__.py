@@ -1,5 +1,6 @@
 """Datasets in the formats they are published in, beside those of timm."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FORMATS = {
     'openimages': (read_open_images, set()),
     'nuswide': (read_nus_wide, set()),
     'json': (read_json, {'instances'}),
-    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator'}),
+    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator', 'split_column'}),
 }
 # Datasets of timm: an image folder or tar file, and the prefixes of its other readers.
 TIMM_FOLDERS = ('', 'folder', 'imagefolder', 'image_folder', 'tar', 'imagetar', 'image_tar')
@@ -62,13 +63,13 @@ def create_dataset(
 
     Args:
         name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; timm's names are passed to timm.
-        root: Folder of the dataset.
+        root: Folder of the dataset; for `csv` also one file for all splits.
         split: `train`, `validation`, or another that the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
         missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
             out with a warning, None does not check.
         **kwargs: Options of `timm.data.create_dataset`; those of a format (`instances`, `difficult`,
-            `unannotated`, `class_map`).
+            `unannotated`, `class_map`, `split_column`).
 
     Raises:
         ValueError: If the name, the folder or the split does not exist, an annotation file is malformed, images are
@@ -101,10 +102,12 @@ def create_dataset(
     refused = sorted(options.keys() - DATASET_OPTIONS - known)
     if refused:
         raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
-    if root is None or not Path(root).is_dir():
+    is_table = name == 'csv' and root is not None and Path(root).is_file()
+    if root is None or not (Path(root).is_dir() or is_table):
         raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
     split = {'val': 'validation'}.get(split, split)
     annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
+    root = os.path.dirname(root) if is_table else root
     if missing is not None:
         annotations = apply_policy(annotations, root, missing)
     annotations = merge_same_files(annotations, root)

@@ -46,6 +46,12 @@ DATASET: Group = ('Dataset', [
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
     both('--coco-unannotated', str, 'keep', 'COCO images without annotations: keep them, as negatives of every class, '
          'or drop them, as published results do', choices=('keep', 'drop'), needs=dataset('coco'), inherited=True),
+    both('--val-fraction', float, 0.0, 'share of each class that is held out of the training split, as validation split',
+         range='[0, 0.5]',
+         needs=VALIDATES, inherited=True, in_validate=dict(needs=())),
+    both('--split-seed', int, 0, 'seed of --val-fraction', range='[0, inf)',
+         needs=given('val_fraction'), inherited=True),
+    both('--split-column', str, '', 'column of a CSV file, given as DIR, that names the split of each row', needs=dataset('csv')),
     both('--path-column', str, '', 'column of a CSV file that has the paths of images (default: path)',
          needs=dataset('csv')),
     both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv')),

@@ -69,10 +69,24 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     rows = flags('validate')
     names = [name for name, row in rows.items() if row.inherited and name in trained]
     options = options.replace(**{name: trained[name] for name in names if name not in kept})
+    if (
+        options.val_fraction
+        and 'val_fraction' not in kept
+        and _real(options.data_dir) != _real(trained.get('data_dir'))
+    ):
+        _logger.warning(
+            f'trained with --val-fraction {options.val_fraction:g} of {trained.get("data_dir")}; {options.data_dir} is '
+            'other data and evaluated as it is: pass the flag if it is the same'
+        )
+        options = options.replace(val_fraction=0.0)
     check_task(options)
     check_patches(options, rows)
     trained_on_cpu = trained.get('device', '').startswith('cpu')
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
+
+
+def _real(data_dir: str | None) -> str:
+    return os.path.realpath(data_dir or '')
 
 
 def warn_no_effect(options: Options, script: str) -> None:

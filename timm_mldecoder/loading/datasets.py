@@ -15,12 +15,13 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data import FORMATS, TIMM_FOLDERS, MultiLabelDataset, class_to_index, create_dataset, summarize
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats.class_folders import class_name
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.hold_out import hold_out
+from timm_mldecoder.data.images import Reading, is_clutter
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
@@ -82,7 +83,8 @@ def create_split(
     """
     mode = image_mode(options)
     kind = dataset_kind(options.dataset)
-    _check_folder(options.dataset, options.data_dir, split)
+    source, held_out = _source_of(options, split)
+    _check_folder(options.dataset, options.data_dir, source)
     _check_image_mode(options.dataset, mode, image_channels(options))
     reading = Reading.of(options)
     multilabel = options.task == 'multilabel'
@@ -98,14 +100,15 @@ def create_split(
     if load_bytes:
         settings['load_bytes'] = True
     if kind == 'csv':
-        settings |= {name: options[name] for name in ('path_column', 'label_column', 'label_separator')}
+        names = ('path_column', 'label_column', 'label_separator', 'split_column')
+        settings |= {name: options[name] for name in names}
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     if kind.startswith('coco'):
         settings['unannotated'] = options.coco_unannotated
     try:
         dataset = create_dataset(
-            options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
+            options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
         )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
@@ -124,6 +127,8 @@ def create_split(
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
         classes = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
+    if held_out is not None:
+        hold_out(dataset, options.val_fraction, options.split_seed, held_out)
     if training and options.partial_labels:
         if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
@@ -135,6 +140,28 @@ def create_split(
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
+
+
+def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
+    """Return the split that is read for a split, and which part of it `--val-fraction` makes it, if any.
+
+    Raises:
+        ValueError: If the data has a validation split of its own, or cannot be divided.
+    """
+    settings = options.to_dict()
+    train, validation = settings.get('train_split', 'train'), settings.get('val_split', 'validation')
+    if not (options.val_fraction and validation) or split not in (train, validation, 'validation'):
+        return split, None
+    root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
+    kind = dataset_kind(options.dataset)
+    if kind not in ('csv', 'json') and options.dataset not in TIMM_FOLDERS:
+        raise ValueError(f'{flag}: only CSV and JSON lists and class folders can be divided')
+    if kind == 'csv' and options.split_column:
+        raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
+    own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *_EVAL_SYNONYM)]
+    if found := next((name for name in own if name and (root / name).exists()), None):
+        raise ValueError(f'{flag}: {root / found} is there, which is a validation split; leave one of them out')
+    return train, split != train
 
 
 def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
@@ -340,7 +367,7 @@ def _folders_without_images(dataset: Any) -> list[str]:
     reader = getattr(dataset, 'reader', None)
     if not isinstance(reader, ReaderImageFolder):
         return []
-    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not path.name.startswith('.'))
+    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not is_clutter(path.name))
     return sorted(
         path.name
         for path in folders

@@ -20,6 +20,7 @@ _OTHERS = """
     coco_unannotated
     input_img_mode input_key target_key task target_format multilabel_threshold
     background image_range exif_rotate path_column label_column label_separator
+    val_fraction split_seed split_column
     word_embeddings class_split score_classes random_queries query_noise query_cutout
     model pretrained pretrained_path initial_checkpoint num_classes model_kwargs fast_norm channels_last
     img_size in_chans input_size crop_pct crop_mode mean std interpolation
