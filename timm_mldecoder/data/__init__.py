@@ -15,6 +15,7 @@ from timm_mldecoder.data.formats.csv_list import read_csv
 from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
+from timm_mldecoder.data.formats.records import name_targets, training_split
 from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy
 from timm_mldecoder.data.same_files import merge_same_files
@@ -91,10 +92,14 @@ def create_dataset(
             if not kwargs.get('class_map'):
                 warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
             return dataset
+        separator = kwargs.pop('label_separator', '')
         with one_order():
             dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)
+        if prefix in ('hfds', 'wds'):
+            several = kwargs.get('target_format') is not None
+            name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
         return dataset
 
     reader, known = FORMATS[name]

@@ -102,25 +102,34 @@ def create_split(
     if kind == 'csv':
         names = ('path_column', 'label_column', 'label_separator', 'split_column')
         settings |= {name: options[name] for name in names}
+    if kind in ('hfds', 'wds'):
+        settings['label_separator'] = options.label_separator
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     if kind.startswith('coco'):
         settings['unannotated'] = options.coco_unannotated
+    if not kind and (forgotten := _forgotten_dataset(Path(options.data_dir))):
+        raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
         dataset = create_dataset(
             options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
         )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
+    except ValueError as error:
+        beside = '' if kind else _lists_beside(Path(options.data_dir), source)
+        raise ValueError(f'{error}{beside}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
     if hasattr(dataset, 'reading'):
         dataset.reading = reading
-    if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
-        found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
-        there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
-        raise ValueError(f'{options.data_dir}: no class folders of {split!r}; --dataset names another format{there}')
+    names = None if kind else list(class_to_index(dataset) or ())
+    if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
+        beside = _lists_beside(Path(options.data_dir), source)
+        if beside or names == ['']:
+            beside = beside or '; --dataset names another format'
+            raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
@@ -140,6 +149,30 @@ def create_split(
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
+
+
+def _forgotten_dataset(root: Path) -> str:
+    """Return what to add where files of another format are in place of class folders; empty if there are none."""
+    if root.suffix.lower() in ('.csv', '.json') and root.is_file():
+        return f'a list of images: add --dataset {root.suffix[1:].lower()}'
+    if not root.is_dir():
+        return ''
+    if found := sorted(root.glob('annotations/instances_*20??.json')):
+        return f'the annotations of COCO: add --dataset coco{found[0].stem[-4:]} --task multilabel'
+    if found := sorted(root.glob('VOCdevkit/VOC20??')):
+        return f'Pascal-VOC: add --dataset {found[0].name.lower()} --task multilabel'
+    if (root / '_info.json').is_file() and any(root.glob('*.tar')):
+        return f'WebDataset shards: add --dataset wds/{root.name}'
+    return ''
+
+
+def _lists_beside(root: Path, split: str) -> str:
+    """Return what to add where a folder without class folders holds another format; empty if it does not."""
+    if found := next((kind for kind in ('csv', 'json') if (root / f'{split}.{kind}').is_file()), None):
+        return f'; {split}.{found} is there: add --dataset {found} --task multilabel'
+    if root.is_dir() and any(path for suffix in ('parquet', 'arrow') for path in root.glob(f'**/*.{suffix}')):
+        return f'; files of a Hugging Face dataset are there: add --dataset hfds/{root}'
+    return ''
 
 
 def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
