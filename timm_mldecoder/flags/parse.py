@@ -155,6 +155,7 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
     if script == 'train':
         warn_no_effect(options, script)
         _name_recipes(options)
+        warn_random_weights(options, frozen='--freeze-backbone' if options.freeze_backbone else '')
     return options
 
 
@@ -171,6 +172,16 @@ def _name_recipes(options: Options) -> None:
             f"training with timm's defaults for ImageNet, {options.epochs} epochs of {options.opt}: "
             f'for your own images pass --config finetune/{recipe}, or --opt, --lr and --epochs'
         )
+
+
+def warn_random_weights(options: Options, frozen: str) -> None:
+    """Warn of a backbone that stays random, where `frozen` says what freezes it, and of weights that are not loaded."""
+    if options.pretrained or options.initial_checkpoint or options.resume or world_info_from_env()[1] != 0:
+        return
+    if options.model.startswith('local-dir:'):
+        _logger.warning(f'--model {options.model}: its weights are not loaded; add --pretrained')
+    elif frozen:
+        _logger.warning(f'{frozen} keeps random weights: add --pretrained or --initial-checkpoint')
 
 
 def _expand(value: Any) -> Any:

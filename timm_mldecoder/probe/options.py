@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from timm_mldecoder.flags import Options, parse_train
 from timm_mldecoder.flags.flag import BaseParser, number
+from timm_mldecoder.flags.parse import warn_random_weights
 from timm_mldecoder.models.probes import PROBES
 
 TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
@@ -86,6 +87,8 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
             raise ValueError(f'{train.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
         if name in AUGMENTATION and not own.augment:
             raise ValueError(f'{train.flag(name)} needs --augment')
+    if not train.model.startswith('local-dir:'):  # else train.py's own warning
+        warn_random_weights(train, frozen='a probe')
     words = bool(train.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):

@@ -24,6 +24,7 @@ from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.write_sharded import ShardWriter
 from timm_mldecoder.data import overlap
+from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.fsdp import is_sharded, shard_task, slices_of
 from timm_mldecoder.distributed.losses import divide_loss
 from timm_mldecoder.distributed.slices import create_sliced, rows_of_rank
@@ -41,7 +42,7 @@ from timm_mldecoder.loading.datasets import (
     with_classes,
 )
 from timm_mldecoder.loading.naflex import patch_format
-from timm_mldecoder.loading.ranks import check_ranks
+from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
@@ -62,6 +63,7 @@ from timm_mldecoder.train.trackers import create_trackers
 _logger = logging.getLogger(__name__)
 
 ARGS = 'args.yaml'
+CUT = 0.05  # share of the area of images that an evaluation of several labels may lose without a warning
 DEFAULT_OUTPUT = './output/train'
 
 
@@ -99,10 +101,18 @@ def build_run(options: Options, world: World) -> Run:
     train_loader = create_train_loader(
         options, train, config, world, num_classes=num_classes, rng_state=rng_state, patches=patches
     )
+    eval_config = {**config, 'crop_mode': options.crop_mode or config['crop_mode']}
+    if options.task == 'multilabel' and validation and patches is None:
+        lost = lost_share(image_sizes(validation), eval_config)
+        if lost > CUT:
+            _logger.warning(
+                f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
+                'labelled: --crop-mode squash --crop-pct 1 shows all of them'
+            )
     eval_loader = validation and create_eval_loader(
         options,
         validation,
-        widen({**config, 'crop_mode': options.crop_mode or config['crop_mode']}, options.tta),
+        widen(eval_config, options.tta),
         world,
         batch_size=options.validation_batch_size or options.batch_size,
         bad_image=options.val_bad_image,
@@ -153,6 +163,7 @@ def build_run(options: Options, world: World) -> Run:
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model_config,
+        train_data=describe(train),
     )
     run = Run(
         options=options,
