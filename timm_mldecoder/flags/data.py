@@ -132,6 +132,8 @@ LOADING: Group = ('Loading', [
          in_validate=dict(default='abort', help='unreadable image: leave it out, or end the run')),
     train('--val-bad-image', str, 'abort', 'unreadable validation image: leave it out, or end the run', choices=_SKIP,
           needs=(VALIDATES, NOT_STREAMED)),
+    train('--check-images', bool, False, 'decode the validation images before the first epoch, but for those that '
+          '`check` has read', needs=(VALIDATES, NOT_STREAMED)),
     both('--no-prefetcher', bool, False, 'normalize images in the data loader workers, not on the device'),
     both('--pin-mem', bool, False, 'pin the memory of batches', needs=ON_ACCELERATOR),
     train('--worker-seeding', str, 'all', 'random generators that workers seed', choices=('all', 'part'),

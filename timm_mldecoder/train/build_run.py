@@ -31,12 +31,14 @@ from timm_mldecoder.distributed.slices import create_sliced, rows_of_rank
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.checked import check_readable
 from timm_mldecoder.loading.create_loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import (
     Classes,
     check_classes,
     check_same_classes,
     create_split,
+    image_mode,
     log_summary,
     read_classes,
     with_classes,
@@ -101,6 +103,17 @@ def build_run(options: Options, world: World) -> Run:
     train_loader = create_train_loader(
         options, train, config, world, num_classes=num_classes, rng_state=rng_state, patches=patches
     )
+    if validation:
+        check_readable(
+            validation,
+            options.data_dir,
+            world,
+            decode=options.check_images,
+            policy=options.val_bad_image,
+            remedy='--val-bad-image skip',
+            mode=image_mode(options),
+            workers=options.workers,
+        )
     eval_config = {**config, 'crop_mode': options.crop_mode or config['crop_mode']}
     if options.task == 'multilabel' and validation and patches is None:
         lost = lost_share(image_sizes(validation), eval_config)
