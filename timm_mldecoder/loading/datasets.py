@@ -20,6 +20,7 @@ from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats.class_folders import class_name
+from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
 from timm_mldecoder.data.images import Reading, is_clutter
 from timm_mldecoder.data.partial import leave_out_labels
@@ -124,6 +125,8 @@ def create_split(
     dataset = strict(dataset)
     if hasattr(dataset, 'reading'):
         dataset.reading = reading
+    if kind == 'wds':
+        read_by_rule(dataset, reading, mode)
     names = None if kind else list(class_to_index(dataset) or ())
     if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
         beside = _lists_beside(Path(options.data_dir), source)

@@ -5,6 +5,7 @@ timm takes class indices. Here a target may also be a name, a list of names, or 
 """
 
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -14,7 +15,10 @@ from typing import Any
 import timm.data
 from timm.data.readers.targets import get_field
 
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.text_files import normalize_name
+
+_logger = logging.getLogger(__name__)
 
 Target = int | str | list | None
 
@@ -52,7 +56,8 @@ def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Call
     reader.class_to_idx = names
     numbers = Numbers(split, names, multilabel)
     if streamed:
-        reader._lazy_init = partial(_begin_numbered, reader, numbers)
+        reader.numbers = numbers
+        reader._lazy_init = partial(_begin, reader)
         return
     for row, target in enumerate(reader.iter_targets()):
         numbers(target, f'dataset {name!r}, split {reader.split}, row {row}')
@@ -108,12 +113,31 @@ class NumberedColumn:
         return {**batch, self._column: [self._numbers(target, self._column) for target in batch[self._column]]}
 
 
-def _begin_numbered(reader: Any, numbers: Numbers) -> None:
-    """Begin a stream, whose names become indices before timm's stages that decode and rename."""
+def read_by_rule(dataset: Any, reading: Reading, mode: str) -> None:
+    """Let a stream of WebDataset read images by the rule of files; timm clips deep images and drops transparency."""
+    dataset.reader.reading, dataset.reader.mode = reading, mode
+    dataset.reader.input_img_mode = None
+    dataset.reader._lazy_init = partial(_begin, dataset.reader)
+
+
+def _begin(reader: Any) -> None:
+    """Begin a stream: names become indices before timm's stages that decode and rename, images are converted after."""
     import webdataset
 
     type(reader)._lazy_init(reader)
-    reader.ds.pipeline.insert(-2, webdataset.map(partial(_with_numbers, reader, numbers)))
+    if hasattr(reader, 'numbers'):
+        reader.ds.pipeline.insert(-2, webdataset.map(partial(_with_numbers, reader, reader.numbers)))
+    if hasattr(reader, 'reading'):
+        reader.ds.pipeline.append(webdataset.map(partial(_converted, reader.reading, reader.mode), handler=_skip))
+
+
+def _skip(error: Exception) -> bool:
+    _logger.warning(f'unreadable image left out: {error}')
+    return True
+
+
+def _converted(reading: Reading, mode: str, sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, 'image': reading.convert(sample['image'], mode)}
 
 
 def _with_numbers(reader: Any, numbers: Numbers, sample: dict[str, Any]) -> dict[str, Any]:
