@@ -41,7 +41,8 @@ NAMES = [
     'plain.png', 'UPPER.PNG', 'space in name.png', ' leading.png', 'trailing .png', 'comma,.png', 'semi;colon.png',
     'quote".png', "apostrophe's.png", 'percent%20.png', 'hash#.png', 'plus+&=.png', 'bracket[1].png', 'brace{1}.png',
     'star*.png', 'question?.png', 'dollar$HOME.png', 'back\\slash.png', '\u00fcml\u00e4ut.png',
-    'u\u0308mla\u0308ut.png', '\u65e5\u672c\u8a9e.png', 'face \U0001f600.png', 'dots.in.name.png', 'two..dots.png', '-dash.png', '~tilde.png',
+    'u\u0308mla\u0308ut.png', '\u65e5\u672c\u8a9e.png', 'face \U0001f600.png', 'dots.in.name.png',
+    'two..dots.png', '-dash.png', '~tilde.png',
     'long' * 60 + '.png', '001.png', '1.png', 'pipe|.png', 'tab\u00a0nbsp.png',
 ]  # fmt: skip
 FILES = {name: encoded(colour(number)) for number, name in enumerate(NAMES)}
