@@ -448,3 +448,30 @@ def test_names_in_a_ranking_that_are_not_those_of_checkpoints_are_ignored(tmp_pa
     for epoch in range(3):
         save(checkpoints, epoch, float(epoch))
     assert (tmp_path / 'outside.pth.tar').exists() and (folder / 'mine.pth.tar').exists()
+
+
+@pytest.mark.parametrize('change', ['more', 'fewer', 'moved'])
+def test_other_training_images_within_an_epoch_are_refused_and_between_epochs_warned_of(data, tmp_path, change, caplog):
+    own = shutil.copytree(data, tmp_path / 'own')
+    run = build(own, tmp_path, '--epochs', '3')
+    stop_at(run, BATCHES + 2)
+    fit_until_stopped(run)
+    image = sorted((own / 'train' / 'class_0').iterdir())[0]
+    match change:
+        case 'more':
+            shutil.copy(image, image.with_name('zz.png'))
+        case 'fewer':
+            image.unlink()
+        case 'moved':
+            shutil.move(image, own / 'train' / 'class_1' / 'zz.png')
+    lines = {'more': '24 training images, the data has 25', 'fewer': '24 training images, the data has 23'}
+    with pytest.raises(ValueError, match=lines.get(change, 'the 24 training images have other names or labels')):
+        build(own, tmp_path, '--epochs', '3', '--resume', 'auto')
+    shutil.rmtree(own)
+    shutil.copytree(data, own)
+    fit(build(own, tmp_path, '--epochs', '3', '--resume', 'auto', '--stop-epoch', '2'))
+    assert 'training images' not in caplog.text
+    image.unlink()
+    fit(build(own, tmp_path, '--epochs', '3', '--resume', 'auto'))
+    assert 'resumed with a change' in caplog.text and lines['fewer'] in caplog.text
+    assert len(summary(tmp_path / 'run')) == 3

@@ -68,6 +68,7 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     model_config: dict[str, Any] | None = None  # of the folder that `--model` names, which may move
     early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
+    train_data: dict[str, Any] | None = None  # number of training images and digest, see `loading.ranks.describe`
 
     def begin_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch."""
@@ -106,6 +107,7 @@ class TrainingState:
             optimizer_generator=_generator_state(self.optimizer),
             early_stop=self.early_stop.state_dict() if self.early_stop else None,
             model_config=self.model_config,
+            train_data=self.train_data,
             data_config=data_config,
         )
         content = {
@@ -152,9 +154,15 @@ class TrainingState:
         if options.start_epoch is not None:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):
+            if other := self._other_data(run):
+                raise ValueError(
+                    f'{other}: within an epoch, images would be left out or trained on twice; restore the images, or '
+                    'resume from a checkpoint of the end of an epoch'
+                )
             self._restore_position(run, world, loader, changed)
         if changed and self.batch:
             changed.append('the rest of the epoch is divided into other batches')
+        changed += [other] if (other := self._other_data(run)) else []
         before = vars(content['args']) if run else {}
         changed += [f'{name} was {before[name]} and is {options[name]}' for name in SCHEDULE
                     if name in before and before[name] != options[name]]  # fmt: skip
@@ -172,6 +180,15 @@ class TrainingState:
         elif self.schedule is not None:  # timm steps no schedule before the first epoch; tanh and noise would show it
             for group, rate in zip(self.optimizer.param_groups, first_rates, strict=True):
                 group['lr'] = rate
+
+    def _other_data(self, run: dict[str, Any]) -> str:
+        """Return how the training images differ from those of a checkpoint; empty if they do not, or none are known."""
+        then, now = run.get('train_data'), self.train_data
+        if not then or not now or then == now:
+            return ''
+        if then['images'] != now['images']:
+            return f'the checkpoint was written with {then["images"]:,} training images, the data has {now["images"]:,}'
+        return f'the {now["images"]:,} training images have other names or labels than those of the checkpoint'
 
     def _restore_models(self, content: dict[str, Any]) -> None:
         weights = clean_state_dict(content.get('state_dict', content.get('model', content)))

@@ -79,10 +79,24 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     rows = flags('validate')
     names = [name for name, row in rows.items() if row.inherited and name in trained]
     options = options.replace(**{name: trained[name] for name in names if name not in kept})
+    if (
+        options.val_fraction
+        and 'val_fraction' not in kept
+        and _real(options.data_dir) != _real(trained.get('data_dir'))
+    ):
+        _logger.warning(
+            f'trained with --val-fraction {options.val_fraction:g} of {trained.get("data_dir")}; {options.data_dir} is '
+            'other data and evaluated as it is: pass the flag if it is the same'
+        )
+        options = options.replace(val_fraction=0.0)
     check_task(options)
     check_patches(options, rows)
     trained_on_cpu = trained.get('device', '').startswith('cpu')
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
+
+
+def _real(data_dir: str | None) -> str:
+    return os.path.realpath(data_dir or '')
 
 
 def warn_no_effect(options: Options, script: str) -> None:
@@ -158,6 +172,7 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
     if script == 'train':
         warn_no_effect(options, script)
         _name_recipes(options)
+        warn_random_weights(options, frozen='--freeze-backbone' if options.freeze_backbone else '')
     return options
 
 
@@ -174,6 +189,16 @@ def _name_recipes(options: Options) -> None:
             f"training with timm's defaults for ImageNet, {options.epochs} epochs of {options.opt}: "
             f'for your own images pass --config finetune/{recipe}, or --opt, --lr and --epochs'
         )
+
+
+def warn_random_weights(options: Options, frozen: str) -> None:
+    """Warn of a backbone that stays random, where `frozen` says what freezes it, and of weights that are not loaded."""
+    if options.pretrained or options.initial_checkpoint or options.resume or world_info_from_env()[1] != 0:
+        return
+    if options.model.startswith('local-dir:'):
+        _logger.warning(f'--model {options.model}: its weights are not loaded; add --pretrained')
+    elif frozen:
+        _logger.warning(f'{frozen} keeps random weights: add --pretrained or --initial-checkpoint')
 
 
 def _expand(value: Any) -> Any:

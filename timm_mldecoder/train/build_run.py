@@ -24,11 +24,13 @@ from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.data import overlap
+from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
+from timm_mldecoder.loading.checked import check_readable
 from timm_mldecoder.loading.create_loaders import (
     DataConfig,
     create_eval_loader,
@@ -41,13 +43,14 @@ from timm_mldecoder.loading.datasets import (
     check_classes,
     check_same_classes,
     create_split,
+    image_mode,
     log_summary,
     read_classes,
     with_classes,
 )
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, patch_format
-from timm_mldecoder.loading.ranks import check_ranks
+from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.modeling.load import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder
@@ -65,6 +68,8 @@ from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.trackers import create_trackers
 
 _logger = logging.getLogger(__name__)
+
+CUT = 0.05  # share of the area of images that an evaluation of several labels may lose without a warning
 
 
 class Data(NamedTuple):
@@ -128,7 +133,7 @@ def build_run(options: Options, world: World) -> Run:
         options=options,
         world=world,
         layout=layout,
-        state=_create_state(options, model, training, folder, world),
+        state=_create_state(options, data, model, training, folder, world),
         train_loader=loaders.train,
         eval_loader=loaders.evaluation,
         eval_model=eval_model,
@@ -229,6 +234,18 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
     if data.validation is None:
         return Loaders(train, None)
     images = {**model.images, 'crop_mode': options.crop_mode or model.images['crop_mode']}
+    check_readable(
+        data.validation,
+        options.data_dir,
+        world,
+        decode=options.check_images,
+        policy=options.val_bad_image,
+        remedy='--val-bad-image skip',
+        mode=image_mode(options),
+        workers=options.workers,
+    )
+    if options.task == 'multilabel' and model.patches is None:
+        _warn_about_crop(data.validation, images)
     evaluation = create_eval_loader(
         options,
         data.validation,
@@ -241,6 +258,15 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
         persistent_workers=options.persistent_workers,
     )
     return Loaders(train, evaluation)
+
+
+def _warn_about_crop(validation: Dataset, images: DataConfig) -> None:
+    lost = lost_share(image_sizes(validation), images)
+    if lost > CUT:
+        _logger.warning(
+            f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
+            'labelled: --crop-mode squash --crop-pct 1 shows all of them'
+        )
 
 
 def _create_training(
@@ -272,7 +298,7 @@ def _create_folder(options: Options, model: Model, world: World) -> tuple[Path |
 
 
 def _create_state(
-    options: Options, model: Model, training: Training, folder: Path | None, world: World
+    options: Options, data: Data, model: Model, training: Training, folder: Path | None, world: World
 ) -> TrainingState:
     sum_dtype = torch.float32 if world.device.type == 'mps' else torch.float64  # mps has no float64
     metric = training.eval_metric
@@ -287,6 +313,7 @@ def _create_state(
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model.stored,
+        train_data=describe(data.train),
     )
 
 
@@ -299,7 +326,7 @@ def _create_splits(options: Options, world: World) -> Data:
         repeats=options.epoch_repeats,
         missing=options.missing_images,
     )
-    log_summary(options.train_split, train)
+    log_summary(options.train_split, train, training=True)
     if not options.val_split:
         check_ranks(world, {options.train_split: train})
         return Data(train, None)

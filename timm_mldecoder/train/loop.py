@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
+from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.modeling.classes import other_classes
@@ -275,6 +276,10 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    measures = []
+    if run.state.epoch + 1 >= run.epochs:
+        names = None if run.eval_classes else run.class_names
+        measures = [PredictedClasses(evaluator, names, evaluation_sample_limit(loader), run.world)]
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,
@@ -286,12 +291,16 @@ def score(run: Run, ema: bool) -> Metrics:
                 'Test (EMA)' if ema else 'Test', evaluator, len(loader), options.log_interval, run.world.primary
             ),
             views=test_time_views(options.tta, run.data_config['input_size'][1:]),
+            measures=[measure.update for measure in measures],
             until=lambda batches: run.layout.until_stopped(batches, run.signals),
         )
     # stopped now, the run resumes with the validation, after all batches of the epoch
     (stop,) = run.world.all_reduce_max(run.signals.received)
     if stop:
         run.stop(stop)
+    for line in (line for measure in measures for line in measure.lines()):
+        if run.world.primary:
+            _logger.warning(line)
     return record_bad(run, loader.bad_images, metrics)
 
 
