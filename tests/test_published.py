@@ -136,7 +136,7 @@ class TestConvertStateDict:
         timm.models.load_checkpoint(model, str(tmp_path / 'file.pth'), filter_fn=convert_state_dict)
         assert_same_logits(model, reference)
 
-    def test_one_error_lists_every_misfit(self):
+    def test_one_error_of_one_line_lists_every_misfit(self):
         tensors = SmallReference(queries=4).published()
         del tensors['layer1.0.conv1.weight'], tensors['fc.decoder.embed_standart.bias']
         tensors['surplus'] = torch.zeros(1)
@@ -144,13 +144,14 @@ class TestConvertStateDict:
         with pytest.raises(ValueError) as caught:
             convert_state_dict(tensors, small_model())
         for line in (
-            'missing: layer1.0.conv1.weight, fc.embed.bias\n',
-            'unexpected: surplus, fc.extra.weight\n',
+            'missing: layer1.0.conv1.weight, fc.embed.bias;',
+            'unexpected: surplus, fc.extra.weight;',
             'mis-shaped: fc.queries.weight (file [4, 768], model [11, 768]), '
-            'fc.group_fc.weight (file [4, 768, 3], model [11, 768, 1])\n',
+            'fc.group_fc.weight (file [4, 768, 3], model [11, 768, 1]);',
             'num_classes=11, num_of_groups=4, decoder_embedding=768',
         ):
             assert line in str(caught.value)
+        assert '\n' not in str(caught.value) and len(str(caught.value)) <= 500
 
     @pytest.mark.parametrize(
         'file, model, message',

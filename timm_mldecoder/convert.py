@@ -21,15 +21,22 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import resolve_model_input_args
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_mldecoder.checkpoint.files import SUFFIX
 from timm_mldecoder.checkpoint.folders import save_folder
-from timm_mldecoder.checkpoint.published import convert_state_dict, find_head, head_options
-from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.published import (
+    convert_state_dict,
+    find_head,
+    head_options,
+    lacks_head_norm,
+)
+from timm_mldecoder.checkpoint.read import has_ema, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.repairs import CHOICES
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
+from timm_mldecoder.flags.flag import Pairs
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.runtime.errors import run_command
 from timm_mldecoder.runtime.files import write_atomically
@@ -133,20 +140,29 @@ def convert_published(
     input_size: int | None,
     word_embeddings: Path | None,
     use_ema: bool | None,
+    head: str | None = None,
+    self_attention: str | None = None,
+    ignore: Sequence[str] | None = None,
+    ml_decoder_kwargs: Mapping[str, Any] | None = None,
     **preprocessing: Any,
 ) -> list[str]:
     """Write a checkpoint in one of the layouts of `published` as a folder; return lines that describe it.
 
-    A head with text queries is published without label embeddings. `preprocessing` has the names of timm's data
-    configuration; the flags are those of the command line.
+    A head with text queries is published without label embeddings. `ml_decoder_kwargs` are options of the head that no
+    tensor shows. `preprocessing` has the names of timm's data configuration; the flags are those of the command line.
 
     Raises:
         ValueError: If the file is not what `convert_state_dict` reads, or a required flag is missing.
     """
     tensors = weights_of(content, use_ema)
-    options = head_options(tensors)
+    given = dict(ml_decoder_kwargs or {})
+    shown = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
+    options = head_options(tensors, **shown) | given
     names = None
-    if 'word_embeddings' in options:
+    if isinstance(options.get('word_embeddings'), Tensor):
+        if word_embeddings:
+            raise ValueError(f'{file} has the label embeddings of its classes: leave --word-embeddings out')
+    elif 'word_embeddings' in options:
         if word_embeddings is None:
             raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
         options['word_embeddings'], names = read_word_embeddings(word_embeddings)
@@ -163,15 +179,15 @@ def convert_published(
         raise ValueError(f'--model {architecture.model} is not a model of timm: see timm.list_models()')
     names = names or class_names(content.get('idx_to_class'), num_classes)
 
-    target = resolve_model_input_args(
-        architecture.model,
-        {'img_size': input_size},
-        num_classes=num_classes,
-        ml_decoder=options,
-        **architecture.arguments,
-    )
-    network = timm.create_model(**target)
-    network.load_state_dict(convert_state_dict(tensors, network))
+    def build() -> nn.Module:
+        arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
+        return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
+
+    network = build()
+    if 'head_norm' not in options and lacks_head_norm(tensors, network, head=head, ignore=ignore or ()):
+        options['head_norm'] = False
+        network = build()
+    network.load_state_dict(convert_state_dict(tensors, network, ignore=ignore or (), **shown))
     given = {name: value for name, value in preprocessing.items() if value is not None}
     data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
     # the published single-label checkpoint is that of Stanford-Cars
@@ -179,7 +195,8 @@ def convert_published(
     save_folder(network, folder, class_names=names, data_config=data_config, task=task)
     arguments = (f'{key}={value}' for key, value in architecture.arguments.items())
     return [
-        f'layout        {find_head(tensors).layout}',
+        f'layout        {find_head(tensors, head).layout}',
+        f'weights       {_describe_weights(content, use_ema)}',
         ' '.join([f'architecture  {architecture.model}', *arguments]),
         f'classes       {num_classes}, {_describe_names(names, content)}',
         f'groups        {network.get_classifier().config.num_queries}',
@@ -224,6 +241,13 @@ def _architecture(shape: TResNetShape | None, named: str | None) -> Architecture
     return Architecture(named)
 
 
+def _describe_weights(content: Mapping[str, Any], use_ema: bool | None) -> str:
+    if not has_ema(content):
+        return 'the only ones'
+    ema = ranked_by_ema(content) if use_ema is None else use_ema
+    return f'{"EMA" if ema else "raw"}; --{"no-" if ema else ""}use-ema takes the others'
+
+
 def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> str:
     if names:
         return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
@@ -244,6 +268,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--model', help="timm's name of the backbone, where the file does not show it")
     add('--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one')
     add('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
+    add('--head', metavar='NAME', help='the head, in a file with several')
+    add('--self-attention', choices=CHOICES, help="what weights of self-attention are for: torch's own decoder layer "
+        '(use), nothing (ignore), or self-attention by the weights of the cross-attention (reuse)')  # fmt: skip
+    add('--ignore', nargs='+', metavar='NAME', help='beginnings of names of tensors that the logits do not depend on')
+    add('--ml-decoder-kwargs', action=Pairs, metavar='KEY=VALUE', help='options of the head that no tensor shows, '
+        'such as num_heads=6 prefix_tokens=True position=sin2d memory_activation=leaky_relu')  # fmt: skip
     for name, default in PUBLISHED.items():
         several = dict(nargs=3) if isinstance(default, tuple) else {}
         choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}

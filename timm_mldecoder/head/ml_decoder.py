@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from timm_mldecoder.head.config import HeadConfig, check_layers, check_sizes
 from timm_mldecoder.head.layers import DecoderLayer
+from timm_mldecoder.head.position import POSITIONS, add_position
 from timm_mldecoder.head.vocabulary import Vocabulary
 
 DEFAULT_EMBEDDING = 768
@@ -49,6 +50,8 @@ class MLDecoder(nn.Module):
         random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
         query_noise: Noise on the label embeddings in training, relative to their root mean square.
         query_cutout: Probability that an entry of a label embedding is zero in training.
+        position: Positional encoding to add to the feature map: a key of `timm_mldecoder.head.position.POSITIONS`, or
+            None for none, as published.
 
     Shapes:
         Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
@@ -81,6 +84,7 @@ class MLDecoder(nn.Module):
         random_queries: int = 0,
         query_noise: float = 0.0,
         query_cutout: float = 0.0,
+        position: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -94,6 +98,8 @@ class MLDecoder(nn.Module):
         check_layers(dim_feedforward, dropout, num_layers)
         if memory_activation not in ACTIVATIONS:
             raise ValueError(f'memory_activation must be one of {sorted(ACTIVATIONS)}, got {memory_activation!r}')
+        if position not in (None, *POSITIONS):
+            raise ValueError(f'position must be None or one of {sorted(POSITIONS)}, got {position!r}')
         factory = dict(device=device, dtype=dtype)
 
         self.vocabulary = None
@@ -118,6 +124,7 @@ class MLDecoder(nn.Module):
 
         self.dropout = dropout
         self.memory_activation = memory_activation
+        self.position = position
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
         self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
@@ -252,11 +259,14 @@ class MLDecoder(nn.Module):
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
         activate = ACTIVATIONS[self.memory_activation]
         if not isinstance(self.embed, nn.ModuleList):
-            return activate(self.embed(_as_tokens(x, self.embed.in_features)))
+            return activate(self.embed(self._tokens(x, self.embed.in_features)))
         if len(x) != len(self.embed):
             raise ValueError(f'MLDecoder was built for {len(self.embed)} scales of features, got {len(x)}')
-        scales = [embed(_as_tokens(scale, embed.in_features)) for embed, scale in zip(self.embed, x, strict=True)]
+        scales = [embed(self._tokens(scale, embed.in_features)) for embed, scale in zip(self.embed, x, strict=True)]
         return activate(torch.cat(scales, dim=1))
+
+    def _tokens(self, x: Tensor, width: int) -> Tensor:
+        return _as_tokens(x if self.position is None else add_position(x, self.position), width)
 
     def _label_embeddings(self) -> Tensor | None:
         """Label embeddings [C, E], None without text queries."""
