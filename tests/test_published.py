@@ -226,6 +226,12 @@ class TestReadCheckpoint:
         torch.save({'model': {'fc.weight': torch.ones(2)}, **extras}, tmp_path / 'file.pth')
         checkpoint = read_checkpoint(tmp_path / 'file.pth')
         assert {name: checkpoint[name] for name in extras} == extras
+        torch.save({'fc.weight': torch.ones(2), 'priors': np.arange(3.0)}, tmp_path / 'file.pth')
+        assert read_checkpoint(tmp_path / 'file.pth')['priors'].tolist() == [0, 1, 2]
+        torch.save({'priors': np.array([Bomb(tmp_path / 'mark')])}, tmp_path / 'file.pth')
+        with pytest.raises(ValueError, match='is refused'):
+            read_checkpoint(tmp_path / 'file.pth')
+        assert not (tmp_path / 'mark').exists()
 
     def test_not_a_dict(self, tmp_path):
         torch.save(torch.zeros(1), tmp_path / 'file.pth')

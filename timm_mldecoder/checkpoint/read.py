@@ -24,20 +24,24 @@ MAIN_EMA = EMA[:2]
 # What files hold beside tensors and plain values: options and scores of a run. Building these executes no code of a
 # file.
 _numpy_scalar = np.float64().__reduce__()[0]
+_numpy_array = np.empty(0).__reduce__()[0]
 _HARMLESS = [
     argparse.Namespace,
     np.dtype,
+    np.ndarray,
     *{type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float32', 'float64', 'str')},
     (_numpy_scalar, 'numpy.core.multiarray.scalar'),  # as numpy 1 wrote it, and as numpy 2 does
     (_numpy_scalar, 'numpy._core.multiarray.scalar'),
+    (_numpy_array, 'numpy.core.multiarray._reconstruct'),
+    (_numpy_array, 'numpy._core.multiarray._reconstruct'),
 ]
 
 
 def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """Read a ``.safetensors`` or ``torch.save`` file, onto the CPU.
 
-    Beside tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted; nothing in the file is
-    executed. The entries of a checkpoint of train.py are checked against the schema.
+    Beside tensors and plain values only ``argparse.Namespace`` and numpy's numbers and arrays are accepted; nothing in
+    the file is executed. The entries of a checkpoint of train.py are checked against the schema.
 
     Args:
         path: Path of the file.
