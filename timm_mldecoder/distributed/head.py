@@ -36,7 +36,7 @@ class ParallelMLDecoder(MLDecoder):
             queries = layer(queries, tokens, mask)
         padding = self.config.num_queries * self.config.group_size - self.num_classes
         own = dict(weight=self._own(self.group_fc.weight), bias=self._own(F.pad(self.group_fc.bias, (0, padding))))
-        logits = functional_call(self.group_fc, own, (queries, None))
+        logits = functional_call(self.group_fc, own, (self.classifier_dropout(queries), None))
         size = self.part.size
         return logits if size == logits.shape[1] else logits[:, :size].clone()  # FSDP2 wants no view
 

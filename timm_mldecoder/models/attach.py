@@ -28,11 +28,13 @@ register_notrace_module(MLDecoder)  # to timm's fx tracer the head is one node
 # Options about what of the backbone the head reads, with what None stands for: a value is needed for a checkpoint that
 # does not show it, see `convert_state_dict`.
 READ_OPTIONS = {'prefix_tokens': False, 'head_norm': True}
+# MLDecoder's arguments that are none of a timm model's options.
+NOT_OF_MODELS = ('num_classes', 'initial_num_features', 'zsl', 'channels_first', 'class_token_width', 'device', 'dtype')
 # MLDecoder's options that a user chooses, with their defaults; classes and feature width come from the model.
 HEAD_OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(MLDecoder).parameters.items()
-    if name not in ('num_classes', 'initial_num_features', 'zsl', 'device', 'dtype')
+    if name not in NOT_OF_MODELS
 } | dict.fromkeys(READ_OPTIONS)
 
 
@@ -124,7 +126,10 @@ def _build_head(model: nn.Module, num_classes: int, features, options: dict) -> 
     """Return a head on the model's device, with its dtype and training mode."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     options = {name: value for name, value in options.items() if name not in READ_OPTIONS}
-    head = MLDecoder(num_classes, initial_num_features=features, **options, device=like.device, dtype=like.dtype)
+    # the head gets tokens [B, N, F], and masks that need no check
+    given = dict(initial_num_features=features, channels_first=False, device=like.device, dtype=like.dtype)
+    head = MLDecoder(num_classes, **given, **options)
+    head.checks_mask = False
     return head.train(model.training)
 
 

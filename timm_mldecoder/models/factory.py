@@ -23,7 +23,7 @@ from timm_mldecoder.models.probe_model import add_probe_head, parse_probe
 _logger = logging.getLogger(__name__)
 
 # Options of the head that change no trained tensor and nothing about what the trained tensors compute.
-_TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'query_cutout', 'class_names')
+_TRAINING_OPTIONS = ('dropout', 'classifier_dropout', 'random_queries', 'query_noise', 'query_cutout', 'class_names')
 
 
 @dataclass(frozen=True)
