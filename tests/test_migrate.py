@@ -4,6 +4,8 @@ The layers by which projects repaired the published one (issue Alibaba-MIIL/ML_D
 descriptions, one class each. They share no code with the package.
 """
 
+import csv
+import json
 import random
 
 import pytest
@@ -14,11 +16,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_mldecoder import MLDecoder, add_ml_decoder_head, convert, convert_state_dict
+from timm_mldecoder.checkpoint.folders import folder_settings
 from timm_mldecoder.checkpoint.published import head_options, lacks_head_norm
 from timm_mldecoder.checkpoint.read import weights_of
+from timm_mldecoder.data.class_files import read_class_names, read_thresholds
+from timm_mldecoder.export.__main__ import main as export
+from timm_mldecoder.export.__main__ import read_metadata
 from timm_mldecoder.flags import validate_options
 from timm_mldecoder.modeling.load import load_model, load_trained
+from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
+from validate import main as validate
 
 CLASSES, DIM, HIDDEN = 11, 32, 2048
 
@@ -697,3 +705,102 @@ def test_a_random_file_loads_with_equal_logits_or_is_refused(seed):
         assert len(str(caught.value)) <= 500 and '\n' not in str(caught.value)
         assert any(name in str(caught.value) for _, name in left_out)
     assert_same_logits(load(client, file, options, **says), client)
+
+
+# A model leaves in working order
+
+
+NAMES = [f';d {index}, =_=' for index in range(CLASSES)]  # of tags as they are
+
+
+@pytest.mark.parametrize(
+    'names',
+    [NAMES, {str(index): name for index, name in enumerate(NAMES)}, {name: i for i, name in enumerate(NAMES)}, None],
+)
+def test_a_tagger_with_names_task_and_thresholds(names, tmp_path):
+    client, thresholds = Client('resnet', XFormers), [0.05 + index / 20 for index in range(CLASSES)]
+    named = tmp_path / ('class.json' if names else 'class.txt')
+    named.write_text(json.dumps(names) if names else '\n'.join(NAMES))
+    table = tmp_path / 'thresholds.csv'
+    with table.open('w', newline='') as file:
+        csv.writer(file).writerows([['class', 'ap', 'threshold'], *zip(NAMES, [1] * CLASSES, thresholds, strict=True)])
+    flags = f'--model test_resnet --input-size 64 --class-names {named} --thresholds {table}'
+    convert.main([write(tmp_path, client), str(tmp_path / 'folder'), *flags.split()])
+    predictor = Predictor(load_trained(str(tmp_path / 'folder')))
+    assert predictor.class_names == NAMES
+    assert predictor.thresholds.tolist() == pytest.approx(thresholds)
+    config = json.loads((tmp_path / 'folder/config.json').read_text())
+    assert not {'a1_in1k', 'r160_in1k'} & set(json.dumps(config).split('"'))
+    assert 'Converted from file.pth' in (tmp_path / 'folder/README.md').read_text()
+    assert not config['pretrained_cfg'].get('license') and not config['pretrained_cfg'].get('hf_hub_id')
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (['a'], 'has 11 classes, the file 1 names'),
+        (['a'] * CLASSES, '11 names, 1 of them distinct'),
+        ({'a': 1}, 'indices of the names must be 0 to 10'),
+        ({'names': ['a']}, 'indices'),
+        ('a', 'expected a list'),
+        ([1] * CLASSES, 'expected a list'),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(content, message, tmp_path):
+    path = tmp_path / 'names.json'
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_class_names(path, CLASSES)
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('a,0.5\n', "no threshold of class 'b'"),
+        ('a,0.5\nb,x\n', "class 'b' must be a number, got 'x'"),
+        ('a,0.5\nb,1.5\n', r'in \[0, 1\], got 1.5'),
+        ('', "no threshold of class 'a'"),
+    ],
+)
+def test_thresholds_that_do_not_fit_are_refused(text, message, tmp_path):
+    (tmp_path / 'thresholds.csv').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_thresholds(tmp_path / 'thresholds.csv', ['a', 'b'])
+
+
+def test_thresholds_without_names_or_for_one_class_per_image_are_refused(tmp_path):
+    client = Client('resnet')
+    (tmp_path / 'thresholds.json').write_text(json.dumps([0.5] * CLASSES))
+    command = [write(tmp_path, client), str(tmp_path / 'folder'), *['--model', 'test_resnet', '--input-size', '64']]
+    command += ['--thresholds', str(tmp_path / 'thresholds.json')]
+    with pytest.raises(ValueError, match='--class-names'):
+        convert.main(command)
+    (tmp_path / 'names.txt').write_text('\n'.join(map(str, range(CLASSES))))
+    command += ['--class-names', str(tmp_path / 'names.txt')]
+    with pytest.raises(ValueError, match='--task multilabel'):
+        convert.main([*command, '--task', 'classification'])
+    convert.main(command)
+    assert folder_settings(f'local-dir:{tmp_path / "folder"}')['thresholds'] == dict.fromkeys(
+        map(str, range(CLASSES)), 0.5
+    )
+
+
+def test_a_folder_is_exported_with_names_and_gets_thresholds_of_its_own(tmp_path):
+    client = Client('resnet')
+    folder, names = str(tmp_path / 'folder'), tmp_path / 'names.txt'
+    names.write_text('\n'.join(f'class_{index:02}' for index in range(CLASSES)))
+    convert.main([write(tmp_path, client), folder, *['--model', 'test_resnet', '--input-size', '64']])
+    flags = ['--format', 'torch-export', '--class-names', str(names), '--images']
+    data = write_images(tmp_path / 'data', train=1, validation=2, classes=CLASSES)
+    export([folder, str(tmp_path / 'model.pt2'), *flags, str(data / 'validation')])
+    assert read_metadata(tmp_path / 'model.pt2')['class_names'] == names.read_text().split()
+    export([folder, str(tmp_path / 'named'), *flags, str(data / 'validation'), '--format', 'safetensors'])
+    files = sorted((data / 'validation').rglob('*.png'))
+    rows = [f'{file.relative_to(data)},class_{index % CLASSES:02}' for index, file in enumerate(files)]
+    (data / 'validation.csv').write_text('\n'.join(['path,labels', *rows, '']))
+    (data / 'classes.txt').write_text(names.read_text())
+    command = f'{data} --dataset csv --model local-dir:{tmp_path / "named"} --pretrained -j 0 --device cpu'
+    validate([*command.split(), '--write-thresholds'])
+    stored = folder_settings(f'local-dir:{tmp_path / "named"}')['thresholds']
+    assert list(stored) == names.read_text().split() and len(set(stored.values())) > 1
+    assert_same_logits(timm.create_model(f'local-dir:{tmp_path / "named"}', pretrained=True), client)

@@ -328,8 +328,8 @@ class TestCommand:
         assert [path.name for path in folder.iterdir()] == ['notes.txt']
 
     def test_class_names(self):
-        assert convert.class_names({1: 'b', 0: 'a'}, 2) == ['a', 'b']
-        assert convert.class_names({'1': 'b', '0': 'a'}, 2) == ['a', 'b']
-        assert convert.class_names({90: 'toothbrush', 1: 'person'}, 2) == ['toothbrush', 'person']
-        assert convert.class_names({0: 'a'}, 2) is None
-        assert convert.class_names(None, 2) is None
+        assert convert.names_of_file({1: 'b', 0: 'a'}, 2) == ['a', 'b']
+        assert convert.names_of_file({'1': 'b', '0': 'a'}, 2) == ['a', 'b']
+        assert convert.names_of_file({90: 'toothbrush', 1: 'person'}, 2) == ['toothbrush', 'person']
+        assert convert.names_of_file({0: 'a'}, 2) is None
+        assert convert.names_of_file(None, 2) is None

@@ -24,7 +24,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from timm_mldecoder.checkpoint.files import SUFFIX
-from timm_mldecoder.checkpoint.folders import save_folder
+from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
 from timm_mldecoder.checkpoint.published import (
     convert_state_dict,
     find_head,
@@ -34,6 +34,7 @@ from timm_mldecoder.checkpoint.published import (
 from timm_mldecoder.checkpoint.read import has_ema, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.repairs import CHOICES
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.flags.flag import Pairs
@@ -83,6 +84,9 @@ INPUT_SIZES = {
     (L, 196): 384,  # Stanford Cars, 96.41 %
 }
 
+
+# What timm records of its own weights, which these are not.
+NOT_OF_TIMM = dict(tag='', url='', hf_hub_id=None, source='', origin_url='', license='', paper_ids=None, paper_name='')
 
 # How the published checkpoints expect images, under the names of timm's data configuration.
 PUBLISHED = dict(crop_mode='squash', crop_pct=1.0, interpolation='bilinear', mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -144,6 +148,9 @@ def convert_published(
     self_attention: str | None = None,
     ignore: Sequence[str] | None = None,
     ml_decoder_kwargs: Mapping[str, Any] | None = None,
+    class_names: Path | None = None,
+    task: str | None = None,
+    thresholds: Path | None = None,
     **preprocessing: Any,
 ) -> list[str]:
     """Write a checkpoint in one of the layouts of `published` as a folder; return lines that describe it.
@@ -177,7 +184,11 @@ def convert_published(
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
         raise ValueError(f'--model {architecture.model} is not a model of timm: see timm.list_models()')
-    names = names or class_names(content.get('idx_to_class'), num_classes)
+    if class_names:
+        names = read_class_names(class_names, num_classes)
+    names = names or names_of_file(content.get('idx_to_class'), num_classes)
+    if thresholds and not names:
+        raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
 
     def build() -> nn.Module:
         arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
@@ -191,8 +202,13 @@ def convert_published(
     given = {name: value for name, value in preprocessing.items() if value is not None}
     data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
     # the published single-label checkpoint is that of Stanford-Cars
-    task = 'classification' if (shape, num_classes) == (L, 196) else 'multilabel'
-    save_folder(network, folder, class_names=names, data_config=data_config, task=task)
+    task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
+    if thresholds and task != 'multilabel':
+        raise ValueError('--thresholds are for --task multilabel')
+    tuned = read_thresholds(thresholds, names) if thresholds else None
+    network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
+    facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
+    save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)
     arguments = (f'{key}={value}' for key, value in architecture.arguments.items())
     return [
         f'layout        {find_head(tensors, head).layout}',
@@ -217,7 +233,7 @@ def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
     return TResNetShape(blocks, stem.shape[0], 'body.layer1.0.conv3.0.weight' in tensors)
 
 
-def class_names(idx_to_class: Mapping | None, num_classes: int) -> list[str] | None:
+def names_of_file(idx_to_class: Mapping | None, num_classes: int) -> list[str] | None:
     """Return the names of the outputs in order, None if the file does not name each.
 
     Keys other than 0 to C - 1 (identifiers of a dataset) are taken in the file's order, as in the reference's
@@ -265,6 +281,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
     add = parser.add_argument_group('checkpoints of other programs').add_argument
+    add('--class-names', type=Path, metavar='FILE', help='names of the outputs: one per line, or a JSON list or object')
+    add('--task', choices=list(PROBLEM_TYPES), help='(default: multilabel, but for the published Stanford-Cars)')
+    add('--thresholds', type=Path, metavar='FILE', help='probability per class: CSV rows name,threshold, or JSON')
     add('--model', help="timm's name of the backbone, where the file does not show it")
     add('--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one')
     add('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')

@@ -210,7 +210,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         settings = folder_settings(options.model)
         if 'task' in settings and 'task' not in options.given:
             options = options.replace(task=settings['task'])
-            check_task(options)
+        check_task(options)
         if options.in_chans is None and options.input_size is None:
             options = options.replace(in_chans=folder_channels(options.model))
         return Trained(create_model(options, pretrained=True), options, {}, settings)
