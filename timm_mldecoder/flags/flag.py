@@ -111,7 +111,7 @@ class Flag:
             metavar = '{' + ','.join(str(choice) or '""' for choice in self.choices) + '}'
             settings['choices'] = self.choices
         settings |= dict(nargs=self.nargs, const=self.const, metavar=metavar)
-        settings |= dict(action=_Pairs) if self.type is dict else dict(type=self.type)
+        settings |= dict(action=Pairs) if self.type is dict else dict(type=self.type)
         parser.add_argument(*self.names, **settings)
 
     def _help(self) -> str:
@@ -182,7 +182,7 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, option_string not in self._off)
 
 
-class _Pairs(ParseKwargs):
+class Pairs(ParseKwargs):
     """KEY=VALUE pairs, as timm reads them, with one line for what is not a pair or not a value."""
 
     def __init__(self, option_strings: list[str], dest: str, **settings: Any) -> None:

@@ -43,7 +43,7 @@ def score_model(options: Options, world: World) -> Result:
     """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
     model, options, config, content = load_model(options)
-    if options.write_thresholds and RUN not in content:
+    if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
     dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
