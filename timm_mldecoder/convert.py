@@ -2,7 +2,7 @@
 
     python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
     python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
-    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a divided one, as one file
+    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a sharded one, as one file
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
@@ -144,7 +144,7 @@ def convert_published(
         ValueError: If the file is not what `convert_state_dict` reads, or a required flag is missing.
     """
     tensors = weights_of(content, use_ema)
-    options = head_options(tensors)
+    options: dict[str, Any] = head_options(tensors)
     names = None
     if 'word_embeddings' in options:
         if word_embeddings is None:
@@ -156,7 +156,7 @@ def convert_published(
     num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
     architecture = Architecture(model) if model else _architecture(shape, content.get('arch'))
-    input_size = input_size or INPUT_SIZES.get((shape, num_classes))
+    input_size = input_size or (shape and INPUT_SIZES.get((shape, num_classes)))
     if input_size is None:
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
@@ -170,7 +170,7 @@ def convert_published(
         ml_decoder=options,
         **architecture.arguments,
     )
-    network = timm.create_model(**target)
+    network: Any = timm.create_model(**target)
     network.load_state_dict(convert_state_dict(tensors, network))
     given = {name: value for name, value in preprocessing.items() if value is not None}
     data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
@@ -245,11 +245,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one')
     add('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
     for name, default in PUBLISHED.items():
-        several = dict(nargs=3) if isinstance(default, tuple) else {}
-        choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
+        more: dict[str, Any] = dict(nargs=3) if isinstance(default, tuple) else {}
+        more |= dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
         kind = str if isinstance(default, str) else float
         flag = f'--{name.replace("_", "-")}'
-        add(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
+        add(flag, type=kind, help=f'of images (default: {default})', **more)
     return parser.parse_args(argv)
 
 

@@ -146,7 +146,7 @@ def _word_options(head: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _own_classes(model: nn.Module, slot: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the label embeddings of the model, for a file without any."""
-    vocabulary = model.get_submodule(slot.removesuffix('.')).vocabulary
+    vocabulary: Any = model.get_submodule(slot.removesuffix('.')).vocabulary
     if vocabulary is None or f'{slot}vocabulary.embeddings' in head:
         return {}
     if not vocabulary.known:

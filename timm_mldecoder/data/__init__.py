@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm.data
 
@@ -95,6 +96,7 @@ def create_dataset(
             _check_columns(name, dataset.reader)
         return dataset
 
+    reader: Any
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
     refused = sorted(options.keys() - DATASET_OPTIONS - known)

@@ -83,7 +83,7 @@ def summarize(dataset: Any) -> DatasetSummary:
         ignored = int((value == IGNORED).sum()) + (total - listed if annotations.unlisted == IGNORED else 0)
         positives = np.bincount(label[value == POSITIVE], minlength=len(annotations.class_names))
         share = ignored / total if total else 0.0
-        return DatasetSummary(len(annotations), names, positives, share, _duplicates(_paths(dataset)))
+        return DatasetSummary(len(annotations), names, positives, share, _duplicates(annotations.paths))
     targets = class_indices(dataset)
     if targets is not None:
         targets = np.bincount(targets, minlength=len(names or ()))
@@ -93,7 +93,7 @@ def summarize(dataset: Any) -> DatasetSummary:
 
 def overlap(train: Any, validation: Any) -> list[str]:
     """Files that both splits hold; empty if either does not consist of files."""
-    paths = [_paths(dataset) for dataset in (train, validation)]
+    paths: list[Any] = [_paths(dataset) for dataset in (train, validation)]
     if any(part is None for part in paths):
         return []
     roots = [os.path.realpath(getattr(dataset, 'root', '') or '') for dataset in (train, validation)]
@@ -102,9 +102,10 @@ def overlap(train: Any, validation: Any) -> list[str]:
             np.array([os.path.join(os.fsencode(root), path) for path in part.tolist()], dtype=np.bytes_)
             for root, part in zip(roots, paths, strict=True)
         ]
-    shared = np.intersect1d(*(_hash(part) for part in _same_width(*paths)))
-    found = [part[np.isin(_hash(wide), shared)] for part, wide in zip(paths, _same_width(*paths), strict=True)]
-    return [os.fsdecode(path) for path in np.intersect1d(*found).tolist()]
+    hashes = [_hash(part) for part in _same_width(*paths)]
+    shared = np.intersect1d(hashes[0], hashes[1])
+    first, second = (part[np.isin(own, shared)] for part, own in zip(paths, hashes, strict=True))
+    return [os.fsdecode(path) for path in np.intersect1d(first, second).tolist()]
 
 
 def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instances') -> tuple[np.ndarray, list[str]]:
@@ -132,7 +133,7 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
     shown = value == POSITIVE
     image, label = image[shown], label[shown].astype(np.int64)
     num_classes = len(annotations.class_names)
-    weights = annotations.instances[shown] if counts == 'instances' else None
+    weights = annotations.instances[shown] if counts == 'instances' and annotations.instances is not None else None
     occurrences = np.bincount(label, weights, minlength=num_classes)
 
     together = np.zeros((num_classes, num_classes))

@@ -116,7 +116,8 @@ def _from_values(script: str, /, **values: Any) -> Options:
     Raises:
         ValueError: For an unknown name, and as in `_parse`.
     """
-    rows, parser, given = flags(script), _parser(script), {}
+    rows, parser = flags(script), _parser(script)
+    given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in rows:
             raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
@@ -166,7 +167,7 @@ def _expand(value: Any) -> Any:
 
 def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
     """The defaults that depend on other options, for the options that are not given."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
         _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,13 +120,15 @@ class MLDecoder(nn.Module):
         self.dropout = dropout
         self.memory_activation = memory_activation
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
-        self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
+        self.embed: Any = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             DecoderLayer(dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections, **factory)
             for _ in range(num_layers)
         )
-        self.group_fc = self.config.build_classifier(**factory)
+        self.group_fc: Any = self.config.build_classifier(**factory)
+        self.folded_queries: Tensor | None
+        self.folded_projection: Tensor | None
         for name in ('folded_queries', 'folded_projection'):
             self.register_buffer(name, None, persistent=False)
 
@@ -181,7 +184,8 @@ class MLDecoder(nn.Module):
         """
         self.unfold()
         for module in self.children():
-            for part in module if isinstance(module, nn.ModuleList) else [module]:
+            parts: Any = module if isinstance(module, nn.ModuleList) else [module]
+            for part in parts:
                 part.reset_parameters()
 
     def fold(self) -> 'MLDecoder':
@@ -250,7 +254,7 @@ class MLDecoder(nn.Module):
 
     def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
-        activate = ACTIVATIONS[self.memory_activation]
+        activate: Any = ACTIVATIONS[self.memory_activation]
         if not isinstance(self.embed, nn.ModuleList):
             return activate(self.embed(_as_tokens(x, self.embed.in_features)))
         if len(x) != len(self.embed):
@@ -269,7 +273,7 @@ class MLDecoder(nn.Module):
 
     def _query_side(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Normalized and projected queries of the first layer."""
-        if self.folded_queries is not None:
+        if self.folded_queries is not None and self.folded_projection is not None:
             return self.folded_queries, self.folded_projection
         return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size))
 
@@ -280,7 +284,7 @@ def _expand(queries: Tensor, batch_size: int) -> Tensor:
 
 
 @torch.fx.wrap  # one node to an fx tracer, which cannot follow a branch on a shape
-def _as_tokens(x: Tensor, width: int) -> Tensor:
+def _as_tokens(x: Any, width: Any) -> Tensor:
     """A feature map [B, F, H, W] or tokens [B, N, F] as tokens [B, N, F]."""
     if x.dim() == 4:
         x = x.flatten(2).transpose(1, 2)

@@ -66,7 +66,7 @@ def create_split(
     repeats: float = 0,
     missing: str = 'error',
     load_bytes: bool = False,
-) -> Dataset:
+) -> Any:
     """Create the dataset of one split.
 
     Args:
@@ -103,7 +103,7 @@ def create_split(
     if kind.startswith('coco'):
         settings['unannotated'] = options.coco_unannotated
     try:
-        dataset = create_dataset(
+        dataset: Any = create_dataset(
             options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
         )
     except ImportError as error:
@@ -121,7 +121,7 @@ def create_split(
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
-        classes = options.num_classes or len(class_to_index(dataset) or ()) or None
+        classes: Any = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
     if training and options.partial_labels:
         if not own:
