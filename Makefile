@@ -12,9 +12,10 @@ QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_
 demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png and report/
 	$(RUN) -m benchmarks.demo
 
-test: .venv/ready  ## linter and the fast suite
+test: .venv/ready  ## linter, types and the fast suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-oldest: .venv-oldest/ready  ## the fast suite with the lowest versions that setup.cfg allows

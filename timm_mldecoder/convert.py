@@ -2,7 +2,7 @@
 
     python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
     python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
-    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a divided one, as one file
+    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a sharded one, as one file
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
@@ -179,7 +179,7 @@ def convert_published(
     num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
     architecture = Architecture(model) if model else _architecture(shape, content.get('arch'))
-    input_size = input_size or INPUT_SIZES.get((shape, num_classes))
+    input_size = input_size or (shape and INPUT_SIZES.get((shape, num_classes)))
     if input_size is None:
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
@@ -294,11 +294,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--ml-decoder-kwargs', action=Pairs, metavar='KEY=VALUE', help='options of the head that no tensor shows, '
         'such as num_heads=6 prefix_tokens=True position=sin2d memory_activation=leaky_relu')  # fmt: skip
     for name, default in PUBLISHED.items():
-        several = dict(nargs=3) if isinstance(default, tuple) else {}
-        choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
+        more: dict[str, Any] = dict(nargs=3) if isinstance(default, tuple) else {}
+        more |= dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
         kind = str if isinstance(default, str) else float
         flag = f'--{name.replace("_", "-")}'
-        add(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
+        add(flag, type=kind, help=f'of images (default: {default})', **more)
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm.data
 
@@ -102,6 +103,7 @@ def create_dataset(
             name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
         return dataset
 
+    reader: Any
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
     refused = sorted(options.keys() - DATASET_OPTIONS - known)

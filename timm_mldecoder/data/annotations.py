@@ -15,15 +15,16 @@ from timm_mldecoder.data import annotation_cache
 from timm_mldecoder.data.annotation_cache import Table
 from timm_mldecoder.data.images import Reading
 
+Numbers = Sequence[int] | np.ndarray
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
 
 def make_table(
     paths: Sequence[str | Path] | np.ndarray,
-    image: Sequence[int],
-    label: Sequence[int],
-    value: Sequence[int],
-    instances: Sequence[int] | None = None,
+    image: Numbers,
+    label: Numbers,
+    value: Numbers,
+    instances: Numbers | None = None,
 ) -> Table:
     """Sort annotations by image and class, one entry per image and class.
 
@@ -77,11 +78,11 @@ class Annotations:
         self,
         class_names: Sequence[str],
         paths: Sequence[str | Path] | np.ndarray,
-        image: Sequence[int],
-        label: Sequence[int],
-        value: Sequence[int],
+        image: Numbers,
+        label: Numbers,
+        value: Numbers,
         unlisted: int = NEGATIVE,
-        instances: Sequence[int] | None = None,
+        instances: Numbers | None = None,
     ):
         self._set(class_names, make_table(paths, image, label, value, instances), unlisted, None)
 

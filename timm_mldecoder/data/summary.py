@@ -140,7 +140,7 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
     shown = value == POSITIVE
     image, label = image[shown], label[shown].astype(np.int64)
     num_classes = len(annotations.class_names)
-    weights = annotations.instances[shown] if counts == 'instances' else None
+    weights = annotations.instances[shown] if counts == 'instances' and annotations.instances is not None else None
     occurrences = np.bincount(label, weights, minlength=num_classes)
 
     together = np.zeros((num_classes, num_classes))

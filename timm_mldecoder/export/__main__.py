@@ -125,7 +125,9 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
             'architecture': trained.model.pretrained_cfg['architecture'],
             'task': trained.task,
             'class_names': names,
-            'thresholds': None if thresholds is None else {name: trained.content['thresholds'][name] for name in names},
+            'thresholds': {n: trained.content['thresholds'][n] for n in names}
+            if names and thresholds is not None
+            else None,
             'preprocessing': preprocessing(trained.data_config),
         },
         run_facts(trained.content, use_ema) if RUN in trained.content else {},

@@ -66,7 +66,7 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def fold_text_queries(head: MLDecoder) -> None:
+def fold_text_queries(head: Any) -> None:
     """Turn a head with text queries into one with the fixed queries of its classes; the label embeddings go."""
     if head.vocabulary is None:
         return

@@ -212,7 +212,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _problems_of_train(o: Options) -> Iterator[str]:
     name = o.opt.lower().removeprefix('lookahead_')
     if name not in list_optimizers():
-        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(list_optimizers())}'
+        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(map(str, list_optimizers()))}'
     info = optimizer_info(o)
     if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
         yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'

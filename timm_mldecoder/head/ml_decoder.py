@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +141,15 @@ class MLDecoder(nn.Module):
         self.channels_first = channels_first
         self.classifier_dropout = Dropout(classifier_dropout)
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
-        self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
+        self.embed: Any = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             DecoderLayer(dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections, **factory)
             for _ in range(num_layers)
         )
-        self.group_fc = self.config.build_classifier(**factory)
+        self.group_fc: Any = self.config.build_classifier(**factory)
+        self.folded_queries: Tensor | None
+        self.folded_projection: Tensor | None
         for name in ('folded_queries', 'folded_projection'):
             self.register_buffer(name, None, persistent=False)
 

@@ -69,7 +69,7 @@ def create_split(
     repeats: float = 0,
     missing: str = 'error',
     load_bytes: bool = False,
-) -> Dataset:
+) -> Any:
     """Create the dataset of one split.
 
     Args:
@@ -137,7 +137,7 @@ def create_split(
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
-        classes = options.num_classes or len(class_to_index(dataset) or ()) or None
+        classes: Any = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
     if held_out is not None:
         hold_out(dataset, options.val_fraction, options.split_seed, held_out)

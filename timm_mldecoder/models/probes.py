@@ -121,7 +121,7 @@ class MLDecoderProbe(MLDecoder):
     def __init__(self, num_features: int, num_classes: int, num_of_groups: int = -1, dim: int = -1, **options) -> None:
         super().__init__(num_classes, num_of_groups, dim, num_features, **{'channels_first': False, **options})
 
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, class_token: Tensor | None = None) -> Tensor:
         return super().forward(tokens)
 
 

@@ -116,7 +116,7 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
         if not isinstance(head, MLDecoder) or head.vocabulary is None:
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
         set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
-        names = head.class_names or range(model.num_classes)
+        names = head.class_names or [str(number) for number in range(model.num_classes)]
     if arguments.fuse_bn:
         fuse_model(model, trained.data_config['input_size'])
     if arguments.channels_last:

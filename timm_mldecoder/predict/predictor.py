@@ -94,7 +94,7 @@ class Predictor:
 class _Network(nn.Module):
     """A model that gives logits [B, C] and features: pooled ones [B, F], query outputs [B, K, D], or None."""
 
-    def __init__(self, model: nn.Module, features: str) -> None:
+    def __init__(self, model: Any, features: str) -> None:
         super().__init__()
         self.model = model
         self.features = features
@@ -149,7 +149,7 @@ def predict(
     loader = iter(
         DataLoader(
             KeyedSamples(dataset),
-            batch_sampler=[batch for _, batch in batches],
+            batch_sampler=[list(batch) for _, batch in batches],
             collate_fn=KeyedCollate(default_collate, partial=True),
             **worker_options(world, workers, pin_memory=placement.device.type == 'cuda'),
         )
@@ -188,9 +188,9 @@ def _predictions(
         errors = {image.path: image.reason for image in bad}
         predictions = [Prediction(name, error=errors.get(name, '')) for name in names]
         if batch is not None:
-            images, _ = placement.place(*batch)
+            images: Any = placement.layout(placement.place(*batch)[0])
             with autocast(), float32_logits(predictor.model):
-                scores, features = predictor(placement.layout(images))
+                scores, features = predictor(images)
             arrays = {'scores': scores.numpy().astype(parts.dtype('scores'))} if 'scores' in parts.arrays else {}
             arrays |= {} if features is None else {'features': features.half().numpy()}
             for row, (position, labels) in enumerate(zip(positions, predictor.labels(scores), strict=True)):

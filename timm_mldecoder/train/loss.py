@@ -56,7 +56,7 @@ class MultiLabelTask(MultiLabelClassificationTask):
         return multilabel_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
 
 
-def create_task(options: Options, model: nn.Module, dataset: Dataset, images: DataConfig, world: World) -> TrainingTask:
+def create_task(options: Options, model: nn.Module, dataset: Any, images: DataConfig, world: World) -> TrainingTask:
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options.replace(num_classes=options.num_classes or model.num_classes), dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
@@ -106,7 +106,7 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
     return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
 
 
-def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
+def _create_own_loss(options: Options, dataset: Any) -> nn.Module:
     name = options.loss or 'bce'
     given = {flag: options[flag] for flag in LOSS_FLAGS.get(name, ())} | options.loss_kwargs
     settings = {option.removeprefix(f'{name}_'): value for option, value in given.items()}
@@ -156,7 +156,9 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
     """Read the counts of `--class-stats`, or count the labels of the training data."""
     if not options.class_stats:
         summary = summarize(dataset)
-        return None if summary.positives is None else (torch.from_numpy(summary.positives).float(), summary.images)
+        if summary.positives is None or summary.images is None:
+            return None
+        return torch.from_numpy(summary.positives).float(), summary.images
     try:
         return load_class_stats(options.class_stats)
     except (ValueError, TypeError) as error:  # not JSON, or not numbers
@@ -190,7 +192,8 @@ def _weights_of_counts(flag: str, method: str, counts: Tensor, images: int, sett
     without = counts >= images if of_positives else counts == 0
     weights = torch.full((len(counts),), min(1.0, settings['max_weight'] or 1.0))
     if not without.all():
-        weights[~without] = resolve_class_weights(method, class_stats=(counts[~without], images), **settings)
+        found = resolve_class_weights(method, class_stats=(counts[~without], images), **settings)
+        weights[~without] = torch.as_tensor(found)
     if without.any():
         shown = ', '.join(map(str, without.nonzero()[:5, 0].tolist())) + (', ...' if without.sum() > 5 else '')
         shows = 'every image shows' if of_positives else 'no image shows'
