@@ -1,7 +1,8 @@
 """Train heads x learning rates x seeds side by side: one pass of the backbone per batch feeds them all.
 
 Every rank gets the features of the whole batch and trains its part of the runs, so that the number of ranks changes
-neither a run nor its BatchNorm statistics. A run depends on its own head, rate and seed alone, not on the others.
+neither a run nor its BatchNorm statistics. A run depends on its own head, rate and seed alone, not on the others. Runs
+of the same head share what does not depend on its weights: tokens are pooled and normalized once for all of them.
 """
 
 import logging
@@ -22,6 +23,7 @@ from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.losses import RandomQueryLoss
 from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.models.probes import NormalizedProbe
 from timm_mldecoder.probe.features import Batch, Source, read_together, scoring_groups, training_groups
 from timm_mldecoder.probe.options import HeadSpec
 from timm_mldecoder.train.optim import timm_optimizer
@@ -45,9 +47,6 @@ class Run:
     losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
     # metrics on the validation split by epoch; None where its logits are not finite
     metrics: dict[int, dict[str, float] | None] = field(default_factory=dict)
-
-    def logits(self, batch: Batch) -> Tensor:
-        return self.head(batch.tokens, batch.class_token)
 
     def result(self) -> dict:
         """Return what other ranks need to know."""
@@ -74,6 +73,12 @@ class Trainer:
             run.head = self.build(run.spec).to(self.world.device).train()
             run.parameters = sum(parameter.numel() for parameter in run.head.parameters())
             run.optimizer = timm_optimizer(self.options.replace(lr=run.rate), run.head)
+            _fuse(run.optimizer, self.world.device)
+        labels = dict.fromkeys(run.spec.label for run in self.own)
+        self._groups = [[run for run in self.own if run.spec.label == label] for label in labels]
+        for first, *others in self._groups:
+            for run in others:
+                _share_statistics(first.head, run.head)
 
     def train(self, source: Source, number: int, score: Callable[[int], None]) -> None:
         """Train for all epochs on a number of images; a collective call.
@@ -90,7 +95,7 @@ class Trainer:
                 f'--batch-size {options.batch_size} on {self.world.size} rank(s) exceeds the {number} images; reduce it'
             )
         for epoch in range(options.epochs):
-            sums = {id(run): torch.zeros((), device=self.world.device) for run in self.own}
+            sums = [torch.zeros((), device=self.world.device) for _ in self.own]
             batches = read_together(source, training_groups(number, size, options.seed, epoch), self.world)
             for index in range(steps):
                 start = time.perf_counter()
@@ -99,10 +104,10 @@ class Trainer:
                 self.read_seconds += time.perf_counter() - start
                 step = epoch * steps + index
                 factor = learning_rate_factor(step, options.epochs * steps)
-                for run, loss in zip(self.own, self.step(batch, step, factor), strict=True):
-                    sums[id(run)] += loss
-            for run in self.own:
-                run.losses.append(sums[id(run)].item() / steps)
+                for total, loss in zip(sums, self.step(batch, step, factor), strict=True):
+                    total += loss
+            for run, total in zip(self.own, sums, strict=True):
+                run.losses.append(total.item() / steps)
             if (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs:
                 score(epoch)
 
@@ -111,23 +116,34 @@ class Trainer:
 
         The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
         """
-        return [self._step(run, batch, step, factor) for run in self.own]
+        losses = {}
+        for group in self._groups:
+            start = time.perf_counter()
+            with torch.no_grad():
+                features = group[0].head.features(batch.tokens, batch.class_token)
+            for runs in _together(group):
+                losses |= zip(map(id, runs), self._step(runs, features, batch.target, step, factor), strict=True)
+            self._wait()
+            for run in group:
+                run.seconds += (time.perf_counter() - start) / len(group)
+        return [losses[id(run)] for run in self.own]
 
-    def _step(self, run: Run, batch: Batch, step: int, factor: float) -> Tensor:
-        start = time.perf_counter()
-        seed_all(key(STEP, self.options.seed, run.seed, step))
-        for group in run.optimizer.param_groups:
-            group['lr'] = run.rate * factor
-        run.optimizer.zero_grad()
-        randomized = self.options.random_queries and getattr(run.head, 'vocabulary', None) is not None
-        loss = (RandomQueryLoss(self.loss) if randomized else self.loss)(run.logits(batch), batch.target)
-        loss.backward()
-        if self.options.clip_grad is not None:
-            dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
-        run.optimizer.step()
-        self._wait()
-        run.seconds += time.perf_counter() - start
-        return loss.detach()
+    def _step(self, runs: list[Run], features: Tensor, target: Tensor, step: int, factor: float) -> list[Tensor]:
+        seed_all(key(STEP, self.options.seed, runs[0].seed, step))  # several draw no random numbers
+        for run in runs:
+            for group in run.optimizer.param_groups:
+                group['lr'] = run.rate * factor
+            run.optimizer.zero_grad()
+        head = runs[0].head
+        randomized = self.options.random_queries and getattr(head, 'vocabulary', None) is not None
+        loss = RandomQueryLoss(self.loss) if randomized else self.loss
+        losses = [loss(logits, target) for logits in head.classify_all([run.head for run in runs], features)]
+        torch.stack(losses).sum().backward()
+        for run in runs:
+            if self.options.clip_grad is not None:
+                dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
+            run.optimizer.step()
+        return [loss.detach() for loss in losses]
 
     @torch.no_grad()
     def score(
@@ -138,19 +154,26 @@ class Trainer:
         Returns:
             The metrics of each of the runs that this rank trains, by its `id`; None where logits are not finite.
         """
-        own = [run for run in self.own if any(run is other for other in runs)]
-        evaluators = {id(run): self.evaluator() for run in own}
+        wanted = {id(run) for run in runs}
+        groups = [own for group in self._groups if (own := [run for run in group if id(run) in wanted])]
+        evaluators = {id(run): self.evaluator() for group in groups for run in group}
         finite = dict.fromkeys(evaluators, True)
         size = self.options.batch_size * self.world.size
         for batch in read_together(source, scoring_groups(number, size), self.world):
-            for run in own:
-                run.head.eval()
-                text = getattr(run.head, 'vocabulary', None) is not None
-                with other_classes(run.head, classes if text else None):
-                    logits = run.logits(batch)
-                finite[id(run)] &= bool(logits.isfinite().all())
-                evaluators[id(run)].update(logits.nan_to_num(0.0), batch.target)
-                run.head.train()
+            for group in groups:
+                for run in group:
+                    run.head.eval()
+                features = group[0].head.features(batch.tokens, batch.class_token)
+                for runs in _together(group):
+                    heads = [run.head for run in runs]
+                    text = getattr(heads[0], 'vocabulary', None) is not None
+                    with other_classes(heads[0], classes if text else None):
+                        several = heads[0].classify_all(heads, features)
+                    for run, logits in zip(runs, several, strict=True):
+                        finite[id(run)] &= bool(logits.isfinite().all())
+                        evaluators[id(run)].update(logits.nan_to_num(0.0), batch.target)
+                for run in group:
+                    run.head.train()
         return {
             name: dict(evaluator.compute(distributed=False)) if finite[name] else None
             for name, evaluator in evaluators.items()
@@ -167,6 +190,25 @@ class Trainer:
         """Wait for the device, so that times are those of the work that they name."""
         if self.world.device.type != 'cpu':
             torch.accelerator.synchronize(self.world.device)
+
+
+def _together(group: list[Run]) -> list[list[Run]]:
+    """Divide runs of the same head into those that are computed together."""
+    return [group] if group[0].head.stacked else [[run] for run in group]
+
+
+def _fuse(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let torch's optimizers take a step in one kernel, where they can and no other way was chosen."""
+    for group in optimizer.param_groups if device.type in ('cpu', 'cuda') else ():
+        if 'fused' in group and group['fused'] is None and not group['foreach']:
+            group['fused'] = True
+
+
+def _share_statistics(head: nn.Module, other: nn.Module) -> None:
+    """Give a head the BatchNorm statistics of another one's features, which are those of the same batches."""
+    if isinstance(head, NormalizedProbe):
+        for name, buffer in head.norm.named_buffers():
+            setattr(other.norm, name, buffer)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
