@@ -1,6 +1,6 @@
 """Runs of one head in a probe (4 learning rates x 3 seeds) beside one run, on cached features, and the floor of both.
 
-    python -m benchmarks.probe_runs [--heads linear,efficient_probing] [--tokens 196] [--width 384] [--batch-size 64]
+    python -m benchmarks.probe_runs [--heads linear,efficient_probing] [--tokens 196] [--width 384] [--batch-size 32]
 
 A step reads a batch from the cache, converts it to float32, and trains every run. The floor are the matrix products
 of the steps of all runs alone, of the same shapes. Each cell is a median, ratios are medians of the ratios round by
@@ -26,6 +26,7 @@ from timm_mldecoder.probe.cache import FeatureCache
 from timm_mldecoder.probe.features import read_together, training_groups
 from timm_mldecoder.probe.options import HeadSpec
 from timm_mldecoder.probe.train import Run, Trainer
+from timm_mldecoder.runtime.allocator import keep_freed_memory
 
 HEADS = 'linear,max,logsumexp,efficient_probing,attention_pool,ml_decoder_small'
 RATES, SEEDS = (1e-3, 3e-3, 1e-2, 3e-2), 3
@@ -40,9 +41,10 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--heads', default=HEADS)
     flags.add_argument('--tokens', type=int, default=196)
     flags.add_argument('--width', type=int, default=384)
-    flags.add_argument('--batch-size', type=int, default=64)
-    flags.add_argument('--steps', type=int, default=4, help='of a measurement')
+    flags.add_argument('--batch-size', type=int, default=32)
+    flags.add_argument('--steps', type=int, default=2, help='of a measurement')
     args = flags.parse_args(argv)
+    keep_freed_memory()  # as the command
     with tempfile.TemporaryDirectory() as folder:
         cache = _write_cache(args, Path(folder))
         return markdown(HEADER, [_row(name, args, cache) for name in args.heads.split(',')])

@@ -26,6 +26,7 @@ from timm_mldecoder.modeling.classes import other_classes
 from timm_mldecoder.models.probes import NormalizedProbe
 from timm_mldecoder.probe.features import Batch, Source, read_together, scoring_groups, training_groups
 from timm_mldecoder.probe.options import HeadSpec
+from timm_mldecoder.runtime.log import logged
 from timm_mldecoder.train.optim import timm_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Trainer:
     """Trains and scores the runs of this rank."""
 
     options: Options  # of train.py
-    runs: list[Run]  # all runs; this rank builds and trains every `world.size`-th
+    runs: list[Run]  # runs to train; this rank builds and trains every `world.size`-th
     build: Callable[[HeadSpec], nn.Module]
     loss: nn.Module
     evaluator: Callable[[], ClassificationEvaluator]
@@ -66,16 +67,19 @@ class Trainer:
     read_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.own = self.runs[self.world.rank :: self.world.size]
         self.loss.to(self.world.device)
+        self.begin(self.runs)
+
+    def begin(self, runs: list[Run]) -> None:
+        """Build the heads of the next runs to train; those of earlier ones stay."""
+        self.runs, self.own = runs, runs[self.world.rank :: self.world.size]
         for run in self.own:
             seed_all(self.options.seed + run.seed)
             run.head = self.build(run.spec).to(self.world.device).train()
             run.parameters = sum(parameter.numel() for parameter in run.head.parameters())
             run.optimizer = timm_optimizer(self.options.replace(lr=run.rate), run.head)
             _fuse(run.optimizer, self.world.device)
-        labels = dict.fromkeys(run.spec.label for run in self.own)
-        self._groups = [[run for run in self.own if run.spec.label == label] for label in labels]
+        self._groups = _by_head(self.own)
         for first, *others in self._groups:
             for run in others:
                 _share_statistics(first.head, run.head)
@@ -96,7 +100,8 @@ class Trainer:
             )
         for epoch in range(options.epochs):
             sums = [torch.zeros((), device=self.world.device) for _ in self.own]
-            batches = read_together(source, training_groups(number, size, options.seed, epoch), self.world)
+            groups = training_groups(number, size, options.seed, epoch)
+            batches = logged(f'Epoch {epoch}', read_together(source, groups, self.world), steps)
             for index in range(steps):
                 start = time.perf_counter()
                 batch = next(batches)
@@ -154,13 +159,12 @@ class Trainer:
         Returns:
             The metrics of each of the runs that this rank trains, by its `id`; None where logits are not finite.
         """
-        wanted = {id(run) for run in runs}
-        groups = [own for group in self._groups if (own := [run for run in group if id(run) in wanted])]
-        evaluators = {id(run): self.evaluator() for group in groups for run in group}
+        own = [run for run in runs if run.head is not None]
+        evaluators = {id(run): self.evaluator() for run in own}
         finite = dict.fromkeys(evaluators, True)
-        size = self.options.batch_size * self.world.size
-        for batch in read_together(source, scoring_groups(number, size), self.world):
-            for group in groups:
+        batches = scoring_groups(number, self.options.batch_size * self.world.size)
+        for batch in logged('Scoring', read_together(source, batches, self.world), len(batches)):
+            for group in _by_head(own):
                 for run in group:
                     run.head.eval()
                 features = group[0].head.features(batch.tokens, batch.class_token)
@@ -190,6 +194,12 @@ class Trainer:
         """Wait for the device, so that times are those of the work that they name."""
         if self.world.device.type != 'cpu':
             torch.accelerator.synchronize(self.world.device)
+
+
+def _by_head(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs that have the same head, in their order."""
+    labels = dict.fromkeys(run.spec.label for run in runs)
+    return [[run for run in runs if run.spec.label == label] for label in labels]
 
 
 def _together(group: list[Run]) -> list[list[Run]]:
@@ -254,6 +264,25 @@ def choose(runs: Sequence[Run], metric: str) -> list[Choice]:
         rate = max(tried, key=lambda rate, tried=tried: _rank(tried[rate], metric))
         choices.append(Choice(by_rate[rate][0].spec, by_rate[rate], tried))
     return choices
+
+
+def further_runs(choices: Sequence[Choice], given: Sequence[float], most: int, seeds: int) -> list[Run]:
+    """Return the runs that extend the range of rates of each head whose best rate is at an end of it.
+
+    Args:
+        choices: The best learning rates so far.
+        given: Learning rates that every head was trained at; the range grows by the ratio of the last two.
+        most: Rates beyond these that a head may get.
+        seeds: Runs of a rate.
+    """
+    runs = []
+    for choice in choices:
+        rates = sorted(choice.tried)
+        if not choice.at_end or choice.tried[choice.rate] is None or len(rates) - len(given) >= most:
+            continue
+        end, neighbor = rates[:2] if choice.rate == rates[0] else rates[:-3:-1]
+        runs += [Run(choice.spec, end * end / neighbor, seed) for seed in range(seeds)]
+    return runs
 
 
 def _final(run: Run, metric: str) -> float | None:
