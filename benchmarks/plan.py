@@ -1,11 +1,10 @@
-"""What a model with very many classes takes on paper: memory, bytes sent and time per step, for each way to divide it.
+"""What a model with very many classes takes on paper, replicated and sharded: memory, bytes sent and time per step.
 
     python -m benchmarks.plan --classes 10_000_000 --ranks 8
 
 An ML-Decoder head on a backbone, float32 weights and a step of Adam; one GPU per rank. Memory is that of weights,
 gradients, optimizer state and logits, without activations. Time is that of the bytes at published
-bandwidths, not overlapped with computation, which hides some of it. With `--head-parallel` logits are not sent; targets
-are class indices, unless `--dense-targets`.
+bandwidths, not overlapped with computation, which hides some of it.
 """
 
 import argparse
@@ -19,12 +18,11 @@ FLOAT = 4  # bytes
 BANDWIDTHS = {'NVLink 4': 450 * GB, 'NDR InfiniBand': 50 * GB}
 GPUS_PER_NODE = 8
 HEADER = (
-    'divided by',
+    'held by',
     *('head, state GB', 'head, gathered GB', 'logits GB', 'backbone, state GB', 'sum GB'),
     *('sent per step GB', 'time, ms', 'over'),
 )
-DDP, FSDP, HEAD, FSDP_HEAD = '--parallel ddp', '--parallel fsdp', '--head-parallel', '--parallel fsdp --head-parallel'
-DIVIDED_HEADS = (HEAD, FSDP_HEAD)
+DDP, FSDP = '--parallel ddp', '--parallel fsdp'
 
 
 def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
@@ -32,46 +30,29 @@ def state_bytes(parameters: float, ranks: int = 1, states: int = 2) -> float:
     return (2 + states) * FLOAT * parameters / ranks
 
 
-def sent_bytes(way: str, parameters: float, ranks: int, tokens: float = 0.0, targets: float = 0.0) -> float:
-    """Return the bytes that a rank sends per step, with collectives over rings.
-
-    Args:
-        way: How the model is divided.
-        parameters: Number of parameters that are exchanged: with `--head-parallel` not those of the classifier.
-        ranks: Number of ranks.
-        tokens: Bytes of the embedded tokens of the global batch.
-        targets: Bytes of the targets of all classes of a rank's batch, 0 for class indices.
-    """
-    # gradients are summed everywhere; or weights gathered twice and gradients divided
-    whole = (2 if way in (DDP, HEAD) else 3) * FLOAT * parameters
-    if way in DIVIDED_HEADS:
-        whole += 2 * tokens + targets
-    return whole * (ranks - 1) / ranks
+def sent_bytes(way: str, parameters: float, ranks: int) -> float:
+    """Return the bytes that a rank sends per step, with collectives over rings."""
+    # gradients are summed everywhere; or weights gathered twice and gradients scattered
+    return (2 if way == DDP else 3) * FLOAT * parameters * (ranks - 1) / ranks
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return bytes per rank for each way to divide the model."""
-    dim, hidden, ranks = args.dim, args.dim_feedforward, args.ranks
+    """Return bytes per rank for the replicated and for the sharded model."""
+    dim, hidden = args.dim, args.dim_feedforward
     classifier = args.groups * dim * -(-args.classes // args.groups)
     decoder = (args.features + 1) * dim + 4 * dim * (dim + 1) + 2 * hidden * dim + hidden + dim + 6 * dim
-    rest = decoder + args.classes  # with the bias of each class
+    head = classifier + decoder + args.classes  # with the bias of each class
     logits = FLOAT * args.batch_size * args.classes
-    tokens = FLOAT * args.batch_size * args.tokens * dim * ranks
-    found = {}
-    for way in (DDP, FSDP, HEAD, FSDP_HEAD):
-        divided = 1 if way in (DDP, HEAD) else ranks
-        own = ranks if way in DIVIDED_HEADS else divided
-        sent = (0 if way in DIVIDED_HEADS else classifier) + rest + args.backbone
-        gathered = 0 if way == DDP else FLOAT * (rest if way in DIVIDED_HEADS else classifier + rest)
-        gathered += tokens if way in DIVIDED_HEADS else 0
-        found[way] = dict(
-            head=state_bytes(classifier, own) + state_bytes(rest, divided),
-            gathered=2 * gathered,  # and the gradients
+    return {
+        way: dict(
+            head=state_bytes(head, ranks),
+            gathered=2 * FLOAT * head if way == FSDP else 0,  # and the gradients
             logits=2 * logits,
-            backbone=state_bytes(args.backbone, divided),
-            sent=sent_bytes(way, sent, ranks, tokens, logits if args.dense_targets else 0),
+            backbone=state_bytes(args.backbone, ranks),
+            sent=sent_bytes(way, head + args.backbone, args.ranks),
         )
-    return found
+        for way, ranks in ((DDP, 1), (FSDP, args.ranks))
+    }
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -82,9 +63,7 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--dim', type=int, default=768, help='width of the head')
     flags.add_argument('--dim-feedforward', type=int, default=2048)
     flags.add_argument('--features', type=int, default=1024, help='width of the features of the backbone')
-    flags.add_argument('--tokens', type=int, default=196, help='tokens per image')
     flags.add_argument('--batch-size', type=int, default=32, help='images per rank')
-    flags.add_argument('--dense-targets', action='store_true', help='a target for each class')
     flags.add_argument('--backbone', type=int, default=303_000_000, help='parameters of the backbone: ViT-L')
     args = flags.parse_args(argv)
     args.groups = args.groups or max(1, args.classes // 1000)

@@ -2,12 +2,11 @@
 
     python -m benchmarks.shards [--ranks 1 2 4] [--num-classes 1_000_000]
 
-Gloo on the CPU, float32, AdamW. Memory is what torch allocated on the last rank: the slices that it holds, and the most
+Gloo on the CPU, float32, AdamW. Memory is what torch allocated on the last rank: the shards that it holds, and the most
 that a step allocates beside them. `planned` is what `benchmarks.plan` expects of weights, gradients and state.
 """
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -19,28 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import MIB, markdown, parser, peak_memory
-from benchmarks.plan import DDP, DIVIDED_HEADS, FSDP, FSDP_HEAD, HEAD, sent_bytes, state_bytes
-from timm_mldecoder.distributed.fsdp import is_sharded, local, shard_task, slices_of
-from timm_mldecoder.distributed.losses import divide_loss
-from timm_mldecoder.distributed.slices import create_sliced
-from timm_mldecoder.distributed.world import join_world
+from benchmarks.plan import DDP, FSDP, sent_bytes, state_bytes
+from timm_mldecoder.distributed.layout import create_layout
+from timm_mldecoder.distributed.world import join_world, local
 from timm_mldecoder.flags import train_options
 from timm_mldecoder.train.optim import timm_optimizer
-from timm_mldecoder.train.run import prepare_distributed
 
 HEADER = (
-    *('model', 'ranks', 'divided by', 'state, MiB', 'planned', 'of one rank'),
+    *('model', 'ranks', 'held by', 'state, MiB', 'planned', 'of one rank'),
     *('step, MiB', 'both, of one rank', 'sent, MiB', 'planned'),
 )
-WAYS = {
-    DDP: {},
-    FSDP: dict(parallel='fsdp'),
-    HEAD: dict(head_parallel=True),
-    FSDP_HEAD: dict(parallel='fsdp', head_parallel=True),
-}
-DIM, BATCH, TOKENS = 64, 2, 100  # of test_vit, 160 pixels in patches of 16
+DIM, BATCH = 64, 2
 #: What a rank sends, by the tensor that a collective fills or reads, of which (ranks - 1) / ranks go to other ranks.
-SENT = {'allgather_': 1, '_allgather_base_': 1, '_reduce_scatter_base_': 1, 'alltoall_base_': 1, 'allreduce_': 2}
+SENT = {'allgather_': 1, '_allgather_base_': 1, '_reduce_scatter_base_': 1, 'allreduce_': 2}
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -58,19 +48,16 @@ def main(argv: list[str] | None = None) -> str:
     for name, classes in [*((model, 0) for model in args.models), *heads]:
         first = None
         for ranks in args.ranks:
-            for way in WAYS:
-                if (way == DDP) != (ranks == 1) or (way in DIVIDED_HEADS and not classes):
-                    continue
-                found = _start(ranks, dict(name=name, classes=classes, way=way))
-                first = first or found
-                planned = state_bytes(found['own'], ranks)
-                planned += state_bytes(found['parameters'] - found['own'], 1 if way in (DDP, HEAD) else ranks)
-                state, both = found['state'] / first['state'], found['state'] + found['step']
-                both /= first['state'] + first['step']
-                label = f'{name}, {classes:,} classes' if classes else name
-                memory = [found['state'], planned / MIB, state, found['step'], both]
-                sent = [found['sent'] / MIB, found['planned_sent'] / MIB]
-                rows.append([label, ranks, way if ranks > 1 else '', *memory, *sent])
+            way = DDP if ranks == 1 else FSDP
+            found = _start(ranks, dict(name=name, classes=classes, way=way))
+            first = first or found
+            planned = state_bytes(found['parameters'], ranks)
+            state, both = found['state'] / first['state'], found['state'] + found['step']
+            both /= first['state'] + first['step']
+            label = f'{name}, {classes:,} classes' if classes else name
+            memory = [found['state'], planned / MIB, state, found['step'], both]
+            sent = [found['sent'] / MIB, sent_bytes(way, found['parameters'], ranks) / MIB]
+            rows.append([label, ranks, way if ranks > 1 else '', *memory, *sent])
     return markdown(HEADER, rows)
 
 
@@ -103,25 +90,23 @@ def _measure(name: str, classes: int, way: str) -> str:
     """Return what the last rank measured, as JSON; on the first rank, since lines of several ranks may mix."""
     with join_world('cpu') as world:
         options = train_options(
-            data_dir='.', device='cpu', use_ml_decoder_head=int(bool(classes)), opt='adamw', lr=1e-4, **WAYS[way]
+            data_dir='.',
+            device='cpu',
+            use_ml_decoder_head=int(bool(classes)),
+            opt='adamw',
+            lr=1e-4,
+            parallel=way.split()[-1],
         )
         head = dict(num_of_groups=min(4000, classes), decoder_embedding=DIM, dim_feedforward=64, num_heads=4)
         settings = dict(num_classes=classes, ml_decoder=head) if classes else {}
-        divided = is_sharded(options, world)
-        if divided:
-            create = functools.partial(timm.create_model, name, **settings)
-            model, slices = create_sliced(create, slices_of(options, world))
-        else:
-            model = timm.create_model(name, **settings)
+        layout = create_layout(options, world)
+        model = layout.create(lambda _: timm.create_model(name, **settings))
+        layout.place(model, [model.get_classifier()])
         parameters = sum(parameter.numel() for parameter in model.parameters())
         size = model.pretrained_cfg['input_size']
         task = ClassificationTask(model, device=world.device, verbose=False)
-        if divided:
-            shard_task(task, slices, options, world, [model.get_classifier()])
-        if options.head_parallel:
-            task.criterion = divide_loss(task.criterion, model.get_classifier().part).to(world.device)
         optimizer = timm_optimizer(options, task.get_trainable_module())
-        prepare_distributed(options, task, world)
+        layout.wrap(task)
         images, labels = torch.randn(BATCH, *size), torch.tensor([0, 1])
 
         def step() -> None:
@@ -132,18 +117,11 @@ def _measure(name: str, classes: int, way: str) -> str:
         peak = peak_memory(step)
         with Sent() as sent:
             step()
-        tokens = own = 0
-        if way in DIVIDED_HEADS:
-            own = model.get_classifier().group_fc.weight.numel()
-            tokens = 4 * BATCH * world.size * TOKENS * DIM
-        planned = sent_bytes(way, parameters - own, world.size, tokens)
         task(images, labels)['loss'].backward()
         tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         state = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors) / MIB
-        found = world.all_gather(
-            dict(parameters=parameters, own=own, state=state, step=peak, sent=sent.bytes, planned_sent=planned)
-        )
+        found = world.all_gather(dict(parameters=parameters, state=state, step=peak, sent=sent.bytes))
     return json.dumps(found[-1]) if world.primary else ''
 
 

@@ -34,6 +34,12 @@ LIMITS = """## What to know
   removes (class attention, attention pooling) are not stored with a head: they start fresh, with a warning.
 - A stored head keeps its options where none are given; with `pretrained=True` others are an error. For another number
   of classes `embed` and `layers` are loaded, the rest starts fresh; `ml_decoder={'fresh_head': True}` draws all anew.
+- `prefix_tokens=True`: the head also reads class, distillation and register tokens. The published code and timm's own
+  layer read all tokens that they are given; the comment in the code has 197, so with the class token. Projects differ:
+  IDEA, CheXFound and users of open_clip leave it out.
+- `head_norm=False`: the head reads the features in front of the classifier's own norm (`head.norm` of ConvNeXt and
+  DaViT, `fc_norm` of ViTs with average pooling), which is removed. The published `add_ml_decoder_head` replaces the
+  norm together with the classifier.
 - `num_of_groups` above the number of classes is reduced to it, with a warning.
 - fx tracing works where timm's model traces. `torch.jit.script` does not: use `torch.compile` or `torch.export`.
 """
@@ -105,8 +111,8 @@ def page(results: list[dict]) -> str:
         '',
         f'**{summary(results)}**',
         '',
-        f'The rule: {RULE.why}. The head does not see class, distillation and register tokens; attention pooling is '
-        'removed.',
+        f'The rule: {RULE.why}. The head does not see class, distillation and register tokens, unless '
+        '`prefix_tokens=True` is given; attention pooling is removed.',
         '',
         *LIMITS.splitlines(),
         '',

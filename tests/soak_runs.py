@@ -112,10 +112,10 @@ GROUPS: dict[str, dict[str, str]] = {
         '2 ranks, text queries': f'several {WORDS} {SPLIT} --num-classes 60',
         '2 ranks, 3 views': '--aug-splits 3',
     },
-    'divided': {
+    'sharded': {
         '2 ranks, FSDP, EMA': f'{FSDP} {EMA}',
         '2 ranks, FSDP, the better of both': f'{FSDP} {EMA} --better-of-ema',
-        '2 ranks, FSDP, groups of the head': f'{FSDP} {HEAD} --head-parallel --opt adamw',
+        '2 ranks, FSDP, ML-Decoder': f'{FSDP} {HEAD} --opt adamw',
         '2 ranks, FSDP, accumulation, clipped norm': f'{FSDP} --grad-accum-steps 2 --clip-grad 1 --opt lamb',
         '2 ranks, FSDP, autocast bfloat16': f'{FSDP} --amp --amp-dtype bfloat16 {EMA}',
         '2 ranks, FSDP, milestones, 1 checkpoint': f'{FSDP} --save-epochs 1 2 --checkpoint-hist 1',

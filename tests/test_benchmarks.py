@@ -32,6 +32,7 @@ SMALLEST = {
     'million_classes': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
     'a2_step': '--rounds 1 --model test_resnet --batch-size 2 --img-size 64',
+    'check_images': '--images 2 --rounds 1',
     'million_images': '--images 30 --classes 3',
     'validate_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
     'plan': '--classes 1000 --ranks 2',

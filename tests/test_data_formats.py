@@ -183,7 +183,7 @@ def test_images_outside_of_the_root_are_found(tmp_path):
     write_image(tmp_path / 'root' / 'b.png', 1)
     write_text(tmp_path / 'root' / 'train.csv', 'path,labels', f'{tmp_path}/elsewhere/a.png,x', '../elsewhere/a.png,x',
                'b.png,x', './b.png,x')  # fmt: skip
-    assert len(create_dataset('csv', str(tmp_path / 'root'), 'train')) == 3, './b.png is b.png'
+    assert len(create_dataset('csv', str(tmp_path / 'root'), 'train')) == 2, 'both files have two spellings'
 
 
 def replace(path: Path, old: str, new: str) -> None:

@@ -10,7 +10,15 @@ import torch
 from multilabel_data import write_coco, write_csv, write_image, write_open_images, write_text, write_voc
 from torchvision.datasets import CIFAR100, FakeData, ImageFolder
 
-from timm_mldecoder.data import class_to_index, cooccurrence, create_dataset, overlap, summarize
+from timm_mldecoder.data import (
+    Annotations,
+    MultiLabelDataset,
+    class_to_index,
+    cooccurrence,
+    create_dataset,
+    overlap,
+    summarize,
+)
 
 
 @pytest.fixture
@@ -48,7 +56,9 @@ def test_files_listed_twice_and_files_of_both_splits_are_found(tmp_path, scenes)
     (tmp_path / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': images}))
     (tmp_path / 'validation.json').write_text(json.dumps({'classes': ['a'], 'images': [['9/long-name.png', []]]}))
     train, validation = (create_dataset('json', str(tmp_path), split, missing=None) for split in ('train', 'val'))
-    assert summarize(train).duplicates == ['0/.png']
+    assert len(train) == 35 and summarize(train).duplicates == [], 'one image is listed twice: merged'
+    twice = Annotations(['a'], ['a.png', 'b.png', './a.png'], [], [], [])
+    assert summarize(MultiLabelDataset(twice, tmp_path)).duplicates == ['a.png']
     assert overlap(train, validation) == []
     other = create_dataset('json', str(shutil.copytree(tmp_path, tmp_path / 'copy')), 'train', missing=None)
     assert overlap(train, other) == [], 'the same names in another folder'

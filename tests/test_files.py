@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_mldecoder.data import class_to_index, create_dataset, overlap, summarize
+from timm_mldecoder.data import class_to_index, create_dataset, overlap
 from timm_mldecoder.data.images import Reading, find_images
 from timm_mldecoder.flags.parse import parse_train
-from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.loading.datasets import check_classes, create_split
 from timm_mldecoder.loading.loader import strict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 
@@ -172,6 +172,10 @@ def test_one_rule_for_what_is_an_image(tmp_path, caplog):
     assert sorted(packed.filenames()) == expected
     assert sorted(packed.reader.class_name_to_idx) == ['a', 'b']
     assert len(open_source(tmp_path / 'all.tar').names) == len(expected)
+    (tmp_path / 'train' / 'c').mkdir()
+    (tmp_path / 'train' / '@eaDir').mkdir()
+    check_classes(create_dataset('', str(tmp_path), 'train'), 2, given=True)
+    assert caplog.messages[-1] == 'ignoring class folders without images: c'
     assert strict(packed)[len(packed) - 1][1] == 1
 
 
@@ -182,11 +186,13 @@ def test_one_leaf_name_in_two_places_is_an_error(tmp_path):
         create_dataset('', str(tmp_path), 'train')
 
 
-def test_unicode_forms_of_a_folder_are_one_class(tmp_path):
+def test_unicode_forms_of_a_folder_are_one_class(tmp_path, caplog):
     for split, form in (('train', 'NFD'), ('validation', 'NFC')):
         write(tmp_path / split / unicodedata.normalize(form, 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     classes = [class_to_index(create_dataset('', str(tmp_path), split)) for split in ('train', 'validation')]
     assert classes[0] == classes[1] == {unicodedata.normalize('NFC', 'Müsli'): 0}
+    check_classes(create_dataset('', str(tmp_path), 'train'), 1, given=False)
+    assert 'without images' not in caplog.text
     write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     with pytest.raises(ValueError, match='one class by their name'):
         create_dataset('', str(tmp_path), 'train')
@@ -258,6 +264,8 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
         ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
         ('file,names\n' + rows(), '--path-column'),
+        ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
+        ('path,labels\nx\\0.png,cat\nx\\1.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],
 )
 def test_broken_tables_are_one_line(text, message, tmp_path):
@@ -287,7 +295,7 @@ def test_leaks_are_found_in_any_spelling(tmp_path):
     assert overlap(*splits) == ['x/1.png', 'x/2.png']
     images = [[path, ['a']] for path in ('x/0.png', './x/0.png', 'x//0.png', 'x/1.png')]
     (tmp_path / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': images}))
-    assert summarize(create_dataset('json', str(tmp_path), 'train')).duplicates == ['x/0.png']
+    assert create_dataset('json', str(tmp_path), 'train').filenames() == ['x/0.png', 'x/1.png']
 
 
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -132,7 +132,21 @@ def test_help_renders_in_groups_with_every_flag(script):
     for row in flag_rows(script).values():
         assert any(re.search(rf'{re.escape(name)}\b', shown) for name in row.names), row.label
         assert row.help and not row.help.endswith('.')
-    assert shown.count('\n') < 600
+    assert shown.count('\n') < 620
+
+
+@pytest.mark.parametrize('script', PARSERS)
+def test_the_short_help_has_what_most_runs_need_and_names_the_long_one(script, capsys):
+    parser, needed = PARSERS[script](), {'train': '--epochs --lr --opt --resume', 'validate': '--checkpoint --report'}
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--help'])
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r'--[a-z][\w-]+', shown))
+    assert flags >= {'--help-all', '--model', '--use-ml-decoder-head', *needed[script].split()}
+    assert '--naflex-loader' not in shown and shown.count('\n') < 150
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--help-all'])
+    assert '--naflex-loader' in capsys.readouterr().out
 
 
 class TestSwitches:

@@ -289,7 +289,11 @@ def test_wrong_options_are_named(options, said):
 
 def test_wrong_features_are_named():
     head = MLDecoder(5, **SMALL)
-    with pytest.raises(ValueError, match=r'un-pooled features .* got a tensor of shape \(2, 12\)'):
-        head(torch.randn(2, 12))
-    with pytest.raises(ValueError, match='width 12, got 3: build it with initial_num_features=3'):
+    with pytest.raises(ValueError, match=r'give \[B, F\]'):
+        head(torch.randn(12))
+    with pytest.raises(ValueError, match=r'width 12.* \[2, 3, 5, 5\].*initial_num_features, here 3 or 5'):
         head(torch.randn(2, 3, 5, 5))
+    with pytest.raises(ValueError, match=r'x.movedim\(2, 1\)'):  # video, [B, T, F, H, W]
+        head(torch.randn(2, 3, 12, 5, 5))
+    with pytest.raises(ValueError, match='1 scales of features, got 2'):
+        head([torch.randn(2, 12, 5, 5)] * 2)

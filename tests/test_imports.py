@@ -25,7 +25,7 @@ ALLOWED = {
 }
 # The rooms that know flags, each of which may import those before it.
 ROOMS = ['flags', 'runtime', 'distributed', 'loading', 'checkpoint', 'modeling']
-ROOMS += ['evaluation', 'predict', 'validate', 'train', 'export', 'probe', 'api']
+ROOMS += ['evaluation', 'predict', 'validate', 'check', 'train', 'export', 'probe', 'api']
 
 
 def modules() -> dict[str, Path]:

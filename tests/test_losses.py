@@ -19,7 +19,7 @@ def bce_entry(x, y):
     return -(y * math.log(sigmoid(x)) + (1 - y) * math.log(sigmoid(-x)))
 
 
-def asl_entry(x, y, gamma_neg=4.0, gamma_pos=0.0, clip=0.05):
+def asl_entry(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
     p = sigmoid(x)
     q = min(1 - p + clip, 1)
     focus = (1 - (p * y + q * (1 - y))) ** (gamma_pos * y + gamma_neg * (1 - y))
@@ -39,7 +39,7 @@ ENTRIES = {'bce': bce_entry, 'asl': asl_entry, 'aam': aam_entry}
 CASES = [
     ('bce', {}),
     ('asl', {}),
-    ('asl', dict(gamma_neg=2.0, gamma_pos=1.0, clip=0.0)),
+    ('asl', dict(gamma_neg=2.0, gamma_pos=0.0, clip=0.0)),
     ('asl', dict(gamma_neg=7.0, clip=0.2)),
     ('aam', {}),
     ('aam', dict(scale=23.0, margin=0.0, balance=0.7)),
@@ -165,7 +165,7 @@ def test_asymmetric_loss_and_its_gradient_are_timms_for_moderate_logits(detach, 
     logits, target = make_data('asl')
     gradients = []
     for loss in (
-        create_loss('asl', gamma_pos=gamma_pos, detach_focusing=detach),
+        create_loss('asl', gamma_pos=gamma_pos, detach_focusing=detach, reduction='sum'),
         AsymmetricLossMultiLabel(4, gamma_pos, 0.05, disable_torch_grad_focal_loss=detach, reduction='sum'),
     ):
         x = logits.float().requires_grad_()

@@ -120,7 +120,7 @@ def test_thirty_steps_are_those_of_a_plain_loop_with_torchs_one_cycle(scenes):
     groups = [dict(params=others, weight_decay=0.0), dict(params=decayed, weight_decay=1e-4)]
     optimizer = torch.optim.Adam(groups, lr=1e-3)
     one_cycle = OneCycleLR(optimizer, max_lr=1e-3, total_steps=30, pct_start=0.2)
-    loss = AsymmetricLoss(gamma_neg=4, gamma_pos=0, clip=0.05)
+    loss = AsymmetricLoss(gamma_neg=4, gamma_pos=0, clip=0.05, detach_focusing=True, reduction='sum')
     reference.train()
     for step, (images, target) in enumerate(batches):
         optimizer.zero_grad()
@@ -298,6 +298,8 @@ def test_losses_are_those_of_timm_on_complete_labels_and_accept_labels_to_ignore
                 other = torch.where(torch.arange(20) < 5, torch.randn(4, 20), logits)
                 ignored = target.index_fill(1, torch.arange(5), -1)
                 torch.testing.assert_close(loss(other, ignored), loss(logits, ignored))
+    by_flag = loss_of('coco2014', complete, '--loss', 'asl')(logits, target)
+    torch.testing.assert_close(AsymmetricLoss()(logits, target), by_flag, rtol=1e-5, atol=0)
     timms = loss_of('coco2014', complete, '--bce-sum')  # an option of timm's class alone
     expected = create_classification_loss('bce', multi_label=True, bce_sum=True)
     torch.testing.assert_close(timms(logits, target), expected(logits, target))

@@ -136,7 +136,7 @@ class TestConvertStateDict:
         timm.models.load_checkpoint(model, str(tmp_path / 'file.pth'), filter_fn=convert_state_dict)
         assert_same_logits(model, reference)
 
-    def test_one_error_lists_every_misfit(self):
+    def test_one_error_of_one_line_lists_every_misfit(self):
         tensors = SmallReference(queries=4).published()
         del tensors['layer1.0.conv1.weight'], tensors['fc.decoder.embed_standart.bias']
         tensors['surplus'] = torch.zeros(1)
@@ -144,13 +144,14 @@ class TestConvertStateDict:
         with pytest.raises(ValueError) as caught:
             convert_state_dict(tensors, small_model())
         for line in (
-            'missing: layer1.0.conv1.weight, fc.embed.bias\n',
-            'unexpected: surplus, fc.extra.weight\n',
+            'missing: layer1.0.conv1.weight, fc.embed.bias;',
+            'unexpected: surplus, fc.extra.weight;',
             'mis-shaped: fc.queries.weight (file [4, 768], model [11, 768]), '
-            'fc.group_fc.weight (file [4, 768, 3], model [11, 768, 1])\n',
+            'fc.group_fc.weight (file [4, 768, 3], model [11, 768, 1]);',
             'num_classes=11, num_of_groups=4, decoder_embedding=768',
         ):
             assert line in str(caught.value)
+        assert '\n' not in str(caught.value) and len(str(caught.value)) <= 500
 
     @pytest.mark.parametrize(
         'file, model, message',
@@ -225,6 +226,12 @@ class TestReadCheckpoint:
         torch.save({'model': {'fc.weight': torch.ones(2)}, **extras}, tmp_path / 'file.pth')
         checkpoint = read_checkpoint(tmp_path / 'file.pth')
         assert {name: checkpoint[name] for name in extras} == extras
+        torch.save({'fc.weight': torch.ones(2), 'priors': np.arange(3.0)}, tmp_path / 'file.pth')
+        assert read_checkpoint(tmp_path / 'file.pth')['priors'].tolist() == [0, 1, 2]
+        torch.save({'priors': np.array([Bomb(tmp_path / 'mark')])}, tmp_path / 'file.pth')
+        with pytest.raises(ValueError, match='is refused'):
+            read_checkpoint(tmp_path / 'file.pth')
+        assert not (tmp_path / 'mark').exists()
 
     def test_not_a_dict(self, tmp_path):
         torch.save(torch.zeros(1), tmp_path / 'file.pth')
@@ -321,8 +328,8 @@ class TestCommand:
         assert [path.name for path in folder.iterdir()] == ['notes.txt']
 
     def test_class_names(self):
-        assert convert.class_names({1: 'b', 0: 'a'}, 2) == ['a', 'b']
-        assert convert.class_names({'1': 'b', '0': 'a'}, 2) == ['a', 'b']
-        assert convert.class_names({90: 'toothbrush', 1: 'person'}, 2) == ['toothbrush', 'person']
-        assert convert.class_names({0: 'a'}, 2) is None
-        assert convert.class_names(None, 2) is None
+        assert convert.names_of_file({1: 'b', 0: 'a'}, 2) == ['a', 'b']
+        assert convert.names_of_file({'1': 'b', '0': 'a'}, 2) == ['a', 'b']
+        assert convert.names_of_file({90: 'toothbrush', 1: 'person'}, 2) == ['toothbrush', 'person']
+        assert convert.names_of_file({0: 'a'}, 2) is None
+        assert convert.names_of_file(None, 2) is None

@@ -1,6 +1,7 @@
 """A run that is stopped and resumed comes to the same, bit for bit, as one that was not."""
 
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -11,14 +12,15 @@ import pytest
 import torch
 from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train
 
-from timm_mldecoder.checkpoint.files import CheckpointFolder, numbered
-from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.files import CheckpointFolder
 from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data import MultiLabelDataset
 from timm_mldecoder.data.annotations import Annotations
-from timm_mldecoder.distributed.world import World
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.flags import parse_train
 from timm_mldecoder.loading.datasets import balanced_weights
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart, Order
+from timm_mldecoder.train.build_run import build_run
 
 
 @pytest.fixture(scope='module')
@@ -72,6 +74,7 @@ def stop_at(run, step):
         (0, 2, ('--model-dtype', 'bfloat16')),
         (0, 2, ('--sched', 'tanh')),
         (0, BATCHES + 2, ('--opt', 'adahessian')),
+        (0, BATCHES + 2, ('--clip-grad', '0.5')),  # the summary has the mean norm of the gradients
     ],
 )
 def test_stopped_by_a_signal_within_an_epoch(data, undisturbed, tmp_path, workers, step, flags):
@@ -99,6 +102,44 @@ def test_stopped_by_a_signal_in_the_validation(data, undisturbed, tmp_path):
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
     resumed = train(data, tmp_path, *MOVING, '-j', '2', '--resume', 'auto')
     assert_same_run(resumed, undisturbed(2))
+
+
+def test_a_run_resumed_by_its_name_keeps_its_flags(data, undisturbed, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    name = ('--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto')
+    train(data, tmp_path, *MOVING, '--stop-epoch', '1')
+    options = parse_train([*name])
+    assert (options.data_dir, options.opt, options.epochs, options.mixup) == (str(data), 'adamw', 3, 0.2)
+    assert options.stop_epoch is None, 'it was for one start of the run'
+    with join_world(options.device) as world:
+        fit(build_run(options, world))
+    assert_same_run(tmp_path / 'run', undisturbed(0))
+    caplog.set_level('WARNING')
+    options = parse_train([*name, '--epochs', '4', '--no-aug', str(data)])
+    assert (options.epochs, options.no_aug, options.opt) == (4, True, 'adamw'), 'what is given counts'
+    with join_world(options.device) as world:
+        build_run(options, world).close()
+    assert 'epochs was 3 and is 4' in caplog.text
+    assert parse_train([str(data), '--experiment', 'other', '--resume', 'auto']).opt == 'sgd'
+
+
+def test_the_norm_of_the_gradients_is_that_before_clipping(data, tmp_path, caplog):
+    caplog.set_level('INFO')
+    run = build(data, tmp_path, '--epochs', '1', '--clip-grad', '1e-3', '--lr', '1e-9', '--sched', 'none', '--no-aug')
+    norms = []
+
+    def record(*_):
+        gradients = [p.grad.double().flatten() for p in run.state.task.get_trainable_module().parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+
+    clip = run.clip_parameters
+    run.clip_parameters = lambda: (record(), clip())[1]
+    fit(run)
+    (row,) = summary(tmp_path / 'run')
+    assert len(norms) == BATCHES and float(row['train_grad_norm']) == pytest.approx(np.mean(norms), rel=1e-4)
+    shown = [float(text) for text in re.findall(r'Grad: (\S+)', caplog.text)]
+    assert shown == pytest.approx(np.cumsum(norms) / np.arange(1, BATCHES + 1), rel=6e-3)
+    assert 'train_grad_norm' not in summary(train(data, tmp_path / 'unclipped', '--epochs', '1'))[0]
 
 
 def test_recovery_checkpoints_are_kept_while_they_are_of_use(data, tmp_path):
@@ -256,11 +297,6 @@ def test_another_batch_size_warns_and_resumes_within_an_epoch_too(data, tmp_path
     assert fit_until_stopped(run) == 143
     resumed = build(data, tmp_path, *MOVING, '--resume', 'auto')
     assert 'batch_size was 6 and is 4' in caplog.text
-    content = read_checkpoint(numbered(folder)[0])
-    divided, world = resumed.options.replace(head_parallel=True), World(torch.device('cpu'), 0, 2)
-    with pytest.raises(ValueError, match='--head-parallel'):
-        resumed.state.restore(content, divided, world, resumed.train_loader)
-    resumed = build(data, tmp_path, *MOVING, '--resume', 'auto')
     images = []
     resumed.state.task.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     fit(resumed)
@@ -412,3 +448,30 @@ def test_names_in_a_ranking_that_are_not_those_of_checkpoints_are_ignored(tmp_pa
     for epoch in range(3):
         save(checkpoints, epoch, float(epoch))
     assert (tmp_path / 'outside.pth.tar').exists() and (folder / 'mine.pth.tar').exists()
+
+
+@pytest.mark.parametrize('change', ['more', 'fewer', 'moved'])
+def test_other_training_images_within_an_epoch_are_refused_and_between_epochs_warned_of(data, tmp_path, change, caplog):
+    own = shutil.copytree(data, tmp_path / 'own')
+    run = build(own, tmp_path, '--epochs', '3')
+    stop_at(run, BATCHES + 2)
+    fit_until_stopped(run)
+    image = sorted((own / 'train' / 'class_0').iterdir())[0]
+    match change:
+        case 'more':
+            shutil.copy(image, image.with_name('zz.png'))
+        case 'fewer':
+            image.unlink()
+        case 'moved':
+            shutil.move(image, own / 'train' / 'class_1' / 'zz.png')
+    lines = {'more': '24 training images, the data has 25', 'fewer': '24 training images, the data has 23'}
+    with pytest.raises(ValueError, match=lines.get(change, 'the 24 training images have other names or labels')):
+        build(own, tmp_path, '--epochs', '3', '--resume', 'auto')
+    shutil.rmtree(own)
+    shutil.copytree(data, own)
+    fit(build(own, tmp_path, '--epochs', '3', '--resume', 'auto', '--stop-epoch', '2'))
+    assert 'training images' not in caplog.text
+    image.unlink()
+    fit(build(own, tmp_path, '--epochs', '3', '--resume', 'auto'))
+    assert 'resumed with a change' in caplog.text and lines['fewer'] in caplog.text
+    assert len(summary(tmp_path / 'run')) == 3

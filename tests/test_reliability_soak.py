@@ -104,7 +104,7 @@ def test_killed_runs_of_every_kind_end_like_undisturbed_ones(group, tmp_path):
     wrong = [row for row in rows if not row['equal'] or row['lost'] or row['unreadable'] or row['left']]
     assert not wrong, json.dumps(wrong, indent=1)
     assert all(row['kills'] for row in rows), 'a run that is not killed shows nothing'
-    if group == 'divided':
+    if group == 'sharded':
         kills, writing = (sum(row[key] for row in rows) for key in ('kills', 'writing'))
         print(f'{kills} kills, {writing} of them while tensors were written')
         assert kills >= 20 and writing

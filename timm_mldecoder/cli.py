@@ -8,6 +8,7 @@ from timm_mldecoder.runtime.errors import run_command
 
 #: Command -> the module whose `main` it runs, and what it does.
 COMMANDS = {
+    'check': ('timm_mldecoder.check.__main__', 'look at a dataset: unreadable files, copies, leaks, classes'),
     'train': ('timm_mldecoder.train.__main__', 'train a model'),
     'validate': ('timm_mldecoder.validate.__main__', 'evaluate a checkpoint or a pretrained model'),
     'predict': ('timm_mldecoder.predict.__main__', 'write labels, scores and features of images'),

@@ -21,15 +21,23 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import resolve_model_input_args
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_mldecoder.checkpoint.files import SUFFIX
-from timm_mldecoder.checkpoint.folders import save_folder
-from timm_mldecoder.checkpoint.published import convert_state_dict, find_head, head_options
-from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
+from timm_mldecoder.checkpoint.published import (
+    convert_state_dict,
+    find_head,
+    head_options,
+    lacks_head_norm,
+)
+from timm_mldecoder.checkpoint.read import has_ema, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.repairs import CHOICES
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
+from timm_mldecoder.flags.flag import Pairs
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.runtime.errors import run_command
 from timm_mldecoder.runtime.files import write_atomically
@@ -76,6 +84,9 @@ INPUT_SIZES = {
     (L, 196): 384,  # Stanford Cars, 96.41 %
 }
 
+
+# What timm records of its own weights, which these are not.
+NOT_OF_TIMM = dict(tag='', url='', hf_hub_id=None, source='', origin_url='', license='', paper_ids=None, paper_name='')
 
 # How the published checkpoints expect images, under the names of timm's data configuration.
 PUBLISHED = dict(crop_mode='squash', crop_pct=1.0, interpolation='bilinear', mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -133,20 +144,32 @@ def convert_published(
     input_size: int | None,
     word_embeddings: Path | None,
     use_ema: bool | None,
+    head: str | None = None,
+    self_attention: str | None = None,
+    ignore: Sequence[str] | None = None,
+    ml_decoder_kwargs: Mapping[str, Any] | None = None,
+    class_names: Path | None = None,
+    task: str | None = None,
+    thresholds: Path | None = None,
     **preprocessing: Any,
 ) -> list[str]:
     """Write a checkpoint in one of the layouts of `published` as a folder; return lines that describe it.
 
-    A head with text queries is published without label embeddings. `preprocessing` has the names of timm's data
-    configuration; the flags are those of the command line.
+    A head with text queries is published without label embeddings. `ml_decoder_kwargs` are options of the head that no
+    tensor shows. `preprocessing` has the names of timm's data configuration; the flags are those of the command line.
 
     Raises:
         ValueError: If the file is not what `convert_state_dict` reads, or a required flag is missing.
     """
     tensors = weights_of(content, use_ema)
-    options = head_options(tensors)
+    given = dict(ml_decoder_kwargs or {})
+    shown = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
+    options = head_options(tensors, **shown) | given
     names = None
-    if 'word_embeddings' in options:
+    if isinstance(options.get('word_embeddings'), Tensor):
+        if word_embeddings:
+            raise ValueError(f'{file} has the label embeddings of its classes: leave --word-embeddings out')
+    elif 'word_embeddings' in options:
         if word_embeddings is None:
             raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
         options['word_embeddings'], names = read_word_embeddings(word_embeddings)
@@ -161,25 +184,35 @@ def convert_published(
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
         raise ValueError(f'--model {architecture.model} is not a model of timm: see timm.list_models()')
-    names = names or class_names(content.get('idx_to_class'), num_classes)
+    if class_names:
+        names = read_class_names(class_names, num_classes)
+    names = names or names_of_file(content.get('idx_to_class'), num_classes)
+    if thresholds and not names:
+        raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
 
-    target = resolve_model_input_args(
-        architecture.model,
-        {'img_size': input_size},
-        num_classes=num_classes,
-        ml_decoder=options,
-        **architecture.arguments,
-    )
-    network = timm.create_model(**target)
-    network.load_state_dict(convert_state_dict(tensors, network))
+    def build() -> nn.Module:
+        arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
+        return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
+
+    network = build()
+    if 'head_norm' not in options and lacks_head_norm(tensors, network, head=head, ignore=ignore or ()):
+        options['head_norm'] = False
+        network = build()
+    network.load_state_dict(convert_state_dict(tensors, network, ignore=ignore or (), **shown))
     given = {name: value for name, value in preprocessing.items() if value is not None}
     data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
     # the published single-label checkpoint is that of Stanford-Cars
-    task = 'classification' if (shape, num_classes) == (L, 196) else 'multilabel'
-    save_folder(network, folder, class_names=names, data_config=data_config, task=task)
+    task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
+    if thresholds and task != 'multilabel':
+        raise ValueError('--thresholds are for --task multilabel')
+    tuned = read_thresholds(thresholds, names) if thresholds else None
+    network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
+    facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
+    save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)
     arguments = (f'{key}={value}' for key, value in architecture.arguments.items())
     return [
-        f'layout        {find_head(tensors).layout}',
+        f'layout        {find_head(tensors, head).layout}',
+        f'weights       {_describe_weights(content, use_ema)}',
         ' '.join([f'architecture  {architecture.model}', *arguments]),
         f'classes       {num_classes}, {_describe_names(names, content)}',
         f'groups        {network.get_classifier().config.num_queries}',
@@ -200,7 +233,7 @@ def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
     return TResNetShape(blocks, stem.shape[0], 'body.layer1.0.conv3.0.weight' in tensors)
 
 
-def class_names(idx_to_class: Mapping | None, num_classes: int) -> list[str] | None:
+def names_of_file(idx_to_class: Mapping | None, num_classes: int) -> list[str] | None:
     """Return the names of the outputs in order, None if the file does not name each.
 
     Keys other than 0 to C - 1 (identifiers of a dataset) are taken in the file's order, as in the reference's
@@ -224,6 +257,13 @@ def _architecture(shape: TResNetShape | None, named: str | None) -> Architecture
     return Architecture(named)
 
 
+def _describe_weights(content: Mapping[str, Any], use_ema: bool | None) -> str:
+    if not has_ema(content):
+        return 'the only ones'
+    ema = ranked_by_ema(content) if use_ema is None else use_ema
+    return f'{"EMA" if ema else "raw"}; --{"no-" if ema else ""}use-ema takes the others'
+
+
 def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) -> str:
     if names:
         return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
@@ -241,9 +281,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
     add = parser.add_argument_group('checkpoints of other programs').add_argument
+    add('--class-names', type=Path, metavar='FILE', help='names of the outputs: one per line, or a JSON list or object')
+    add('--task', choices=list(PROBLEM_TYPES), help='(default: multilabel, but for the published Stanford-Cars)')
+    add('--thresholds', type=Path, metavar='FILE', help='probability per class: CSV rows name,threshold, or JSON')
     add('--model', help="timm's name of the backbone, where the file does not show it")
     add('--input-size', type=int, help='image size in pixels, where the checkpoint is not a published one')
     add('--word-embeddings', type=Path, help='label embeddings, for a head with text queries')
+    add('--head', metavar='NAME', help='the head, in a file with several')
+    add('--self-attention', choices=CHOICES, help="what weights of self-attention are for: torch's own decoder layer "
+        '(use), nothing (ignore), or self-attention by the weights of the cross-attention (reuse)')  # fmt: skip
+    add('--ignore', nargs='+', metavar='NAME', help='beginnings of names of tensors that the logits do not depend on')
+    add('--ml-decoder-kwargs', action=Pairs, metavar='KEY=VALUE', help='options of the head that no tensor shows, '
+        'such as num_heads=6 prefix_tokens=True position=sin2d memory_activation=leaky_relu')  # fmt: skip
     for name, default in PUBLISHED.items():
         several = dict(nargs=3) if isinstance(default, tuple) else {}
         choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}

@@ -1,9 +1,9 @@
 """The most memory that a rank takes to begin and to save runs of train.py, in MiB: `memory_of_ranks.py FILE`.
 
 FILE is JSON: a list of command lines; the first is not measured, but imports everything. Rank 0 prints a line of JSON
-for each other, with the largest values of all ranks: `begin`, what creating the model, loading and resuming take beside
-the memory of the process before; `save`, what a checkpoint takes beside that of the run, after an epoch. A run that is
-resumed is not trained, and saves nothing.
+for each other: `first` and `begin`, what creating the model, loading and resuming take beside the memory of the process
+before, on rank 0 and at most on the others; `save`, the most that a checkpoint takes beside the run on any rank, after
+an epoch. A run that is resumed is not trained, and saves nothing.
 """
 
 import ctypes
@@ -62,14 +62,14 @@ def main(file: str) -> None:
             save = 0.0
             if not run.options.resume:
                 fit_epoch(run)
-                run.finish_saving()
-                save, _ = peak_of(lambda run=run: (run.save_recovery(), run.finish_saving()))
+                run.layout.wait()
+                save, _ = peak_of(lambda run=run: (run.save_recovery(), run.layout.wait()))
             run.close()
             del run
             found = world.all_gather((begin, save))
             if world.primary and number:
-                begin, save = map(max, zip(*found, strict=True))
-                print(json.dumps(dict(begin=begin, save=save)), flush=True)
+                begins, saves = zip(*found, strict=True)
+                print(json.dumps(dict(first=begins[0], begin=max(begins[1:]), save=max(saves))), flush=True)
 
 
 if __name__ == '__main__':

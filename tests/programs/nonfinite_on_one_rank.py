@@ -10,8 +10,7 @@ import sys
 import torch
 from torch import nn
 
-from timm_mldecoder.distributed.fsdp import local
-from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.distributed.world import join_world, local
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.train.build_run import build_run
 from timm_mldecoder.train.loop import fit

@@ -17,9 +17,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from timm_mldecoder.checkpoint.files import CheckpointFolder, checkpoints_in, lock, shards_of
 from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.read_sharded import PREFIX
-from timm_mldecoder.checkpoint.write_sharded import ShardWriter
+from timm_mldecoder.distributed.read_sharded import PREFIX
 from timm_mldecoder.distributed.world import World
+from timm_mldecoder.distributed.write_sharded import ShardWriter
 
 
 def rank(number: int, store: Path, first: int, saver: dict, last: int | None = None) -> None:

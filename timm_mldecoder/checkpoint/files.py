@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.read_sharded import PREFIX, SHARDS
+from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS
 from timm_mldecoder.runtime.files import TEMPORARY, duplicate, sync_folder, write_atomically
 
 _logger = logging.getLogger(__name__)

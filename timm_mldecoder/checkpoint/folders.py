@@ -15,6 +15,8 @@ from timm.models import save_for_hf
 from timm.models._hub import load_cfg_from_json
 from torch import nn
 
+from timm_mldecoder.runtime.files import write_atomically
+
 SETTINGS = 'timm_mldecoder'
 #: The name that transformers has for a task.
 PROBLEM_TYPES = {'classification': 'single_label_classification', 'multilabel': 'multi_label_classification'}
@@ -105,6 +107,16 @@ def folder_settings(model: str) -> dict[str, Any]:
         model: Name as `timm.create_model` takes it; `local-dir:` and `hf-hub:` names may have settings.
     """
     return folder_config(model).get(SETTINGS, {})
+
+
+def store_thresholds(model: str, thresholds: Mapping[str, float]) -> Path:
+    """Store tuned thresholds in the folder of a `local-dir:` name, beside those of other classes; return its file."""
+    path = Path(model.partition(':')[2]) / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    settings = config.setdefault(SETTINGS, {'task': 'multilabel'})
+    settings['thresholds'] = {**settings.get('thresholds', {}), **thresholds}
+    write_atomically(path, lambda file: file.write(json.dumps(config, indent=2).encode()))
+    return path
 
 
 def folder_channels(model: str) -> int | None:

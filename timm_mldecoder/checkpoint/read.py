@@ -13,28 +13,35 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from timm_mldecoder.checkpoint.read_sharded import SHARDS, check_folder, fill
 from timm_mldecoder.checkpoint.schema import RUN, check_entries, is_folder_name
+from timm_mldecoder.distributed.read_sharded import SHARDS, check_folder, fill
 
-RAW, EMA = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # keys of the weights, timm's first
+# Keys of the weights, timm's first. EMA weights under `ema` are not the main ones: no rule says that their program
+# evaluates with them.
+RAW, EMA = ('state_dict', 'model', 'model_state_dict', 'net'), ('state_dict_ema', 'model_ema', 'ema')
+MAIN_EMA = EMA[:2]
 
 # What files hold beside tensors and plain values: options and scores of a run. Building these executes no code of a
 # file.
 _numpy_scalar = np.float64().__reduce__()[0]
+_numpy_array = np.empty(0).__reduce__()[0]
 _HARMLESS = [
     argparse.Namespace,
     np.dtype,
+    np.ndarray,
     *{type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float32', 'float64', 'str')},
     (_numpy_scalar, 'numpy.core.multiarray.scalar'),  # as numpy 1 wrote it, and as numpy 2 does
     (_numpy_scalar, 'numpy._core.multiarray.scalar'),
+    (_numpy_array, 'numpy.core.multiarray._reconstruct'),
+    (_numpy_array, 'numpy._core.multiarray._reconstruct'),
 ]
 
 
 def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """Read a ``.safetensors`` or ``torch.save`` file, onto the CPU.
 
-    Beside tensors and plain values only ``argparse.Namespace`` and numpy scalars are accepted; nothing in the file is
-    executed. The entries of a checkpoint of train.py are checked against the schema.
+    Beside tensors and plain values only ``argparse.Namespace`` and numpy's numbers and arrays are accepted; nothing in
+    the file is executed. The entries of a checkpoint of train.py are checked against the schema.
 
     Args:
         path: Path of the file.
@@ -74,17 +81,18 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
 def has_ema(content: Mapping[str, Any]) -> bool:
     """Return whether a file holds EMA weights."""
-    return any(isinstance(content.get(key), Mapping) for key in EMA)
+    return any(_holds_tensors(content, key) for key in EMA)
 
 
 def ranked_by_ema(content: Mapping[str, Any]) -> bool:
     """Return whether the EMA weights are a file's main ones.
 
-    They are if there are any, unless the training run ranked the epoch by the raw weights: they scored higher
-    (`--better-of-ema`), or it scored no others (`--model-ema-force-cpu`).
+    They are if there are any under a key of `MAIN_EMA`, unless the training run ranked the epoch by the raw weights:
+    they scored higher (`--better-of-ema`), or it scored no others (`--model-ema-force-cpu`).
     """
     rows = content[RUN]['rows'] if RUN in content else []
-    return has_ema(content) and bool(rows[-1].get('eval_ema', True) if rows else True)
+    main = any(_holds_tensors(content, key) for key in MAIN_EMA)
+    return main and bool(rows[-1].get('eval_ema', True) if rows else True)
 
 
 def weights_of(content: Mapping[str, Any], ema: bool | None = None) -> dict[str, Tensor]:
@@ -102,7 +110,8 @@ def weights_of(content: Mapping[str, Any], ema: bool | None = None) -> dict[str,
     if ema and not has_ema(content):
         raise ValueError('the checkpoint holds no EMA weights: leave --use-ema out')
     keys = EMA if (ranked_by_ema(content) if ema is None else ema) else RAW
-    tensors = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    keys += EMA if ema is None else ()  # a file with nothing else
+    tensors = next((content[key] for key in keys if _holds_tensors(content, key)), content)
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:
         raise ValueError(
@@ -110,6 +119,11 @@ def weights_of(content: Mapping[str, Any], ema: bool | None = None) -> dict[str,
             f'the top level and from {", ".join((*RAW, *EMA))}'
         )
     return without_split_bn(clean_state_dict(dict(tensors)))
+
+
+def _holds_tensors(content: Mapping[str, Any], key: str) -> bool:
+    value = content.get(key)
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
 def without_split_bn(tensors: Mapping[str, Tensor], model: Any = None) -> dict[str, Tensor]:

@@ -13,12 +13,11 @@ from timm_mldecoder.checkpoint.files import (
     progress_by_name,
 )
 from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.read_sharded import SHARDS
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, read_summary
-from timm_mldecoder.checkpoint.write_sharded import localize
-from timm_mldecoder.distributed.fsdp import is_sharded
+from timm_mldecoder.distributed.layout import Layout
+from timm_mldecoder.distributed.read_sharded import SHARDS
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.datasets import check_class_names
@@ -30,7 +29,13 @@ NOTHING: Progress = (-1, 0)  # less than any checkpoint
 
 
 def resume(
-    source: str, state: TrainingState, options: Options, world: World, loader: TrainLoader, folder: Path | None
+    source: str,
+    state: TrainingState,
+    options: Options,
+    world: World,
+    layout: Layout,
+    loader: TrainLoader,
+    folder: Path | None,
 ) -> bool:
     """Resume from a checkpoint, or from the newest one of the run if the source is 'auto'; a collective call.
 
@@ -42,14 +47,12 @@ def resume(
     Raises:
         ValueError: If the checkpoint does not load, or does not fit the run.
     """
-    divided = is_sharded(options, world)
-    path, content = _find(source, world, folder, whole=not divided)
+    path, content = _find(source, world, folder, whole=layout.reads_whole)
     if path is None:
         return False
     check_class_names(loader.dataset, content.get('class_names'))
     try:
-        if divided:
-            localize(content, path, state.models(), state.optimizer)
+        layout.localize(content, path, state.models(), state.optimizer)
         state.restore(content, options, world, loader)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f'{path} does not have the entries of a checkpoint to resume from: {error!r}') from error
@@ -60,7 +63,7 @@ def resume(
         state.rows = state.rows or read_summary(path.parent / SUMMARY, before=state.epoch)
         if source != 'auto' or options.start_epoch is not None:
             same_run = path.parent.resolve() == folder.resolve()
-            _set_aside(folder, (state.epoch, state.batch) if same_run else NOTHING, whole=not divided)
+            _set_aside(folder, (state.epoch, state.batch) if same_run else NOTHING, whole=layout.reads_whole)
         state.checkpoints.load_state_dict(content.get('saver', {}), path.parent)
         _logger.info(f"Resumed from '{path}' at epoch {state.epoch}, batch {state.batch}")
     return True

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from timm_mldecoder.checkpoint.read_sharded import SHARDS
+from timm_mldecoder.distributed.read_sharded import SHARDS
 
 RUN = 'timm_mldecoder'  # what train.py keeps beside timm's keys
 VERSION = 2  # timm's: 'epoch' is the epoch that ended
@@ -92,6 +92,15 @@ def _start(value: Any) -> bool:
     )
 
 
+def _train_data(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {'images', 'digest'}
+        and _optional(_count)(value['images'])
+        and _is(str)(value['digest'])
+    )
+
+
 def _ranks(value: Any) -> bool:
     fields = {'loss': _is(float, int), 'samples': _count, 'bad_images': _is(list), 'buffers': _is(Mapping)}
     return isinstance(value, list) and all(
@@ -158,6 +167,8 @@ RUN_ENTRIES = {
     'early_stop': Entry(_optional(_is(Mapping)), 'a mapping', 'state of --early-stop'),
     'model_config': Entry(_optional(_model_config), 'a configuration with an architecture',
                           'config.json of the folder of --model local-dir:'),
+    'train_data': Entry(_optional(_train_data), 'a number of images and a digest',
+                        'training images (none for a stream) and a digest of their names and labels'),
     'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on
@@ -166,7 +177,7 @@ RUN_ENTRIES = {
 def check_entries(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise ValueError for the first entry of a train.py checkpoint that is missing or invalid."""
     _check(content, ENTRIES, path, required={'epoch', 'arch', 'args', 'state_dict', 'optimizer', 'saver', RUN})
-    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys() - {'model_config'})  # of 0.2.0
+    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys() - {'model_config', 'train_data'})
     run, position = content[RUN], content[RUN]['start']
     if run['batch'] < position['batch'] or len(run['ranks']) != run['world_size']:
         raise ValueError(f'{path}: {RUN}: batch, start, ranks and world_size contradict each other')

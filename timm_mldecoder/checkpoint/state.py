@@ -30,7 +30,7 @@ SCHEDULE = ('epochs', 'sched', 'lr', 'min_lr', 'warmup_epochs', 'warmup_lr', 'co
 
 @dataclass
 class RunningLoss:
-    """Sum of the training loss over the samples of an epoch, on the device so that no step waits for it."""
+    """Sum of the loss over an epoch's samples, or of another value; on the device, so that no step waits for it."""
 
     total: Tensor
     samples: int = 0
@@ -59,6 +59,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler  # loss scaler of float16, disabled where it is not needed
     checkpoints: CheckpointFolder  # ranking of the checkpoints, and the best metric
     loss: RunningLoss
+    gradient_norm: RunningLoss  # of the steps of the epoch; empty unless `--clip-grad` computes it
     epoch: int = 0  # epoch under way, or the next one
     batch: int = 0  # batches of it that are trained
     start: EpochStart = field(default_factory=EpochStart)  # from where the epoch is trained
@@ -67,11 +68,13 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     model_config: dict[str, Any] | None = None  # of the folder that `--model` names, which may move
     early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
+    train_data: dict[str, Any] | None = None  # number of training images and digest, see `loading.ranks.describe`
 
     def begin_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch."""
         self.epoch, self.batch, self.start = epoch, 0, EpochStart()
         self.loss.reset()
+        self.gradient_norm.reset()
 
     def models(self) -> dict[str, nn.Module]:
         """Return the model, and the one with the EMA weights if there is one, by the key of their weights."""
@@ -94,6 +97,7 @@ class TrainingState:
             start=asdict(self.start),
             restart=restart and asdict(restart),
             skipped=self.skipped,
+            gradient_norm=(self.gradient_norm.total.item(), self.gradient_norm.samples),
             rows=self.rows,
             schedule=_schedule_state(self.schedule),
             ranks=ranks,
@@ -103,6 +107,7 @@ class TrainingState:
             optimizer_generator=_generator_state(self.optimizer),
             early_stop=self.early_stop.state_dict() if self.early_stop else None,
             model_config=self.model_config,
+            train_data=self.train_data,
             data_config=data_config,
         )
         content = {
@@ -149,15 +154,15 @@ class TrainingState:
         if options.start_epoch is not None:
             self.begin_epoch(options.start_epoch)
         elif run.get('batch'):
-            self._restore_position(run, world, loader, changed)
-            if options.head_parallel and world.distributed and self.start.order_ranks is not None:
+            if other := self._other_data(run):
                 raise ValueError(
-                    f'{"; ".join(changed) or "ranks or batch size changed within this epoch"}: --head-parallel needs '
-                    'batches of one size on all ranks, which the rest of the epoch does not have; undo that change, '
-                    'leave --head-parallel out until the end of the epoch, or use a checkpoint of the end of an epoch'
+                    f'{other}: within an epoch, images would be left out or trained on twice; restore the images, or '
+                    'resume from a checkpoint of the end of an epoch'
                 )
+            self._restore_position(run, world, loader, changed)
         if changed and self.batch:
             changed.append('the rest of the epoch is divided into other batches')
+        changed += [other] if (other := self._other_data(run)) else []
         before = vars(content['args']) if run else {}
         changed += [f'{name} was {before[name]} and is {options[name]}' for name in SCHEDULE
                     if name in before and before[name] != options[name]]  # fmt: skip
@@ -175,6 +180,15 @@ class TrainingState:
         elif self.schedule is not None:  # timm steps no schedule before the first epoch; tanh and noise would show it
             for group, rate in zip(self.optimizer.param_groups, first_rates, strict=True):
                 group['lr'] = rate
+
+    def _other_data(self, run: dict[str, Any]) -> str:
+        """Return how the training images differ from those of a checkpoint; empty if they do not, or none are known."""
+        then, now = run.get('train_data'), self.train_data
+        if not then or not now or then == now:
+            return ''
+        if then['images'] != now['images']:
+            return f'the checkpoint was written with {then["images"]:,} training images, the data has {now["images"]:,}'
+        return f'the {now["images"]:,} training images have other names or labels than those of the checkpoint'
 
     def _restore_models(self, content: dict[str, Any]) -> None:
         weights = clean_state_dict(content.get('state_dict', content.get('model', content)))
@@ -225,6 +239,8 @@ class TrainingState:
             bad = [image for rank in ranks for image in rank['bad_images']] if world.primary else []
         self.loss.total.fill_(total)
         self.loss.samples = samples
+        total, self.gradient_norm.samples = run.get('gradient_norm', (0.0, 0))  # the same on all ranks
+        self.gradient_norm.total.fill_(total)
         loader.bad_images = [BadImage(*image) for image in bad]
         for ema, buffers in own['buffers'].items():
             unwrap_model(self.task.get_eval_model(ema=ema)).load_state_dict(buffers, strict=False)

@@ -1,5 +1,6 @@
 """Datasets in the formats they are published in, beside those of timm."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from timm_mldecoder.data.formats.csv_list import read_csv
 from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
+from timm_mldecoder.data.formats.records import name_targets, training_split
 from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy
+from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
@@ -27,7 +30,7 @@ FORMATS = {
     'openimages': (read_open_images, set()),
     'nuswide': (read_nus_wide, set()),
     'json': (read_json, {'instances'}),
-    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator'}),
+    'csv': (read_csv, {'class_map', 'path_column', 'label_column', 'label_separator', 'split_column'}),
 }
 # Datasets of timm: an image folder or tar file, and the prefixes of its other readers.
 TIMM_FOLDERS = ('', 'folder', 'imagefolder', 'image_folder', 'tar', 'imagetar', 'image_tar')
@@ -61,13 +64,13 @@ def create_dataset(
 
     Args:
         name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; timm's names are passed to timm.
-        root: Folder of the dataset.
+        root: Folder of the dataset; for `csv` also one file for all splits.
         split: `train`, `validation`, or another that the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
         missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
             out with a warning, None does not check.
         **kwargs: Options of `timm.data.create_dataset`; those of a format (`instances`, `difficult`,
-            `unannotated`, `class_map`).
+            `unannotated`, `class_map`, `split_column`).
 
     Raises:
         ValueError: If the name, the folder or the split does not exist, an annotation file is malformed, images are
@@ -89,10 +92,14 @@ def create_dataset(
             if not kwargs.get('class_map'):
                 warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
             return dataset
+        separator = kwargs.pop('label_separator', '')
         with one_order():
             dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)
+        if prefix in ('hfds', 'wds'):
+            several = kwargs.get('target_format') is not None
+            name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
         return dataset
 
     reader, known = FORMATS[name]
@@ -100,12 +107,15 @@ def create_dataset(
     refused = sorted(options.keys() - DATASET_OPTIONS - known)
     if refused:
         raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
-    if root is None or not Path(root).is_dir():
+    is_table = name == 'csv' and root is not None and Path(root).is_file()
+    if root is None or not (Path(root).is_dir() or is_table):
         raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
     split = {'val': 'validation'}.get(split, split)
     annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
+    root = os.path.dirname(root) if is_table else root
     if missing is not None:
         annotations = apply_policy(annotations, root, missing)
+    annotations = merge_same_files(annotations, root)
     return MultiLabelDataset(annotations, root, **options)
 
 

@@ -39,7 +39,7 @@ def load_or_build(
     """
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     version = f'{name}-{_digest([VERSION, facts])}'
-    places = [root / FOLDER, _user_cache() / _digest(str(root.resolve()))]
+    places = cache_folders(root)
     for place in places:
         if table := load(place / version):
             return table, place / version
@@ -58,6 +58,12 @@ def load_or_build(
                 return load(place / version), place / version
     _logger.warning(f'cannot write a cache of {name}: neither {places[0]} nor {places[1]} is writable')
     return table or build(), None
+
+
+def cache_folders(root: Path) -> list[Path]:
+    """Folders for what is derived from a dataset, by preference: in it, and among the caches of the user."""
+    root = root.parent if root.is_file() else root
+    return [root / FOLDER, _user_cache() / _digest(str(root.resolve()))]
 
 
 def load(folder: Path) -> Table | None:

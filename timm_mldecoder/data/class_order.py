@@ -7,8 +7,7 @@ on the hash seed of the process.
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+from contextlib import contextmanager
 
 from timm.data.readers import reader_image_folder, reader_image_in_tar, reader_image_tar
 
@@ -30,10 +29,14 @@ def _natural(name: str) -> list[str | int]:
 @contextmanager
 def one_order() -> Iterator[None]:
     """Let timm's readers of folders and tar files sort by `sort_key`."""
-    with ExitStack() as patches:
+    own = [reader.natural_key for reader in _READERS]
+    try:
         for reader in _READERS:
-            patches.enter_context(patch.object(reader, 'natural_key', sort_key))
+            reader.natural_key = sort_key
         yield
+    finally:
+        for reader, key in zip(_READERS, own, strict=True):
+            reader.natural_key = key
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:

@@ -55,6 +55,8 @@ def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Ann
     names = ', '.join(annotations.path(index) for index in missing[:3])
     summary = f'{len(missing)} of {len(annotations)} images are missing in {root}: {names}'
     summary += ', ...' if len(missing) > 3 else ''
+    if '\\' in annotations.path(missing[0]):
+        raise ValueError(f'{summary}; they are written with the \\ of Windows: replace it by / in the list')
     if policy == 'error':
         raise ValueError(f'{summary}; --missing-images skip leaves them out')
     if len(missing) == len(annotations):

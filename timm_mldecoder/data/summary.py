@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from timm_mldecoder.data.annotations import IGNORED, POSITIVE, Annotations, MultiLabelDataset
+from timm_mldecoder.data.same_files import file_ids, repeated
 
 SHOWN = 5  # names per log line
 
@@ -41,6 +42,7 @@ class DatasetSummary:
     positives: np.ndarray | None = field(default=None, compare=False)
     ignored_share: float = 0.0  # share of (image, class) pairs without a target, in [0, 1]
     duplicates: list[str] | None = None  # files that are listed more than once; None if the images are not files
+    contradictions: list[str] = field(default_factory=list)  # those of them that have other labels each time
 
     @property
     def never_positive(self) -> list[str]:
@@ -71,6 +73,20 @@ class DatasetSummary:
             lines.append(f'{len(self.duplicates):,} files are listed more than once: {_list(self.duplicates)}')
         return [f'{split}: {line}' for line in lines]
 
+    def warnings(self, split: str, training: bool = True) -> list[str]:
+        """What to warn of: labels that contradict each other and, in training, classes of which nothing is learnt."""
+        lines = []
+        if self.contradictions:
+            number = len(self.contradictions)
+            lines.append(f'{number:,} files are listed with other labels each time: {_list(self.contradictions)}')
+        if training and self.positives is not None and self.images:
+            if len(self.positives) == 1 and self.positives[0] == self.images:
+                lines.append('there is one class, which every image has: there is nothing to learn')
+            elif everywhere := np.flatnonzero(self.positives == self.images).tolist():
+                names = [self.class_names[index] if self.class_names else str(index) for index in everywhere]
+                lines.append(f'every image has the class {_list(names)}: training cannot learn what it looks like')
+        return [f'{split}: {line}' for line in lines]
+
 
 def summarize(dataset: Any) -> DatasetSummary:
     """Summary of a dataset of this package, of timm or of torchvision; no image is read."""
@@ -83,28 +99,20 @@ def summarize(dataset: Any) -> DatasetSummary:
         ignored = int((value == IGNORED).sum()) + (total - listed if annotations.unlisted == IGNORED else 0)
         positives = np.bincount(label[value == POSITIVE], minlength=len(annotations.class_names))
         share = ignored / total if total else 0.0
-        return DatasetSummary(len(annotations), names, positives, share, _duplicates(_paths(dataset)))
+        return DatasetSummary(len(annotations), names, positives, share, *_repeated(dataset))
     targets = class_indices(dataset)
     if targets is not None:
         targets = np.bincount(targets, minlength=len(names or ()))
-    paths = _paths(dataset)
-    return DatasetSummary(_length(dataset), names, targets, 0.0, None if paths is None else _duplicates(paths))
+    return DatasetSummary(_length(dataset), names, targets, 0.0, *_repeated(dataset))
 
 
 def overlap(train: Any, validation: Any) -> list[str]:
-    """Files that both splits hold; empty if either does not consist of files."""
-    paths = [_paths(dataset) for dataset in (train, validation)]
-    if any(part is None for part in paths):
+    """Files that both splits hold, in whatever spelling; empty if either does not consist of files."""
+    ids = [_file_ids(dataset) for dataset in (train, validation)]
+    if ids[0] is None or ids[1] is None:
         return []
-    roots = [os.path.realpath(getattr(dataset, 'root', '') or '') for dataset in (train, validation)]
-    if roots[0] != roots[1]:
-        paths = [
-            np.array([os.path.join(os.fsencode(root), path) for path in part.tolist()], dtype=np.bytes_)
-            for root, part in zip(roots, paths, strict=True)
-        ]
-    shared = np.intersect1d(*(_hash(part) for part in _same_width(*paths)))
-    found = [part[np.isin(_hash(wide), shared)] for part, wide in zip(paths, _same_width(*paths), strict=True)]
-    return [os.fsdecode(path) for path in np.intersect1d(*found).tolist()]
+    shared = np.intersect1d(*ids, return_indices=True)[1]
+    return sorted(os.fsdecode(path) for path in _paths(train)[shared].tolist())
 
 
 def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instances') -> tuple[np.ndarray, list[str]]:
@@ -172,30 +180,26 @@ def _paths(dataset: Any) -> np.ndarray | None:
     return None if samples is None else np.array([os.fsencode(sample[0]) for sample in samples], dtype=np.bytes_)
 
 
-def _duplicates(paths: np.ndarray) -> list[str]:
-    hashes = _hash(paths)
-    ordered = np.sort(hashes)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(repeated):
-        return []
-    values, counts = np.unique(paths[np.isin(hashes, repeated)], return_counts=True)
-    return [os.fsdecode(path) for path in values[counts > 1].tolist()]
+def _file_ids(dataset: Any) -> np.ndarray | None:
+    paths = _paths(dataset)
+    root = dataset.root if isinstance(dataset, MultiLabelDataset) else ''
+    return None if paths is None else file_ids(paths, root)
 
 
-def _hash(paths: np.ndarray) -> np.ndarray:
-    """A 64-bit number per path; sorting numbers is much faster than sorting millions of paths."""
-    width = -(-paths.dtype.itemsize // 8) * 8
-    words = np.ascontiguousarray(paths.astype(f'S{width}')).view(np.uint64).reshape(len(paths), -1)
-    result = np.zeros(len(paths), dtype=np.uint64)
-    for column in words.T:
-        result = (result ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        result ^= result >> np.uint64(29)
-    return result
-
-
-def _same_width(*parts: np.ndarray) -> list[np.ndarray]:
-    width = max(part.dtype.itemsize for part in parts)
-    return [part.astype(f'S{width}') for part in parts]
+def _repeated(dataset: Any) -> tuple[list[str] | None, list[str]]:
+    """Files that are listed more than once, and those among them with other labels, each with all of its paths."""
+    ids, paths = _file_ids(dataset), _paths(dataset)
+    if ids is None:
+        return None, []
+    groups = repeated(ids)
+    if isinstance(dataset, MultiLabelDataset):
+        labels = {i: dataset.annotations.target(i).tolist() for group in groups for i in group.tolist()}
+    else:
+        targets = class_indices(dataset)
+        labels = {} if targets is None else {i: targets[i] for group in groups for i in group.tolist()}
+    odd = [group for group in groups if any(labels.get(i) != labels.get(group[0]) for i in group.tolist())]
+    names = [[os.fsdecode(paths[i]) for i in group.tolist()] for group in odd]
+    return sorted(os.fsdecode(paths[group[0]]) for group in groups), [' = '.join(dict.fromkeys(part)) for part in names]
 
 
 def _length(dataset: Any) -> int | None:

@@ -1,124 +1,116 @@
-"""Divide a timm model over ranks with torch's FSDP2 (`--parallel fsdp`), one unit per block of the model.
+"""Shard a timm model over ranks with torch's FSDP2 (`--parallel fsdp`), one unit per block of the model.
 
-Every rank keeps a slice of each parameter (a DTensor, divided along its first dimension), and of its gradient,
+Every rank keeps a shard of each parameter (a DTensor, sharded along its first dimension), and of its gradient,
 optimizer state and EMA weights. A unit is gathered for its forward and backward pass, and freed after each.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.models import group_parameters
-from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
-from timm_mldecoder.distributed.head import divide_groups, holds_groups
-from timm_mldecoder.distributed.slices import SliceOf
-from timm_mldecoder.distributed.world import World
+from timm_mldecoder.distributed.world import World, local
 from timm_mldecoder.flags import Options
 
 _logger = logging.getLogger(__name__)
 
-Tensors = dict[str, Tensor]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
-
-
-def is_sharded(options: Options, world: World) -> bool:
-    """Return whether the run divides its model over ranks."""
-    return (options.parallel == 'fsdp' or options.head_parallel) and world.distributed
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the slice of a tensor that this rank holds; an ordinary tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def create_mesh(options: Options, world: World) -> DeviceMesh:
     """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
 
-    With `--parallel ddp` each rank has a copy, and FSDP2 sums gradients as DistributedDataParallel.
-
     Raises:
         ValueError: If N does not divide the number of ranks.
     """
-    kind, of_a_copy = world.device.type, _ranks_of_a_copy(options, world)
-    if of_a_copy == world.size:
+    kind, ranks = world.device.type, options.hsdp or world.size
+    if ranks == world.size:
         return init_device_mesh(kind, (world.size,), mesh_dim_names=('shard',))
-    if world.size % of_a_copy:
-        raise ValueError(f'--hsdp {of_a_copy}: must divide the number of ranks, {world.size}')
-    shape = (world.size // of_a_copy, of_a_copy)
-    return init_device_mesh(kind, shape, mesh_dim_names=('replicate', 'shard'))
+    if world.size % ranks:
+        raise ValueError(f'--hsdp {ranks}: must divide the number of ranks, {world.size}')
+    return init_device_mesh(kind, (world.size // ranks, ranks), mesh_dim_names=('replicate', 'shard'))
 
 
-def _ranks_of_a_copy(options: Options, world: World) -> int:
-    return 1 if options.parallel == 'ddp' else options.hsdp or world.size
+def create_skeleton(create: Callable[[], nn.Module]) -> nn.Module:
+    """Create a model on the meta device, where its tensors have no values and take no memory.
+
+    A model that reads values while it is created, or keeps tensors beside its parameters and buffers, is created on the
+    CPU first.
+    """
+    try:
+        with torch.device('meta'):
+            model = create()
+        attributes = [value for module in model.modules() for value in vars(module).values()]
+        complete = not any(isinstance(value, Tensor) for value in attributes)
+    except Exception:  # also for arguments that the model does not have, which raise it again
+        complete = False
+    return model if complete else create().to('meta')
 
 
-def slices_of(options: Options, world: World) -> SliceOf:
-    """Return the function that chooses which slices of the parameters this rank holds."""
-    ranks = _ranks_of_a_copy(options, world)
-
-    def slice_of(module: nn.Module, name: str) -> tuple[int, int]:
-        if options.head_parallel and holds_groups(module, name):
-            return world.rank, world.size
-        return world.rank % ranks, ranks
-
-    return slice_of
-
-
-def shard_task(
-    task: TrainingTask, slices: dict[str, Tensor], options: Options, world: World, heads: Sequence[nn.Module]
-) -> None:
-    """Divide the model of a task over ranks, and its EMA weights, which are created here.
+def shard(
+    model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options, world: World
+) -> nn.Module | None:
+    """Shard a model in place, with the parameters and buffers of rank 0.
 
     Args:
-        task: The task, with a model of `create_sliced`.
-        slices: This rank's slices of the parameters, by name; they are removed.
+        model: The model; on ranks but the first that of `create_skeleton`.
+        heads: Its classifier, a unit of its own; two for a distilled model.
+        mesh: The ranks, as `create_mesh` returns them.
         options: Options of train.py.
         world: This rank and the others.
-        heads: The classifier, a unit of its own; two for a distilled model.
+
+    Returns:
+        A sharded copy for the EMA weights, None if the options request none.
 
     Raises:
         ValueError: If FSDP2 does not take the model.
     """
-    model, mesh = task.get_trainable_module(), create_mesh(options, world)
     _check(model)
     names = [type(module).__name__ for module in units(model, heads)]
-    average = deepcopy(model) if options.model_ema else None
     paths = {id(module): path for path, module in model.named_modules()}
     head_paths = [paths[id(head)] for head in heads]
-    divide(model, heads, mesh, options)
-    fill(model, slices, world)
+    weights = model.state_dict() if world.primary else {}
+    buffers = [buffer for _, buffer in model.named_buffers(remove_duplicate=False)]
+    model.to('meta')
+    average = deepcopy(model) if options.model_ema else None
+
+    _shard_units(model, heads, mesh, options)
+    model.to_empty(device=world.device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    if world.primary:
+        for own, buffer in zip(model.buffers(), buffers, strict=True):
+            own.copy_(buffer)  # those too that a state dict leaves out
+    broadcast_buffers(model)
     _allocate(model)
     if average is not None:
-        divide(average, [average.get_submodule(path) for path in head_paths], mesh, options)
-        fill(average, None, world)
+        _shard_units(average, [average.get_submodule(path) for path in head_paths], mesh, options)
+        average.to_empty(device=world.device)
         average.load_state_dict(model.state_dict())
         for own, buffer in zip(average.buffers(), model.buffers(), strict=True):
-            own.copy_(buffer)  # those too that a state dict leaves out
+            own.copy_(buffer)
         _allocate(average)
-        task.trainable_module_ema = ShardedEma(
-            average, world.device, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup
-        )
     held = sum(local(parameter).numel() for parameter in model.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     _logger.info(f'FSDP: {len(names)} units ({", ".join(dict.fromkeys(names))}); {held} of {total} parameters per rank')
+    return average
 
 
 def _check(model: nn.Module) -> None:
     named = dict(model.named_parameters(remove_duplicate=False))
     if scalars := [name for name, parameter in named.items() if not parameter.dim()]:
-        raise ValueError(f'--parallel fsdp cannot divide parameters without dimensions: {", ".join(scalars)}')
+        raise ValueError(f'--parallel fsdp cannot shard parameters without dimensions: {", ".join(scalars)}')
     if len(named) != len(list(model.parameters())):
-        raise ValueError('--parallel fsdp cannot divide a model whose modules share parameters')
+        raise ValueError('--parallel fsdp cannot shard a model whose modules share parameters')
 
 
 def units(model: nn.Module, heads: Sequence[nn.Module]) -> list[nn.Module]:
@@ -158,13 +150,12 @@ def _called(module: nn.Module) -> list[nn.Module]:
     return [called for child in module.children() for called in _called(child)]
 
 
-def divide(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
+def _shard_units(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
     """Apply `fully_shard` to each unit of a model, and to the model."""
-    own = {part for head in heads for part in divide_groups(head, mesh)} if options.head_parallel else set()
     for module in units(model, heads):
         narrow = not any(module is head for head in heads)
-        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None), ignored_params=own)
-    fully_shard(model, mesh=mesh, mp_policy=precision(options, None), ignored_params=own)
+        fully_shard(module, mesh=mesh, mp_policy=precision(options, module if narrow else None))
+    fully_shard(model, mesh=mesh, mp_policy=precision(options, None))
 
 
 def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy:
@@ -173,31 +164,8 @@ def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy
     Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters
     in the dtype of the buffers. Autocast converts these, as it does under DistributedDataParallel.
     """
-    divided = options.amp and options.parallel == 'fsdp' and block is not None
-    narrow = divided and not any(buffer.is_floating_point() for buffer in block.buffers())
+    narrow = options.amp and block is not None and not any(b.is_floating_point() for b in block.buffers())
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32)
-
-
-def fill(model: nn.Module, slices: dict[str, Tensor] | None, world: World) -> None:
-    """Give the parameters of a divided model on the meta device their slices, which are removed; zeros without any."""
-    filled = {}
-    for name, parameter in model.named_parameters():
-        own = parameter.to_local()
-        if slices is None:
-            slice_ = torch.zeros_like(own, device=world.device)
-        else:
-            slice_ = slices.pop(name).to(world.device, own.dtype)
-            assert slice_.shape == own.shape, name
-        tensor = DTensor.from_local(
-            slice_,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        filled[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-    model.load_state_dict(filled, assign=True, strict=False)
 
 
 def _allocate(model: nn.Module) -> None:
@@ -216,11 +184,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 class ShardedEma(ModelEmaV3):
-    """timm's EMA weights, of a divided model: each rank averages its slices.
+    """timm's EMA weights, of a sharded model: each rank averages its shards.
 
     Args:
-        module: The model that holds the average, divided as the trained one.
-        device: Device of the slices.
+        module: The model that holds the average, sharded as the trained one.
+        device: Device of the shards.
         **options: Options of `ModelEmaV3`.
     """
 

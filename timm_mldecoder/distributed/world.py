@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import default_pg_timeout
+from torch.distributed.tensor import DTensor
 
 SLURM_PORTS = range(20_000, 30_000)
 ATTEMPT_SCHEME = 'env-per-attempt'
@@ -77,6 +78,11 @@ class World:
     def barrier(self) -> None:
         if self.distributed:
             dist.barrier()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: its shard, or all of an ordinary tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -28,7 +28,9 @@ import torch
 from torch import nn
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
+from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify
 from timm_mldecoder.export.formats import FORMATS, Job, preprocessing, read_metadata
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     _check(arguments)
     out, quantized = arguments.out, arguments.quantize
-    source = load_source(arguments.source, arguments.use_ema)
+    source = with_labels(
+        load_source(arguments.source, arguments.use_ema), arguments.class_names, arguments.task, arguments.thresholds
+    )
     precision = 'float16' if arguments.half else 'float32'
     metadata = {**source.metadata, 'precision': quantized or precision}
     images = load_images(arguments.images, metadata, arguments.max_images if quantized else VERIFIED)
@@ -128,6 +132,27 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
     )
 
 
+def with_labels(source: Source, class_names: Path | None, task: str | None, thresholds: Path | None) -> Source:
+    """Return a source with other class names, task or thresholds; stored thresholds are those of the renamed classes.
+
+    Raises:
+        ValueError: If a file does not fit the model, or thresholds have no names or another task.
+    """
+    metadata, old = dict(source.metadata), source.metadata['class_names']
+    metadata['task'] = task or metadata['task']
+    if class_names:
+        names = metadata['class_names'] = read_class_names(class_names, source.model.num_classes)
+        if stored := metadata['thresholds']:
+            metadata['thresholds'] = {new: stored[name] for new, name in zip(names, old, strict=True)}
+    if thresholds:
+        if not metadata['class_names']:
+            raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
+        metadata['thresholds'] = read_thresholds(thresholds, metadata['class_names'])
+    if metadata['task'] != 'multilabel' and thresholds:
+        raise ValueError('--thresholds are for --task multilabel')
+    return source._replace(metadata=metadata)
+
+
 @contextmanager
 def _one_line_failures(what: str) -> Iterator[None]:
     """Turn what the exporters raise, which is anything but about the user's command, into a RunFailed of one line."""
@@ -193,6 +218,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--format', choices=list(FORMATS), required=True, help='aot is compiled code of AOTInductor')
     add('--half', action='store_true', help='half precision: float16 weights and activations')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
+    add('--class-names', type=Path, metavar='FILE', help='names of the outputs: one per line, or a JSON list or object')
+    add('--task', choices=list(PROBLEM_TYPES), help='task of the metadata (default: that of the source)')
+    add('--thresholds', type=Path, metavar='FILE', help='probability per class: CSV rows name,threshold, or JSON')
     add('--images', type=Path, help='images to verify with: a file, folder, tar file or list (default: digits)')
     add('--tolerance', type=number(float, '[0, 1e3]'), help='bound of the difference, in units of the largest logit or '
         f'1 (default: {BOUNDS["float32"]:g}, with --half {BOUNDS["float16"]:g})')  # fmt: skip

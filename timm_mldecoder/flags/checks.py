@@ -21,7 +21,7 @@ from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.flags.flag import Flag, show
 from timm_mldecoder.flags.needs import loss_name, optimizer_info
 from timm_mldecoder.flags.options import Options, closest
-from timm_mldecoder.flags.sharded import problems_of_divided
+from timm_mldecoder.flags.sharded import problems_of_sharded
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.losses import LOSSES
 from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
@@ -250,8 +250,8 @@ def _problems_of_train(o: Options) -> Iterator[str]:
         yield '--early-stop needs a metric in percent, not --eval-metric loss'
     if o.eval_metric not in names:
         yield f'--eval-metric {o.eval_metric}: choose from {", ".join(names)} for --task {o.task}'
-    if o.parallel == 'fsdp' or o.head_parallel:
-        yield from problems_of_divided(o)
+    if o.parallel == 'fsdp':
+        yield from problems_of_sharded(o)
     yield from _problems_of_images(o)
     yield from _problems_of_splits(o)
     yield from _problems_of_schedule(o, info)
@@ -390,10 +390,10 @@ def _problems_of_validate(o: Options) -> Iterator[str]:
             yield f'--tf-preprocessing reads a folder or a tar file of images, not --dataset {o.dataset}'
         if o.input_size and o.input_size[1] != o.input_size[2] or o.tta in (5, 10):
             yield '--tf-preprocessing makes square images of the size of the model: leave --input-size and --tta out'
-    if o.write_thresholds and not o.checkpoint:
-        yield '--write-thresholds stores the thresholds in --checkpoint: give one'
+    if o.write_thresholds and not (o.checkpoint or o.model.startswith('local-dir:')):
+        yield '--write-thresholds stores the thresholds in --checkpoint or the folder of --model local-dir:: give one'
     size = min(o.input_size[1:]) if o.input_size else o.img_size
     if o.crop_border_pixels and size and 2 * o.crop_border_pixels >= size:
         yield f'--crop-border-pixels {o.crop_border_pixels} leaves nothing of images of {size} pixels'
-    if not o.checkpoint:
+    if not (o.checkpoint or o.model.startswith('local-dir:')):  # which bring their task along
         check_task(o)

@@ -1,5 +1,6 @@
 """Values of a YAML file or a program, turned into arguments that argparse converts and checks."""
 
+import logging
 import os
 import re
 from collections.abc import Container, Mapping
@@ -9,12 +10,17 @@ from typing import Any
 import yaml
 
 from timm_mldecoder.flags.flag import Flag, Parser
-from timm_mldecoder.flags.options import closest
+from timm_mldecoder.flags.options import REMOVED, closest
+
+_logger = logging.getLogger(__name__)
 
 _MAX_DEPTH, _MAX_NODES = 20, 10_000
 _FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I)  # YAML 1.1 reads 3e-4 as text
 
 
+ARGS = 'args.yaml'  # options of a run, in its folder
+DEFAULT_OUTPUT = './output/train'
+FOLDER = {'data', 'data_dir'}  # two names of one option
 # where recipes are: in a clone, and where pip puts them
 RECIPES = (Path(__file__).parents[2] / 'hparams', Path(__file__).parents[1] / 'hparams')
 
@@ -27,6 +33,21 @@ def find_recipe(name: str | None) -> str | None:
     return next((str(folder / relative) for folder in RECIPES if os.path.isfile(folder / relative)), name)
 
 
+# options of a run that were for one start of it, or are its own
+_NOT_RESUMED = {'config', 'experiment', 'lr_find', 'no_resume_opt', 'output', 'resume', 'start_epoch', 'stop_epoch'}
+
+
+def read_resumed(given: Mapping[str, Any], rows: Mapping[str, Flag], parser: Parser) -> dict[str, list[str]]:
+    """Return the options, as arguments, of the run that `--resume auto --experiment NAME` continues, if it is there."""
+    path = Path(given.get('output') or DEFAULT_OUTPUT) / (given.get('experiment') or '') / ARGS
+    if given.get('resume') != 'auto' or not given.get('experiment') or not path.is_file():
+        return {}
+    skip = _NOT_RESUMED | (FOLDER if given.keys() & FOLDER else set())
+    arguments = read_config(str(path), rows, parser, skip)
+    _logger.info(f'flags that are not given are those of {path}')
+    return arguments
+
+
 def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, list[str]]:
     """The options of a YAML file, but for those to `skip`, as the arguments of each.
 
@@ -36,6 +57,10 @@ def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Conta
     """
     arguments = {}
     for key, value in _read(path).items():
+        if (flag := f'--{key.replace("_", "-")}') in REMOVED:
+            if value:
+                raise ValueError(f'--config {path}: {key} was removed: {REMOVED[flag]}')
+            continue
         if key not in rows:
             raise ValueError(f'--config {path}: {key!r} is not an option{closest(key, rows)}')
         if key == 'config' and value:

@@ -46,11 +46,17 @@ DATASET: Group = ('Dataset', [
          'not given', choices=('ignore', 'positive', 'negative'), needs=dataset('voc')),
     both('--coco-unannotated', str, 'keep', 'COCO images without annotations: keep them, as negatives of every class, '
          'or drop them, as published results do', choices=('keep', 'drop'), needs=dataset('coco'), inherited=True),
+    both('--val-fraction', float, 0.0, 'share of each class to hold out of the training split, for validation',
+         range='[0, 0.5]', needs=VALIDATES, inherited=True, in_validate=dict(needs=())),
+    both('--split-seed', int, 0, 'seed of --val-fraction', range='[0, inf)',
+         needs=given('val_fraction'), inherited=True),
+    both('--split-column', str, '', 'column of a CSV file, given as DIR, that names the split of each row',
+         needs=dataset('csv')),
     both('--path-column', str, '', 'column of a CSV file that has the paths of images (default: path)',
          needs=dataset('csv')),
     both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv')),
-    both('--label-separator', str, '', 'what is between labels in a CSV file (default: ;), or list for lists such as '
-         '[1, 2]', metavar='TEXT', needs=dataset('csv')),
+    both('--label-separator', str, '', 'what is between labels in a CSV file (default: ;) or a string of records '
+         '(default: blanks), or list for lists such as [1, 2]', metavar='TEXT', needs=dataset('csv', 'hfds/', 'wds/')),
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
@@ -126,6 +132,8 @@ LOADING: Group = ('Loading', [
          in_validate=dict(default='abort', help='unreadable image: leave it out, or end the run')),
     train('--val-bad-image', str, 'abort', 'unreadable validation image: leave it out, or end the run', choices=_SKIP,
           needs=(VALIDATES, NOT_STREAMED)),
+    train('--check-images', bool, False, 'decode the validation images before the first epoch, but for those that '
+          '`check` has read', needs=(VALIDATES, NOT_STREAMED)),
     both('--no-prefetcher', bool, False, 'normalize images in the data loader workers, not on the device'),
     both('--pin-mem', bool, False, 'pin the memory of batches', needs=ON_ACCELERATOR),
     train('--worker-seeding', str, 'all', 'random generators that workers seed', choices=('all', 'part'),

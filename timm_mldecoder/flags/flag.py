@@ -4,14 +4,14 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from timm.utils import ParseKwargs
 
-from timm_mldecoder.flags.options import Options, closest
+from timm_mldecoder.flags.options import REMOVED, Options, closest
 
 _LARGEST_INT = 2**53
 _METAVARS = {int: 'N', float: 'X', str: 'NAME', dict: 'KEY=VALUE'}
@@ -111,7 +111,7 @@ class Flag:
             metavar = '{' + ','.join(str(choice) or '""' for choice in self.choices) + '}'
             settings['choices'] = self.choices
         settings |= dict(nargs=self.nargs, const=self.const, metavar=metavar)
-        settings |= dict(action=_Pairs) if self.type is dict else dict(type=self.type)
+        settings |= dict(action=Pairs) if self.type is dict else dict(type=self.type)
         parser.add_argument(*self.names, **settings)
 
     def _help(self) -> str:
@@ -182,7 +182,7 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, option_string not in self._off)
 
 
-class _Pairs(ParseKwargs):
+class Pairs(ParseKwargs):
     """KEY=VALUE pairs, as timm reads them, with one line for what is not a pair or not a value."""
 
     def __init__(self, option_strings: list[str], dest: str, **settings: Any) -> None:
@@ -201,6 +201,15 @@ class _Pairs(ParseKwargs):
             raise argparse.ArgumentError(self, f'cannot read a value: {error or type(error).__name__}') from error
 
 
+class _Help(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.print_common()
+        parser.exit()
+
+
 class BaseParser(argparse.ArgumentParser):
     """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits.
 
@@ -215,23 +224,46 @@ class BaseParser(argparse.ArgumentParser):
 
 
 class Parser(BaseParser):
-    """A parser of rows."""
+    """A parser of rows: `--help` shows the `common` flags, `--help-all` every one."""
 
-    def __init__(self, description: str, groups: Iterable[Group]) -> None:
-        super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]')
+    def __init__(self, description: str, groups: Iterable[Group], common: Container[str]) -> None:
+        super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]', add_help=False)
+        self._common = common
+        self.add_argument('-h', '--help', action=_Help, help='show the flags that most runs need and exit')
+        self.add_argument('--help-all', action='help', help='show all flags and exit')
         self._negative_number_matcher = re.compile(r'^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # argparse's lacks -1e-3
         for title, rows in groups:
             group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)
 
+    def print_common(self) -> None:
+        """Print the help without the flags that are not common."""
+        shown = {action: action.help for action in self._actions}
+        for action in shown:
+            if action.option_strings and action.dest not in self._common:
+                action.help = argparse.SUPPRESS
+        groups, self._action_groups = self._action_groups, [g for g in self._action_groups if self._shows(g)]
+        self.print_help()
+        self._action_groups = groups
+        for action, text in shown.items():
+            action.help = text
+
+    @staticmethod
+    def _shows(group: Any) -> bool:
+        return any(action.help != argparse.SUPPRESS for action in group._group_actions)
+
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The options that `argv` gives, without defaults, and the flag that gave each, as it was spelled."""
         unset = object()
-        namespace = argparse.Namespace(**{action.dest: unset for action in self._actions if action.dest != 'help'})
+        namespace = argparse.Namespace(
+            **{action.dest: unset for action in self._actions if action.default != argparse.SUPPRESS}
+        )
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             name = unknown[0].partition('=')[0]
+            if name in REMOVED:
+                raise ValueError(f'{name} was removed: {REMOVED[name]}')
             hint = closest(name, self._option_string_actions)
             if name == '--ml-decoder' and '--use-ml-decoder-head' in self._option_string_actions:  # as in create_model
                 hint = ', did you mean --use-ml-decoder-head 1?'

@@ -31,7 +31,7 @@ MODEL: Group = ('Model and weights', [
     validate('--use-ema', bool, None, 'evaluate the EMA weights, or with --no-use-ema the raw ones. If not given: the '
              'weights by which training ranked the checkpoint, EMA weights where there are any. The same default holds '
              'for predict and convert', needs=given('checkpoint')),
-    both('--num-classes', int, None, 'number of classes; the default of the model if not given', range='[1, 10000000]',
+    both('--num-classes', int, None, 'number of classes; those of the data if not given', range='[1, 10000000]',
          inherited=True),
     both('--gp', str, None, 'global pooling: fast, avg, max, avgmax or catavgmax', metavar='POOL', inherited=True,
          needs=NO_HEAD._replace(text='--use-ml-decoder-head 0: an ML-Decoder head does not pool')),
@@ -84,12 +84,10 @@ DEVICE: Group = ('Device and precision', [
          choices=('float16', 'bfloat16'), needs=given('amp'), inherited=True),
     both('--model-dtype', str, None, 'dtype of the weights and images', choices=('float32', 'float16', 'bfloat16'),
          inherited=True),
-    train('--parallel', str, 'ddp', 'ranks that each hold the model (ddp), or divide it among them (fsdp)',
+    train('--parallel', str, 'ddp', 'ddp: replicate the model on every rank; fsdp: shard it (FSDP2)',
           choices=('ddp', 'fsdp'), needs=DISTRIBUTED),
-    train('--hsdp', int, None, 'ranks that divide one copy of the model, such as the GPUs of a node (default: all)',
+    train('--hsdp', int, None, 'ranks that shard one copy of the model, such as the GPUs of a node (default: all)',
           range='[1, inf)', needs=FSDP),
-    train('--head-parallel', bool, False, 'divide the groups of the ML-Decoder head over ranks: their weights are '
-          'never gathered', needs=(DISTRIBUTED, USES_HEAD)),
     train('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks', needs=DISTRIBUTED),
     train('--synchronize-step', bool, False, 'synchronize with the device after each optimizer step',
           needs=ON_ACCELERATOR),

@@ -74,6 +74,10 @@ class Options:
         return Namespace(**self.to_dict())
 
 
+#: Flags of earlier versions, and what to do instead.
+REMOVED = {'--head-parallel': 'shard the head with --parallel fsdp'}
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the closest known one, if any is close."""
     close = difflib.get_close_matches(name, list(names), n=1)

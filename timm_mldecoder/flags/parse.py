@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.flags import augmentation, data, model, optimization, run
 from timm_mldecoder.flags.checks import check, check_patches, check_task, default_metric
-from timm_mldecoder.flags.config import as_arguments, find_recipe, read_config
+from timm_mldecoder.flags.config import FOLDER, as_arguments, find_recipe, read_config, read_resumed
 from timm_mldecoder.flags.flag import Flag, Group, Parser, show
 from timm_mldecoder.flags.options import Options, closest
 
@@ -40,7 +40,13 @@ GROUPS = (
     run.TRACKERS,
     run.RESULTS,
 )
-_FOLDER = {'data', 'data_dir'}  # two names of one option
+# what `--help` shows
+_COMMON = """
+    help help_all data_dir dataset config task model pretrained initial_checkpoint use_ml_decoder_head num_of_groups
+    num_classes img_size train_crop_mode crop_mode crop_pct batch_size workers epochs opt lr weight_decay warmup_epochs
+    clip_grad head_lr_scale freeze_backbone loss aa mixup cutmix model_ema amp device output experiment resume
+    checkpoint use_ema split test_split write_thresholds class_report report results_file
+"""
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
 
 
@@ -56,7 +62,11 @@ def flags(script: str) -> dict[str, Flag]:
 
 def _parser(script: str) -> Parser:
     head = 'with an ML-Decoder head or the head of the model'
-    return Parser(f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.', groups(script))
+    return Parser(
+        f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.',
+        groups(script),
+        _COMMON.split(),
+    )
 
 
 def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
@@ -69,10 +79,24 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     rows = flags('validate')
     names = [name for name, row in rows.items() if row.inherited and name in trained]
     options = options.replace(**{name: trained[name] for name in names if name not in kept})
+    if (
+        options.val_fraction
+        and 'val_fraction' not in kept
+        and _real(options.data_dir) != _real(trained.get('data_dir'))
+    ):
+        _logger.warning(
+            f'trained with --val-fraction {options.val_fraction:g} of {trained.get("data_dir")}; {options.data_dir} is '
+            'other data and evaluated as it is: pass the flag if it is the same'
+        )
+        options = options.replace(val_fraction=0.0)
     check_task(options)
     check_patches(options, rows)
     trained_on_cpu = trained.get('device', '').startswith('cpu')
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
+
+
+def _real(data_dir: str | None) -> str:
+    return os.path.realpath(data_dir or '')
 
 
 def warn_no_effect(options: Options, script: str) -> None:
@@ -93,20 +117,27 @@ def warn_no_effect(options: Options, script: str) -> None:
 def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
     """The options of a command line: defaults, then the YAML file, then `argv`, that of the process if not given.
 
+    A run that is resumed by its name keeps its own options in place of the defaults.
+
     Raises:
         ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
     rows, parser = flags(script), _parser(script)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, spelled = parser.read(argv)
+    arguments = read_resumed(given, rows, parser) if script == 'train' else {}
+    values, _ = parser.read([text for texts in arguments.values() for text in texts])
+    changed = {name for name, value in values.items() if value != rows[name].default}
+    values |= {name: rows[name].default for name in values.keys() - changed}  # 0 where argparse reads 0.0
+    spelled = {name: rows[name].label for name in changed} | spelled
     path = find_recipe(given.get('config'))
     if path:
         rows['config'].check(path, '--config', None)
-        arguments = read_config(path, rows, parser, skip=_FOLDER if given.keys() & _FOLDER else ())
+        recipe = read_config(path, rows, parser, skip=FOLDER if given.keys() & FOLDER else ())
+        spelled |= {name: f'--config {path}: {name}' for name, texts in recipe.items() if texts and name not in given}
         # --config again: a list before the command line must not take in its folder
-        given, _ = parser.read([*(text for texts in arguments.values() for text in texts), f'--config={path}', *argv])
-        given['config'] = path  # argv may have the name of a recipe
-        spelled = {name: f'--config {path}: {name}' for name, texts in arguments.items() if texts} | spelled
+        argv = [*(text for texts in recipe.values() for text in texts), f'--config={path}', *argv]
+    given = values | parser.read(argv)[0] | ({'config': path} if path else {})  # argv may have the name of a recipe
     return _finish(script, rows, given, spelled)
 
 
@@ -136,11 +167,12 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
         raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
     values['data'] = values['data_dir'] = values['data'] or values['data_dir']
     options = Options(values, spelled)
-    options = options.replace(**_dependent_defaults(options, script))
+    options = options.replace(**_dependent_defaults(options, script, given))
     check(options, rows, script)
     if script == 'train':
         warn_no_effect(options, script)
         _name_recipes(options)
+        warn_random_weights(options, frozen='--freeze-backbone' if options.freeze_backbone else '')
     return options
 
 
@@ -159,13 +191,23 @@ def _name_recipes(options: Options) -> None:
         )
 
 
+def warn_random_weights(options: Options, frozen: str) -> None:
+    """Warn of a backbone that stays random, where `frozen` says what freezes it, and of weights that are not loaded."""
+    if options.pretrained or options.initial_checkpoint or options.resume or world_info_from_env()[1] != 0:
+        return
+    if options.model.startswith('local-dir:'):
+        _logger.warning(f'--model {options.model}: its weights are not loaded; add --pretrained')
+    elif frozen:
+        _logger.warning(f'{frozen} keeps random weights: add --pretrained or --initial-checkpoint')
+
+
 def _expand(value: Any) -> Any:
     """A path with the home folder for `~`, which shells leave alone in `--output=~/x` and YAML files."""
     return os.path.expanduser(value) if isinstance(value, str) and (value == '~' or value.startswith('~/')) else value
 
 
-def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
-    """The defaults that depend on other options, for the options that are not given."""
+def _dependent_defaults(options: Options, script: str, known: Container[str]) -> dict[str, Any]:
+    """The defaults that depend on other options, but for those whose values are known."""
     defaults = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
@@ -176,7 +218,7 @@ def _dependent_defaults(options: Options, script: str) -> dict[str, Any]:
             defaults |= dict(smoothing=0.0, eval_metric=default_metric(options))
         if options.sched in ('wsd', 'rsqrt'):
             defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
-    changes = {name: value for name, value in defaults.items() if name not in options.given}
+    changes = {name: value for name, value in defaults.items() if name not in known}
     return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
 
 

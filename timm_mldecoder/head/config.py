@@ -29,6 +29,7 @@ class HeadConfig:
     learned_queries: bool = False  # whether queries are trained vectors
     classifier: str | None = None  # a key of the table in `build_classifier`
     cosine_scale: float = 1.0  # factor of the cosine classifier's logits
+    class_token_width: int = 0  # width of what the classifier reads beside each query output
 
     @classmethod
     def resolve(cls, *, num_of_groups: int, **options) -> 'HeadConfig':
@@ -102,9 +103,10 @@ class HeadConfig:
 
     def build_classifier(self, **factory) -> nn.Module:
         """Build the module that computes the logits; `factory` is device and dtype."""
+        width = self.dim + self.class_token_width
         build, arguments = {
-            'group': (GroupFullyConnected, (self.num_classes, self.num_queries, self.dim)),
-            'cosine': (CosineGroupFullyConnected, (self.num_classes, self.num_queries, self.dim, self.cosine_scale)),
+            'group': (GroupFullyConnected, (self.num_classes, self.num_queries, width)),
+            'cosine': (CosineGroupFullyConnected, (self.num_classes, self.num_queries, width, self.cosine_scale)),
             'shared': (SharedTextClassifier, ((self.dim, self.group_size), self.group_size)),
             'word': (FactorizedTextClassifier, ((self.dim, self.embedding_width), self.group_size)),
             'learned': (LearnedTextClassifier, ((self.num_queries, self.dim, self.group_size), self.group_size)),
@@ -129,11 +131,12 @@ def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence
         )
 
 
-def check_layers(dim_feedforward: int, dropout: float, num_layers: int) -> None:
+def check_layers(dim_feedforward: int, dropout: float, num_layers: int, classifier_dropout: float) -> None:
     """Raise ValueError for invalid options of the decoder layers."""
     if dim_feedforward < 0:
         raise ValueError(f'dim_feedforward must be at least 1, or 0 for no feed-forward network, got {dim_feedforward}')
     if num_layers < 1:
         raise ValueError(f'num_layers must be at least 1, got {num_layers}')
-    if not 0 <= dropout < 1:
-        raise ValueError(f'dropout must be in [0, 1), got {dropout}')
+    for name, value in (('dropout', dropout), ('classifier_dropout', classifier_dropout)):
+        if not 0 <= value < 1:
+            raise ValueError(f'{name} must be in [0, 1), got {value}')

@@ -135,12 +135,12 @@ class Attention(nn.Module):
         return self.out_proj(output) if self.projections else output
 
     def attention_weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention weights of projected queries, [B, K, N]: mean over heads, rows sum to 1."""
+        """Attention weights of projected queries, [B, heads, K, N], rows sum to 1."""
         keys, _ = self.project_tokens(tokens)
         scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], float('-inf'))
-        return scores.softmax(dim=-1).mean(dim=1)
+        return scores.softmax(dim=-1)
 
 
 @torch.fx.wrap  # one node to an fx tracer: FX quantisation cannot convert a product with a part of a weight

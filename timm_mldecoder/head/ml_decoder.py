@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head.config import HeadConfig, check_layers, check_sizes
-from timm_mldecoder.head.layers import DecoderLayer
+from timm_mldecoder.head.layers import DecoderLayer, Dropout
+from timm_mldecoder.head.position import POSITIONS, add_position
 from timm_mldecoder.head.vocabulary import Vocabulary
 
 DEFAULT_EMBEDDING = 768
@@ -49,13 +50,21 @@ class MLDecoder(nn.Module):
         random_queries: Random text queries added in training, see `Vocabulary`; adds as many logits.
         query_noise: Noise on the label embeddings in training, relative to their root mean square.
         query_cutout: Probability that an entry of a label embedding is zero in training.
+        position: Positional encoding to add to the feature map: a key of `timm_mldecoder.head.position.POSITIONS`, or
+            None for none, as published.
+        classifier_dropout: Dropout probability of the query outputs in front of the classifier.
+        channels_first: Whether features [B, F, F], whose shape does not say, are [B, F, N] (True) or [B, N, F].
+        class_token_width: Width of a class token that each query output is concatenated with (GLoRI); 0 for none.
 
     Shapes:
-        Features [B, F, H, W] or [B, N, F] (a list of them for several scales) to logits [B, C].
+        Features of width F to logits [B, C]: tokens [B, N, F] or [B, F, N], maps [B, F, ...] or [B, ..., F] of any
+        number of dimensions, one token [B, F], or a list of them for several scales.
 
     Raises:
-        ValueError: If an option is out of range, or features are pooled or of another width.
+        ValueError: If an option is out of range, or features are of another width.
     """
+
+    checks_mask = True  # whether a mask is checked for images without tokens, which waits for a GPU
 
     def __init__(
         self,
@@ -81,6 +90,10 @@ class MLDecoder(nn.Module):
         random_queries: int = 0,
         query_noise: float = 0.0,
         query_cutout: float = 0.0,
+        position: str | None = None,
+        classifier_dropout: float = 0.0,
+        channels_first: bool | None = None,
+        class_token_width: int = 0,
         device=None,
         dtype=None,
     ) -> None:
@@ -91,9 +104,13 @@ class MLDecoder(nn.Module):
         dim = DEFAULT_EMBEDDING if decoder_embedding == -1 else decoder_embedding
         widths = [initial_num_features] if isinstance(initial_num_features, int) else list(initial_num_features)
         check_sizes(num_classes, num_of_groups, dim, widths, num_heads)
-        check_layers(dim_feedforward, dropout, num_layers)
+        check_layers(dim_feedforward, dropout, num_layers, classifier_dropout)
+        if class_token_width < 0 or (class_token_width and word_embeddings is not None):
+            raise ValueError(f'class_token_width must be at least 0, and 0 with text queries, got {class_token_width}')
         if memory_activation not in ACTIVATIONS:
             raise ValueError(f'memory_activation must be one of {sorted(ACTIVATIONS)}, got {memory_activation!r}')
+        if position not in (None, *POSITIONS):
+            raise ValueError(f'position must be None or one of {sorted(POSITIONS)}, got {position!r}')
         factory = dict(device=device, dtype=dtype)
 
         self.vocabulary = None
@@ -112,12 +129,16 @@ class MLDecoder(nn.Module):
             learned_queries=learnable_queries,
             classifier=classifier,
             cosine_scale=float(cosine_scale),
+            class_token_width=class_token_width,
         )
         if random_queries and self.config.max_classes is not None:
             raise ValueError('random_queries need queries and a classifier that take any number of classes')
 
         self.dropout = dropout
         self.memory_activation = memory_activation
+        self.position = position
+        self.channels_first = channels_first
+        self.classifier_dropout = Dropout(classifier_dropout)
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
         self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
@@ -182,7 +203,8 @@ class MLDecoder(nn.Module):
         self.unfold()
         for module in self.children():
             for part in module if isinstance(module, nn.ModuleList) else [module]:
-                part.reset_parameters()
+                if not isinstance(part, Dropout):
+                    part.reset_parameters()
 
     def fold(self) -> 'MLDecoder':
         """Compute the query side of the first layer once, for faster inference; returns the head.
@@ -218,60 +240,128 @@ class MLDecoder(nn.Module):
         self.unfold()
         super()._load_from_state_dict(*args)
 
-    def forward(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        class_token: Tensor | None = None,
+    ) -> Tensor:
         """Compute logits [B, C].
 
         Args:
             x: Features of the images, see the class.
-            mask: [B, N], False at padding tokens, which are left out of the attention.
-        """
-        tokens = self._embed_tokens(x)
-        label_embeddings = self._label_embeddings()
-        first, *others = self.layers
-        if self.folded_queries is not None:
-            queries = first.decode(self.folded_queries, self.folded_projection, tokens, mask)
-        else:
-            queries = first(self._queries(label_embeddings, tokens.shape[0]), tokens, mask)
-        for layer in others:
-            queries = layer(queries, tokens, mask)
-        return self.group_fc(queries, label_embeddings)
+            mask: [B, N], bool, False at padding tokens, which are left out of the attention.
+            key_padding_mask: The same with torch's polarity, True at padding tokens.
+            queries: Queries [K, D], or [B, K, D] of each image, in place of the head's own.
+            class_token: [B, class_token_width], of a head with this option.
 
-    def attention_weights(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1.
+        Raises:
+            ValueError: If a shape or dtype is another, an image has padding tokens only, or the head has text queries
+                and is given others.
+        """
+        label_embeddings = self._label_embeddings()
+        outputs = self._decode(x, label_embeddings, mask, key_padding_mask, queries)
+        width = self.config.class_token_width
+        if width or class_token is not None:
+            outputs = _beside(outputs, class_token, width)
+        return self.group_fc(self.classifier_dropout(outputs), label_embeddings)
+
+    def decode(
+        self,
+        x: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the query outputs [B, K, D], from which the classifier computes logits; arguments of `forward`."""
+        return self._decode(x, self._label_embeddings(), mask, key_padding_mask, queries)
+
+    def attention_weights(
+        self,
+        x: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        average_heads: bool = True,
+    ) -> Tensor:
+        """Attention weights of the last layer, [B, K, N]: mean over heads, rows sum to 1; or [B, heads, K, N].
 
         Class ``c`` belongs to query ``c // head.group_fc.group_size``; N runs over H x W row by row. The
         arguments are those of `forward`.
         """
         tokens = self._embed_tokens(x)
-        queries, projected = self._query_side(tokens.shape[0])
+        mask = _valid_tokens(tokens, mask, key_padding_mask, self.checks_mask)
+        queries, projected = self._query_side(tokens.shape[0], queries)
         for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
             queries, projected = following.query_side(layer.decode(queries, projected, tokens, mask))
-        return self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
+        weights = self.layers[-1].multihead_attn.attention_weights(projected, tokens, mask)
+        return weights.mean(dim=1) if average_heads else weights
+
+    def _decode(
+        self,
+        x: Tensor | Sequence[Tensor],
+        label_embeddings: Tensor | None,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        given: Tensor | None,
+    ) -> Tensor:
+        tokens = self._embed_tokens(x)
+        if mask is not None or key_padding_mask is not None:
+            mask = _valid_tokens(tokens, mask, key_padding_mask, self.checks_mask)
+        first, *others = self.layers
+        if self.folded_queries is not None and given is None:
+            queries = first.decode(self.folded_queries, self.folded_projection, tokens, mask)
+        else:
+            queries = first(self._queries(label_embeddings, tokens.shape[0], given), tokens, mask)
+        for layer in others:
+            queries = layer(queries, tokens, mask)
+        return queries
 
     def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
         activate = ACTIVATIONS[self.memory_activation]
-        if not isinstance(self.embed, nn.ModuleList):
-            return activate(self.embed(_as_tokens(x, self.embed.in_features)))
-        if len(x) != len(self.embed):
-            raise ValueError(f'MLDecoder was built for {len(self.embed)} scales of features, got {len(x)}')
-        scales = [embed(_as_tokens(scale, embed.in_features)) for embed, scale in zip(self.embed, x, strict=True)]
+        several = isinstance(self.embed, nn.ModuleList)
+        if not several and not isinstance(x, (list, tuple)):
+            return activate(self.embed(self._tokens(x, self.embed.in_features)))
+        embeds = self.embed if several else [self.embed]
+        if len(x) != len(embeds):
+            raise ValueError(f'MLDecoder was built for {len(embeds)} scales of features, got {len(x)}')
+        scales = [embed(self._tokens(scale, embed.in_features)) for embed, scale in zip(embeds, x, strict=True)]
         return activate(torch.cat(scales, dim=1))
+
+    def _tokens(self, x: Tensor, width: int) -> Tensor:
+        if self.position is not None:
+            x = add_position(x, self.position).flatten(2).transpose(1, 2)
+        return _as_tokens(x, width, self.channels_first)
 
     def _label_embeddings(self) -> Tensor | None:
         """Label embeddings [C, E], None without text queries."""
         return None if self.vocabulary is None else self.vocabulary()
 
-    def _queries(self, label_embeddings: Tensor | None, batch_size: int) -> Tensor:
-        """Queries [1, K, D] of the first layer; [B, K, D] if dropout makes them differ from image to image."""
-        queries = self.queries(label_embeddings).unsqueeze(0)
+    def _queries(self, label_embeddings: Tensor | None, batch_size: int, given: Tensor | None = None) -> Tensor:
+        """Queries [1, K, D] of the first layer; [B, K, D] if they differ from image to image, as dropout makes them."""
+        own = given is None
+        queries = self.queries(label_embeddings).unsqueeze(0) if own else self._check_queries(given, batch_size)
         return _expand(queries, batch_size) if self.training and self.dropout > 0 else queries
 
-    def _query_side(self, batch_size: int) -> tuple[Tensor, Tensor]:
+    def _check_queries(self, queries: Tensor, batch_size: int) -> Tensor:
+        shape = self.config.num_queries, self.config.dim
+        if self.vocabulary is not None:
+            raise ValueError('the queries of this head are made of label embeddings: call set_word_embeddings')
+        if queries.shape not in (shape, (batch_size, *shape)):
+            raise ValueError(f'queries must be [K, D] = {list(shape)} or [B, K, D], got {list(queries.shape)}')
+        return queries if queries.dim() == 3 else queries.unsqueeze(0)
+
+    def _query_side(self, batch_size: int, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalized and projected queries of the first layer."""
-        if self.folded_queries is not None:
+        if self.folded_queries is not None and given is None:
             return self.folded_queries, self.folded_projection
-        return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size))
+        return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size, given))
 
 
 @torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size
@@ -280,18 +370,58 @@ def _expand(queries: Tensor, batch_size: int) -> Tensor:
 
 
 @torch.fx.wrap  # one node to an fx tracer, which cannot follow a branch on a shape
-def _as_tokens(x: Tensor, width: int) -> Tensor:
-    """A feature map [B, F, H, W] or tokens [B, N, F] as tokens [B, N, F]."""
-    if x.dim() == 4:
-        x = x.flatten(2).transpose(1, 2)
-    elif x.dim() != 3:
+def _as_tokens(x: Tensor, width: int, channels_first: bool | None = None) -> Tensor:
+    """Features [B, F], [B, N, F], [B, F, ...] or [B, ..., F] of width F as tokens [B, N, F]."""
+    if x.dim() == 2 and x.shape[1] == width:
+        return x.unsqueeze(1)
+    if x.dim() == 3 and x.shape[2] == width and channels_first is False:
+        return x
+    if x.dim() < 3 or width not in (x.shape[1], x.shape[-1]):
+        raise ValueError(_wrong_features(x, width))
+    if x.dim() == 3 and x.shape[1] == x.shape[2] and channels_first is None and width > 1:
         raise ValueError(
-            f'MLDecoder takes un-pooled features [B, F, H, W] or [B, N, F], got a tensor of shape {tuple(x.shape)}: '
-            f'give it the feature map before global pooling (global_pool="" in timm)'
+            f'features of shape {list(x.shape)} may be [B, N, F] or [B, F, N]: give the head channels_first=False '
+            'for the former, True for the latter'
         )
-    if x.shape[-1] != width:
+    preferred = x.dim() > 3 if channels_first is None else channels_first  # where both fit, as published
+    first = preferred if x.shape[1] == x.shape[-1] else x.shape[1] == width
+    return x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
+
+
+def _wrong_features(x: Tensor, width: int) -> str:
+    found = f'MLDecoder was built for features of width {width}, got a tensor of shape {list(x.shape)}: '
+    if width in x.shape[2:-1]:
+        return f'{found}move the channels with x.movedim({list(x.shape).index(width, 2)}, 1)'
+    if x.dim() < 2:
+        return f'{found}give [B, F], [B, N, F] or [B, F, H, W]'
+    return f'{found}build it with the width of its features as initial_num_features, here {x.shape[1]} or {x.shape[-1]}'
+
+
+@torch.fx.wrap
+def _valid_tokens(
+    tokens: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, check: bool = True
+) -> Tensor | None:
+    """Return the mask [B, N] that is False at padding tokens."""
+    if mask is not None and key_padding_mask is not None:
+        raise ValueError('give mask (True at tokens to keep) or key_padding_mask (True at padding tokens), not both')
+    for name, value in (('mask', mask), ('key_padding_mask', key_padding_mask)):
+        if value is not None and (value.dtype != torch.bool or value.shape != tokens.shape[:2]):
+            raise ValueError(
+                f'{name} must be bool [B, N] = {list(tokens.shape[:2])}, got {value.dtype} {list(value.shape)}'
+            )
+    mask = mask if key_padding_mask is None else ~key_padding_mask
+    if mask is not None and check and not torch.compiler.is_compiling() and not mask.any(dim=1).all():
+        image = int(mask.any(dim=1).logical_not().nonzero()[0])
         raise ValueError(
-            f'MLDecoder was built for features of width {width}, got {x.shape[-1]}: build it with '
-            f'initial_num_features={x.shape[-1]}, and give [B, F, H, W] or [B, N, F]'
+            f'image {image} has padding tokens only; mask is True at tokens to keep, key_padding_mask at padding tokens'
         )
-    return x
+    return mask
+
+
+@torch.fx.wrap
+def _beside(outputs: Tensor, class_token: Tensor | None, width: int) -> Tensor:
+    """Query outputs [B, K, D] and a class token [B, width] to [B, K, D + width]."""
+    if class_token is None or class_token.shape != (len(outputs), width):
+        found = 'nothing' if class_token is None else list(class_token.shape)
+        raise ValueError(f'class_token must be [B, class_token_width] = {[len(outputs), width]}, got {found}')
+    return torch.cat([outputs, class_token.unsqueeze(1).expand(-1, outputs.shape[1], -1)], dim=-1)

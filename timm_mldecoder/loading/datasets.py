@@ -15,11 +15,14 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data import FORMATS, TIMM_FOLDERS, MultiLabelDataset, class_to_index, create_dataset, summarize
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.formats.class_folders import class_name
+from timm_mldecoder.data.formats.records import read_by_rule
+from timm_mldecoder.data.hold_out import hold_out
+from timm_mldecoder.data.images import Reading, is_clutter
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
@@ -81,7 +84,8 @@ def create_split(
     """
     mode = image_mode(options)
     kind = dataset_kind(options.dataset)
-    _check_folder(options.dataset, options.data_dir, split)
+    source, held_out = _source_of(options, split)
+    _check_folder(options.dataset, options.data_dir, source)
     _check_image_mode(options.dataset, mode, image_channels(options))
     reading = Reading.of(options)
     multilabel = options.task == 'multilabel'
@@ -97,32 +101,46 @@ def create_split(
     if load_bytes:
         settings['load_bytes'] = True
     if kind == 'csv':
-        settings |= {name: options[name] for name in ('path_column', 'label_column', 'label_separator')}
+        names = ('path_column', 'label_column', 'label_separator', 'split_column')
+        settings |= {name: options[name] for name in names}
+    if kind in ('hfds', 'wds'):
+        settings['label_separator'] = options.label_separator
     if options.voc_difficult is not None:
         settings['difficult'] = options.voc_difficult
     if kind.startswith('coco'):
         settings['unannotated'] = options.coco_unannotated
+    if not kind and (forgotten := _forgotten_dataset(Path(options.data_dir))):
+        raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
         dataset = create_dataset(
-            options.dataset, root=options.data_dir, split=split, is_training=training, missing=missing, **settings
+            options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
         )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
+    except ValueError as error:
+        beside = '' if kind else _lists_beside(Path(options.data_dir), source)
+        raise ValueError(f'{error}{beside}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
     if hasattr(dataset, 'reading'):
         dataset.reading = reading
-    if not kind and list(class_to_index(dataset) or ()) == ['']:  # what timm makes of images without class folders
-        found = [name for name in ('csv', 'json') if (Path(options.data_dir) / f'{split}.{name}').is_file()]
-        there = f'; {split}.{found[0]} is there: add --dataset {found[0]}' if found else ''
-        raise ValueError(f'{options.data_dir}: no class folders of {split!r}; --dataset names another format{there}')
+    if kind == 'wds':
+        read_by_rule(dataset, reading, mode)
+    names = None if kind else list(class_to_index(dataset) or ())
+    if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
+        beside = _lists_beside(Path(options.data_dir), source)
+        if beside or names == ['']:
+            beside = beside or '; --dataset names another format'
+            raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
         classes = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
+    if held_out is not None:
+        hold_out(dataset, options.val_fraction, options.split_seed, held_out)
     if training and options.partial_labels:
         if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
@@ -134,6 +152,52 @@ def create_split(
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
+
+
+def _forgotten_dataset(root: Path) -> str:
+    """Return what to add where files of another format are in place of class folders; empty if there are none."""
+    if root.suffix.lower() in ('.csv', '.json') and root.is_file():
+        return f'a list of images: add --dataset {root.suffix[1:].lower()}'
+    if not root.is_dir():
+        return ''
+    if found := sorted(root.glob('annotations/instances_*20??.json')):
+        return f'the annotations of COCO: add --dataset coco{found[0].stem[-4:]} --task multilabel'
+    if found := sorted(root.glob('VOCdevkit/VOC20??')):
+        return f'Pascal-VOC: add --dataset {found[0].name.lower()} --task multilabel'
+    if (root / '_info.json').is_file() and any(root.glob('*.tar')):
+        return f'WebDataset shards: add --dataset wds/{root.name}'
+    return ''
+
+
+def _lists_beside(root: Path, split: str) -> str:
+    """Return what to add where a folder without class folders holds another format; empty if it does not."""
+    if found := next((kind for kind in ('csv', 'json') if (root / f'{split}.{kind}').is_file()), None):
+        return f'; {split}.{found} is there: add --dataset {found} --task multilabel'
+    if root.is_dir() and any(path for suffix in ('parquet', 'arrow') for path in root.glob(f'**/*.{suffix}')):
+        return f'; files of a Hugging Face dataset are there: add --dataset hfds/{root}'
+    return ''
+
+
+def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
+    """Return the split that is read for a split, and which part of it `--val-fraction` makes it, if any.
+
+    Raises:
+        ValueError: If the data has a validation split of its own, or cannot be divided.
+    """
+    settings = options.to_dict()
+    train, validation = settings.get('train_split', 'train'), settings.get('val_split', 'validation')
+    if not (options.val_fraction and validation) or split not in (train, validation, 'validation'):
+        return split, None
+    root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
+    kind = dataset_kind(options.dataset)
+    if kind not in ('csv', 'json') and options.dataset not in TIMM_FOLDERS:
+        raise ValueError(f'{flag}: only CSV and JSON lists and class folders can be divided')
+    if kind == 'csv' and options.split_column:
+        raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
+    own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *_EVAL_SYNONYM)]
+    if found := next((name for name in own if name and (root / name).exists()), None):
+        raise ValueError(f'{flag}: {root / found} is there, which is a validation split; leave one of them out')
+    return train, split != train
 
 
 def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
@@ -152,10 +216,13 @@ def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
     dataset.annotations = selected
 
 
-def log_summary(name: str, dataset: Dataset) -> None:
+def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     """Log what is to be known of a split before it is trained on."""
-    for line in summarize(dataset).log_lines(name):
+    found = summarize(dataset)
+    for line in found.log_lines(name):
         _logger.info(line)
+    for line in found.warnings(name, training):
+        _logger.warning(line)
     if hasattr(dataset, 'reading'):
         for line in dataset.reading.describe(name, dataset):
             _logger.warning(line)
@@ -336,9 +403,9 @@ def _folders_without_images(dataset: Any) -> list[str]:
     reader = getattr(dataset, 'reader', None)
     if not isinstance(reader, ReaderImageFolder):
         return []
-    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not path.name.startswith('.'))
+    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not is_clutter(path.name))
     return sorted(
         path.name
         for path in folders
-        if path.name not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
+        if class_name(path.name) not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
     )

@@ -62,6 +62,12 @@ def _difference(ours: _Held, first: _Held) -> str:
     return 'other names or labels of the images, or another order'
 
 
+def describe(dataset: Any) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the training images: their number (None for a stream), and a digest."""
+    held = _describe(dataset)
+    return dict(images=held.samples, digest=held.digest)
+
+
 def _describe(dataset: Any) -> _Held:
     classes = list(map(str, class_to_index(dataset) or ()))
     if isinstance(dataset, MultiLabelDataset):

@@ -19,6 +19,9 @@ class AsymmetricLoss(MultiLabelLoss):
 
     L = - sum[ y (1 - p)^gamma_pos log p  +  (1 - y) (1 - q)^gamma_neg log q ],  q = min(1 - p + clip, 1).
 
+    The defaults are those of `--loss asl`, timm's. ASL and ML-Decoder were trained with `gamma_pos=0`,
+    `detach_focusing=True` and `reduction='sum'`.
+
     Args:
         gamma_neg: Focusing exponent of negatives.
         gamma_pos: Focusing exponent of positives.
@@ -31,11 +34,11 @@ class AsymmetricLoss(MultiLabelLoss):
     def __init__(
         self,
         gamma_neg: float = 4.0,
-        gamma_pos: float = 0.0,
+        gamma_pos: float = 1.0,
         clip: float = 0.05,
-        detach_focusing: bool = True,
+        detach_focusing: bool = False,
         smoothing: float = 0.0,
-        reduction: str = 'sum',
+        reduction: str = 'batchmean',
     ):
         super().__init__(smoothing, reduction)
         if min(gamma_neg, gamma_pos) < 0 or not 0 <= clip < 1:

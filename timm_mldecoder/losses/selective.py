@@ -78,12 +78,8 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
             positive, negative, missing = self.weights
             loss = loss * torch.where(unannotated, missing, positive * target + negative * (1 - target))
         if self.mode == 'ignore_normalize_classes':
-            loss = loss * (1 + 1 / (1 + self.number_annotated(unannotated)))
+            loss = loss * (1 + 1 / (1 + (~unannotated).sum(dim=1, keepdim=True)))  # annotated labels of the image
         return loss
-
-    def number_annotated(self, unannotated: Tensor) -> Tensor:
-        """Return the number of annotated labels of each image, [B, 1]."""
-        return (~unannotated).sum(dim=1, keepdim=True)
 
     def negative_gamma(self, unannotated: Tensor) -> Tensor:
         return torch.where(unannotated, self.gamma_unann, self.gamma_neg)
@@ -91,19 +87,13 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
     def left_out(self, logits: Tensor, unannotated: Tensor) -> Tensor:
         if self.mode.startswith('ignore'):
             return unannotated
-        left_out = torch.zeros_like(unannotated)
+        left_out = unannotated.new_zeros(unannotated.shape)
         if self.mode == 'negative':
             return left_out
         if self.class_prior is not None:
             if self.class_prior.numel() != logits.shape[1]:
                 raise ValueError(f'class_prior has {self.class_prior.numel()} entries for {logits.shape[1]} classes')
             left_out |= self.class_prior > self.prior_threshold
-        left_out |= self.likeliest(logits.masked_fill(~unannotated, -math.inf))
+        count = min(self.likelihood_topk * len(logits), logits.numel())
+        left_out.view(-1)[logits.masked_fill(~unannotated, -math.inf).flatten().topk(count).indices] = True
         return left_out & unannotated
-
-    def likeliest(self, scores: Tensor) -> Tensor:
-        """Return which scores [B, C] are among the `likelihood_topk` * B highest."""
-        count = min(self.likelihood_topk * scores.shape[0], scores.numel())
-        found = torch.zeros_like(scores, dtype=torch.bool)
-        found.view(-1)[scores.flatten().topk(count).indices] = True
-        return found

@@ -181,7 +181,9 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         # predictions by threshold and by rank
         predicted = [output.sigmoid() >= self.threshold]
         ranking = output.masked_fill(~annotated, -math.inf)
-        predicted += [self._highest(ranking, k) for k in self.top_k]
+        for k in self.top_k:
+            highest = ranking.topk(min(k, ranking.shape[1])).indices
+            predicted.append(torch.zeros_like(annotated).scatter(1, highest, True))
 
         # counts
         predicted = torch.stack(predicted) & annotated
@@ -194,25 +196,9 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def _add_sample_f1(self, predicted: Tensor, positive: Tensor) -> None:
         """Add the F1 of each image, from what is predicted and positive [B, C]; ignored labels are neither."""
         right = predicted & positive
-        of_images = self._of_all_classes(torch.stack([right.sum(1), predicted.sum(1), positive.sum(1)]))
+        of_images = torch.stack([right.sum(1), predicted.sum(1), positive.sum(1)])
         sample_f1 = _ratio(2 * of_images[0], of_images[1] + of_images[2])
         self._sample_f1 += sample_f1.sum(dtype=self._sample_f1.dtype)
-
-    def _highest(self, scores: Tensor, k: int) -> Tensor:
-        """Return which scores [B, C] are among the k highest of their image."""
-        highest = scores.topk(min(k, scores.shape[1])).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, highest, True)
-
-    def _of_all_classes(self, counts: Tensor) -> Tensor:
-        """Return the sums over all classes, of sums over the classes that this rank has scores of."""
-        return counts
-
-    def _of_all_images(self, counts: Tensor, distributed: bool) -> Tensor:
-        """Return the counts of each class [..., C] of the images of all ranks."""
-        counts = counts.clone()
-        if distributed:
-            dist.all_reduce(counts)
-        return counts.cpu()
 
     def _summary(self, loss_sum: Tensor, counts: Tensor) -> OrderedDict[str, float]:
         return OrderedDict(loss=loss_sum.item() / max(int(counts[0]), 1))
@@ -230,10 +216,10 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         if class_counts is None:
             class_counts = torch.zeros(1 + len(self.top_k), 3, num_classes, dtype=torch.int64, device=self.device)
             annotated = class_counts[0, 0]
-        sample_f1 = self._sample_f1.clone()
-        if distributed:
-            dist.all_reduce(sample_f1)
-        class_counts, annotated = (self._of_all_images(counts, distributed) for counts in (class_counts, annotated))
+        class_counts, annotated, sample_f1 = class_counts.clone(), annotated.clone(), self._sample_f1.clone()
+        for counts in (class_counts, annotated, sample_f1) if distributed else ():
+            dist.all_reduce(counts)
+        class_counts, annotated = class_counts.cpu(), annotated.cpu()
         if without := int((class_counts[0, 2] == 0).sum()):
             _logger.info(f'{without} of {len(annotated)} classes have no positive image and count as AP 0')
 

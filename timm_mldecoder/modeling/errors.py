@@ -1,12 +1,12 @@
 """What is wrong with the arguments or the files of weights of a model, in a line that names the user's flag."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
 from timm_mldecoder.flags import Options
@@ -34,17 +34,10 @@ def refuse(options: Options) -> Iterator[None]:
         raise ValueError(f'--model {options.model}: {reason}{given}') from error
 
 
-def check_loaded(
-    options: Options, values: Iterable[Tensor], part: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> None:
+def check_loaded(options: Options, model: nn.Module) -> None:
     """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
 
     The values are compared, since timm renames the tensors of some files.
-
-    Args:
-        options: Options of train.py.
-        values: The parameters of the model, or slices of them.
-        part: Returns the same slice of a tensor.
     """
     if not options.pretrained_path:
         return
@@ -53,9 +46,9 @@ def check_loaded(
     except ValueError:  # a format that only timm reads, such as .npz
         return
     stored: dict[torch.Size, list[Tensor]] = {}
-    for tensor in map(part, _tensors(content)):
+    for tensor in _tensors(content):
         stored.setdefault(tensor.shape, []).append(tensor)
-    learned = (value for value in values if value.numel() and value.min() < value.max())
+    learned = (value for value in model.parameters() if value.numel() and value.min() < value.max())
     if not any(torch.equal(own, tensor.to(own)) for own in learned for tensor in stored.get(own.shape, ())):
         raise ValueError(
             f'--pretrained-path {options.pretrained_path}: holds no weights of --model {options.model}; pass a file of '

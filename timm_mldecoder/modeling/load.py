@@ -107,13 +107,12 @@ def script(model: nn.Module) -> nn.Module:
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 
-def create_train_model(options: Options, dataset: Dataset, *, check: bool = True) -> nn.Module:
+def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Args:
         options: Options of train.py.
         dataset: Training split.
-        check: Whether to call `check_loaded`.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
@@ -133,8 +132,7 @@ def create_train_model(options: Options, dataset: Dataset, *, check: bool = True
         bn_eps=options.bn_eps,
         **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
-    if check:
-        check_loaded(options, model.parameters())
+    check_loaded(options, model)
     with refuse(options):
         if options.graph:
             names = class_names_of(dataset)
@@ -210,7 +208,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         settings = folder_settings(options.model)
         if 'task' in settings and 'task' not in options.given:
             options = options.replace(task=settings['task'])
-            check_task(options)
+        check_task(options)
         if options.in_chans is None and options.input_size is None:
             options = options.replace(in_chans=folder_channels(options.model))
         return Trained(create_model(options, pretrained=True), options, {}, settings)
@@ -241,7 +239,13 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         sizes = dict(num_classes=words.shape[0], width=words.shape[1])
         empty_graph_classifier(model, **sizes, **_graph_settings(options))
     if options.use_ml_decoder_head and RUN not in content:
-        weights = convert_state_dict(weights, model)
+        try:
+            weights = convert_state_dict(weights, model, num_heads=options.ml_decoder_kwargs.get('num_heads'))
+        except ValueError as error:
+            raise ValueError(
+                f'--checkpoint {options.checkpoint}: {error}. python -m timm_mldecoder.convert has flags that say more '
+                'about the file, and makes a folder of it'
+            ) from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # torch names every key that does not fit

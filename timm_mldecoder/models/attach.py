@@ -8,13 +8,14 @@ family are read.
 import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import torch
 from timm.layers import register_notrace_function, register_notrace_module
 from timm.models._input import _get_global_pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class, is_loaded
@@ -24,12 +25,17 @@ _logger = logging.getLogger(__name__)
 
 register_notrace_module(MLDecoder)  # to timm's fx tracer the head is one node
 
+# Options about what of the backbone the head reads, with what None stands for: a value is needed for a checkpoint that
+# does not show it, see `convert_state_dict`.
+READ_OPTIONS = {'prefix_tokens': False, 'head_norm': True}
+# MLDecoder's arguments that are none of a timm model's options.
+NOT_OF_MODELS = ('num_classes', 'initial_num_features', 'zsl', 'channels_first', 'class_token_width', 'device', 'dtype')
 # MLDecoder's options that a user chooses, with their defaults; classes and feature width come from the model.
 HEAD_OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(MLDecoder).parameters.items()
-    if name not in ('num_classes', 'initial_num_features', 'zsl', 'device', 'dtype')
-}
+    if name not in NOT_OF_MODELS
+} | dict.fromkeys(READ_OPTIONS)
 
 
 def add_ml_decoder_head(
@@ -50,6 +56,8 @@ def add_ml_decoder_head(
         zsl: 1 requires ``word_embeddings``, as in the published signature.
         **options: Further keyword options of `MLDecoder`. ``word_embeddings`` may also be a file, see
             `timm_mldecoder.data.word_embeddings`; ``class_names`` then select and order its classes.
+            ``prefix_tokens=True``: the head also reads class and register tokens. ``head_norm=False``: it reads the
+            features in front of the classifier's own norm (ConvNeXt, DaViT), which is removed.
 
     Returns:
         The same model. ``forward`` returns logits [B, C].
@@ -72,10 +80,12 @@ def add_ml_decoder_head(
         raise ValueError(f'num_classes is {num_classes}: an ML-Decoder head needs at least 1 class')
 
     # the head is built first: a wrong option must leave the model as it was
-    head = _build_head(model, num_classes, feature_widths(model), options)
+    norm = options.get('head_norm') is not False
+    head = _build_head(model, num_classes, feature_widths(model, norm), options)
+    _check_reading(model, options)
     if num_of_groups > num_classes:
         _logger.warning(f'num_of_groups {num_of_groups} is reduced to the number of classes, {num_classes}')
-    remove_classifier(model)
+    remove_classifier(model, norm)
     change_class(model, MLDecoderModel)
     stored = portable_options(options, head)
     model.ml_decoder_options = {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
@@ -115,7 +125,11 @@ def portable_options(options: Mapping, head: nn.Module) -> dict:
 def _build_head(model: nn.Module, num_classes: int, features, options: dict) -> MLDecoder:
     """Return a head on the model's device, with its dtype and training mode."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    head = MLDecoder(num_classes, initial_num_features=features, **options, device=like.device, dtype=like.dtype)
+    options = {name: value for name, value in options.items() if name not in READ_OPTIONS}
+    # the head gets tokens [B, N, F], and masks that need no check
+    given = dict(initial_num_features=features, channels_first=False, device=like.device, dtype=like.dtype)
+    head = MLDecoder(num_classes, **given, **options)
+    head.checks_mask = False
     return head.train(model.training)
 
 
@@ -130,6 +144,7 @@ class MLDecoderModel(ClassifierModel):
     """
 
     classifier_option = 'ml_decoder'
+    ml_decoder_removed: Sequence[str] = ()  # modules between features and classifier that ``head_norm=False`` removed
     ml_decoder_pooled = True  # without a head: whether `forward` returns the mean of the tokens, or the tokens
 
     @classmethod
@@ -183,7 +198,8 @@ class MLDecoderModel(ClassifierModel):
 
     def forward_head(self, x=None, pre_logits: bool = False, patch_valid: Tensor | None = None, **kwargs) -> Tensor:
         """Return logits [B, C] for the output of ``forward_features``; with `pre_logits` the mean token [B, F]."""
-        tokens = self._image_tokens(self._pre_logits(kwargs['patches'] if x is None else x))
+        features = self._pre_logits(kwargs['patches'] if x is None else x)
+        tokens = self._image_tokens(features)
         if patch_valid is not None and patch_valid.shape[1] != tokens.shape[1]:
             patch_valid = None  # the encoder has pooled the padding away (timm's gemma4 soft pooling)
         if pre_logits or (not self.num_classes and self.ml_decoder_pooled):
@@ -191,24 +207,43 @@ class MLDecoderModel(ClassifierModel):
         if not self.num_classes:
             return tokens
         head = self.get_classifier()
+        prefix = self.ml_decoder_options.get('prefix_tokens')
+        if head.position:
+            tokens = features.permute(0, 3, 1, 2) if self._layout()[0] else features
+        elif prefix:
+            tokens = self._image_tokens(features, prefix=0)
+            if patch_valid is not None:
+                patch_valid = F.pad(patch_valid, (tokens.shape[1] - patch_valid.shape[1], 0), value=True)
         return head(tokens) if patch_valid is None else head(tokens, mask=patch_valid)
 
     def _pre_logits(self, x):
         """Return what the classifier of the timm model would have pooled, with class and register tokens."""
-        return x if self.ml_decoder_family.read_features else super().forward_head(x, pre_logits=True)
+        before_norm = self.ml_decoder_options.get('head_norm') is False
+        return x if self.ml_decoder_family.read_features or before_norm else super().forward_head(x, pre_logits=True)
 
-    def _image_tokens(self, x):
-        """Return the image tokens [B, N, F] of `_pre_logits`; a list for several scales."""
-        family = self.ml_decoder_family
-        prefix = family.prefix_tokens
-        layout = (
-            getattr(self, 'output_fmt', 'NCHW') == 'NHWC',
-            family.channels_first,
-            (getattr(self, 'num_prefix_tokens', None) or 0) if prefix is None else prefix,
-        )
+    def _image_tokens(self, x, prefix: int | None = None):
+        """Return the image tokens [B, N, F] of `_pre_logits`, a list for several scales.
+
+        `prefix` is the number of tokens in front to leave out; None for all class and register tokens.
+        """
+        layout = *self._layout(), self.ml_decoder_prefix_tokens if prefix is None else prefix
         if isinstance(x, (list, tuple)):
             return [_as_tokens(scale, *layout) for scale in x]
         return _as_tokens(x, *layout)
+
+    def _layout(self) -> tuple[bool, bool]:
+        """Return whether maps are [B, H, W, F], and whether tokens are [B, F, N]."""
+        return getattr(self, 'output_fmt', 'NCHW') == 'NHWC', self.ml_decoder_family.channels_first
+
+    @property
+    def ml_decoder_prefix_tokens(self) -> int:
+        """Number of class and register tokens in front of the image tokens."""
+        return _number_prefix_tokens(self)
+
+    @property
+    def ml_decoder_norm(self) -> list[str]:
+        """Names of the tensors between features and classifier, which ``head_norm=False`` removes."""
+        return [f'{name}.{tensor}' for name, part in _between(self) for tensor in part.state_dict()]
 
     def classifier_options(self) -> dict | None:
         # timm records the pooling as it is now, none; the backbone must be built with the pooling it had
@@ -246,22 +281,63 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f'{name} is not a timm classifier (no {", ".join(missing)}): apply MLDecoder to its features')
 
 
-def feature_widths(model: nn.Module):
-    """Width of the features that a head on tokens reads; a sequence for several scales."""
+def feature_widths(model: nn.Module, norm: bool = True):
+    """Width of the features that a head on tokens reads; a sequence for several scales.
+
+    Without `norm`, those in front of the classifier's norm.
+    """
     if isinstance(model, MLDecoderModel):
         return model.ml_decoder_features
     family = family_of(type(model))
-    return family.widths(model) or (model.num_features if family.read_features else model.head_hidden_size)
+    features = family.read_features or not norm
+    return family.widths(model) or (model.num_features if features else model.head_hidden_size)
 
 
-def remove_classifier(model: nn.Module) -> None:
+def _number_prefix_tokens(model: nn.Module) -> int:
+    number = family_of(type(model)).prefix_tokens
+    return (getattr(model, 'num_prefix_tokens', None) or 0) if number is None else number
+
+
+def _between(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules with tensors between the features of a timm model and its classifier, by name."""
+    family = family_of(type(model))
+    if family.read_features:
+        return []
+    own = isinstance(model, MLDecoderModel)
+    slot = model.ml_decoder_slot if own else _longest_module_path(model, _classifier_paths(model, family)[0])
+    parent, _, last = slot.rpartition('.')
+    parts = dict(model.get_submodule(parent).named_children())
+    if not parent:  # ViTs that were built with average pooling
+        parts = {'fc_norm': parts['fc_norm']} if 'fc_norm' in parts else {}
+    return [
+        (f'{parent}.{name}'.lstrip('.'), part) for name, part in parts.items() if name != last and part.state_dict()
+    ]
+
+
+def _check_reading(model: nn.Module, options: Mapping) -> None:
+    """Raise ValueError unless `READ_OPTIONS` and the positional encoding fit the model."""
+    name = type(model).__name__
+    for option in READ_OPTIONS:
+        if options.get(option) not in (None, False, True):
+            raise ValueError(f'{option} must be True or False, got {options[option]!r}')
+    if isinstance(model, MLDecoderModel):
+        if options.get('head_norm') != model.ml_decoder_options.get('head_norm'):
+            raise ValueError(f'{name} has a head already: give head_norm to a new model')
+    elif options.get('head_norm') is False and not _between(model):
+        raise ValueError(f'head_norm=False: {name} has no norm between features and classifier, leave it out')
+    if options.get('prefix_tokens') and not _number_prefix_tokens(model):
+        raise ValueError(f'prefix_tokens=True: {name} has no class or register tokens, leave it out')
+
+
+def remove_classifier(model: nn.Module, norm: bool = True) -> None:
     """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need.
 
-    A model that has a head on tokens already is left as it is.
+    A model that has a head on tokens already is left as it is. Without `norm`, the classifier's norm goes too.
     """
     if isinstance(model, MLDecoderModel):
         return
-    features = feature_widths(model)
+    features = feature_widths(model, norm)
+    between = [] if norm else [name for name, _ in _between(model)]
     family = family_of(type(model))
     slot, *others = _classifier_paths(model, family)
     model.ml_decoder_pool = _get_global_pool(model)
@@ -270,7 +346,10 @@ def remove_classifier(model: nn.Module) -> None:
     for name in family.bypass:
         setattr(model, name, nn.Identity())
     model.reset_classifier(0, **family.unpool)
-    if family.read_features and isinstance(features, int):
+    for name in between:
+        model.set_submodule(name, nn.Identity())
+    model.ml_decoder_removed = between
+    if (family.read_features or not norm) and isinstance(features, int):
         model.head_hidden_size = features
     _disable_dropout(model, slot)
     model.ml_decoder_features = features

@@ -42,9 +42,12 @@ def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     if not isinstance(tokens, Tensor):
         raise ValueError('attention maps need one scale of features; this model has several')
     weights = head.attention_weights(tokens)  # [B, K, N]
+    if model.ml_decoder_options.get('prefix_tokens'):  # whose shares are left out
+        weights = weights[..., model.ml_decoder_prefix_tokens :]
+        weights = weights / weights.sum(dim=-1, keepdim=True)
     query = classes // head.group_fc.group_size
     rows = weights[torch.arange(len(classes), device=query.device), query]
-    return rows.unflatten(1, _grid(model, features, tokens.shape[1], images.shape[-2:]))
+    return rows.unflatten(1, _grid(model, features, weights.shape[-1], images.shape[-2:]))
 
 
 def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:

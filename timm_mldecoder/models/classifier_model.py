@@ -1,7 +1,8 @@
 """What timm models with a classifier of this package share: a class made on the fly, `save_for_hf`, initialization."""
 
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,17 @@ def misfits(tensors: Mapping[str, Tensor], model: nn.Module, any_shape: str | No
         'unexpected': [name for name in tensors if name not in own],
         'mis-shaped': [f'{name} (file {a}, model {b})' for name, (a, b) in shapes.items() if a != b],
     }
-    return [f'{kind}: {", ".join(names)}' for kind, names in found.items() if names]
+    return [f'{kind}: {shorten(names)}' for kind, names in found.items() if names]
+
+
+def shorten(names: Sequence[str], limit: int = 120) -> str:
+    """Return names in at most about `limit` characters: all, or their number, what they begin with, and the first."""
+    text = ', '.join(names)
+    if len(text) <= limit:
+        return text
+    common = os.path.commonprefix(names).rpartition('.')[0]
+    first = names[0] if len(names[0]) <= limit else f'{names[0][:limit]}...'
+    return f'{len(names)} tensors{f", all of {common}" if common else ""} ({first}, ...)'
 
 
 def is_loaded(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_mldecoder.head.config import DEFAULT_NUM_QUERIES
 from timm_mldecoder.head.ml_decoder import DEFAULT_EMBEDDING
-from timm_mldecoder.models.attach import HEAD_OPTIONS, add_ml_decoder_head, check_options
+from timm_mldecoder.models.attach import HEAD_OPTIONS, READ_OPTIONS, add_ml_decoder_head, check_options
 from timm_mldecoder.models.classifier_model import module_path
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.graph import empty_graph_classifier
@@ -23,7 +23,7 @@ from timm_mldecoder.models.probe_model import add_probe_head, parse_probe
 _logger = logging.getLogger(__name__)
 
 # Options of the head that change no trained tensor and nothing about what the trained tensors compute.
-_TRAINING_OPTIONS = ('dropout', 'random_queries', 'query_noise', 'query_cutout', 'class_names')
+_TRAINING_OPTIONS = ('dropout', 'classifier_dropout', 'random_queries', 'query_noise', 'query_cutout', 'class_names')
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _attach_graph(model: nn.Module, requested: int, /, **options) -> nn.Module:
 
 def _ml_decoder_contradictions(given: dict, stored: dict, other_classes: bool) -> list[str]:
     queries = {} if stored.get('word_embeddings') else {'num_of_groups': DEFAULT_NUM_QUERIES}
-    defaults = HEAD_OPTIONS | {'decoder_embedding': DEFAULT_EMBEDDING} | queries
+    defaults = HEAD_OPTIONS | READ_OPTIONS | {'decoder_embedding': DEFAULT_EMBEDDING} | queries
     ignored = (*_TRAINING_OPTIONS, *(('num_of_groups', 'group_size') if other_classes else ()))
     found = []
     for name in sorted(set(given) & set(defaults) - set(ignored)):

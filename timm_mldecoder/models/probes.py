@@ -195,7 +195,7 @@ class MLDecoderProbe(MLDecoder, Probe):
     """
 
     def __init__(self, num_features: int, num_classes: int, num_of_groups: int = -1, dim: int = -1, **options) -> None:
-        super().__init__(num_classes, num_of_groups, dim, num_features, **options)
+        super().__init__(num_classes, num_of_groups, dim, num_features, **{'channels_first': False, **options})
 
     def classify(self, features: Tensor) -> Tensor:
         return super().forward(features)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from timm_mldecoder.flags import Options, parse_train
 from timm_mldecoder.flags.flag import BaseParser, number
+from timm_mldecoder.flags.parse import warn_random_weights
 from timm_mldecoder.models.probes import PROBES
 
 TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
@@ -20,6 +21,7 @@ _OTHERS = """
     coco_unannotated
     input_img_mode input_key target_key task target_format multilabel_threshold
     background image_range exif_rotate path_column label_column label_separator
+    val_fraction split_seed split_column
     word_embeddings class_split score_classes random_queries query_noise query_cutout
     model pretrained pretrained_path initial_checkpoint num_classes model_kwargs fast_norm channels_last
     img_size in_chans input_size crop_pct crop_mode mean std interpolation
@@ -86,6 +88,8 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
             raise ValueError(f'{train.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
         if name in AUGMENTATION and not own.augment:
             raise ValueError(f'{train.flag(name)} needs --augment')
+    if not train.model.startswith('local-dir:'):  # else train.py's own warning
+        warn_random_weights(train, frozen='a probe')
     words = bool(train.word_embeddings)
     if words:  # the flags of text queries belong to the ML-Decoder heads
         if not any(spec.name in TEXT_HEADS for spec in heads):

@@ -75,14 +75,19 @@ def log_above(bar: tqdm, line: str) -> None:
 
 
 def train_line(
-    epoch: int, step: int, steps: int, loss: tuple[float, float], lr: float, timer: StepTimer, device: torch.device,
-    world_size: int,
+    epoch: int, step: int, steps: int, values: list[float], clipped: bool, lr: float, timer: StepTimer,
+    device: torch.device, world_size: int,
 ) -> str:  # fmt: skip
-    """Return timm's training log line, with the share of time spent waiting for data and the peak of memory."""
+    """Return timm's training log line, with the share of time spent waiting for data and the peak of memory.
+
+    `values` are the loss, and the means over the epoch so far of the loss and of the gradient norm before clipping.
+    """
+    gradient = f'  Grad: {values[2]:#.3g}' if clipped else ''
     timing, waiting = timer.line(world_size)
     return (
         f'Train: {epoch} [{step:>4d}/{steps} ({100.0 * (step + 1) / steps:>3.0f}%)]  '
-        f'Loss: {loss[0]:#.3g} ({loss[1]:#.3g})  {timing}  LR: {lr:.3e}  {waiting}  Mem: {peak_memory(device)}'
+        f'Loss: {values[0]:#.3g} ({values[1]:#.3g}){gradient}  {timing}  LR: {lr:.3e}  {waiting}  '
+        f'Mem: {peak_memory(device)}'
     )
 
 

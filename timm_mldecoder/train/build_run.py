@@ -3,15 +3,16 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from timm.layers import convert_splitbn_model
 from timm.models import safe_model_name
+from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.early_stop import EarlyStop
@@ -22,28 +23,35 @@ from timm_mldecoder.checkpoint.resume import resume
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
-from timm_mldecoder.checkpoint.write_sharded import ShardWriter
 from timm_mldecoder.data import overlap
-from timm_mldecoder.distributed.fsdp import is_sharded, shard_task, slices_of
-from timm_mldecoder.distributed.losses import divide_loss
-from timm_mldecoder.distributed.slices import create_sliced, rows_of_rank
+from timm_mldecoder.data.crops import image_sizes, lost_share
+from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.create_loaders import create_eval_loader, create_train_loader, model_dtype, resolve_config
+from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
+from timm_mldecoder.loading.checked import check_readable
+from timm_mldecoder.loading.create_loaders import (
+    DataConfig,
+    create_eval_loader,
+    create_train_loader,
+    model_dtype,
+    resolve_config,
+)
 from timm_mldecoder.loading.datasets import (
     Classes,
     check_classes,
     check_same_classes,
     create_split,
+    image_mode,
     log_summary,
     read_classes,
     with_classes,
 )
-from timm_mldecoder.loading.naflex import patch_format
-from timm_mldecoder.loading.ranks import check_ranks
+from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
+from timm_mldecoder.loading.naflex import PatchFormat, patch_format
+from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
-from timm_mldecoder.modeling.errors import check_loaded
 from timm_mldecoder.modeling.load import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder
 from timm_mldecoder.train.ema import choose_ema_warmup
@@ -56,126 +64,93 @@ from timm_mldecoder.train.optim import (
     learning_rate,
     scale_rates,
 )
-from timm_mldecoder.train.run import Run, prepare_distributed
+from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.trackers import create_trackers
 
 _logger = logging.getLogger(__name__)
 
-ARGS = 'args.yaml'
-DEFAULT_OUTPUT = './output/train'
+CUT = 0.05  # share of the area of images that an evaluation of several labels may lose without a warning
+
+
+class Data(NamedTuple):
+    """The splits of a run."""
+
+    train: Dataset
+    validation: Dataset | None
+
+
+class Model(NamedTuple):
+    """The model as the ranks hold it, and what its creation decided."""
+
+    module: nn.Module
+    num_classes: int
+    stored: dict[str, Any] | None  # configuration of the folder that `--model` names
+    images: DataConfig  # size, crop and normalization of evaluation images
+    patches: PatchFormat | None  # of `--naflex-loader`
+    rng_state: Tensor  # of the first rank, once the model is created
+
+
+class Loaders(NamedTuple):
+    """Batches of both splits."""
+
+    train: TrainLoader
+    evaluation: EvalLoader | None
+
+
+class Training(NamedTuple):
+    """What changes the weights, and when."""
+
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler | None
+    freezer: Freezer
+    epochs: int
+    eval_metric: str  # metric that ranks checkpoints
 
 
 def build_run(options: Options, world: World) -> Run:
     """Build every part of a run, and resume it if requested."""
     ranks = f'{world.size} processes' if world.distributed else 'a single process'
     _logger.info(f'Training with {ranks} ({world.device}).')
-    given = options
+    given, layout = options, create_layout(options, world)
     options = options.replace(lr=learning_rate(options, world))
 
     # data, then the model: random draws begin with the model's initialization, as in timm's script
-    train, validation = _create_splits(options, world)
-    options = with_classes(options, train)
-    model_config = _model_config(given)
-    divided = is_sharded(options, world)
-    random_seed(options.seed, 0 if divided else world.rank)
-    if divided:
-        slice_of = slices_of(options, world)
-        model, slices = create_sliced(lambda: _create_model(options, train, model_config, check=False), slice_of)
-        check_loaded(options, slices.values(), lambda tensor: rows_of_rank(tensor, *slice_of(model, '')))
-    else:
-        model = _create_model(options, train, model_config)
-    rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
-    num_classes = options.num_classes or model.num_classes
-    check_classes(train, num_classes, given=given.num_classes is not None)
-    config = resolve_config(options, model)
-    patches = patch_format(options, model)
-    if options.split_bn:
-        model = convert_splitbn_model(model, options.aug_splits or 2)
-    model.to(device=None if divided else world.device, dtype=model_dtype(options))
-    if options.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if options.sync_bn and world.distributed:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = create_train_loader(
-        options, train, config, world, num_classes=num_classes, rng_state=rng_state, patches=patches
-    )
-    eval_loader = validation and create_eval_loader(
-        options,
-        validation,
-        widen({**config, 'crop_mode': options.crop_mode or config['crop_mode']}, options.tta),
-        world,
-        batch_size=options.validation_batch_size or options.batch_size,
-        bad_image=options.val_bad_image,
-        remedy='--val-bad-image skip',
-        patches=patches,
-        persistent_workers=options.persistent_workers,
-    )
-
-    # task and optimizer
-    task = create_task(options, model, train, config, world)
-    if divided:
-        shard_task(task, slices, options, world, head_modules(model))
-    part = head_modules(model)[0].part if divided and options.head_parallel else None
-    if part is not None:
-        task.criterion = divide_loss(task.criterion, part).to(world.device)
-    eval_metric = options.eval_metric if eval_loader else 'loss'
-    freezer = Freezer(model, options.freeze_backbone, options.unfreeze_epoch)
-    if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
-        freezer.apply(0)
-    optimizer = create_optimizer(options, task.get_trainable_module())
-    if options.head_lr_scale != 1:
-        scale_rates(optimizer, head_parameters(model), options.head_lr_scale)
-    freezer.apply(0)
-    decreasing = eval_metric == 'loss'
-    steps = -(-len(train_loader) // options.grad_accum_steps)
-    schedule, epochs = create_schedule(options, optimizer, steps, decreasing)
-    epochs = min(epochs, options.stop_epoch or epochs)
-    options = choose_ema_warmup(options, steps * epochs)
-    eval_model = _wrap(options, task, world)
+    data = _create_splits(options, world)
+    options = with_classes(options, data.train)
+    model = _create_model(options, given, data, layout, world)
+    loaders = _create_loaders(options, data, model, world)
+    steps = -(-len(loaders.train) // options.grad_accum_steps)
+    training = _create_training(options, data, model, loaders, steps, layout, world)
+    options = choose_ema_warmup(options, steps * training.epochs)
+    eval_model = _wrap(options, training.task, layout)
 
     # folder, state, resume
-    folder, made = None, []
-    if world.primary:
-        named = safe_model_name(options.model), config['input_size'][-1]
-        folder = choose_folder(options.output or DEFAULT_OUTPUT, options.experiment, *named)
-        made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
-        create_folder(folder)
+    folder, made = _create_folder(options, model, world)
     written = yaml.safe_dump({name: value for name, value in options.to_dict().items() if name != 'config'})
     source = _resume_source(options, world, folder, written)
-    sum_dtype = torch.float32 if world.device.type == 'mps' else torch.float64  # mps has no float64
-    state = TrainingState(
-        task=task,
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=create_scaler(options, world.device),
-        checkpoints=CheckpointFolder(folder or Path(), decreasing, options.checkpoint_hist, eval_metric),
-        loss=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
-        epoch=options.start_epoch or 0,
-        early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
-        model_config=model_config,
-    )
     run = Run(
         options=options,
         world=world,
-        state=state,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
+        layout=layout,
+        state=_create_state(options, data, model, training, folder, world),
+        train_loader=loaders.train,
+        eval_loader=loaders.evaluation,
         eval_model=eval_model,
-        eval_classes=_eval_classes(options, eval_model, validation),
+        eval_classes=_eval_classes(options, eval_model, data.validation),
         autocast=create_autocast(options, world.device),
-        epochs=epochs,
+        epochs=training.epochs,
         steps_per_epoch=steps,
-        eval_metric=eval_metric,
+        eval_metric=training.eval_metric,
         dist_bn='' if options.sync_bn else options.dist_bn,
         folder=folder,
-        data_config=config,
-        class_names=class_names_of(train),
+        data_config=model.images,
+        class_names=class_names_of(data.train),
         folder_lock=lock(folder) if folder else None,
         trackers=[],
-        shards=ShardWriter(Path(world.broadcast(str(folder and folder.resolve()))), world) if divided else None,
-        freezer=freezer,
-        part=part,
+        freezer=training.freezer,
     )
+    layout.open_folder(folder)
     try:
         _begin(run, source, written)
     except BaseException:
@@ -188,7 +163,7 @@ def build_run(options: Options, world: World) -> Run:
 def _begin(run: Run, source: str, written: str) -> None:
     """Resume a run from `source`, if there is one, set its learning rate, start trackers, and write its options."""
     state, schedule = run.state, run.state.schedule
-    resumed = bool(source) and resume(source, state, run.options, run.world, run.train_loader, run.folder)
+    resumed = bool(source) and resume(source, state, run.options, run.world, run.layout, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
         if not resumed:
             run.step_schedule(metric=None)
@@ -216,14 +191,133 @@ def _model_config(options: Options) -> dict[str, Any] | None:
     return read_checkpoint(path).get(RUN, {}).get('model_config')
 
 
-def _create_model(options: Options, train: Dataset, config: dict[str, Any] | None, check: bool = True) -> nn.Module:
-    if folder_config(options.model) or not config:
-        return create_train_model(options, train, check=check)
-    with stored_folder(options.model, config) as name:  # weights come from the checkpoint
-        return create_train_model(options.replace(model=name, pretrained=False), train, check=check)
+def _create_model(options: Options, given: Options, data: Data, layout: Layout, world: World) -> Model:
+    """Create the model, and move it to the devices of the ranks; `given` are the options before the data was read."""
+    stored = _model_config(given)
+    random_seed(options.seed, world.rank)
+    model = layout.create(lambda weights: _create_module(options, data.train, stored, weights))
+    rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
+    num_classes = options.num_classes or model.num_classes
+    check_classes(data.train, num_classes, given=given.num_classes is not None)
+    images, patches = resolve_config(options, model), patch_format(options, model)
+    if options.split_bn:
+        model = convert_splitbn_model(model, options.aug_splits or 2)
+    model.to(dtype=model_dtype(options))
+    layout.place(model, head_modules(model))
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.sync_bn and world.distributed:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return Model(model, num_classes, stored, images, patches, rng_state)
 
 
-def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | None]:
+def _create_module(options: Options, train: Dataset, stored: dict[str, Any] | None, weights: bool) -> nn.Module:
+    """Create the model, or what it looks like without weights."""
+    if not weights:
+        options = options.replace(pretrained=False, pretrained_path=None, initial_checkpoint='')
+    if folder_config(options.model) or not stored:
+        return create_train_model(options, train)
+    with stored_folder(options.model, stored) as name:  # weights come from the checkpoint
+        return create_train_model(options.replace(model=name, pretrained=False), train)
+
+
+def _create_loaders(options: Options, data: Data, model: Model, world: World) -> Loaders:
+    train = create_train_loader(
+        options,
+        data.train,
+        model.images,
+        world,
+        num_classes=model.num_classes,
+        rng_state=model.rng_state,
+        patches=model.patches,
+    )
+    if data.validation is None:
+        return Loaders(train, None)
+    images = {**model.images, 'crop_mode': options.crop_mode or model.images['crop_mode']}
+    check_readable(
+        data.validation,
+        options.data_dir,
+        world,
+        decode=options.check_images,
+        policy=options.val_bad_image,
+        remedy='--val-bad-image skip',
+        mode=image_mode(options),
+        workers=options.workers,
+    )
+    if options.task == 'multilabel' and model.patches is None:
+        _warn_about_crop(data.validation, images)
+    evaluation = create_eval_loader(
+        options,
+        data.validation,
+        widen(images, options.tta),
+        world,
+        batch_size=options.validation_batch_size or options.batch_size,
+        bad_image=options.val_bad_image,
+        remedy='--val-bad-image skip',
+        patches=model.patches,
+        persistent_workers=options.persistent_workers,
+    )
+    return Loaders(train, evaluation)
+
+
+def _warn_about_crop(validation: Dataset, images: DataConfig) -> None:
+    lost = lost_share(image_sizes(validation), images)
+    if lost > CUT:
+        _logger.warning(
+            f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
+            'labelled: --crop-mode squash --crop-pct 1 shows all of them'
+        )
+
+
+def _create_training(
+    options: Options, data: Data, model: Model, loaders: Loaders, steps: int, layout: Layout, world: World
+) -> Training:
+    """Create task, optimizer and schedule, for epochs of so many optimizer steps."""
+    task = create_task(options, model.module, data.train, model.images, world)
+    freezer = Freezer(model.module, options.freeze_backbone, options.unfreeze_epoch)
+    if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
+        freezer.apply(0)
+    optimizer = create_optimizer(options, task.get_trainable_module())
+    if options.head_lr_scale != 1:
+        scale_rates(optimizer, head_parameters(model.module), options.head_lr_scale)
+    freezer.apply(0)
+    eval_metric = options.eval_metric if loaders.evaluation else 'loss'
+    schedule, epochs = create_schedule(options, optimizer, steps, decreasing=eval_metric == 'loss')
+    return Training(task, optimizer, schedule, freezer, min(epochs, options.stop_epoch or epochs), eval_metric)
+
+
+def _create_folder(options: Options, model: Model, world: World) -> tuple[Path | None, list[Path]]:
+    """Create the folder of the run; return it, and the folders that were not there, the innermost first."""
+    if not world.primary:
+        return None, []
+    named = safe_model_name(options.model), model.images['input_size'][-1]
+    folder = choose_folder(options.output or DEFAULT_OUTPUT, options.experiment, *named)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    create_folder(folder)
+    return folder, made
+
+
+def _create_state(
+    options: Options, data: Data, model: Model, training: Training, folder: Path | None, world: World
+) -> TrainingState:
+    sum_dtype = torch.float32 if world.device.type == 'mps' else torch.float64  # mps has no float64
+    metric = training.eval_metric
+    return TrainingState(
+        task=training.task,
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        scaler=create_scaler(options, world.device),
+        checkpoints=CheckpointFolder(folder or Path(), metric == 'loss', options.checkpoint_hist, metric),
+        loss=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
+        gradient_norm=RunningLoss(torch.zeros((), dtype=sum_dtype, device=world.device)),
+        epoch=options.start_epoch or 0,
+        early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
+        model_config=model.stored,
+        train_data=describe(data.train),
+    )
+
+
+def _create_splits(options: Options, world: World) -> Data:
     train = create_split(
         options,
         options.train_split,
@@ -232,10 +326,10 @@ def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | N
         repeats=options.epoch_repeats,
         missing=options.missing_images,
     )
-    log_summary(options.train_split, train)
+    log_summary(options.train_split, train, training=True)
     if not options.val_split:
         check_ranks(world, {options.train_split: train})
-        return train, None
+        return Data(train, None)
     validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
     log_summary(options.val_split, validation)
     check_ranks(world, {options.train_split: train, options.val_split: validation})
@@ -248,20 +342,13 @@ def _create_splits(options: Options, world: World) -> tuple[Dataset, Dataset | N
         remedy = 'a larger --scale' if options.naflex_loader else '--train-crop-mode squash'
         smallest, largest = options.scale
         _logger.warning(f'--scale {smallest:g} {largest:g}: crops may cut labelled objects off; {remedy} keeps them')
-    return train, validation
+    return Data(train, validation)
 
 
-def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
-    """Set up EMA weights, compilation and DistributedDataParallel, in this order; return the model to evaluate."""
-    if task.has_ema():  # that of a divided model
-        task.trainable_module_ema.use_warmup = options.model_ema_warmup
-    elif options.model_ema:
-        world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
-        task.setup_ema(
-            decay=options.model_ema_decay,
-            use_warmup=options.model_ema_warmup,
-            device='cpu' if options.model_ema_force_cpu else None,
-        )
+def _wrap(options: Options, task: TrainingTask, layout: Layout) -> nn.Module:
+    """Set up EMA weights, compilation and the exchange of gradients, in this order; return the model to evaluate."""
+    if options.model_ema:
+        layout.setup_ema(task, options)
     if options.torchscript:
         trained = task.trainable_module = script(task.get_trainable_module())
         task.eval_model = getattr(trained, 'student', trained)  # what feature distillation trains with it is left out
@@ -269,7 +356,7 @@ def _wrap(options: Options, task: TrainingTask, world: World) -> nn.Module:
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
         task.compile_ema(backend=options.torchcompile, mode=options.torchcompile_mode)
     eval_model = task.get_eval_model()
-    prepare_distributed(options, task, world)
+    layout.wrap(task)
     return eval_model
 
 

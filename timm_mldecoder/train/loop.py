@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from timm.task import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
-from timm_mldecoder.distributed.fsdp import broadcast_buffers
-from timm_mldecoder.distributed.metrics import divide_evaluator
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
+from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.modeling.classes import other_classes
@@ -25,7 +25,7 @@ from timm_mldecoder.runtime.log import EvalLog, StepTimer, log_above, progress_b
 from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.train import nonfinite
 from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
-from timm_mldecoder.train.run import Run, prepare_distributed
+from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def fit(run: Run) -> None:
                 fit_epoch(run)
                 now, done = time.perf_counter(), run.state.epoch - first
                 log_epoch(run, now - start, (now - begin) / done * (run.epochs - run.state.epoch))
-            run.finish_saving()
+            run.layout.wait()
     finally:
         run.close()
 
@@ -98,7 +98,7 @@ def train_epoch(run: Run) -> Metrics:
     """Train the rest of the epoch under way: all of it, unless it was resumed within."""
     state, options, loader = run.state, run.options, run.train_loader
     if run.freezer.apply(state.epoch):
-        rewrap(run)
+        run.layout.rewrap(state.task)
     model = state.task.get_trainable_module()
     run.freezer.train_mode(model, state.epoch)
     state.optimizer.zero_grad()
@@ -111,8 +111,8 @@ def train_epoch(run: Run) -> Metrics:
         timer.batch_arrived()
         batch = state.batch
         accumulated, completes_step = run.accumulation(batch)
-        if not (trained or run.shards is None or options.no_ddp_bb):
-            broadcast_buffers(model)
+        if not trained:
+            run.layout.begin_step(model)
 
         # forward and backward
         trained.append(train_batch(run, images, target, accumulated, completes_step))
@@ -141,7 +141,7 @@ def train_epoch(run: Run) -> Metrics:
             state.schedule.step_update(num_updates=run.steps_done())
 
         # checkpoint
-        run.poll_saving()
+        run.layout.poll()
         if stop:
             run.stop(stop)
         if options.recovery_interval and (step + 1) % options.recovery_interval == 0:
@@ -150,15 +150,10 @@ def train_epoch(run: Run) -> Metrics:
 
     if hasattr(state.optimizer, 'sync_lookahead'):
         state.optimizer.sync_lookahead()
-    return record_bad(run, loader.bad_images, OrderedDict(loss=state.loss.mean(run.world).item()))
-
-
-def rewrap(run: Run) -> None:
-    """Wrap the model again: DistributedDataParallel exchanges gradients of the parameters that were trainable then."""
-    task = run.state.task
-    if run.world.distributed and run.shards is None:
-        task.trainable_module = task.trainable_module.module
-        prepare_distributed(run.options, task, run.world)
+    metrics = OrderedDict(loss=state.loss.mean(run.world).item())
+    if (norm := state.gradient_norm).samples:
+        metrics['grad_norm'] = norm.total.item() / norm.samples
+    return record_bad(run, loader.bad_images, metrics)
 
 
 def train_batch(run: Run, images: Batch, target: Tensor, accumulated: int, completes_step: bool) -> TrainedBatch:
@@ -207,7 +202,7 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
         skip_step(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
     else:
         if options.clip_grad is not None:
-            dispatch_clip_grad(run.clip_parameters(), value=options.clip_grad, mode=options.clip_mode)
+            clip_gradients(run)
         state.optimizer.step()  # the scaler's own step would wait for the device to know what is known
         update_ema(run)
         buffers.save()
@@ -217,6 +212,16 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
     state.scaler.update()
     state.optimizer.zero_grad()
     return stop
+
+
+def clip_gradients(run: Run) -> None:
+    """Clip the gradients as timm does, and keep their norm before it, which timm's function computes and drops."""
+    parameters, limit = run.clip_parameters(), run.options.clip_grad
+    if run.options.clip_mode != 'norm':
+        dispatch_clip_grad(parameters, limit, run.options.clip_mode)
+        return
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    run.state.gradient_norm.add(norm.full_tensor() if isinstance(norm, DTensor) else norm, 1)
 
 
 def update_ema(run: Run) -> None:
@@ -243,7 +248,7 @@ def skip_step(run: Run, trained: list[TrainedBatch], scale_too_large: bool) -> N
         position = dict(epoch=state.epoch, step=step)
         nonfinite.report(run.folder, position, trained, run.train_loader.dataset, run.world)
     if state.skipped >= (1 if options.nonfinite == 'abort' and not scale_too_large else options.nonfinite_limit):
-        run.finish_saving()
+        run.layout.wait()
         raise RunFailed(
             f'{where}: loss or gradients not finite for {state.skipped} steps in a row (--nonfinite-limit); they '
             'changed no parameter. A lower --lr, --clip-grad or a longer warm-up may help'
@@ -271,8 +276,10 @@ def score(run: Run, ema: bool) -> Metrics:
     loader, options = run.eval_loader, run.options
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
-    if run.part is not None:
-        divide_evaluator(evaluator, run.part)
+    measures = []
+    if run.state.epoch + 1 >= run.epochs:
+        names = None if run.eval_classes else run.class_names
+        measures = [PredictedClasses(evaluator, names, evaluation_sample_limit(loader), run.world)]
     with other_classes(model, run.eval_classes):
         metrics = evaluate(
             model,
@@ -284,12 +291,16 @@ def score(run: Run, ema: bool) -> Metrics:
                 'Test (EMA)' if ema else 'Test', evaluator, len(loader), options.log_interval, run.world.primary
             ),
             views=test_time_views(options.tta, run.data_config['input_size'][1:]),
-            until=run.until_stopped,
+            measures=[measure.update for measure in measures],
+            until=lambda batches: run.layout.until_stopped(batches, run.signals),
         )
     # stopped now, the run resumes with the validation, after all batches of the epoch
     (stop,) = run.world.all_reduce_max(run.signals.received)
     if stop:
         run.stop(stop)
+    for line in (line for measure in measures for line in measure.lines()):
+        if run.world.primary:
+            _logger.warning(line)
     return record_bad(run, loader.bad_images, metrics)
 
 
@@ -314,11 +325,12 @@ def record_bad(run: Run, bad: list[BadImage], metrics: Metrics) -> Metrics:
 def log_step(run: Run, step: int, loss: Tensor, timer: StepTimer, bar: tqdm) -> None:
     """Log the loss of the last batch and of the epoch so far, means over all ranks; a collective call."""
     now = run.world.all_reduce_sum(loss.to(run.state.loss.total)) / run.world.size
-    values = torch.stack([now, run.state.loss.mean(run.world)]).tolist()
+    norm = run.state.gradient_norm
+    values = torch.stack([now, run.state.loss.mean(run.world), norm.total / max(norm.samples, 1)]).tolist()
     if run.world.primary:
         steps = -(-len(run.train_loader) // run.options.grad_accum_steps)
         line = train_line(
-            run.state.epoch, step, steps, tuple(values), run.learning_rate(), timer, run.world.device,
+            run.state.epoch, step, steps, values, norm.samples > 0, run.learning_rate(), timer, run.world.device,
             run.world.size,
         )  # fmt: skip
         log_above(bar, line)

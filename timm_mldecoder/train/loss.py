@@ -27,7 +27,7 @@ from timm_mldecoder.train.distill import create_distillation_task
 _logger = logging.getLogger(__name__)
 
 # timm's defaults of the losses that both packages have: a flag means the same whichever class computes the loss.
-TIMM_DEFAULTS = {'asl': dict(detach_focusing=False), 'bce': dict(reduction='mean')}
+TIMM_DEFAULTS: dict[str, dict[str, Any]] = {'asl': {}, 'bce': dict(reduction='mean')}
 # Flags of each loss, named as timm's factory names its arguments.
 LOSS_FLAGS = {
     'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),

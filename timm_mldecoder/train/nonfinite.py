@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_mldecoder.distributed.fsdp import local
-from timm_mldecoder.distributed.world import World
+from timm_mldecoder.distributed.world import World, local
 
 _logger = logging.getLogger(__name__)
 

@@ -1,21 +1,18 @@
 """Everything the training loop needs: options, loaders, state, helpers."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 from typing import IO, Any, NoReturn
 
-from timm.task import TrainingTask
 from torch import nn
 
 from timm_mldecoder.checkpoint.state import TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
-from timm_mldecoder.checkpoint.write_sharded import ShardWriter
-from timm_mldecoder.distributed.classes import ClassPart
-from timm_mldecoder.distributed.fsdp import is_sharded
+from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.datasets import Classes
@@ -33,6 +30,7 @@ class Run:
 
     options: Options  # options of train.py, with the learning rate resolved
     world: World
+    layout: Layout  # how the ranks hold the model
     state: TrainingState  # what a checkpoint holds
     train_loader: TrainLoader  # batches to train on
     eval_loader: EvalLoader | None  # validation split, None without one
@@ -49,9 +47,6 @@ class Run:
     freezer: Freezer
     folder_lock: IO | None  # lock of the folder, held as long as the run lives
     trackers: list[Tracker]  # called with the metrics of each epoch
-    part: ClassPart | None = None  # classes whose logits this rank has (`--head-parallel`); None for all
-    # writes the checkpoints of a model that is divided over ranks; None for other models
-    shards: ShardWriter | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
     def steps_done(self) -> int:
@@ -104,7 +99,7 @@ class Run:
     def save_epoch(self, epoch: int, metric: float) -> None:
         """Save the end of an epoch, its row of the summary and its metrics; a collective call."""
         checkpoints = self.state.checkpoints
-        self.finish_saving()
+        self.layout.wait()
         is_best, dropped = checkpoints.rank(epoch, metric)
 
         def write(content: dict[str, Any]) -> None:
@@ -112,7 +107,7 @@ class Run:
             if self.is_milestone(epoch):
                 checkpoints.save_milestone(epoch + 1)
 
-        self._save(self._content(metric), write)
+        self.layout.save(self._content(metric), write, (self.state.epoch, self.state.batch))
         if self.folder is None:
             return
         write_summary(self.folder / SUMMARY, self.state.rows)
@@ -122,36 +117,14 @@ class Run:
     def save_recovery(self) -> Path | None:
         """Save the position within the epoch, and return the file on the first rank; a collective call."""
         epoch, batch = self.state.epoch, self.state.batch
-        return self._save(self._content(), lambda content: self.state.checkpoints.save_recovery(epoch, batch, content))
-
-    def poll_saving(self) -> None:
-        """Complete the checkpoint of a divided model, if its tensors are written by now."""
-        if self.shards is not None:
-            self.shards.poll()
-
-    def finish_saving(self) -> Any:
-        """Wait for the checkpoint of a divided model that is being written, and return what writing it returned."""
-        return None if self.shards is None else self.shards.wait()
-
-    def _save(self, content: dict[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
-        """Let the first rank write a checkpoint: now, or once the ranks have written the tensors of a divided model."""
-        if self.shards is not None:
-            return self.shards.save(content, write, (self.state.epoch, self.state.batch))
-        return None if self.folder is None else write(content)
-
-    def until_stopped(self, batches: Iterable) -> Iterator:
-        """Yield batches up to the one during which a signal arrives: at any rank, where their forward passes wait."""
-        if self.shards is None:
-            yield from self.signals.until_stopped(batches)
-            return
-        for batch in batches:
-            yield batch
-            if self.world.all_reduce_max(self.signals.received)[0]:
-                return
+        checkpoints = self.state.checkpoints
+        return self.layout.save(
+            self._content(), lambda content: checkpoints.save_recovery(epoch, batch, content), (epoch, batch)
+        )
 
     def stop(self, number: int) -> NoReturn:
         """Save the position and end the run, for a signal that one of the ranks received; a collective call."""
-        saved = self.save_recovery() or self.finish_saving()
+        saved = self.save_recovery() or self.layout.wait()
         if saved is not None:
             where = f'in epoch {self.state.epoch} after batch {self.state.batch}'
             _logger.warning(f'{Signals(number).name}: stopped {where}; --resume {saved} continues there')
@@ -169,11 +142,3 @@ class Run:
         return self.state.collect(
             self.options, self.world, self.train_loader, self.data_config, self.class_names, metric
         )
-
-
-def prepare_distributed(options: Options, task: TrainingTask, world: World) -> None:
-    """Wrap the model of a task in DistributedDataParallel, on several ranks that each hold all of it."""
-    if world.distributed and not is_sharded(options, world):
-        devices = None if world.device.type == 'cpu' else [world.device]
-        buffers = dict(broadcast_buffers=False) if options.no_ddp_bb else {}
-        task.prepare_distributed(device_ids=devices, **buffers)

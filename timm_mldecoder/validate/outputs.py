@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_mldecoder.checkpoint.folders import store_thresholds
 from timm_mldecoder.data.priors import write_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
@@ -50,9 +51,13 @@ class MultiLabelOutputs:
         thresholds = self.evaluator.threshold.cpu().expand(len(self.class_names))
         if options.write_thresholds:
             named = dict(zip(self.class_names, thresholds.tolist(), strict=True))
-            content = {**content, 'thresholds': {**content.get('thresholds', {}), **named}}
-            write_atomically(Path(options.checkpoint), lambda file: torch.save(content, file))
-            _logger.info(f'Stored a threshold for each of {len(thresholds)} classes in {options.checkpoint}')
+            if options.checkpoint:
+                content = {**content, 'thresholds': {**content.get('thresholds', {}), **named}}
+                write_atomically(Path(options.checkpoint), lambda file: torch.save(content, file))
+            else:
+                store_thresholds(options.model, named)
+            where = options.checkpoint or options.model
+            _logger.info(f'Stored a threshold for each of {len(thresholds)} classes in {where}')
         if priors is not None:
             write_priors(options.write_class_priors, self.class_names, priors)
         if options.class_report:

@@ -22,6 +22,7 @@ from timm_mldecoder.evaluation.evaluate import (
     widen,
 )
 from timm_mldecoder.evaluation.extra_metrics import create_extra_metrics
+from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import check_class_names, check_classes, class_to_index, create_split
@@ -42,7 +43,7 @@ def score_model(options: Options, world: World) -> Result:
     """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
     model, options, config, content = load_model(options)
-    if options.write_thresholds and RUN not in content:
+    if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
     dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
@@ -83,6 +84,7 @@ def score_model(options: Options, world: World) -> Result:
     operating_point = 'stored thresholds' if tuned is not None else f'threshold {options.multilabel_threshold:g}'
     evaluator = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
+    predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
     outputs = []
     if options.task == 'multilabel':
         outputs = [MultiLabelOutputs(options, evaluator, names or [str(i) for i in range(num_classes)], limit, world)]
@@ -97,7 +99,7 @@ def score_model(options: Options, world: World) -> Result:
             log=EvalLog('Test', evaluator, len(loader), options.log_freq, world.primary),
             views=test_time_views(options.tta, config['input_size'][1:]),
             classes=valid_labels,
-            measures=[measure.update for measure in (*extra, *outputs, *([report] if report else []))],
+            measures=[measure.update for measure in (predicted, *extra, *outputs, *([report] if report else []))],
         )
     finally:
         loader.close()
@@ -112,6 +114,9 @@ def score_model(options: Options, world: World) -> Result:
         output.write(content)
     if report:
         report.write(plain, config, metrics | named)
+    for line in predicted.lines():
+        if world.primary:
+            _logger.warning(line)
     if world.primary:
         shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
         _logger.info(f' * {shown}' + (f' (at {operating_point})' if named else ''))

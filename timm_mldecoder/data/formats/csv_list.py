@@ -5,7 +5,8 @@
 
 `path` is relative to ROOT. Columns may also be named by options, separated by semicolons or tabs, or be one column of 0
 and 1 per class. `labels` are the classes in the image and `ignored` the classes that were not annotated,
-both separated by semicolons and both possibly empty; every other class is absent. An image may have several rows, for
+both separated by semicolons and both possibly empty; every other class is absent. One file may hold all splits, with a
+column that names that of each row. An image may have several rows, for
 instance one per label; their labels are merged. Without `classes.txt` (or `--class-map`) the classes are the sorted
 labels of `train.csv`. Class names are compared in Unicode form NFC.
 """
@@ -16,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,13 @@ _logger = logging.getLogger(__name__)
 
 SEPARATOR = ';'
 LIST = 'list'  # in place of a separator
+EMPTY_CELLS = {'nan', 'NaN', '<NA>'}  # what pandas writes for them
 DELIMITERS = (',', ';', '\t')
+SPLITS = {
+    'train': ('train', 'training'),
+    'validation': ('validation', 'val', 'valid', 'dev', 'eval', 'evaluation'),
+    'test': ('test', 'testing'),
+}
 ONE_HOT = {'0': NEGATIVE, '0.0': NEGATIVE, '1': POSITIVE, '1.0': POSITIVE, '-1': IGNORED, '-1.0': IGNORED}
 
 
@@ -49,6 +57,7 @@ class Table:
     path: int
     columns: dict[int, int]  # number of a column of names: POSITIVE or IGNORED
     one_hot: dict[int, str]  # number of a column of 0, 1 and -1 (ignored): name of its class
+    split: int | None = None  # number of the column of splits
 
 
 def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
@@ -62,7 +71,13 @@ def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
     return [name for part in field.split(separator) if (name := normalize_name(part))]
 
 
-def _open_table(path: Path, path_column: str, label_column: str) -> Table:
+def split_name(text: str) -> str:
+    """Name of a split as people write it: `Val`, `valid` and `dev` are `validation`."""
+    name = normalize_name(text).lower()
+    return next((split for split, names in SPLITS.items() if name in names), name)
+
+
+def _open_table(path: Path, path_column: str, label_column: str, split_column: str) -> Table:
     """Find delimiter and columns by the header, where names count without case and blanks."""
     rows = read_rows(path)
     _, best = next(rows, (1, []))
@@ -80,14 +95,18 @@ def _open_table(path: Path, path_column: str, label_column: str) -> Table:
         if delimiter != ',':
             _logger.info(f'{path}: columns are separated by {delimiter!r}')
         place = names.index(paths)
+        split = names.index(split_column.strip().lower()) if split_column.strip().lower() in names else None
+        if split_column and split is None:
+            raise ValueError(f'{path}, line {skip + 1}: no column {split_column!r} for --split-column, of {header}')
         columns = {
             names.index(name): value for name, value in ((labels, POSITIVE), ('ignored', IGNORED)) if name in names
         }
         one_hot = {}
         if labels not in names and not label_column and len(names) > 2:
-            one_hot = {n: normalize_name(name) for n, name in enumerate(header) if n != place and n not in columns}
+            others = {place, split, *columns}
+            one_hot = {n: normalize_name(name) for n, name in enumerate(header) if n not in others}
         if labels in names or one_hot:
-            return Table(delimiter, skip, header, place, columns, one_hot)
+            return Table(delimiter, skip, header, place, columns, one_hot, split)
     raise ValueError(
         f'{path}, line {skip + 1}: the header must hold {paths} and {labels}, each once, got {best}; --path-column and '
         '--label-column name others'
@@ -95,7 +114,13 @@ def _open_table(path: Path, path_column: str, label_column: str) -> Table:
 
 
 def read_images(
-    path: Path, path_column: str = '', label_column: str = '', label_separator: str = ''
+    path: Path,
+    path_column: str = '',
+    label_column: str = '',
+    label_separator: str = '',
+    split_column: str = '',
+    split: str = '',
+    class_map: bool = False,
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Labels of each image of a file: image path to class name to (POSITIVE or IGNORED, line number).
 
@@ -104,17 +129,22 @@ def read_images(
         path_column: Name of the column of paths, `path` if empty.
         label_column: Name of the column of labels, `labels` if empty; without one, columns of 0 and 1 are classes.
         label_separator: Between labels, `;` if empty; `list` for lists such as `['a', 'b']`.
+        split_column: Name of the column that has the split of each row; empty to read every row.
+        split: Split to read, of that column.
+        class_map: Whether a file lists the classes: then a label may be `nan`.
 
     Raises:
         ValueError: If the header lacks a column, a row has another number of fields or no path, a label is both given
-            and ignored, a quote is not closed (naming file and line), or there is no row.
+            and ignored, a quote is not closed (naming file and line), or there is no row of the split.
     """
-    table = _open_table(path, path_column, label_column)
+    table = _open_table(path, path_column, label_column, split_column)
     separator = label_separator or SEPARATOR
     images: dict[str, dict[str, tuple[int, int]]] = {}
     rows = read_rows(path, table.delimiter, table.skip)
     next(rows)
-    count, needed = 0, max(table.path, *(n for n, value in table.columns.items() if value == POSITIVE), *table.one_hot)
+    labelled = (n for n, value in table.columns.items() if value == POSITIVE)
+    count, needed = 0, max(table.path, table.split or 0, *labelled, *table.one_hot)
+    splits: Counter[str] = Counter()
     for line, row in rows:
         where = f'{path}, line {line}'
         for number in (table.path, *table.columns):
@@ -126,15 +156,30 @@ def read_images(
             )
         if len(row) <= needed or not row[table.path].strip():
             raise ValueError(f'{where}: expected a path and labels, got {row}')
-        file = normalize_path(row[table.path].strip())
+        if table.split is not None:
+            name = split_name(row[table.split])
+            if not name:
+                raise ValueError(f'{where}: no split in the column {split_column!r}')
+            splits[name] += 1
+            if name != split_name(split):
+                continue
+        file = row[table.path].strip()
         labels = images.setdefault(file, {})
         for name, value in _labels(table, row, separator, where):
+            if not class_map and name in EMPTY_CELLS:
+                raise ValueError(
+                    f'{where}: the label {name!r} is how pandas writes an empty cell: leave the field empty, or list '
+                    f'{name!r} in classes.txt if it is a class'
+                )
             if labels.setdefault(name, (value, line))[0] != value:
                 raise ValueError(
                     f'{where}: label {name!r} of {file} is both given and ignored (the other is in line '
                     f'{labels[name][1]})'
                 )
         count += 1
+    if not count and splits:
+        found = ', '.join(f'{name} ({number} rows)' for name, number in splits.most_common(8))
+        raise ValueError(f'{path}: no row of the split {split!r} in the column {split_column!r}, which has {found}')
     if not count:
         raise ValueError(f'{path}: a header and no rows, so no image')
     if count > len(images):
@@ -194,27 +239,59 @@ def write_csv(
                 writer.writerow([path, SEPARATOR.join(labels)])
 
 
-def read_csv(root: Path, split: str, class_map: str | Path | None = None, **columns: str) -> Annotations:
-    """Read `ROOT/SPLIT.csv`; `validation` is also read from `val.csv`. `columns` are arguments of `read_images`.
+def _find_table(root: Path, split: str, split_column: str) -> Path:
+    """The file that has the rows of a split: `root` itself, the only CSV file in it, or the one named as the split."""
+    if root.is_file():
+        if not split_column and split != 'train':
+            raise ValueError(
+                f'{root} is one file for all splits: pass --val-fraction 0.2, or --split-column NAME for the column '
+                'that names the split of each row'
+            )
+        return root
+    found = sorted(root.glob('*.csv'))
+    if split_column:
+        if len(found) != 1:
+            names = [file.name for file in found]
+            raise ValueError(f'--split-column {split_column}: give the file in place of {root}, which has {names}')
+        return found[0]
+    path = root / f'{split}.csv'
+    if split == 'validation' and not path.is_file() and (root / 'val.csv').is_file():
+        path = root / 'val.csv'
+    if not path.is_file():
+        raise ValueError(
+            f'{path} is missing, for split {split!r}; {root} holds the splits {[file.stem for file in found]}; a file '
+            'of all splits is given in place of the folder, with --val-fraction or --split-column'
+        )
+    return path
+
+
+def read_csv(
+    root: Path, split: str, class_map: str | Path | None = None, split_column: str = '', **columns: str
+) -> Annotations:
+    """Read a split: `ROOT/SPLIT.csv` (`validation` is also `val.csv`), or its rows of one file for all splits.
+
+    Args:
+        root: Folder, or the file of all splits.
+        split: Name of the split. All rows of a file without `split_column` are `train`.
+        class_map: File of class names, in the order of the classes.
+        split_column: Column of the file that names the split of each row.
+        **columns: Further arguments of `read_images`.
 
     Raises:
         ValueError: If the split is unknown, a row is malformed, or a label is not one of the classes (naming file, line
             and label).
     """
-    path = root / f'{split}.csv'
-    if split == 'validation' and not path.is_file() and (root / 'val.csv').is_file():
-        path = root / 'val.csv'
-    if not path.is_file():
-        found = sorted(file.stem for file in root.glob('*.csv'))
-        raise ValueError(f'{path} is missing, for split {split!r}; {root} holds the splits {found}')
-    images = read_images(path, **columns)
-
-    source = Path(class_map) if class_map else root / 'classes.txt'
-    if class_map or source.is_file():
+    path = _find_table(root, split, split_column)
+    source = Path(class_map) if class_map else path.parent / 'classes.txt'
+    listed = bool(class_map) or source.is_file()
+    read = partial(read_images, **columns, split_column=split_column, class_map=listed)
+    images = read(path, split=split)
+    if listed:
         class_names = read_names(source)
     else:
-        source = root / 'train.csv'
-        train_images = images if source == path else read_images(source, **columns)
+        source = path if split_column or root.is_file() else root / 'train.csv'
+        same = source == path and (not split_column or split_name(split) == 'train')
+        train_images = images if same else read(source, split='train')
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )
@@ -229,4 +306,7 @@ def read_csv(root: Path, split: str, class_map: str | Path | None = None, **colu
             image.append(index)
             label.append(class_index[name])
             values.append(value)
-    return Annotations(class_names, list(images), image, label, values)
+    paths = [normalize_path(file) for file in images]
+    if len(set(paths)) < len(paths):
+        paths = list(images)  # `merge_same_files` names each spelling
+    return Annotations(class_names, paths, image, label, values)

@@ -1,4 +1,4 @@
-"""Save and read checkpoints of a model that is divided over ranks: each rank its slices."""
+"""Save and read checkpoints of a sharded model: each rank its shards."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from timm_mldecoder.checkpoint.read_sharded import PREFIX, SHARDS, Leaf, check_folder, fill, split, tensors_of
-from timm_mldecoder.distributed.slices import rows_of_rank
+from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS, Leaf, check_folder, fill, split, tensors_of
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.runtime.files import sync_folder
 
 
 class ShardWriter:
-    """Writes the tensors of a checkpoint in the background, each rank its slices, and then the index.
+    """Writes the tensors of a checkpoint in the background, each rank its shards, and then the index.
 
-    The slices are copied before training goes on. At most one checkpoint is being written; the next one waits.
+    The shards are copied before training goes on. At most one checkpoint is being written; the next one waits.
 
     Args:
         folder: Folder of the run, on all ranks.
@@ -43,7 +42,7 @@ class ShardWriter:
         """Begin to save a checkpoint; a collective call.
 
         Args:
-            content: What the checkpoint holds; the divided tensors are taken out of it.
+            content: What the checkpoint holds; the sharded tensors are taken out of it.
             commit: Writes the index on the first rank, once the tensors of all ranks are on the disk.
             position: Epochs done and batches of the next, for the name of the folder.
         """
@@ -92,20 +91,20 @@ class ShardWriter:
 def localize(
     content: dict[str, Any], path: Path, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Turn the tensors of a checkpoint, in place, into the slices of this rank.
+    """Turn the tensors of a checkpoint, in place, into the shards of this rank.
 
     Args:
-        content: A whole checkpoint, or the index of a divided one; other ranks may have written it.
+        content: A whole checkpoint, or the index of a sharded one; other ranks may have written it.
         path: Path of its file.
-        models: The divided models by the key of their weights.
-        optimizer: Optimizer of the divided parameters.
+        models: The sharded models by the key of their weights.
+        optimizer: Optimizer of the sharded parameters.
     """
     like: dict[str, Tensor] = {}
     for key, model in models.items():
         like |= {f'{key}.{name}': value for name, value in unwrap_model(model).state_dict().items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
 
-    def divided(leaf: Leaf) -> DTensor | None:
+    def sharded(leaf: Leaf) -> DTensor | None:
         kind, _, index = leaf.name.partition('.')
         if kind == 'optimizer':
             index = int(index.partition('.')[0])
@@ -115,34 +114,31 @@ def localize(
         return found if isinstance(found, DTensor) and found.shape == leaf.tensor.shape else None
 
     def empty_like(leaf: Leaf) -> Tensor:
-        found = divided(leaf)
+        found = sharded(leaf)
         if found is None:  # of another model, which restoring refuses
             return torch.empty_like(leaf.tensor, device='cpu')
         return torch.empty_like(found.detach(), dtype=leaf.tensor.dtype)
 
     if 'state_dict' not in content:
-        raise ValueError(
-            '--parallel fsdp and --head-parallel resume from checkpoints of train.py, not from weights alone'
-        )
+        raise ValueError('--parallel fsdp resumes from checkpoints of train.py, not from weights alone')
     if 'state_dict_ema' not in models:
         content.pop('state_dict_ema', None)
     if SHARDS in content:
         fill(content, path, empty_like)
     for leaf in list(tensors_of(content)):
-        found = divided(leaf)
+        found = sharded(leaf)
         if found is not None and not isinstance(leaf.tensor, DTensor):
-            # every rank has mapped the file, and reads its slices
-            own = rows_of_rank(leaf.tensor, *_slice_of(found)).clone().to(found.device)
+            # every rank has mapped the file, and reads its shards
+            own = _shard_like(found, leaf.tensor).clone().to(found.device)
             leaf.holder[leaf.key] = DTensor.from_local(
                 own, found.device_mesh, found.placements, run_check=False, shape=found.shape, stride=found.stride()
             )
 
 
-def _slice_of(tensor: DTensor) -> tuple[int, int]:
-    """Return which slice of a tensor this rank holds, and the number of slices."""
-    rank, ranks = 0, 1
-    for dim, placement in enumerate(tensor.placements):
+def _shard_like(sharded: DTensor, whole: Tensor) -> Tensor:
+    """Return a view of the rows of a whole tensor that this rank holds of a sharded one, as torch.chunk divides it."""
+    for dim, placement in enumerate(sharded.placements):
         if placement.is_shard():
-            size = tensor.device_mesh.size(dim)
-            rank, ranks = rank * size + tensor.device_mesh.get_coordinate()[dim], ranks * size
-    return rank, ranks
+            parts, rank = whole.chunk(sharded.device_mesh.size(dim)), sharded.device_mesh.get_local_rank(dim)
+            whole = parts[rank] if rank < len(parts) else whole[:0]
+    return whole

@@ -1,4 +1,4 @@
-"""Print the optimizers of a list whose steps on slices of the parameters are those on whole ones: `... NAME...`."""
+"""Print the optimizers of a list whose steps on shards of the parameters are those on whole ones: `... NAME...`."""
 
 import sys
 

@@ -1,0 +1,163 @@
+"""One file or folder for all splits: --val-fraction and --split-column."""
+
+import json
+
+import numpy as np
+import pytest
+from image_folders import write_images
+from multilabel_data import write_image
+from runs import MODEL, build, call, summary
+
+from timm_mldecoder.data import create_dataset, overlap, summarize
+from timm_mldecoder.data.hold_out import stratify
+from timm_mldecoder.flags import parse_train, parse_validate
+from timm_mldecoder.flags.parse import inherit
+from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.train.loop import fit
+
+
+def test_each_class_has_the_same_share_in_both_parts():
+    random = np.random.default_rng(0)
+    targets = random.random((4000, 12)) < np.geomspace(0.4, 0.005, 12)
+    image, label = np.nonzero(targets)
+    chosen = stratify(image, label, 4000, 0.25, seed=3)
+    assert abs(chosen.sum() - 1000) <= 12
+    counts = targets.sum(0)
+    assert np.abs(targets[chosen].sum(0) - counts / 4).max() <= 1
+    assert abs((~targets[chosen].any(1)).sum() - (~targets.any(1)).sum() / 4) <= 1
+    assert (chosen == stratify(image, label, 4000, 0.25, seed=3)).all()
+    other = stratify(image, label, 4000, 0.25, seed=4)
+    assert (chosen != other).mean() > 0.2
+    plain = random.permutation(4000) < 1000
+    assert np.abs(targets[plain].sum(0) - counts / 4).max() > 5, 'a plain draw is worse, so that the test can fail'
+
+
+def test_a_class_of_two_images_is_trained_on():
+    chosen = stratify(np.arange(102), np.repeat([0, 1], [100, 2]), 102, 0.1, seed=0)
+    assert chosen[:100].sum() == 10 and not chosen[100:].all()
+
+
+def write_table(folder, rows, header='path,labels', name='photos.csv'):
+    folder.mkdir(exist_ok=True)
+    for number in range(len(rows)):
+        write_image(folder / 'images' / f'{number}.png', number)
+    lines = [f'images/{number}.png,{row}' for number, row in enumerate(rows)]
+    (folder / name).write_text('\n'.join([header, *lines]) + '\n')
+    return folder / name
+
+
+def splits_of(*flags):
+    options = parse_train([*map(str, flags), '--num-classes', '2'])
+    return [create_split(options, split) for split in ('train', 'validation')]
+
+
+def test_one_table_is_divided(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog', ''] * 10)
+    flags = [table, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.25']
+    train, validation = splits_of(*flags)
+    assert len(train) + len(validation) == 40 and abs(len(validation) - 10) <= 2
+    assert overlap(train, validation) == []
+    assert summarize(train).positives.tolist() == [15, 15] and summarize(validation).positives.tolist() == [5, 5]
+    assert train[0][0].size == (20, 10)
+    again, other = splits_of(*flags, '--seed', '7')[1], splits_of(*flags, '--split-seed', '7')[1]
+    assert again.filenames() == validation.filenames() != other.filenames()
+
+
+def test_an_image_of_several_rows_is_in_one_part(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat'] * 20)
+    table.write_text(table.read_text() + ''.join(f'./images/{number}.png,dog\n' for number in range(20)))
+    train, validation = splits_of(table, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.5')
+    assert (len(train), len(validation)) == (10, 10) and overlap(train, validation) == []
+
+
+def test_class_folders_and_json_are_divided(tmp_path):
+    write_images(tmp_path / 'data', train=10, validation=2)
+    train, validation = splits_of(tmp_path / 'data' / 'train', '--val-fraction', '0.2')
+    assert summarize(train).positives.tolist() == [8] * 3 and summarize(validation).positives.tolist() == [2] * 3
+    assert overlap(train, validation) == []
+    table = write_table(tmp_path / 'json', ['a'] * 8)
+    images = [[f'images/{number}.png', ['a', 'b'][: 1 + number % 2]] for number in range(8)]
+    (table.parent / 'train.json').write_text(json.dumps({'classes': ['a', 'b'], 'images': images}))
+    parts = splits_of(table.parent, '--dataset', 'json', '--task', 'multilabel', '--val-fraction', '0.5')
+    assert [summarize(part).positives.tolist() for part in parts] == [[4, 2], [4, 2]]
+
+
+def test_a_column_names_the_split(tmp_path):
+    rows = ['cat,Train', 'dog,train', 'cat;dog,VAL', 'dog,valid', 'cat,test']
+    table = write_table(tmp_path / 'data', rows, 'path,labels,Fold')
+    for root in (table, table.parent):
+        counts = []
+        for split in ('train', 'validation', 'val', 'test'):
+            dataset = create_dataset('csv', str(root), split, split_column='fold')
+            assert dataset.class_names == ['cat', 'dog']
+            counts.append(summarize(dataset).positives.tolist())
+        assert counts == [[1, 1], [1, 2], [1, 2], [1, 0]]
+    hot = write_table(tmp_path / 'hot', ['1,1,train', '0,1,val'], 'path,cat,dog,split')
+    dataset = create_dataset('csv', str(hot), 'validation', split_column='split')
+    assert dataset.class_names == ['cat', 'dog'] and summarize(dataset).positives.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('', r'photos\.csv is one file for all splits: .*--val-fraction 0\.2.*--split-column'),
+        ('--split-column part', r"no column 'part' for --split-column"),
+        ('--split-column fold', r"no row of the split 'validation' .* train \(2 rows\), holdout \(1 rows\)"),
+        ('--split-column fold --val-fraction 0.5', 'contradicts --split-column'),
+        ('--val-fraction 0.6', r'0\.6.*0\.5'),
+    ],
+)
+def test_what_cannot_be_divided_is_one_line(flags, message, tmp_path):
+    table = write_table(tmp_path / 'data', ['cat,train', 'dog,train', 'cat,holdout'], 'path,labels,fold')
+    with pytest.raises(ValueError, match=message) as error:
+        splits_of(table, '--dataset', 'csv', '--task', 'multilabel', *flags.split())
+    assert '\n' not in str(error.value)
+
+
+def test_a_validation_split_of_its_own_is_not_divided(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat', 'dog'] * 4, name='train.csv')
+    (table.parent / 'val.csv').write_text(table.read_text())
+    with pytest.raises(ValueError, match=r'val\.csv is there'):
+        splits_of(table.parent, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.5')
+    write_images(tmp_path / 'folders', train=4, validation=2)
+    with pytest.raises(ValueError, match=r'folders/validation is there'):
+        splits_of(tmp_path / 'folders', '--val-fraction', '0.5')
+
+
+def test_an_empty_cell_of_the_split_is_named_with_its_line(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat,train', 'dog,'], 'path,labels,fold')
+    with pytest.raises(ValueError, match=r'photos\.csv, line 3: no split'):
+        create_dataset('csv', str(table), 'train', split_column='fold')
+
+
+def test_validation_of_a_checkpoint_uses_the_images_that_were_held_out(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog'] * 8)
+    flags = [
+        '--dataset',
+        'csv',
+        '--task',
+        'multilabel',
+        '--val-fraction',
+        '0.25',
+        '--epochs',
+        '1',
+        '--num-classes',
+        '2',
+    ]
+    run = build(table, tmp_path, *flags)
+    assert summarize(run.eval_loader.dataset).positives.tolist() == [4, 4]
+    fit(run)
+    (row,) = summary(tmp_path / 'run')
+    last = str(tmp_path / 'run' / 'last.pth.tar')
+    done = call('validate.py', table, '--dataset', 'csv', '--checkpoint', last, '--device', 'cpu', '-j', '0')
+    assert json.loads(done.stdout.split('--result\n')[1])['map'] == float(row['eval_map'])
+
+
+def test_other_data_is_evaluated_as_it_is(tmp_path, caplog):
+    table = write_table(tmp_path / 'data', ['cat', 'dog'])
+    trained = parse_train([str(table), '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.25', *MODEL])
+    caplog.clear()
+    same = inherit(parse_validate([str(table), '--dataset', 'csv']), trained.to_dict())
+    assert same.val_fraction == 0.25 and 'other data' not in caplog.text
+    other = inherit(parse_validate([str(tmp_path), '--dataset', 'csv']), trained.to_dict())
+    assert other.val_fraction == 0 and 'other data' in caplog.text

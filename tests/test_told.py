@@ -1,0 +1,98 @@
+"""What a run warns of: weights that stay random, crops that cut objects off, classes that are always or never shown."""
+
+import numpy as np
+import pytest
+import torch
+from image_folders import write_images
+from PIL import Image
+from runs import MODEL, build
+from timm.data import create_transform
+from timm.task import ClassificationEvaluator
+
+from timm_mldecoder.data.crops import lost_share, shown_share
+from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.evaluation.predicted import PredictedClasses
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.probe.options import parse_probe
+
+
+@pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('pct', [1.0, 0.875])
+@pytest.mark.parametrize('shape', [(240, 120), (100, 200), (160, 160)])
+@pytest.mark.parametrize('size', [(80, 80), (60, 90)])
+def test_the_share_is_that_of_the_transform_of_timm(mode, pct, shape, size):
+    width, height = shape
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    image = Image.fromarray(np.stack([x + 1, y + 1, 0 * x + 255], 2).astype(np.uint8))
+    settings = dict(interpolation='nearest', crop_pct=pct, crop_mode=mode, mean=(0,) * 3, std=(1,) * 3)
+    pixels = (create_transform((3, *size), **settings)(image) * 255).round().numpy()
+    inside = pixels[2] == 255
+    shown = [(channel[inside].max() - channel[inside].min() + 1) for channel in pixels[:2]]
+    share = shown[0] * shown[1] / (width * height)
+    assert shown_share(width, height, size, pct, mode) == pytest.approx(share, abs=0.035)
+
+
+def test_the_loss_is_a_median():
+    config = dict(input_size=(3, 64, 64), crop_pct=1.0, crop_mode='center')
+    assert lost_share([(100, 100), (100, 100), (300, 100)], config) == 0
+    assert lost_share([(100, 400), (200, 100), (300, 100)], config) == pytest.approx(2 / 3)
+    assert lost_share([], config) == 0
+
+
+def write_table(folder):
+    paths = sorted((write_images(folder, train=3, validation=2, size=40) / 'train').rglob('*.png'))
+    for split in ('train', 'validation'):
+        rows = [f'{path.relative_to(folder)},{path.parent.name}' for path in paths]
+        (folder / f'{split}.csv').write_text('\n'.join(['path,labels', *rows]) + '\n')
+    return folder
+
+
+@pytest.mark.parametrize('flags', ['', '--crop-mode squash --crop-pct 1'])
+def test_an_evaluation_crop_is_warned_of(flags, tmp_path, caplog):
+    data = write_table(tmp_path / 'data')
+    build(data, tmp_path, '--dataset', 'csv', '--task', 'multilabel', *flags.split()).close()
+    assert ('evaluation cuts 10% of the area' in caplog.text) == (not flags)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        ('--freeze-backbone', '--freeze-backbone keeps random weights'),
+        ('--freeze-backbone --pretrained', ''),
+        ('--freeze-backbone --initial-checkpoint a.pth', ''),
+        ('--model local-dir:folder', '--model local-dir:folder: its weights are not loaded; add --pretrained'),
+        ('--model local-dir:folder --pretrained', ''),
+        ('', ''),
+    ],
+)
+def test_random_weights_are_warned_of(flags, line, caplog, tmp_path):
+    (tmp_path / 'a.pth').touch()
+    parse_train([str(tmp_path), *MODEL, *flags.replace('a.pth', str(tmp_path / 'a.pth')).split()])
+    assert line in caplog.text and ('weights' in caplog.text) == bool(line)
+    caplog.clear()
+    parse_probe('', [str(tmp_path), *MODEL[:4], '--device', 'cpu'])
+    assert 'a probe keeps random weights' in caplog.text
+
+
+@pytest.mark.parametrize('task', ['multilabel', 'classification'])
+def test_classes_that_are_always_or_never_predicted(task):
+    logits = torch.tensor([[3.0, -1, -1, -9], [3, -1, -1, -9], [3, -1, -1, -9]])
+    targets = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
+    evaluator = MultiLabelEvaluator() if task == 'multilabel' else ClassificationEvaluator()
+    with join_world('cpu') as world:
+        predicted = PredictedClasses(evaluator, ['ant', 'bee', 'cow', 'dog'], 3, world)
+        for part in (slice(0, 2), slice(2, 4)):
+            # the last image is padding of a distributed sampler, and has another label
+            scores = torch.cat([logits, torch.tensor([[-9.0, 9, 9, 9]])])[part]
+            labels = torch.cat([targets, torch.tensor([[0, 0, 0, 1]])])[part]
+            labels = labels if task == 'multilabel' else labels.argmax(1)
+            evaluator.max_samples = 3
+            evaluator.update(scores, labels)
+            predicted.update(scores, labels)
+        lines = predicted.lines()
+    assert lines == [
+        'predicted for no image, though some show them: 2 classes: bee, cow' if task == 'multilabel' else
+        'predicted for no image, though some show them: 1 classes: cow',
+        'predicted for every image, though some do not show them: 1 classes: ant',
+    ]  # fmt: skip

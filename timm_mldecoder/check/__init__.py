@@ -1,0 +1,1 @@
+"""Look at a dataset before training on it: the command `timm-mldecoder check`."""

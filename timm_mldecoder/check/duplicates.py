@@ -1,0 +1,77 @@
+"""Images that are copies of each other: byte by byte, or nearly, by a perceptual hash."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from timm_mldecoder.data.same_files import repeated
+
+DISTANCE = 7  # of 128 bits of the perceptual hash, at most
+DIFFERENCE = 6.0  # mean of the absolute difference of thumbnails, in grey values, at most
+_BANDS = 8  # of 16 bits: two hashes that differ in at most 7 bits are equal in one of them
+_ROWS = 256  # of a comparison at a time
+_POPCOUNT = np.array([bin(number).count('1') for number in range(256)], dtype=np.uint8)
+
+
+def equal_content(contents: Sequence[bytes]) -> list[list[int]]:
+    """Groups of positions with the same digest."""
+    groups = defaultdict(list)
+    for position, content in enumerate(contents):
+        groups[content].append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def near(looks: Sequence[bytes], thumbnails: Sequence[bytes]) -> list[list[int]]:
+    """Groups of positions whose images nearly look the same.
+
+    Pairs are equal in one band of the hash, differ in few bits of the rest, and have thumbnails of nearly the same
+    colours, which tells apart images without structure.
+
+    Args:
+        looks: Perceptual hashes of 128 bits.
+        thumbnails: RGB values, all of one length.
+
+    Returns:
+        Groups of at least two, each connected by such pairs.
+    """
+    if len(looks) < 2:
+        return []
+    hashes = np.frombuffer(b''.join(looks), np.uint8).reshape(len(looks), -1)
+    colours = np.frombuffer(b''.join(thumbnails), np.uint8).reshape(len(looks), -1)
+    pairs = set()
+    for band in hashes.view(np.uint16).T:
+        for bucket in repeated(band.astype(np.int64)):
+            pairs |= _pairs(bucket, hashes, colours)
+    return _connected(pairs)
+
+
+def _pairs(bucket: np.ndarray, hashes: np.ndarray, colours: np.ndarray) -> set[tuple[int, int]]:
+    found = set()
+    for first in range(0, len(bucket), _ROWS):
+        rows = bucket[first : first + _ROWS]
+        others = bucket[first:]
+        distance = _POPCOUNT[hashes[rows, None] ^ hashes[None, others]].sum(2, dtype=np.uint16)
+        for row, column in np.argwhere(np.triu(distance <= DISTANCE, 1)).tolist():
+            a, b = int(rows[row]), int(others[column])
+            if np.abs(colours[a].astype(np.int16) - colours[b]).mean() <= DIFFERENCE:
+                found.add((min(a, b), max(a, b)))
+    return found
+
+
+def _connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Groups that pairs connect, in the order of their first member."""
+    leader: dict[int, int] = {}
+
+    def find(position: int) -> int:
+        while leader.setdefault(position, position) != position:
+            leader[position] = leader[leader[position]]
+            position = leader[position]
+        return position
+
+    for a, b in sorted(pairs):
+        leader[max(find(a), find(b))] = min(find(a), find(b))
+    groups = defaultdict(list)
+    for position in sorted(leader):
+        groups[find(position)].append(position)
+    return list(groups.values())

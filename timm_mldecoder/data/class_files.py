@@ -1,0 +1,80 @@
+"""Files of class names and of thresholds that a user has for a model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_mldecoder.data.text_files import read_names, read_rows, read_text
+
+
+def read_class_names(path: Path, num_classes: int) -> list[str]:
+    """Return the names of the outputs in order.
+
+    Args:
+        path: A text file with a name per line; or `.json`: a list of names, names by index, or indices by name.
+        num_classes: Number of outputs.
+
+    Raises:
+        ValueError: If there are not as many distinct names, or the indices are not 0 to num_classes - 1.
+    """
+    content = _read_json(path) if path.suffix == '.json' else read_names(path)
+    if isinstance(content, dict):
+        pairs = [(name, key) if isinstance(name, int) else (key, name) for key, name in content.items()]
+        by_index = {str(index): name for index, name in pairs}
+        if set(by_index) != {str(index) for index in range(num_classes)}:
+            raise ValueError(f'{path}: the indices of the names must be 0 to {num_classes - 1}')
+        content = [by_index[str(index)] for index in range(num_classes)]
+    if not isinstance(content, list) or not all(isinstance(name, str) and name for name in content):
+        raise ValueError(f'{path}: expected a list of names, or an object of names and indices')
+    if len(content) != num_classes or len(set(content)) != num_classes:
+        found = f'{len(content)} names, {len(set(content))} of them distinct'
+        raise ValueError(f'{path}: the model has {num_classes} classes, the file {found}')
+    return content
+
+
+def read_thresholds(path: Path, class_names: Sequence[str]) -> dict[str, float]:
+    """Return the probability from which each class is predicted.
+
+    Args:
+        path: A CSV file with a row `name,threshold` per class, such as that of `validate.py --class-report`; or
+            `.json`: thresholds by name, or a list in the order of the classes.
+        class_names: Names of all classes.
+
+    Raises:
+        ValueError: If a class has no threshold, or one outside [0, 1].
+    """
+    if path.suffix == '.json':
+        content = _read_json(path)
+        values = dict(zip(class_names, content, strict=False)) if isinstance(content, list) else content
+    else:
+        rows = [row for _, row in read_rows(path)]
+        named = [field.strip() for field in rows[0]] if rows else []
+        columns = (named.index('class'), named.index('threshold')) if {'class', 'threshold'} <= set(named) else (0, 1)
+        rows = rows[1:] if 'threshold' in named else rows
+        values = {row[columns[0]]: row[columns[1]] for row in rows if len(row) > max(columns)}
+    if not isinstance(values, dict):
+        raise ValueError(f'{path}: expected thresholds by name')
+    found = {}
+    for name in class_names:
+        if name not in values:
+            raise ValueError(f'{path}: no threshold of class {name!r}')
+        found[name] = _probability(values[name], f'{path}: threshold of class {name!r}')
+    return found
+
+
+def _probability(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'{where} must be a number, got {value!r}') from None
+    if not 0 <= number <= 1:
+        raise ValueError(f'{where} must be in [0, 1], got {number}')
+    return number
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path}: not JSON: {error}') from error

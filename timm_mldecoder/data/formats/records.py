@@ -1,0 +1,210 @@
+"""Targets of Hugging Face datasets and WebDataset shards: names as labels, and columns that do not fit the task.
+
+timm takes class indices. Here a target may also be a name, a list of names, or several names in one string, as in
+`tag_string`: `1girl solo long_hair`.
+"""
+
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import timm.data
+from timm.data.readers.targets import get_field
+
+from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.text_files import normalize_name
+
+_logger = logging.getLogger(__name__)
+
+Target = int | str | list | None
+
+
+def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Callable[[], Any], separator: str) -> None:
+    """Let names be targets of a dataset of timm, and check that its targets fit the task.
+
+    Args:
+        dataset: timm's dataset of `name`, `hfds/...` or `wds/...`.
+        name: Name of the dataset, for messages.
+        multilabel: Whether an image has several classes.
+        training_split: Makes the training split, whose names are the classes where no class map lists them.
+        separator: Between the names in one string; empty for blanks.
+
+    Raises:
+        ValueError: If the targets do not fit the task, or a name is not one of the classes.
+    """
+    reader = dataset.reader
+    if reader.target_keys or reader.dense_target:
+        return
+    streamed = not hasattr(reader, 'iter_targets')
+    remap, reader.remap_class = reader.remap_class, False  # the targets as they are stored
+    first = _first_of_shards(reader) if streamed else _example(reader)
+    _check_task(name, reader, first, multilabel)
+    if not _is_named(first):
+        reader.remap_class = remap
+        return
+    split = NameSplit(multilabel, separator)
+    names = _classes(reader)
+    if not names and streamed:
+        raise ValueError(f'dataset {name!r}: the targets are names such as {first!r}: pass --class-map, the classes')
+    if not names:
+        found = {label for target in training_split().reader.iter_targets() for label in split(target)}
+        names = {label: index for index, label in enumerate(sorted(found))}
+    reader.class_to_idx = names
+    numbers = Numbers(split, names, multilabel)
+    if streamed:
+        reader.numbers = numbers
+        reader._lazy_init = partial(_begin, reader)
+        return
+    for row, target in enumerate(reader.iter_targets()):
+        numbers(target, f'dataset {name!r}, split {reader.split}, row {row}')
+    reader.remap_class = False
+    reader.dataset = reader.dataset.with_transform(NumberedColumn(reader.label_key, numbers))
+
+
+class NameSplit:
+    """The names of a target, normalized as in every reader."""
+
+    def __init__(self, multilabel: bool, separator: str) -> None:
+        self._multilabel, self._separator = multilabel, separator
+
+    def __call__(self, target: Target) -> list[str]:
+        if isinstance(target, str) and self._multilabel:
+            target = target.split(self._separator or None)
+            if not self._separator and any(part.endswith((',', ';')) for part in target):
+                raise ValueError(
+                    f'names such as {target[0]!r} end with a separator: pass --label-separator {target[0][-1]!r}'
+                )
+        parts = target if isinstance(target, (list, tuple)) else [] if target is None else [target]
+        return [name for part in parts if (name := normalize_name(str(part)))]
+
+
+class Numbers:
+    """The class indices of a target of names."""
+
+    def __init__(self, split: NameSplit, classes: dict[str, int], multilabel: bool) -> None:
+        self._split, self._classes, self._multilabel = split, classes, multilabel
+
+    def __call__(self, target: Target, where: str) -> int | list[int]:
+        names = self._split(target)
+        unknown = [name for name in names if name not in self._classes]
+        if unknown:
+            shown = ', '.join(list(self._classes)[:5])
+            raise ValueError(f'{where}: unknown label {unknown[0]!r}; the classes are {shown}, ...')
+        if self._multilabel:
+            return [self._classes[name] for name in names]
+        if len(names) != 1:
+            raise ValueError(f'{where}: expected one class, got {target!r}')
+        return self._classes[names[0]]
+
+
+class NumberedColumn:
+    """Batches of rows whose names are indices."""
+
+    def __init__(self, column: str, numbers: Numbers) -> None:
+        self._column, self._numbers = column, numbers
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if self._column not in batch:
+            return batch
+        return {**batch, self._column: [self._numbers(target, self._column) for target in batch[self._column]]}
+
+
+def read_by_rule(dataset: Any, reading: Reading, mode: str) -> None:
+    """Let a stream of WebDataset read images by the rule of files; timm clips deep images and drops transparency."""
+    dataset.reader.reading, dataset.reader.mode = reading, mode
+    dataset.reader.input_img_mode = None
+    dataset.reader._lazy_init = partial(_begin, dataset.reader)
+
+
+def _begin(reader: Any) -> None:
+    """Begin a stream: names become indices before timm's stages that decode and rename, images are converted after."""
+    import webdataset
+
+    type(reader)._lazy_init(reader)
+    if hasattr(reader, 'numbers'):
+        reader.ds.pipeline.insert(-2, webdataset.map(partial(_with_numbers, reader, reader.numbers)))
+    if hasattr(reader, 'reading'):
+        reader.ds.pipeline.append(webdataset.map(partial(_converted, reader.reading, reader.mode), handler=_skip))
+
+
+def _skip(error: Exception) -> bool:
+    _logger.warning(f'unreadable image left out: {error}')
+    return True
+
+
+def _converted(reading: Reading, mode: str, sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, 'image': reading.convert(sample['image'], mode)}
+
+
+def _with_numbers(reader: Any, numbers: Numbers, sample: dict[str, Any]) -> dict[str, Any]:
+    where, key = f'sample {sample.get("__key__")}', reader.target_key or reader.split_info.alt_label
+    if not key:
+        return {**sample, 'cls': str(numbers(sample['cls'].decode(), where)).encode()}
+    meta = json.loads(sample['json'])
+    return {**sample, 'json': json.dumps({**meta, key: numbers(get_field(meta, key), where)}).encode()}
+
+
+def _check_task(name: str, reader: Any, first: Target, multilabel: bool) -> None:
+    column = getattr(reader, 'label_key', None) or getattr(reader, 'target_key', None) or 'cls'
+    if isinstance(first, (list, tuple)) and not multilabel:
+        raise ValueError(
+            f'dataset {name!r}: {column!r} has several classes per image, such as {first!r:.60}: pass --task multilabel'
+        )
+    if isinstance(first, int) and multilabel:
+        raise ValueError(
+            f'dataset {name!r}: {column!r} has one class per image, such as {first!r}: leave --task multilabel out, or '
+            'pass --target-key, a column of several'
+        )
+
+
+def _is_named(target: Target) -> bool:
+    parts: Sequence[Any] = target if isinstance(target, (list, tuple)) else [target]
+    return any(isinstance(part, str) for part in parts)
+
+
+def _classes(reader: Any) -> dict[str, int]:
+    if reader.class_to_idx:
+        return {normalize_name(str(label)): index for label, index in reader.class_to_idx.items()}
+    info = getattr(reader, 'info', None)
+    return {normalize_name(label): index for index, label in enumerate((info or {}).get('class_names') or ())}
+
+
+def _example(reader: Any) -> Target:
+    """A value of the type of the targets: the first one that is not empty."""
+    features = reader.dataset.features
+    feature, depth = get_field(features, reader.label_key), 0
+    while hasattr(feature, 'feature'):
+        feature, depth = feature.feature, depth + 1
+    value: Target = 0 if hasattr(feature, 'names') or 'int' in str(getattr(feature, 'dtype', '')) else None
+    if getattr(feature, 'dtype', None) == 'string' and not hasattr(feature, 'names'):
+        return next((target for target in reader.iter_targets() if target), '')
+    return [value] if depth else value
+
+
+def _first_of_shards(reader: Any) -> Target:
+    """The target of the first sample of a local shard; None where it cannot be read, which timm reports."""
+    key = reader.target_key or reader.split_info.alt_label
+    try:
+        with tarfile.open(os.path.join(reader.root, reader.split_info.filenames[0])) as tar:
+            member = next(member for member in tar if member.name.endswith('.json' if key else '.cls'))
+            content = tar.extractfile(member).read().decode()
+        if key:
+            return get_field(json.loads(content), key)
+        return int(content) if content.strip().lstrip('-').isdigit() else content
+    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError, StopIteration):
+        return None
+
+
+def training_split(name: str, root: str | None, split: str, **options: Any) -> Any:
+    """The split `train` of a dataset, or `split` where there is none."""
+    for candidate in ('train', split):
+        try:
+            return timm.data.create_dataset(name, root=root, split=candidate, is_training=False, **options)
+        except (ValueError, RuntimeError):
+            if candidate == split:
+                raise
+    raise AssertionError('unreachable')

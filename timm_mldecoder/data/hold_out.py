@@ -1,0 +1,78 @@
+"""A validation split that is held out of the training split, with the same share of every class."""
+
+from typing import Any
+
+import numpy as np
+
+from timm_mldecoder.data.annotations import POSITIVE, MultiLabelDataset
+from timm_mldecoder.data.summary import class_indices
+
+
+def stratify(image: np.ndarray, label: np.ndarray, images: int, fraction: float, seed: int) -> np.ndarray:
+    """Choose a share of images that holds the same share of every class, also where images have several.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, ECML PKDD 2011): the rarest class that is left is
+    distributed first, each of its images to the part that lacks most of it. Images without a class are one more class.
+
+    Args:
+        image: Image index of each label, [A].
+        label: Class index of each label, [A].
+        images: Number of images, N.
+        fraction: Share to choose.
+        seed: Seed of the order in which images are distributed, which also decides ties.
+
+    Returns:
+        Whether each image is chosen, [N].
+    """
+    random = np.random.default_rng(seed)
+    without = np.setdiff1d(np.arange(images), image)
+    label = label.astype(np.int64)
+    classes = int(label.max(initial=-1)) + 2
+    image, label = np.append(image, without), np.append(label, np.full(len(without), classes - 1))
+    rank = random.permutation(images)
+    order = np.lexsort((rank[image], label))
+    of_class = np.split(image[order], np.cumsum(np.bincount(label, minlength=classes))[:-1])
+    order = np.argsort(image, kind='stable')
+    of_image = np.split(label[order], np.cumsum(np.bincount(image, minlength=images))[:-1])
+
+    left = np.bincount(label, minlength=classes).astype(np.float64)
+    wanted = np.stack([left * (1 - fraction), left * fraction])  # images of each class that a part still lacks
+    wanted_images = [images * (1 - fraction), images * fraction]
+    part = np.full(images, -1)
+    while left.any():
+        rarest = int(np.where(left > 0, left, np.inf).argmin())
+        for index in of_class[rarest].tolist():
+            if part[index] >= 0:
+                continue
+            lack = wanted[:, rarest].tolist()
+            tied = np.isclose(*lack)
+            chosen = int(lack[1] > lack[0] if not tied else wanted_images[1] > wanted_images[0])
+            part[index] = chosen
+            wanted[chosen, of_image[index]] -= 1
+            wanted_images[chosen] -= 1
+            left[of_image[index]] -= 1
+    return part == 1
+
+
+def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool) -> None:
+    """Keep the part of a dataset that is held out for validation, or the rest.
+
+    Raises:
+        ValueError: If the dataset does not tell its labels without reading images, or a part is empty.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        image, label, value = dataset.annotations.entries()
+        image, label = image[value == POSITIVE], label[value == POSITIVE]
+    else:
+        label = class_indices(dataset)
+        if label is None or not isinstance(getattr(getattr(dataset, 'reader', None), 'samples', None), list):
+            raise ValueError('--val-fraction needs CSV or JSON lists or class folders')
+        image = np.arange(len(label))
+    chosen = stratify(image, label, len(dataset), fraction, seed)
+    kept = np.flatnonzero(chosen == held_out)
+    if not len(kept):
+        raise ValueError(f'--val-fraction {fraction:g} of {len(dataset)} images leaves a split without images')
+    if isinstance(dataset, MultiLabelDataset):
+        dataset.annotations = dataset.annotations.subset(kept)
+    else:
+        dataset.reader.samples = [dataset.reader.samples[index] for index in kept.tolist()]
