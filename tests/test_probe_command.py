@@ -1,6 +1,7 @@
 """`python -m timm_mldecoder.probe`: heads side by side on a frozen backbone, cached features, complete checkpoints."""
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -96,6 +97,23 @@ def test_every_head_is_scored_on_the_test_split_at_its_best_rate_and_saved_as_a_
         path = tmp_path / 'run' / row['checkpoint']
         score = validated(capsys, scenes, '--dataset', 'csv', '--split', 'test', '--checkpoint', path)['map']
         assert min(abs(score - other) for other in row['scores']) < 1e-3
+
+
+def test_the_range_of_rates_is_extended_while_the_best_one_is_at_its_end(scenes, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    flags = multilabel(scenes, *SMALL, *shlex.split('--heads max,linear --lrs 1e-5,1e-4 --seeds 2'))
+    results = run(*flags, '--extend-lrs', 2, '--test-split', 'test', output=tmp_path)
+    for label, row in results['heads'].items():
+        tried = {float(rate): value for rate, value in row['tried'].items()}
+        expected = [1e-5, 1e-4]  # in the order in which they are trained: of equal ones the first is the best
+        while len(expected) < 4 and (best := max(expected, key=tried.get)) in (min(expected), max(expected)):
+            expected.append(float(f'{best / 10 if best == min(expected) else best * 10:g}'))
+        assert list(tried) == expected and len(tried) > 2
+        assert row['lr'] == max(tried, key=tried.get)
+        assert f'{label}: the best learning rate is at an end of the range' in caplog.text
+        assert len([each for each in results['runs'] if each['head'] == label]) == 2 * len(tried)
+    plain = run(*flags, output=tmp_path, name='plain')
+    assert plain['runs'] == results['runs'][: len(plain['runs'])]
 
 
 def test_one_class_per_image(images, tmp_path, capsys):

@@ -68,6 +68,12 @@ def test_efficient_probing_averages_one_slice_of_the_values_per_query(tokens):
         EfficientProbe(F, C, num_queries=3, dim=8)
 
 
+def test_attention_pool_is_timms_module_and_a_linear_classifier(tokens):
+    probe = PROBES['attention_pool'](F, C).double()
+    nn.init.normal_(probe.pool.kv.bias)
+    torch.testing.assert_close(probe(tokens), probe.fc(probe.pool(tokens)))
+
+
 def test_weights_of_ml_decoder_probes_are_those_of_a_model_with_the_head(tokens):
     options = dict(SMALL_ML_DECODER, learnable_queries=True, decoder_embedding=64)
     model = timm.create_model('test_vit', num_classes=C, ml_decoder=options)

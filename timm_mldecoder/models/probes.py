@@ -1,66 +1,121 @@
 """Heads for frozen backbones, each from tokens [B, N, F] to logits [B, C]: what a probe compares.
 
-Their first arguments are the width F of the tokens and the number of classes C.
+Their first arguments are the width F of the tokens and the number of classes C. A head is `classify` of `features`:
+the latter depend on the tokens alone, so that a probe computes them once for all learning rates and seeds of a head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_mldecoder.head import MLDecoder
 
 
-class LinearProbe(nn.Module):
-    """Mean of the tokens, or the class token, then BatchNorm and a linear classifier, as DINOv2's linear evaluation.
+class Probe(nn.Module):
+    """Base of the heads."""
 
-    Args:
-        pool: 'mean', 'max' or 'class_token'.
-    """
+    stacked = False  # whether `classify_all` computes heads together; they draw no random numbers then
 
-    POOLS = ('mean', 'max', 'class_token')
+    def features(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Return what `classify` takes: the tokens, or what pooling and BatchNorm statistics make of them."""
+        return tokens
 
-    def __init__(self, num_features: int, num_classes: int, pool: str = 'mean') -> None:
-        super().__init__()
-        if pool not in self.POOLS:
-            raise ValueError(f'pool must be one of {", ".join(self.POOLS)}, got {pool!r}')
-        self.pool = pool
-        self.norm = nn.BatchNorm1d(num_features)
-        self.fc = nn.Linear(num_features, num_classes)
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits [B, C]."""
+        raise NotImplementedError
+
+    @classmethod
+    def classify_all(cls, heads: Sequence['Probe'], features: Tensor) -> Sequence[Tensor]:
+        """Return the logits [B, C] of several heads of the same sizes."""
+        return [head.classify(features) for head in heads]
 
     def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
-        if self.pool == 'class_token':
-            if class_token is None:
-                raise ValueError("pool='class_token' needs a backbone with a class token, use 'mean' or 'max'")
-            pooled = class_token
-        else:
-            pooled = tokens.mean(dim=1) if self.pool == 'mean' else tokens.amax(dim=1)
-        return self.fc(self.norm(pooled))
+        return self.classify(self.features(tokens, class_token))
 
 
-class LogSumExpProbe(nn.Module):
-    """A linear classifier on each token, pooled by the log of the mean of exponentials: a smooth maximum of logits."""
+class NormalizedProbe(Probe):
+    """Base of the heads that begin with BatchNorm, and then need no gradient of what it divides."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(num_features)
         self.fc = nn.Linear(num_features, num_classes)
 
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
-        logits = self.fc(self.norm(tokens.flatten(0, 1))).unflatten(0, tokens.shape[:2])
-        return logits.logsumexp(dim=1) - math.log(tokens.shape[1])
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return ``(x - mean) / std`` of x [B, F]; in training those of the batch, which also go to the buffers."""
+        norm = self.norm
+        if self.training:
+            norm.num_batches_tracked.add_(1)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, None, None, self.training, norm.momentum, norm.eps)
 
 
-class AttentionPoolProbe(nn.Module):
+class LinearProbe(NormalizedProbe):
+    """Mean of the tokens, or the class token, then BatchNorm and a linear classifier, as DINOv2's linear evaluation.
+
+    Args:
+        pool: 'mean', 'max' or 'class_token'.
+    """
+
+    stacked = True
+    POOLS = ('mean', 'max', 'class_token')
+
+    def __init__(self, num_features: int, num_classes: int, pool: str = 'mean') -> None:
+        super().__init__(num_features, num_classes)
+        if pool not in self.POOLS:
+            raise ValueError(f'pool must be one of {", ".join(self.POOLS)}, got {pool!r}')
+        self.pool = pool
+
+    def features(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Return normalized pooled tokens [B, F]."""
+        if self.pool == 'class_token':
+            if class_token is None:
+                raise ValueError("pool='class_token' needs a backbone with a class token, use 'mean' or 'max'")
+            pooled = class_token
+        else:
+            pooled = tokens.mean(dim=1) if self.pool == 'mean' else tokens.amax(dim=1)
+        return self.normalize(pooled)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.classify_all([self], features)[0]
+
+    @classmethod
+    def classify_all(cls, heads: Sequence['LinearProbe'], features: Tensor) -> Sequence[Tensor]:
+        x = torch.addcmul(_stack(heads, 'norm.bias'), features, _stack(heads, 'norm.weight'))  # [heads, B, F]
+        return torch.baddbmm(_stack(heads, 'fc.bias'), x, _stack(heads, 'fc.weight').squeeze(1).mT).unbind()
+
+
+class LogSumExpProbe(NormalizedProbe):
+    """A linear classifier on each token, pooled by the log of the mean of exponentials: a smooth maximum of logits."""
+
+    def features(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Return normalized tokens [B, N, F]."""
+        return self.normalize(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+    def classify(self, features: Tensor) -> Tensor:
+        # scale and shift of BatchNorm in the classifier: there they cost C rows, not B x N
+        weight, bias = self.fc.weight * self.norm.weight, self.fc.bias + self.fc.weight @ self.norm.bias
+        logits = F.linear(features, weight, bias)
+        return logits.logsumexp(dim=1) - math.log(features.shape[1])
+
+
+class AttentionPoolProbe(Probe):
     """timm's `AttentionPoolLatent` (one learned query, feed-forward network) and a linear classifier.
+
+    Keys and values are not computed for each token: a query attends to tokens x_n with ``q . (W x_n + b)``, so that W
+    moves to the query (b adds the same to every token, without effect), and the weighted mean of ``W x_n + b`` is W of
+    the weighted mean of the x_n, plus b. So N F^2 products become heads N F.
 
     Args:
         num_heads: Attention heads, a divisor of F; None means the largest up to 8.
         mlp_ratio: Hidden width of the feed-forward network, relative to F.
     """
+
+    stacked = True
 
     def __init__(
         self, num_features: int, num_classes: int, num_heads: int | None = None, mlp_ratio: float = 4.0
@@ -70,19 +125,37 @@ class AttentionPoolProbe(nn.Module):
         self.pool = AttentionPoolLatent(num_features, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.fc = nn.Linear(num_features, num_classes)
 
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
-        return self.fc(self.pool(tokens))
+    def classify(self, features: Tensor) -> Tensor:
+        return self.classify_all([self], features)[0]
+
+    @classmethod
+    def classify_all(cls, heads: Sequence['AttentionPoolProbe'], features: Tensor) -> Sequence[Tensor]:
+        width, queries, weights = features.shape[-1], [], []
+        for pool in (head.pool for head in heads):
+            key, value = (weight.view(pool.num_heads, -1, width) for weight in pool.kv.weight.chunk(2))
+            query = pool.q(pool.latent).view(pool.num_heads, 1, -1) * pool.scale
+            queries.append((query @ key).squeeze(1))
+            weights.append(value)
+        pooled = _pooled_values(torch.cat(queries), torch.cat(weights), features)
+        return [head._feed_forward(x) for head, x in zip(heads, pooled.chunk(len(heads), dim=1), strict=True)]
+
+    def _feed_forward(self, pooled: Tensor) -> Tensor:
+        x = self.pool.proj(pooled + self.pool.kv.bias[pooled.shape[1] :])
+        return self.fc(x + self.pool.mlp(x))
 
 
-class EfficientProbe(nn.Module):
+class EfficientProbe(Probe):
     """Efficient probing (arXiv 2506.10178, section 3): learned queries attend to the tokens without projections.
 
-    Query m averages slice m of the projected values; the slices together are the pooled vector [B, D].
+    Query m averages slice m of the projected values; the slices together are the pooled vector [B, D]. Tokens are
+    averaged before they are projected: M N F products in place of N F D.
 
     Args:
         num_queries: Number of queries M, a divisor of D; None means the largest up to 32.
         dim: Width D of the values; None means F.
     """
+
+    stacked = True
 
     def __init__(
         self, num_features: int, num_classes: int, num_queries: int | None = None, dim: int | None = None
@@ -101,15 +174,18 @@ class EfficientProbe(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.queries, std=0.02)
 
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
-        num_queries, width = self.queries.shape
-        attention = (self.queries @ tokens.transpose(1, 2) * width**-0.5).softmax(dim=-1)  # [B, M, N]
-        values = self.value(tokens).unflatten(-1, (num_queries, -1)).transpose(1, 2)  # [B, M, N, D / M]
-        pooled = (attention.unsqueeze(2) @ values).flatten(1)
-        return self.fc(self.norm(pooled))
+    def classify(self, features: Tensor) -> Tensor:
+        return self.classify_all([self], features)[0]
+
+    @classmethod
+    def classify_all(cls, heads: Sequence['EfficientProbe'], features: Tensor) -> Sequence[Tensor]:
+        queries = torch.cat([head.queries for head in heads]) * features.shape[-1] ** -0.5
+        weights = torch.cat([head.value.weight for head in heads]).unflatten(0, (len(queries), -1))
+        pooled = _pooled_values(queries, weights, features).chunk(len(heads), dim=1)
+        return [head.fc(head.norm(x)) for head, x in zip(heads, pooled, strict=True)]
 
 
-class MLDecoderProbe(MLDecoder):
+class MLDecoderProbe(MLDecoder, Probe):
     """`MLDecoder` on tokens, with tensors of the same names.
 
     Args:
@@ -120,6 +196,9 @@ class MLDecoderProbe(MLDecoder):
 
     def __init__(self, num_features: int, num_classes: int, num_of_groups: int = -1, dim: int = -1, **options) -> None:
         super().__init__(num_classes, num_of_groups, dim, num_features, **{'channels_first': False, **options})
+
+    def classify(self, features: Tensor) -> Tensor:
+        return super().forward(features)
 
     def forward(self, tokens, class_token: Tensor | None = None) -> Tensor:
         return super().forward(tokens)
@@ -158,6 +237,18 @@ PROBES: dict[str, Callable[..., nn.Module]] = {
     'ml_decoder': MLDecoderProbe,
     'ml_decoder_small': small_ml_decoder,
 }
+
+
+def _pooled_values(queries: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
+    """Attend to tokens [B, N, F] with scaled queries [M, F], project mean m by weights[m] of [M, D / M, F]: [B, D]."""
+    attention = F.linear(tokens, queries).softmax(dim=1)  # [B, N, M]
+    pooled = attention.mT @ tokens  # [B, M, F]
+    return torch.bmm(pooled.transpose(0, 1), weights.mT).transpose(0, 1).flatten(1)
+
+
+def _stack(heads: Sequence[nn.Module], name: str) -> Tensor:
+    """Return a parameter of each head, [heads, 1, ...]."""
+    return torch.stack([head.get_parameter(name) for head in heads]).unsqueeze(1)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

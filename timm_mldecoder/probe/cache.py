@@ -31,6 +31,7 @@ from timm_mldecoder.loading.randomness import Draw
 from timm_mldecoder.probe.features import Backbone, Batch, ImageBatches
 from timm_mldecoder.runtime.errors import RunFailed
 from timm_mldecoder.runtime.files import write_atomically
+from timm_mldecoder.runtime.log import logged
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class FeatureCache:
             groups = [draws[first : first + batch_size] for first in range(0, len(draws), batch_size)]
             plan += [(shard, group, group is groups[-1]) for group in groups]
         tokens, targets = [], []
-        batches = images([group for _, group, _ in plan])
+        batches = logged(f'Features of {self.folder.name}', images([group for _, group, _ in plan]), len(plan))
         for (shard, _, last), (batch, target) in zip(plan, batches, strict=True):
             found, class_token = backbone(batch)
             if class_token is not None:

@@ -62,6 +62,7 @@ class ProbeOptions(NamedTuple):
     train: Options  # options of train.py; `use_ml_decoder_head` is 1 if there are text queries
     heads: list[HeadSpec]
     rates: list[float]  # learning rates, in increasing order
+    further: int  # rates beyond an end of these that a head may get
     seeds: int
     test_split: str  # split that the chosen runs are scored on; empty for none
     augment: bool  # whether training images are augmented
@@ -104,6 +105,8 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
         raise ValueError(f'--cache-views {own.views} needs --cache and --augment')
     if own.shard is not None and not own.cache:
         raise ValueError(f'--cache-shard {own.shard} needs --cache')
+    if own.further and len(own.rates) < 2:
+        raise ValueError(f'--extend-lrs {own.further} needs at least two rates in --lrs')
     if not train.val_split:
         raise ValueError('--val-split: a probe chooses learning rates on a validation split; give one')
     return ProbeOptions(train, **{**vars(own), 'heads': heads, 'shard': own.shard or 1024})
@@ -152,6 +155,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     rates = '1e-4,3e-4,1e-3,3e-3,1e-2,3e-2'
     add('--lrs', dest='rates', type=_rates, default=rates, help='learning rates (default: %(default)s)')
     positive, seeds = number(int, '[1, 1e6]'), number(int, '[1, 1000]')
+    add('--extend-lrs', dest='further', type=number(int, '[0, 100]'), default=0, metavar='N', help='further rates, at '
+        'most N, of each head whose best rate is at an end of --lrs (default: %(default)s)')  # fmt: skip
     add('--seeds', type=seeds, default=3, help='seeds of initialization and dropout (default: %(default)s)')
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')

@@ -38,7 +38,7 @@ from timm_mldecoder.probe import report
 from timm_mldecoder.probe.cache import FeatureCache, data_digest, fill
 from timm_mldecoder.probe.features import Backbone, ComputedFeatures, ImageBatches, Source
 from timm_mldecoder.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
-from timm_mldecoder.probe.train import Run, Trainer, choose
+from timm_mldecoder.probe.train import Run, Trainer, choose, further_runs
 from timm_mldecoder.runtime.files import choose_folder, create_folder
 from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.train.loss import create_train_loss
@@ -116,15 +116,20 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
     def score(epoch: int) -> None:
-        found = trainer.score(sources['validation'], len(splits['validation']), runs, classes)
+        found = trainer.score(sources['validation'], len(splits['validation']), trainer.own, classes)
         for run in trainer.own:
             run.metrics[epoch] = found[id(run)]
-        _logger.info(f'Epoch {epoch}: {len(runs)} runs trained and scored')
+        _logger.info(f'Epoch {epoch}: {len(trainer.runs)} runs trained and scored')
 
     with advise_on_memory(train.batch_size, train.batch_size, 1):
-        trainer.train(sources['train'], len(splits['train']), score)
-    trainer.share()
-    choices = choose(runs, train.eval_metric)
+        while trainer.runs:
+            trainer.train(sources['train'], len(splits['train']), score)
+            trainer.share()
+            choices = choose(runs, train.eval_metric)
+            trainer.begin(further_runs(choices, options.rates, options.further, options.seeds))
+            for spec, rate in dict.fromkeys((run.spec.label, run.rate) for run in trainer.runs):
+                _logger.info(f'{spec}: the best learning rate is at an end of the range, trying {rate:g}')
+            runs += trainer.runs
     test = None
     if options.test_split:
         chosen = [run for choice in choices for run in choice.runs]
@@ -135,7 +140,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     files = {choice.spec.label: f'{_file_name(choice.spec.label)}.pth.tar' for choice in choices}
     for choice in choices:
         best = choice.best(train.eval_metric)
-        if any(best is run for run in trainer.own):
+        if best.head is not None:
             report.write_checkpoint(
                 folder / files[choice.spec.label],
                 train,

@@ -1,7 +1,8 @@
 """Train heads x learning rates x seeds side by side: one pass of the backbone per batch feeds them all.
 
 Every rank gets the features of the whole batch and trains its part of the runs, so that the number of ranks changes
-neither a run nor its BatchNorm statistics. A run depends on its own head, rate and seed alone, not on the others.
+neither a run nor its BatchNorm statistics. A run depends on its own head, rate and seed alone, not on the others. Runs
+of the same head share what does not depend on its weights: tokens are pooled and normalized once for all of them.
 """
 
 import logging
@@ -23,8 +24,10 @@ from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.losses import RandomQueryLoss
 from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.models.probes import NormalizedProbe
 from timm_mldecoder.probe.features import Batch, Source, read_together, scoring_groups, training_groups
 from timm_mldecoder.probe.options import HeadSpec
+from timm_mldecoder.runtime.log import logged
 from timm_mldecoder.train.optim import timm_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -47,9 +50,6 @@ class Run:
     # metrics on the validation split by epoch; None where its logits are not finite
     metrics: dict[int, dict[str, float] | None] = field(default_factory=dict)
 
-    def logits(self, batch: Batch) -> Tensor:
-        return self.head(batch.tokens, batch.class_token)
-
     def result(self) -> dict:
         """Return what other ranks need to know."""
         return dict(parameters=self.parameters, seconds=self.seconds, losses=self.losses, metrics=self.metrics)
@@ -60,7 +60,7 @@ class Trainer:
     """Trains and scores the runs of this rank."""
 
     options: Options  # of train.py
-    runs: list[Run]  # all runs; this rank builds and trains every `world.size`-th
+    runs: list[Run]  # runs to train; this rank builds and trains every `world.size`-th
     build: Callable[[HeadSpec], nn.Module]
     loss: nn.Module
     evaluator: Callable[[], ClassificationEvaluator]
@@ -68,13 +68,22 @@ class Trainer:
     read_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.own = self.runs[self.world.rank :: self.world.size]
         self.loss.to(self.world.device)
+        self.begin(self.runs)
+
+    def begin(self, runs: list[Run]) -> None:
+        """Build the heads of the next runs to train; those of earlier ones stay."""
+        self.runs, self.own = runs, runs[self.world.rank :: self.world.size]
         for run in self.own:
             seed_all(self.options.seed + run.seed)
             run.head = self.build(run.spec).to(self.world.device).train()
             run.parameters = sum(parameter.numel() for parameter in run.head.parameters())
             run.optimizer = timm_optimizer(self.options.replace(lr=run.rate), run.head)
+            _fuse(run.optimizer, self.world.device)
+        self._groups = _by_head(self.own)
+        for first, *others in self._groups:
+            for run in others:
+                _share_statistics(first.head, run.head)
 
     def train(self, source: Source, number: int, score: Callable[[int], None]) -> None:
         """Train for all epochs on a number of images; a collective call.
@@ -91,8 +100,9 @@ class Trainer:
                 f'--batch-size {options.batch_size} on {self.world.size} rank(s) exceeds the {number} images; reduce it'
             )
         for epoch in range(options.epochs):
-            sums = {id(run): torch.zeros((), device=self.world.device) for run in self.own}
-            batches = read_together(source, training_groups(number, size, options.seed, epoch), self.world)
+            sums = [torch.zeros((), device=self.world.device) for _ in self.own]
+            groups = training_groups(number, size, options.seed, epoch)
+            batches = logged(f'Epoch {epoch}', read_together(source, groups, self.world), steps)
             for index in range(steps):
                 start = time.perf_counter()
                 batch = next(batches)
@@ -100,10 +110,10 @@ class Trainer:
                 self.read_seconds += time.perf_counter() - start
                 step = epoch * steps + index
                 factor = learning_rate_factor(step, options.epochs * steps)
-                for run, loss in zip(self.own, self.step(batch, step, factor), strict=True):
-                    sums[id(run)] += loss
-            for run in self.own:
-                run.losses.append(sums[id(run)].item() / steps)
+                for total, loss in zip(sums, self.step(batch, step, factor), strict=True):
+                    total += loss
+            for run, total in zip(self.own, sums, strict=True):
+                run.losses.append(total.item() / steps)
             if (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs:
                 score(epoch)
 
@@ -112,23 +122,34 @@ class Trainer:
 
         The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
         """
-        return [self._step(run, batch, step, factor) for run in self.own]
+        losses = {}
+        for group in self._groups:
+            start = time.perf_counter()
+            with torch.no_grad():
+                features = group[0].head.features(batch.tokens, batch.class_token)
+            for runs in _together(group):
+                losses |= zip(map(id, runs), self._step(runs, features, batch.target, step, factor), strict=True)
+            self._wait()
+            for run in group:
+                run.seconds += (time.perf_counter() - start) / len(group)
+        return [losses[id(run)] for run in self.own]
 
-    def _step(self, run: Run, batch: Batch, step: int, factor: float) -> Tensor:
-        start = time.perf_counter()
-        seed_all(key(STEP, self.options.seed, run.seed, step))
-        for group in run.optimizer.param_groups:
-            group['lr'] = run.rate * factor
-        run.optimizer.zero_grad()
-        randomized = self.options.random_queries and getattr(run.head, 'vocabulary', None) is not None
-        loss = (RandomQueryLoss(self.loss) if randomized else self.loss)(run.logits(batch), batch.target)
-        loss.backward()
-        if self.options.clip_grad is not None:
-            dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
-        run.optimizer.step()
-        self._wait()
-        run.seconds += time.perf_counter() - start
-        return loss.detach()
+    def _step(self, runs: list[Run], features: Tensor, target: Tensor, step: int, factor: float) -> list[Tensor]:
+        seed_all(key(STEP, self.options.seed, runs[0].seed, step))  # several draw no random numbers
+        for run in runs:
+            for group in run.optimizer.param_groups:
+                group['lr'] = run.rate * factor
+            run.optimizer.zero_grad()
+        head = runs[0].head
+        randomized = self.options.random_queries and getattr(head, 'vocabulary', None) is not None
+        loss = RandomQueryLoss(self.loss) if randomized else self.loss
+        losses = [loss(logits, target) for logits in head.classify_all([run.head for run in runs], features)]
+        torch.stack(losses).sum().backward()
+        for run in runs:
+            if self.options.clip_grad is not None:
+                dispatch_clip_grad(run.head.parameters(), self.options.clip_grad, mode=self.options.clip_mode)
+            run.optimizer.step()
+        return [loss.detach() for loss in losses]
 
     @torch.no_grad()
     def score(
@@ -139,19 +160,25 @@ class Trainer:
         Returns:
             The metrics of each of the runs that this rank trains, by its `id`; None where logits are not finite.
         """
-        own = [run for run in self.own if any(run is other for other in runs)]
+        own = [run for run in runs if run.head is not None]
         evaluators = {id(run): self.evaluator() for run in own}
         finite = dict.fromkeys(evaluators, True)
-        size = self.options.batch_size * self.world.size
-        for batch in read_together(source, scoring_groups(number, size), self.world):
-            for run in own:
-                run.head.eval()
-                text = getattr(run.head, 'vocabulary', None) is not None
-                with other_classes(run.head, classes if text else None):
-                    logits = run.logits(batch)
-                finite[id(run)] &= bool(logits.isfinite().all())
-                evaluators[id(run)].update(logits.nan_to_num(0.0), batch.target)
-                run.head.train()
+        batches = scoring_groups(number, self.options.batch_size * self.world.size)
+        for batch in logged('Scoring', read_together(source, batches, self.world), len(batches)):
+            for group in _by_head(own):
+                for run in group:
+                    run.head.eval()
+                features = group[0].head.features(batch.tokens, batch.class_token)
+                for runs in _together(group):
+                    heads = [run.head for run in runs]
+                    text = getattr(heads[0], 'vocabulary', None) is not None
+                    with other_classes(heads[0], classes if text else None):
+                        several = heads[0].classify_all(heads, features)
+                    for run, logits in zip(runs, several, strict=True):
+                        finite[id(run)] &= bool(logits.isfinite().all())
+                        evaluators[id(run)].update(logits.nan_to_num(0.0), batch.target)
+                for run in group:
+                    run.head.train()
         return {
             name: dict(evaluator.compute(distributed=False)) if finite[name] else None
             for name, evaluator in evaluators.items()
@@ -168,6 +195,31 @@ class Trainer:
         """Wait for the device, so that times are those of the work that they name."""
         if self.world.device.type != 'cpu':
             torch.accelerator.synchronize(self.world.device)
+
+
+def _by_head(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs that have the same head, in their order."""
+    labels = dict.fromkeys(run.spec.label for run in runs)
+    return [[run for run in runs if run.spec.label == label] for label in labels]
+
+
+def _together(group: list[Run]) -> list[list[Run]]:
+    """Divide runs of the same head into those that are computed together."""
+    return [group] if group[0].head.stacked else [[run] for run in group]
+
+
+def _fuse(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let torch's optimizers take a step in one kernel, where they can and no other way was chosen."""
+    for group in optimizer.param_groups if device.type in ('cpu', 'cuda') else ():
+        if 'fused' in group and group['fused'] is None and not group['foreach']:
+            group['fused'] = True
+
+
+def _share_statistics(head: nn.Module, other: nn.Module) -> None:
+    """Give a head the BatchNorm statistics of another one's features, which are those of the same batches."""
+    if isinstance(head, NormalizedProbe):
+        for name, buffer in head.norm.named_buffers():
+            setattr(other.norm, name, buffer)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -214,6 +266,25 @@ def choose(runs: Sequence[Run], metric: str) -> list[Choice]:
         rate = max(ranks, key=ranks.__getitem__)
         choices.append(Choice(by_rate[rate][0].spec, by_rate[rate], tried))
     return choices
+
+
+def further_runs(choices: Sequence[Choice], given: Sequence[float], most: int, seeds: int) -> list[Run]:
+    """Return the runs that extend the range of rates of each head whose best rate is at an end of it.
+
+    Args:
+        choices: The best learning rates so far.
+        given: Learning rates that every head was trained at; the range grows by the ratio of the last two.
+        most: Rates beyond these that a head may get.
+        seeds: Runs of a rate.
+    """
+    runs = []
+    for choice in choices:
+        rates = sorted(choice.tried)
+        if not choice.at_end or choice.tried[choice.rate] is None or len(rates) - len(given) >= most:
+            continue
+        end, neighbor = rates[:2] if choice.rate == rates[0] else rates[:-3:-1]
+        runs += [Run(choice.spec, end * end / neighbor, seed) for seed in range(seeds)]
+    return runs
 
 
 def _final(run: Run, metric: str) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from timm.utils import setup_default_logging
 
-from timm_mldecoder.runtime import signals
+from timm_mldecoder.runtime import allocator, signals
 
 USER_ERROR = 2  # as argparse exits
 FAILURE = 1
@@ -34,6 +34,7 @@ def run_command(main: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode
             stream.reconfigure(errors='backslashreplace')
+    allocator.keep_freed_memory()
     try:
         main()
     except signals.Stopped:

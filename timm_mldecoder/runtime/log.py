@@ -3,7 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -12,6 +14,19 @@ from tqdm import tqdm
 from timm_mldecoder.runtime.memory import peak_memory
 
 _logger = logging.getLogger(__name__)
+T = TypeVar('T')
+
+
+def logged(label: str, items: Iterable[T], total: int, seconds: float = 10.0) -> Iterator[T]:
+    """Yield items, and log how many of a total are done every few seconds, with or without a terminal."""
+    start = mark = time.perf_counter()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.perf_counter()
+        if now - mark >= seconds:
+            mark, elapsed = now, now - start
+            left = elapsed / number * (total - number)
+            _logger.info(f'{label}: [{number}/{total}]  {elapsed:.0f} s, about {left:.0f} s to go')
 
 
 class StepTimer:
