@@ -147,7 +147,8 @@ def test_the_log_names_kinds_and_files_and_strict_fails(faulty, caplog):
         main([str(root), *FLAGS, '--strict'])
     assert '5 unreadable: files that cannot be read' in caplog.text
     assert '4 leak: images of the validation split that are trained on' in caplog.text
-    assert 'half.jpg' in caplog.text and 'train: modes: ' in caplog.text
+    assert 'empty.png: an empty file' in caplog.text and 'text.jpg: not an image' in caplog.text
+    assert 'half.jpg: image file is truncated' in caplog.text and 'train: modes: ' in caplog.text
 
 
 def test_good_data_is_good(tmp_path, monkeypatch, caplog):
