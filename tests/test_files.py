@@ -264,6 +264,7 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
         ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
         ('file,names\n' + rows(), '--path-column'),
+        ('file;names\n' + rows(';'), r"got \['file', 'names'\]; --path-column"),
         ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
         ('path,labels\nx\\0.png,cat\nx\\1.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],

@@ -124,6 +124,10 @@ def test_shards_of_another_task_are_one_line(tmp_path):
         (['photos.csv'], '--dataset csv'),
         (['train.csv', 'images/a.png'], '--dataset csv'),
         (['train.json', 'a.png'], '--dataset json'),
+        (
+            ['tags.csv', 'shop/a.png', 'home/b.png'],
+            'give it in place of the folder, with --dataset csv',
+        ),
         (['annotations/instances_val2014.json', 'val2014/a.png', 'train2014/a.png'], '--dataset coco2014'),
         (['VOCdevkit/VOC2012/JPEGImages/a.jpg'], '--dataset voc2012'),
         (['_info.json', 'a-000.tar'], '--dataset wds/'),
@@ -135,6 +139,7 @@ def test_a_forgotten_dataset_is_named(files, flag, tmp_path):
         (tmp_path / 'data' / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'data' / file).write_text('')
     root = tmp_path / 'data' / 'photos.csv' if files == ['photos.csv'] else tmp_path / 'data'
-    with pytest.raises(ValueError, match=re.escape(f'add {flag.format(root=root)}')) as error:
-        create_split(parse_train([str(root)]), 'train')
+    task = ['--task', 'multilabel'] if 'shop/a.png' in files else []
+    with pytest.raises(ValueError, match=re.escape(flag.format(root=root))) as error:
+        create_split(parse_train([str(root), *task]), 'train')
     assert '\n' not in str(error.value)
