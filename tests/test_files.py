@@ -193,6 +193,8 @@ def test_unicode_forms_of_a_folder_are_one_class(tmp_path, caplog):
     assert classes[0] == classes[1] == {unicodedata.normalize('NFC', 'Müsli'): 0}
     check_classes(create_dataset('', str(tmp_path), 'train'), 1, given=False)
     assert 'without images' not in caplog.text
+    write(tmp_path / 'test' / ' Mü\u200bsli ' / 'x.png', Image.new('RGB', (8, 8)))
+    assert list(class_to_index(create_dataset('', str(tmp_path), 'test'))) == [unicodedata.normalize('NFC', 'Müsli')]
     write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     with pytest.raises(ValueError, match='one class by their name'):
         create_dataset('', str(tmp_path), 'train')

@@ -89,6 +89,21 @@ def test_targets_that_do_not_fit_are_one_line(labels, flags, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('labels', 'flags', 'message'),
+    [
+        (lambda number: ['a', 'b'], '', '--task multilabel'),
+        (lambda number: 'a', '', "'labels' has names: pass --class-map"),
+        (lambda number: number % 2, '--task multilabel', 'leave --task multilabel out'),
+    ],
+)
+def test_streams_that_do_not_fit_are_one_line(labels, flags, message, tmp_path):
+    flags = [*shlex.split(write_rows(tmp_path, 'labels', labels)), *flags.split(), '--num-classes', '2']
+    flags += ['--dataset', f'hfids/{tmp_path}/rows', '--train-num-samples', '12', '--dataset-download']
+    with pytest.raises(ValueError, match=message):
+        create_split(parse_train(flags), 'train', num_samples=12)
+
+
+@pytest.mark.parametrize(
     ('files', 'flags', 'name'),
     [
         (lambda i: {'cls': TAGS[i % 3].encode()}, '', 'eval_top1'),
