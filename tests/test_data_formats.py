@@ -319,6 +319,20 @@ def test_coco_categories_of_one_name_are_one_class(tmp_path, caplog):
     assert any("18, 5 have the name 'dog'" in record.message for record in caplog.records)
 
 
+def test_a_supercategory_without_annotations_and_names_that_are_almost_equal_are_warned_of(tmp_path, caplog):
+    """Roboflow lists the name of the dataset as a category; `cat ` and both forms of an accent are one name."""
+    write_coco(tmp_path)
+    path = tmp_path / 'annotations' / 'instances_train2014.json'
+    content = json.loads(path.read_text())
+    content['categories'] += [dict(id=1, name='animal', supercategory='none'), dict(id=2, name=' cat')]
+    content['categories'] += [dict(id=3, name='Dog', supercategory='Dog')]
+    path.write_text(json.dumps(content))
+    assert create_dataset('coco2014', str(tmp_path), 'train').class_names == ['dog', 'cat', 'animal', 'Dog']
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 2 and "'animal' has no annotation and is the supercategory" in lines[1]
+    assert 'only in case: dog / Dog' in lines[0]
+
+
 def test_the_flag_keeps_or_drops_images_without_annotations(tmp_path):
     WRITTEN['coco2014'][0](tmp_path)
     images = {}

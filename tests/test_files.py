@@ -193,6 +193,8 @@ def test_unicode_forms_of_a_folder_are_one_class(tmp_path, caplog):
     assert classes[0] == classes[1] == {unicodedata.normalize('NFC', 'Müsli'): 0}
     check_classes(create_dataset('', str(tmp_path), 'train'), 1, given=False)
     assert 'without images' not in caplog.text
+    write(tmp_path / 'test' / ' Mü\u200bsli ' / 'x.png', Image.new('RGB', (8, 8)))
+    assert list(class_to_index(create_dataset('', str(tmp_path), 'test'))) == [unicodedata.normalize('NFC', 'Müsli')]
     write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     with pytest.raises(ValueError, match='one class by their name'):
         create_dataset('', str(tmp_path), 'train')
@@ -264,6 +266,7 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
         ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
         ('file,names\n' + rows(), '--path-column'),
+        ('file;names\n' + rows(';'), r"got \['file', 'names'\]; --path-column"),
         ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
         ('path,labels\nx\\0.png,cat\nx\\1.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],

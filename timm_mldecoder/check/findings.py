@@ -136,7 +136,7 @@ def _finding(splits: Mapping[str, Split], images: list[tuple[str, int]], near: s
     files = tuple(splits[role].facts[position].path for role, position in images)
     labels = list(dict.fromkeys(splits[role].shown(position) for role, position in images))
     across = len({role for role, _ in images}) > 1
-    text = ' = '.join(files)
+    text = ' = '.join(files[:3]) + (f' = {len(files) - 3} more' if len(files) > 3 else '')
     if len(labels) > 1:
         text += f' ({near}{"copies in both splits" if across else "copies"}): {" | ".join(labels)}'
         return Finding('contradiction', files, text, tuple(images))

@@ -133,6 +133,10 @@ def create_split(
         if beside or names == ['']:
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
+    if multilabel and options.dataset in TIMM_FOLDERS:
+        beside = _lists_beside(Path(options.data_dir), source) or '; or name the format of lists, such as --dataset csv'
+        line = 'class folders have one class per image: leave --task multilabel out'
+        raise ValueError(f'{options.data_dir}: {line}{beside}')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
@@ -173,6 +177,8 @@ def _lists_beside(root: Path, split: str) -> str:
     """Return what to add where a folder without class folders holds another format; empty if it does not."""
     if found := next((kind for kind in ('csv', 'json') if (root / f'{split}.{kind}').is_file()), None):
         return f'; {split}.{found} is there: add --dataset {found} --task multilabel'
+    if root.is_dir() and (found := sorted(root.glob('*.csv'))):
+        return f'; {found[0].name} is there: give it in place of the folder, with --dataset csv'
     if root.is_dir() and any(path for suffix in ('parquet', 'arrow') for path in root.glob(f'**/*.{suffix}')):
         return f'; files of a Hugging Face dataset are there: add --dataset hfds/{root}'
     return ''

@@ -450,6 +450,5 @@ def record_bad_images(bad: list[BadImage], folder: Path) -> None:
 
 def image_path(dataset: Any, index: int) -> str:
     """Return the file of an image, or its number in a dataset without files."""
-    if not hasattr(dataset, 'filename'):
-        return f'image {index} of the dataset'
-    return os.fspath(dataset.filename(index, absolute=True))
+    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -89,6 +89,7 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
     )
     for delimiter in delimiters:
         _, header = next(read_rows(path, delimiter, skip), (1, []))
+        best = max(best, header, key=len)
         names = [normalize_name(name).lower() for name in header]
         if names.count(paths) != 1 or names.count(labels) > 1 or len(set(header)) < len(header):
             continue
