@@ -23,7 +23,9 @@ from timm_mldecoder.losses import (
     AsymmetricLoss,
     BinaryCrossEntropyLoss,
     ClassAwareSelectiveLoss,
+    HillLoss,
     MultiLabelLoss,
+    SelfPacedCorrectionLoss,
     automatic_scale,
 )
 
@@ -205,6 +207,7 @@ class _ToImages(torch.autograd.Function):
 #: How a loss is divided; those of other classes exchange logits.
 LOSSES = {
     **dict.fromkeys((BinaryCrossEntropyLoss, AsymmetricLoss, ClassAwareSelectiveLoss, AngularMarginLoss), EntryLoss),
+    **dict.fromkeys((HillLoss, SelfPacedCorrectionLoss), EntryLoss),
     **dict.fromkeys((BinaryCrossEntropy, AsymmetricLossMultiLabel, PolyBinaryCrossEntropy), EntryLoss),
     nn.CrossEntropyLoss: lambda loss, part: SoftmaxLoss(part, loss.weight, loss.label_smoothing),
     LabelSmoothingCrossEntropy: lambda loss, part: SoftmaxLoss(part, smoothing=loss.smoothing),
