@@ -6,12 +6,17 @@ descriptions, one class each. They share no code with the package.
 
 import csv
 import json
+import operator
 import random
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from image_folders import write_images
+from runs import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +29,7 @@ from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.export.__main__ import read_metadata
 from timm_mldecoder.flags import validate_options
 from timm_mldecoder.modeling.load import load_model, load_trained
+from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
 from validate import main as validate
@@ -804,3 +810,70 @@ def test_a_folder_is_exported_with_names_and_gets_thresholds_of_its_own(tmp_path
     stored = folder_settings(f'local-dir:{tmp_path / "named"}')['thresholds']
     assert list(stored) == names.read_text().split() and len(set(stored.values())) > 1
     assert_same_logits(timm.create_model(f'local-dir:{tmp_path / "named"}', pretrained=True), client)
+
+
+# The page
+
+
+def page(pattern):
+    return re.findall(pattern, (ROOT / 'docs/migrate.md').read_text(), re.M | re.S)
+
+
+def test_the_python_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = Client('resnet', Alias, classes=80, queries=80, dim=768)
+    published.model = timm.create_model('resnet18', num_classes=0)
+    published.head = Head(512, Alias, classes=80, queries=80, dim=768)
+    torch.save({'model': published.file('module.', '', '.fc.')}, 'published.pth')
+    light = Client('convnext', Alias, classes=26, queries=26, dim=768)
+    torch.save({'state_dict': light.file('backbone.') | {'loss.weight': torch.ones(26)}}, 'light.ckpt')
+    names = {}
+    for code in page(r'^```python\n(.*?)^```'):
+        exec(code, names)
+    assert_same_logits(names['module'], light)
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
+    """With small models in place of theirs."""
+    monkeypatch.chdir(tmp_path)
+    light, tagger = Client('convnext', Alias), Client('resnet', Renamed)
+    torch.save({'state_dict': light.file('backbone.') | {'loss.weight': torch.ones(CLASSES)}}, 'light.ckpt')
+    torch.save({'model': tagger.file()}, 'tagger.pth')
+    Path('class.json').write_text(json.dumps(NAMES))
+    with open('thresholds.csv', 'w', newline='') as file:
+        csv.writer(file).writerows((name, 1e-6) for name in NAMES)
+    write_images(tmp_path / 'IMAGES', train=1, validation=0)
+    small = {'convnext_tiny': 'test_convnext', '384': '64', 'resnet50': 'test_resnet', '448': '64'}
+    programs = {'timm_mldecoder.convert': convert.main, 'timm_mldecoder.predict': predict}
+    for line in '\n'.join(page(r'^    (python .*?[^\\\\])$')).replace('\\\n', ' ').splitlines():
+        _, _, program, *arguments = shlex.split(line)
+        programs[program]([small.get(argument, argument) for argument in arguments])
+    assert_same_logits(timm.create_model('local-dir:folder', pretrained=True), light)
+    (row, *_) = map(json.loads, Path('tags.jsonl').read_text().splitlines())
+    assert {label['label'] for label in row['labels']} == set(NAMES)
+
+
+def test_the_names_of_the_page_exist_and_are_those_of_converted_tensors():
+    head = MLDecoder(CLASSES, 4, DIM, 12)
+    text = MLDecoder(CLASSES, 4, DIM, 12, word_embeddings=5)
+    (names,) = page(r'^## Names\n(.*?)^## ')
+    rows = re.findall(r'^\| `(.*?)`.*? \| (.*?) \|$', names, re.M)
+    assert len(rows) > 10
+    for _, here in rows:
+        for name in re.findall(r'`head\.([\w.]+)', here):
+            assert operator.attrgetter(name)(text if 'word' in here else head) is not None, name
+    file = Head(12).state_dict()
+    converted, found = convert_state_dict(file, head), 0
+    for old, here in rows:
+        if old in file:
+            assert torch.equal(converted[re.search(r'`head\.([\w.]+)', here)[1]], file[old])
+            found += 1
+    assert found == 2
+
+
+def test_a_frozen_model_whose_head_is_trained_keeps_fixed_queries():
+    for learnable in (False, True):
+        options = dict(learnable_queries=learnable, num_of_groups=4)
+        model = timm.create_model('test_resnet', num_classes=CLASSES, ml_decoder=options).requires_grad_(False)
+        model.fc.requires_grad_(True)
+        assert ('fc.queries.weight' in dict(model.named_parameters())) is learnable

@@ -32,8 +32,9 @@ from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.export.card import run_facts
-from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify
+from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify, verify_scores
 from timm_mldecoder.export.formats import FORMATS, Job, preprocessing, read_metadata
+from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     precision = 'float16' if arguments.half else 'float32'
     metadata = {**source.metadata, 'precision': quantized or precision}
+    if arguments.with_preprocessing:
+        check_images(metadata['preprocessing'])
     images = load_images(arguments.images, metadata, arguments.max_images if quantized else VERIFIED)
     # everything happens in a folder beside the output, which disappears with all that is in it if a step fails
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as folder:
@@ -86,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = (arguments.batch_size,) if arguments.batch_size else SIZES
             tolerance = BOUNDS[precision] if arguments.tolerance is None else arguments.tolerance
             lines = [f'difference    {verify(run, source.model, images.tensors, sizes, tolerance)}']
+            if arguments.with_preprocessing:
+                prepare_images(path, metadata)
+                lines += [f'difference    {verify_scores(path, source.model, images, metadata)}']
         if quantized:
             calibration = None
             if arguments.calibration:
@@ -179,6 +185,10 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise ValueError(f'--{name.replace("_", "-")} needs --quantize')
     elif arguments.half:
         raise ValueError('--half and --quantize exclude each other')
+    elif arguments.with_preprocessing:
+        raise ValueError('--with-preprocessing and --quantize exclude each other')
+    if arguments.with_preprocessing and arguments.batch_size not in (None, 1):
+        raise ValueError('--with-preprocessing is verified image by image: leave --batch-size out')
     if arguments.out.suffix != spec.suffix and spec.suffix:
         raise ValueError(f'{arguments.out}: the name of a file of --format {arguments.format} ends with {spec.suffix}')
     missing = ', '.join(name for name in spec.packages if importlib.util.find_spec(name) is None)
@@ -204,7 +214,14 @@ def _check_absent(out: Path) -> None:
 
 
 DEFAULTS = dict(
-    batch_size=None, opset=None, quantize=None, calibration=None, max_images=256, min_agreement=0.9, device='cpu'
+    batch_size=None,
+    opset=None,
+    with_preprocessing=False,
+    quantize=None,
+    calibration=None,
+    max_images=256,
+    min_agreement=0.9,
+    device='cpu',
 )
 
 
@@ -228,6 +245,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f'1 (default: {BOUNDS["float32"]:g}, with --half {BOUNDS["float16"]:g})')  # fmt: skip
     add('--batch-size', type=number(int, '[1, 65536]'), help='the only batch size of the file (default: any)')
     add('--device', help='device of the file, cpu or cuda (aot, torch-export; default: cpu)')
+    add('--with-preprocessing', action='store_true', help='ONNX: the file takes uint8 pixels [B, H, W, 3] of any size '
+        'and returns scores and logits')  # fmt: skip
     add('--opset', type=number(int, '[18, 99]'), help="ONNX operator set (default: torch's)")
     quantization = parser.add_argument_group('quantization of ONNX files for a CPU')
     add = quantization.add_argument

@@ -185,7 +185,7 @@ FORMATS = {
         _load_onnx,
         '.onnx',
         ('onnx', 'onnxscript', 'onnxruntime'),
-        ('batch_size', 'opset', 'quantize', 'calibration', 'max_images', 'min_agreement'),
+        ('batch_size', 'opset', 'with_preprocessing', 'quantize', 'calibration', 'max_images', 'min_agreement'),
     ),
     'torch-export': Format(_write_torch_export, _load_torch_export, '.pt2', flags=('batch_size', 'device')),
     'aot': Format(_write_aot, _load_aot, '.pt2', flags=('batch_size', 'device')),

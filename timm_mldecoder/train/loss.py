@@ -1,7 +1,11 @@
 """The training loss, and timm's task that holds it together with the model."""
 
+import importlib
 import logging
+import os
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from timm.loss import create_classification_loss
@@ -84,12 +88,28 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: If an option does not go with the loss, or the labels to ignore do not.
     """
+    if ':' in (options.loss or ''):
+        return _create_users_loss(options)
     try:
         if options.task == 'multilabel' and _is_own(options, dataset):
             return _create_own_loss(options, dataset)
         return _create_timm_loss(options, dataset)
     except TypeError as error:  # a name in --loss-kwargs that the loss does not have
         raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def _create_users_loss(options: Options) -> nn.Module:
+    """Create the loss of a class that the user names: called with logits [B, C] and the targets of the data."""
+    module, _, name = options.loss.partition(':')
+    try:
+        with patch.object(sys, 'path', [os.getcwd(), *sys.path]):
+            kind = getattr(importlib.import_module(module), name)
+        loss = kind(**options.loss_kwargs)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'--loss {options.loss}: {error}') from error
+    if not isinstance(loss, nn.Module):
+        raise ValueError(f'--loss {options.loss} is not a torch.nn.Module')
+    return loss
 
 
 def _is_own(options: Options, dataset: Dataset) -> bool:
