@@ -25,7 +25,7 @@ MAIN_EMA = EMA[:2]
 # file.
 _numpy_scalar = np.float64().__reduce__()[0]
 _numpy_array = np.empty(0).__reduce__()[0]
-_HARMLESS = [
+ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     np.ndarray,

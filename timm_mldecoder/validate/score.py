@@ -42,7 +42,8 @@ Result = dict[str, Any]
 def score_model(options: Options, world: World) -> Result:
     """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
-    model, options, config, content = load_model(options)
+    model, loaded, config, content = load_model(options)
+    options = loaded or options
     if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
