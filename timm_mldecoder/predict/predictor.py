@@ -30,6 +30,8 @@ class Predictor:
         task: 'classification' or 'multilabel'; None for the model's own.
         threshold: Probability from which a label of a multi-label model is given; None for the tuned ones, else 0.5.
         top_k: Largest number of labels per image; None for no limit, or one of a single-label model.
+        implications: Which classes imply which, [2, E] of `read_implications`: with a label, those that it implies are
+            given, with a score as high at least.
         features: 'pooled' or 'queries' to give features too; '' for none.
         compiled: Whether to compile the model.
 
@@ -49,6 +51,7 @@ class Predictor:
         task: str | None = None,
         threshold: float | None = None,
         top_k: int | None = None,
+        implications: Tensor | None = None,
         features: str = '',
         compiled: bool = False,
     ) -> None:
@@ -64,6 +67,9 @@ class Predictor:
             self.thresholds = default if tuned is None else tuned
         elif threshold is not None:
             raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
+        if implications is not None and (self.thresholds is None or top_k):
+            raise ValueError('--implications are for multi-label models, without --top-k, which could cut implied ones')
+        self.implications = implications
         self.top_k = top_k or (1 if self.thresholds is None else len(self.class_names))
         self.features = features
         network = _Network(self.model, features)
@@ -79,10 +85,13 @@ class Predictor:
     def labels(self, scores: Tensor) -> list[list[Label]]:
         """Return the labels of each image from its scores [B, C], the likeliest first.
 
-        Those are the labels that reach their threshold, at most `top_k`.
+        Those are the labels that reach their threshold, at most `top_k`, and those that they imply.
         """
         if self.thresholds is not None:
             scores = scores.masked_fill(scores < self.thresholds, -1)
+        if self.implications is not None:
+            implying, implied = self.implications
+            scores = scores.scatter_reduce(1, implied.expand(len(scores), -1), scores[:, implying], 'amax')
         most = int((scores >= 0).sum(dim=1).max())
         values, indices = (found.tolist() for found in scores.topk(min(self.top_k, most)))
         return [
