@@ -118,6 +118,7 @@ def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: b
     if given:
         raise ValueError(f'{", ".join(given)}: {file} is a checkpoint of train.py, which says this itself')
     trained = load_trained(str(file), use_ema=use_ema)
+    trained.model.pretrained_cfg = {**trained.model.pretrained_cfg, **NOT_OF_TIMM}
     save_folder(
         trained.model,
         folder,

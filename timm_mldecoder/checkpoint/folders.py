@@ -34,7 +34,7 @@ library_name: timm
 {classes}{facts}## How to load it
 
 ```bash
-pip install timm-mldecoder
+pip install .    # in a clone of timm-mldecoder
 ```
 
 ```python
