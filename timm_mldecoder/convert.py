@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import resolve_model_input_args
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_mldecoder.checkpoint.files import SUFFIX
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
@@ -164,7 +164,7 @@ def convert_published(
     """
     tensors = weights_of(content, use_ema)
     given = dict(ml_decoder_kwargs or {})
-    shown = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
+    shown: dict[str, Any] = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
     options = head_options(tensors, **shown) | given
     names = None
     if isinstance(options.get('word_embeddings'), Tensor):
@@ -191,7 +191,7 @@ def convert_published(
     if thresholds and not names:
         raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
 
-    def build() -> nn.Module:
+    def build() -> Any:
         arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
         return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
 
@@ -206,7 +206,7 @@ def convert_published(
     task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
     if thresholds and task != 'multilabel':
         raise ValueError('--thresholds are for --task multilabel')
-    tuned = read_thresholds(thresholds, names) if thresholds else None
+    tuned = read_thresholds(thresholds, names) if thresholds and names else None
     network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
     facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
     save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)

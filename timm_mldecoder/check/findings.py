@@ -76,6 +76,8 @@ def labels_of(dataset: Any) -> list[tuple[int, ...]] | None:
     if indices is not None:
         return [(index,) for index in indices.tolist()]
     reader = getattr(dataset, 'reader', None)
+    if reader is None:
+        return None
     if hasattr(reader, 'iter_targets') and not getattr(reader, 'dense_target', False):
         targets = list(reader.iter_targets())
     elif getattr(reader, 'targets', None) is not None:  # of tar files

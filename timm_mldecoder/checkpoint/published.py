@@ -94,7 +94,7 @@ def convert_state_dict(
     if 'gc1.weight' in tensors or 'gc1.W' in tensors:  # the layout of arXiv 2209.06585
         return convert_graph_state_dict(tensors, model)
     slot = _slot(model)
-    target = model.get_submodule(slot.removesuffix('.'))
+    target: Any = model.get_submodule(slot.removesuffix('.'))
     found = find_head(tensors, head)
     own = _head_tensors(tensors, found, self_attention)
     if found.layout != OURS:
@@ -162,7 +162,8 @@ def lacks_head_norm(
     found, slot = find_head(tensors, head), _slot(model)
     rest = _beside_heads(tensors, found, head)
     prefix, _ = _find_prefix(rest, model, slot, found, several=head is not None)
-    return bool(model.ml_decoder_norm) and not any(prefix + name in rest for name in model.ml_decoder_norm)
+    norm: Any = model.ml_decoder_norm
+    return bool(norm) and not any(prefix + name in rest for name in norm)
 
 
 def find_head(tensors: Mapping[str, Tensor], name: str | None = None) -> Head:

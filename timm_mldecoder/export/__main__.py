@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES
@@ -49,7 +48,7 @@ BOUNDS = {'float32': 1e-4, 'float16': 2e-2}  # of a difference, in units of the 
 class Source(NamedTuple):
     """A model to export."""
 
-    model: nn.Module  # the model in eval mode on the CPU, float32
+    model: Any  # the model in eval mode on the CPU, float32
     metadata: dict[str, Any]  # what `read_metadata` returns, but for the precision
     facts: Mapping[str, Any]  # lines of the model card, see `save_folder`
 

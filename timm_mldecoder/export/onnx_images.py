@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-MODES = {'bilinear': dict(mode='linear'), 'bicubic': dict(mode='cubic', cubic_coeff_a=-0.5)}
+MODES: dict[str, dict[str, Any]] = {'bilinear': dict(mode='linear'), 'bicubic': dict(mode='cubic', cubic_coeff_a=-0.5)}
 INPUT, OUTPUT = 'pixels', 'scores'
 
 

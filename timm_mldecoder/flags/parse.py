@@ -214,7 +214,7 @@ def _expand(value: Any) -> Any:
 
 def _dependent_defaults(options: Options, script: str, known: Container[str]) -> dict[str, Any]:
     """The defaults that depend on other options, but for those whose values are known."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
         _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')

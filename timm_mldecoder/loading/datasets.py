@@ -67,7 +67,7 @@ def create_split(
     training: bool = False,
     num_samples: int | None = None,
     repeats: float = 0,
-    missing: str = 'error',
+    missing: str | None = 'error',
     load_bytes: bool = False,
 ) -> Any:
     """Create the dataset of one split.
@@ -76,7 +76,7 @@ def create_split(
         training: Whether it is trained on: streams are shuffled, and zero-shot splits keep the seen classes.
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
-        missing: 'error' or 'skip' at images that are annotated but not on disk.
+        missing: 'error' or 'skip' at images that are annotated but not on disk; None does not check.
         load_bytes: Whether the transform takes the bytes of image files.
 
     Raises:
@@ -112,7 +112,7 @@ def create_split(
     if not kind and (forgotten := _forgotten_dataset(Path(options.data_dir))):
         raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
-        dataset = create_dataset(
+        dataset: Any = create_dataset(
             options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
         )
     except ImportError as error:

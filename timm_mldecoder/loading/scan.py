@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 class ImageFacts(NamedTuple):
     """What a file holds."""
 
-    index: int  # in the dataset
+    position: int  # in the dataset; `index` is a method of tuples
     path: str
     reason: str  # why it cannot be read; empty if it can
     mode: str = ''  # of the file

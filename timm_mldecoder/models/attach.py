@@ -295,12 +295,12 @@ def feature_widths(model: nn.Module, norm: bool = True):
     return family.widths(model) or (model.num_features if features else model.head_hidden_size)
 
 
-def _number_prefix_tokens(model: nn.Module) -> int:
+def _number_prefix_tokens(model: Any) -> int:
     number = family_of(type(model)).prefix_tokens
     return (getattr(model, 'num_prefix_tokens', None) or 0) if number is None else number
 
 
-def _between(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _between(model: Any) -> list[tuple[str, nn.Module]]:
     """Return the modules with tensors between the features of a timm model and its classifier, by name."""
     family = family_of(type(model))
     if family.read_features:
@@ -316,7 +316,7 @@ def _between(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _check_reading(model: nn.Module, options: Mapping) -> None:
+def _check_reading(model: Any, options: Mapping) -> None:
     """Raise ValueError unless `READ_OPTIONS` and the positional encoding fit the model."""
     name = type(model).__name__
     for option in READ_OPTIONS:
@@ -331,7 +331,7 @@ def _check_reading(model: nn.Module, options: Mapping) -> None:
         raise ValueError(f'prefix_tokens=True: {name} has no class or register tokens, leave it out')
 
 
-def remove_classifier(model: nn.Module, norm: bool = True) -> None:
+def remove_classifier(model: Any, norm: bool = True) -> None:
     """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need.
 
     A model that has a head on tokens already is left as it is. Without `norm`, the classifier's norm goes too.

@@ -122,7 +122,7 @@ class Trainer:
 
         The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
         """
-        losses = {}
+        losses: dict[int, Tensor] = {}
         for group in self._groups:
             start = time.perf_counter()
             with torch.no_grad():

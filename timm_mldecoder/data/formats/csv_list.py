@@ -17,7 +17,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -285,14 +284,17 @@ def read_csv(
     path = _find_table(root, split, split_column)
     source = Path(class_map) if class_map else path.parent / 'classes.txt'
     listed = bool(class_map) or source.is_file()
-    read = partial(read_images, **columns, split_column=split_column, class_map=listed)
-    images = read(path, split=split)
+
+    def read(file: Path, split: str) -> dict[str, dict[str, tuple[int, int]]]:
+        return read_images(file, split_column=split_column, split=split, class_map=listed, **columns)
+
+    images = read(path, split)
     if listed:
         class_names = read_names(source)
     else:
         source = path if split_column or root.is_file() else root / 'train.csv'
         same = source == path and (not split_column or split_name(split) == 'train')
-        train_images = images if same else read(source, split='train')
+        train_images = images if same else read(source, 'train')
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )

@@ -211,7 +211,8 @@ def _first_of_shards(reader: Any) -> Target:
     try:
         with tarfile.open(os.path.join(reader.root, reader.split_info.filenames[0])) as tar:
             member = next(member for member in tar if member.name.endswith('.json' if key else '.cls'))
-            content = tar.extractfile(member).read().decode()
+            file: Any = tar.extractfile(member)
+            content = file.read().decode()
         if key:
             return get_field(json.loads(content), key)
         return int(content) if content.strip().lstrip('-').isdigit() else content
