@@ -877,3 +877,35 @@ def test_a_frozen_model_whose_head_is_trained_keeps_fixed_queries():
         model = timm.create_model('test_resnet', num_classes=CLASSES, ml_decoder=options).requires_grad_(False)
         model.fc.requires_grad_(True)
         assert ('fc.queries.weight' in dict(model.named_parameters())) is learnable
+
+
+class Averaged(nn.Module):
+    """Three heads on one backbone, whose logits are averaged (LTCXNet)."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.model = timm.create_model('test_resnet', num_classes=0)
+        self.heads = nn.ModuleList(make() for _ in range(3))
+        self.size = 64
+        self.eval()
+
+    def forward(self, images):
+        tokens = self.model.forward_features(images).flatten(2).transpose(1, 2)
+        return torch.stack([head(tokens) for head in self.heads]).mean(dim=0)
+
+
+@pytest.mark.parametrize('repair', [Alias, Torch])
+def test_a_module_with_several_heads_gets_its_checkpoint(repair):
+    client = randomize(Averaged(lambda: Head(96, repair)))
+    ours = Averaged(lambda: MLDecoder(CLASSES, 4, DIM, 96, self_attention=repair is Torch))
+    file = {f'backbone.{name}': value for name, value in client.state_dict().items()}
+    if repair is Torch:
+        with pytest.raises(ValueError, match="'use'.*'ignore'"):
+            convert_state_dict(file, ours)
+    ours.load_state_dict(convert_state_dict(file, ours, self_attention=REPAIRS[repair]))
+    assert_same_logits(ours, client)
+    with pytest.raises(ValueError, match='unexpected: loss.weight'):
+        convert_state_dict(file | {'loss.weight': torch.ones(1)}, ours, self_attention=REPAIRS[repair])
+    del file['backbone.heads.2.decoder.duplicate_pooling']
+    with pytest.raises(ValueError, match='missing'):
+        convert_state_dict(file, ours, self_attention=REPAIRS[repair])
