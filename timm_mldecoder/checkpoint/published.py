@@ -370,8 +370,9 @@ def _options_of_shapes(head: Mapping[str, Tensor]) -> dict[str, Any]:
         for option, (name, dim) in _SHAPED_BY.items()
         if name in head and head[name].dim() > dim
     }
-    if 'num_of_groups' in options and 'group_fc.weight' in head and head['group_fc.weight'].dim() == 2:  # one for all
-        options = {'decoder_embedding': len(head['group_fc.weight']), 'dim_feedforward': options.get('dim_feedforward')}
+    if 'group_fc.weight' in head and head['group_fc.weight'].dim() == 2:  # one weight [D, g] for all queries
+        options = {name: options[name] for name in options if name == 'dim_feedforward'}
+        options['decoder_embedding'] = len(head['group_fc.weight'])
     options['num_layers'] = len({name.split('.')[1] for name in head if name.startswith('layers.')})
     return {**options, **({'self_attention': True} if 'layers.0.self_attn.in_proj_weight' in head else {})}
 
