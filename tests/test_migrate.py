@@ -29,6 +29,7 @@ from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.export.__main__ import read_metadata
 from timm_mldecoder.flags import validate_options
 from timm_mldecoder.modeling.load import load_model, load_trained
+from timm_mldecoder.models.attention_maps import attention_maps
 from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
@@ -659,6 +660,61 @@ def test_our_own_layout_with_self_attention_is_left_alone():
         assert torch.equal(again.eval()(images), model.eval()(images))
         with pytest.raises(ValueError, match='layout'):
             convert_state_dict(file, again, self_attention='ignore')
+
+
+# What the head reads of the backbone, as options of a model
+
+
+@pytest.mark.parametrize(
+    'family, options', [('vit', dict(prefix_tokens=True)), ('convnext', dict(head_norm=False))], ids=['vit', 'convnext']
+)
+def test_the_options_are_stored_and_other_classifiers_load_the_backbone(family, options, tmp_path):
+    name, arguments, size = BACKBONES[family]
+    head = dict(decoder_embedding=DIM, **options)
+    model = timm.create_model(name, num_classes=CLASSES, ml_decoder=head, **arguments).eval()
+    timm.models.save_for_hf(model, tmp_path / 'folder')
+    stored, images = f'local-dir:{tmp_path / "folder"}', torch.randn(2, 3, size, size)
+    assert torch.equal(timm.create_model(stored, pretrained=True).eval()(images), model(images))
+    other = timm.create_model(stored, pretrained=True, num_classes=3).eval()
+    assert other.ml_decoder_options == model.ml_decoder_options and other(images).shape == (2, 3)
+    ((option, value),) = options.items()
+    with pytest.raises(ValueError, match=option):
+        timm.create_model(stored, pretrained=True, ml_decoder={option: not value})
+    assert timm.create_model(stored, pretrained=True, ml_decoder={option: value}).num_classes == CLASSES
+    linear = timm.create_model(stored, pretrained=True, ml_decoder=False)
+    for tensor, value in linear.state_dict().items():
+        if not tensor.startswith('head.'):
+            assert torch.equal(value, model.state_dict()[tensor]), tensor
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    maps = attention_maps(model, images, torch.tensor([0, 1]))
+    assert maps.shape[1] == maps.shape[2] and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(2))
+    model.train()(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    'family, options, message',
+    [
+        ('resnet', dict(prefix_tokens=True), 'no class or register tokens'),
+        ('resnet', dict(head_norm=False), 'no norm between'),
+        ('vit', dict(prefix_tokens=3), 'True or False'),
+        ('resnet', dict(position='sin'), "one of .*'sin2d'"),
+    ],
+)
+def test_options_that_do_not_fit_the_backbone_are_refused(family, options, message):
+    name, arguments, _ = BACKBONES[family]
+    model = timm.create_model(name, num_classes=CLASSES, **arguments)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_ml_decoder_head(model, **options)
+    assert list(model.state_dict()) == names  # a wrong option leaves the model as it was
+
+
+def test_a_positional_encoding_of_tokens_without_a_grid_is_refused():
+    model = timm.create_model('test_vit', num_classes=CLASSES, ml_decoder=dict(position='sin2d'))
+    with pytest.raises(ValueError, match=r'needs a feature map'):
+        model(torch.randn(1, 3, 160, 160))
 
 
 # No file loads strictly with other logits
