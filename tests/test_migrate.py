@@ -693,6 +693,22 @@ def test_the_options_are_stored_and_other_classifiers_load_the_backbone(family, 
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize('family', ['convnext', 'vit'])
+def test_a_converted_folder_works_in_transformers_predict_and_export(family, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    name, arguments, size = BACKBONES[family]
+    client, folder = Client(family, Alias, tokens=True), str(tmp_path / 'folder')
+    flags = f'--model {name} --input-size {size} --mean 0 0 0 --std 1 1 1'.split()
+    says = ['--ml-decoder-kwargs', 'prefix_tokens=True'] if family in TOKENS else []
+    convert.main([write(tmp_path, client), folder, *flags, *says])
+    assert_same_logits(transformers.TimmWrapperForImageClassification.from_pretrained(folder).timm_model, client)
+    assert_same_logits(load_trained(folder).model, client)
+    data = write_images(tmp_path / 'data', train=1, validation=1)
+    export([folder, str(tmp_path / 'model.pt2'), '--format', 'torch-export', '--images', str(data)])  # which verifies
+    predict([str(data), '--model', f'local-dir:{folder}', '--out', str(tmp_path / 'x.csv'), '-j', '0'])
+    assert (tmp_path / 'x.csv').read_text().startswith('image,label,score')
+
+
 @pytest.mark.parametrize(
     'family, options, message',
     [
