@@ -397,3 +397,32 @@ def test_images_that_a_graph_cannot_prepare_are_refused(change):
     config = dict(input_size=[3, 8, 8], interpolation='bicubic', crop_pct=1.0) | change
     with pytest.raises(ValueError, match='--with-preprocessing'):
         check_images(config)
+
+
+@pytest.mark.parametrize('features', ['pooled', 'queries'])
+@pytest.mark.parametrize('pixels', [False, True])
+def test_an_onnx_file_with_features(features, pixels):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, flags = save(create('vit', 'text-grouped'), task='multilabel'), ['--with-preprocessing'] * pixels
+    export(['folder', 'model.onnx', '--format', 'onnx', '--features', features, *flags])
+    session = onnxruntime.InferenceSession('model.onnx')
+    if pixels:
+        given, batch = {'pixels': np.zeros((1, 64, 64, 3), np.uint8)}, -torch.ones(1, 3, 64, 64)  # mean and std 0.5
+    else:
+        batch = images(3)
+        given = {'images': batch.numpy()}
+    logits, found = map(torch.from_numpy, session.run(['logits', 'features'], given))
+    with torch.no_grad():
+        maps = model.forward_features(batch)
+        tokens = model._image_tokens(model._pre_logits(maps))
+        head = model.get_classifier()
+        expected = model.forward_head(maps, pre_logits=True) if features == 'pooled' else head.decode(tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, model(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_a_model_does_not_have_are_refused():
+    pytest.importorskip('onnxruntime')
+    save(create(head='pooling'))
+    with pytest.raises(ValueError, match='--features queries needs an ML-Decoder head'):
+        export(['folder', 'model.onnx', '--format', 'onnx', '--features', 'queries'])

@@ -35,6 +35,7 @@ from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quanti
 from timm_mldecoder.export.formats import FORMATS, Job, preprocessing, read_metadata
 from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
+from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
 
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = with_labels(
         load_source(arguments.source, arguments.use_ema), arguments.class_names, arguments.task, arguments.thresholds
     )
+    if arguments.features == 'queries' and not isinstance(source.model.get_classifier(), MLDecoder):
+        raise ValueError('--features queries needs an ML-Decoder head: pass pooled')
     precision = 'float16' if arguments.half else 'float32'
     metadata = {**source.metadata, 'precision': quantized or precision}
     if arguments.with_preprocessing:
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.device,
             arguments.batch_size,
             arguments.opset,
+            arguments.features or '',
         )
         with _one_line_failures(arguments.format):
             write(path, job)
@@ -188,6 +192,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError('--with-preprocessing and --quantize exclude each other')
     if arguments.with_preprocessing and arguments.batch_size not in (None, 1):
         raise ValueError('--with-preprocessing is verified image by image: leave --batch-size out')
+    if arguments.features and arguments.quantize:
+        raise ValueError('--features and --quantize exclude each other')
     if arguments.out.suffix != spec.suffix and spec.suffix:
         raise ValueError(f'{arguments.out}: the name of a file of --format {arguments.format} ends with {spec.suffix}')
     missing = ', '.join(name for name in spec.packages if importlib.util.find_spec(name) is None)
@@ -216,6 +222,7 @@ DEFAULTS = dict(
     batch_size=None,
     opset=None,
     with_preprocessing=False,
+    features=None,
     quantize=None,
     calibration=None,
     max_images=256,
@@ -246,6 +253,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--device', help='device of the file, cpu or cuda (aot, torch-export; default: cpu)')
     add('--with-preprocessing', action='store_true', help='ONNX: the file takes uint8 pixels [B, H, W, 3] of any size '
         'and returns scores and logits')  # fmt: skip
+    add('--features', choices=['pooled', 'queries'], help='ONNX: a second output, the mean token [B, F] or the query '
+        'outputs [B, K, D] of an ML-Decoder head')  # fmt: skip
     add('--opset', type=number(int, '[18, 99]'), help="ONNX operator set (default: torch's)")
     quantization = parser.add_argument_group('quantization of ONNX files for a CPU')
     add = quantization.add_argument
