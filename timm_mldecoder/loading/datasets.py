@@ -15,7 +15,15 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, TIMM_FOLDERS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data import (
+    FORMATS,
+    TIMM_FOLDERS,
+    MultiLabelDataset,
+    class_to_index,
+    create_dataset,
+    overlap,
+    summarize,
+)
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
@@ -232,6 +240,12 @@ def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     if hasattr(dataset, 'reading'):
         for line in dataset.reading.describe(name, dataset):
             _logger.warning(line)
+
+
+def warn_about_overlap(train: Dataset, other: Dataset) -> None:
+    """Warn of files that are trained on and in another split too."""
+    if shared := overlap(train, other):
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:
