@@ -149,6 +149,7 @@ def test_the_log_names_kinds_and_files_and_strict_fails(faulty, caplog):
     assert '5 unreadable: files that cannot be read' in caplog.text
     assert '4 leak: images of the validation split that are trained on' in caplog.text
     assert 'empty.png: an empty file' in caplog.text and 'text.jpg: not an image' in caplog.text
+    assert 'train: random crops show 8% to 100% of the area' in caplog.text
     assert 'half.jpg: image file is truncated' in caplog.text and 'train: modes: ' in caplog.text
 
 

@@ -247,6 +247,7 @@ EXPECTED = {path: set(filter(None, names.split(';'))) for path, names in ROWS}
         ('path,dog,cat\n' + rows(',', lambda names: f'{int("dog" in names)},{float("cat" in names)}'), {}),
         ('path,labels\n' + rows(',', lambda names: names.replace('cat', 'c\u200bat\ufeff')), {}),
         ('path,labels\n' + rows().replace('x/', './x//'), {}),
+        (',path,labels\n' + rows().replace('x/', '5,x/'), {}),
     ],
 )
 def test_tables_as_people_write_them(text, options, tmp_path):

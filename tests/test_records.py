@@ -1,6 +1,7 @@
 """Names as labels of Hugging Face datasets and WebDataset shards, and targets that do not fit the task."""
 
 import json
+import pickle
 import re
 import shlex
 
@@ -124,6 +125,12 @@ def test_names_in_shards(files, flags, name, tmp_path):
     train(shards, tmp_path, *SMALL, *flags, '--class-map', str(classes), '--epochs', '1', '-j', '1')
     (row,) = summary(tmp_path / 'run')
     assert float(row[name]) > 0
+
+
+def test_workers_that_unpickle_a_dataset_have_the_names(tmp_path):
+    flags = shlex.split(write_rows(tmp_path, 'kind', lambda number: TAGS[number % 3]))
+    dataset = create_split(parse_train(flags), 'validation')
+    assert targets(pickle.loads(pickle.dumps(dataset))) == targets(dataset) == [1, 2, 0, 1, 2, 0]
 
 
 def test_shards_of_another_task_are_one_line(tmp_path):

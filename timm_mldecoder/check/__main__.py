@@ -40,7 +40,7 @@ _FLAGS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
     coco_unannotated input_img_mode input_key target_key task target_format val_fraction split_seed split_column
     path_column label_column label_separator background image_range exif_rotate workers in_chans img_size input_size
-    crop_pct crop_mode device config
+    crop_pct crop_mode scale train_crop_mode device config
 """
 TAKEN = frozenset(_FLAGS.split())
 
@@ -68,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = resolve_data_config(options.to_dict())
     multilabel = options.task == 'multilabel'
     found = find(read, config, options.exif_rotate, multilabel)
+    if multilabel and options.train_crop_mode is None and not options.no_aug:
+        smallest, largest = options.scale
+        shown = f'{smallest:.0%} to {largest:.0%} of the area of an image'
+        _logger.info(f'train: random crops show {shown}; --train-crop-mode squash shows all of it')
     _log(found)
     if own.report:
         own.report.mkdir(parents=True, exist_ok=True)

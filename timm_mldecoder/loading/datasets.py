@@ -15,7 +15,15 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, TIMM_FOLDERS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data import (
+    FORMATS,
+    TIMM_FOLDERS,
+    MultiLabelDataset,
+    class_to_index,
+    create_dataset,
+    overlap,
+    summarize,
+)
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
@@ -118,8 +126,8 @@ def create_split(
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except ValueError as error:
-        beside = '' if kind else _lists_beside(Path(options.data_dir), source)
-        raise ValueError(f'{error}{beside}') from error
+        nothing = not kind and 'no images in' in str(error)
+        raise ValueError(f'{error}{_lists_beside(Path(options.data_dir), source) if nothing else ""}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
@@ -129,7 +137,7 @@ def create_split(
         read_by_rule(dataset, reading, mode)
     names = None if kind else list(class_to_index(dataset) or ())
     if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
-        beside = _lists_beside(Path(options.data_dir), source)
+        beside = _lists_beside(Path(options.data_dir), source, any_table=names == [''])
         if beside or names == ['']:
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
@@ -173,11 +181,14 @@ def _forgotten_dataset(root: Path) -> str:
     return ''
 
 
-def _lists_beside(root: Path, split: str) -> str:
-    """Return what to add where a folder without class folders holds another format; empty if it does not."""
+def _lists_beside(root: Path, split: str, any_table: bool = True) -> str:
+    """Return what to add where a folder without class folders holds another format; empty if it does not.
+
+    With `any_table`, a CSV file that is not named as the split counts too.
+    """
     if found := next((kind for kind in ('csv', 'json') if (root / f'{split}.{kind}').is_file()), None):
         return f'; {split}.{found} is there: add --dataset {found} --task multilabel'
-    if root.is_dir() and (found := sorted(root.glob('*.csv'))):
+    if any_table and root.is_dir() and (found := sorted(root.glob('*.csv'))):
         return f'; {found[0].name} is there: give it in place of the folder, with --dataset csv'
     if root.is_dir() and any(path for suffix in ('parquet', 'arrow') for path in root.glob(f'**/*.{suffix}')):
         return f'; files of a Hugging Face dataset are there: add --dataset hfds/{root}'
@@ -232,6 +243,12 @@ def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     if hasattr(dataset, 'reading'):
         for line in dataset.reading.describe(name, dataset):
             _logger.warning(line)
+
+
+def warn_about_overlap(train: Dataset, other: Dataset) -> None:
+    """Warn of files that are trained on and in another split too."""
+    if shared := overlap(train, other):
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:

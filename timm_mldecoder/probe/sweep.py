@@ -27,6 +27,7 @@ from timm_mldecoder.loading.datasets import (
     image_mode,
     log_summary,
     read_classes,
+    warn_about_overlap,
 )
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, training_words
@@ -194,7 +195,9 @@ def _create_splits(options: ProbeOptions, world: World) -> dict[str, Any]:
     for role, dataset in splits.items():
         if isinstance(dataset, IterableDataset):
             raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')
-        log_summary(role, dataset)
+        log_summary(role, dataset, training=role == 'train')
+        if role != 'train':
+            warn_about_overlap(splits['train'], dataset)
         if not train.class_split:
             check_same_classes(splits['train'], dataset)
     return splits

@@ -22,7 +22,6 @@ from timm_mldecoder.checkpoint.resume import resume
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
-from timm_mldecoder.data import overlap
 from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
@@ -45,6 +44,7 @@ from timm_mldecoder.loading.datasets import (
     image_mode,
     log_summary,
     read_classes,
+    warn_about_overlap,
     with_classes,
 )
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
@@ -334,8 +334,7 @@ def _create_splits(options: Options, world: World) -> Data:
     check_ranks(world, {options.train_split: train, options.val_split: validation})
     if not options.class_split:
         check_same_classes(train, validation)
-    if shared := overlap(train, validation):
-        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
+    warn_about_overlap(train, validation)
     crops = options.task == 'multilabel' and not options.no_aug and options.train_crop_mode is None
     if crops and options.scale[0] < 0.5:
         remedy = 'a larger --scale' if options.naflex_loader else '--train-crop-mode squash'

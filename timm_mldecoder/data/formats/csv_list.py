@@ -95,8 +95,9 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         if delimiter != ',':
             _logger.info(f'{path}: columns are separated by {delimiter!r}')
         place = names.index(paths)
-        split = names.index(split_column.strip().lower()) if split_column.strip().lower() in names else None
-        if split_column and split is None:
+        wanted = split_column.strip().lower()
+        split = names.index(wanted) if wanted and wanted in names else None
+        if wanted and split is None:
             raise ValueError(f'{path}, line {skip + 1}: no column {split_column!r} for --split-column, of {header}')
         columns = {
             names.index(name): value for name, value in ((labels, POSITIVE), ('ignored', IGNORED)) if name in names
@@ -145,6 +146,7 @@ def read_images(
     labelled = (n for n, value in table.columns.items() if value == POSITIVE)
     count, needed = 0, max(table.path, table.split or 0, *labelled, *table.one_hot)
     splits: Counter[str] = Counter()
+    interned: dict[str, str] = {}  # one object per name, not one per row
     for line, row in rows:
         where = f'{path}, line {line}'
         for number in (table.path, *table.columns):
@@ -163,7 +165,7 @@ def read_images(
             splits[name] += 1
             if name != split_name(split):
                 continue
-        file = row[table.path].strip()
+        file, positive = row[table.path].strip(), (POSITIVE, line)
         labels = images.setdefault(file, {})
         for name, value in _labels(table, row, separator, where):
             if not class_map and name in EMPTY_CELLS:
@@ -171,7 +173,8 @@ def read_images(
                     f'{where}: the label {name!r} is how pandas writes an empty cell: leave the field empty, or list '
                     f'{name!r} in classes.txt if it is a class'
                 )
-            if labels.setdefault(name, (value, line))[0] != value:
+            given = (value, line) if value != POSITIVE else positive
+            if labels.setdefault(interned.setdefault(name, name), given)[0] != value:
                 raise ValueError(
                     f'{where}: label {name!r} of {file} is both given and ignored (the other is in line '
                     f'{labels[name][1]})'

@@ -216,7 +216,7 @@ def _first_of_shards(reader: Any) -> Target:
         if key:
             return get_field(json.loads(content), key)
         return int(content) if content.strip().lstrip('-').isdigit() else content
-    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError, StopIteration):
+    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError, TypeError, StopIteration):
         return None
 
 
