@@ -137,7 +137,8 @@ def _convert_several(
     for prefix, layout in heads.items():
         own = _head_tensors(tensors, Head(layout, prefix), self_attention)
         if layout != OURS:
-            _check_num_heads(own, num_heads, model.get_submodule(_slots(model)[0]).layers[0].multihead_attn.num_heads)
+            head: Any = model.get_submodule(_slots(model)[0])
+            _check_num_heads(own, num_heads, head.layers[0].multihead_attn.num_heads)
         converted |= {prefix + name: tensor for name, tensor in own.items()}
     prefix, others = _find_prefix(converted, model, '/', Head(OURS, ''), several=False)  # no name begins with a slash
     names = {name.removeprefix(prefix): tensor for name, tensor in converted.items() if name not in others}

@@ -91,15 +91,15 @@ def read_implications(path: Path, class_names: Sequence[str]) -> Tensor:
             unknown = next(name for name in pairs[0] if name not in index)
             raise ValueError(f'{path}, line {number}: the model has no class {unknown!r}')
         direct.setdefault(index[known[0][0]], set()).add(index[known[0][1]])
-    pairs = []
+    closed: list[tuple[int, int]] = []
     for first in direct:
         reached, waiting = {first}, [first]
         while waiting:
             new = direct.get(waiting.pop(), set()) - reached
             reached |= new
             waiting += new
-        pairs += [(first, other) for other in sorted(reached - {first})]
-    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+        closed += [(first, other) for other in sorted(reached - {first})]
+    return torch.tensor(closed, dtype=torch.long).reshape(-1, 2).T
 
 
 def _probability(value: Any, where: str) -> float:

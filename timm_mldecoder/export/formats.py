@@ -56,7 +56,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.features = features
-        self.model = copy.deepcopy(model).eval()
+        self.model: Any = copy.deepcopy(model).eval()
         for module in list(self.model.modules()):
             if type(module).__name__ in FOLDS:
                 FOLDS[type(module).__name__](module)
