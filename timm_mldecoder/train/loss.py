@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from timm.loss import create_classification_loss
@@ -101,12 +100,13 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
 def _create_users_loss(options: Options) -> nn.Module:
     """Create the loss of a class that the user names: called with logits [B, C] and the targets of the data."""
     module, _, name = options.loss.partition(':')
+    sys.path.insert(0, os.getcwd())
     try:
-        with patch.object(sys, 'path', [os.getcwd(), *sys.path]):
-            kind = getattr(importlib.import_module(module), name)
-        loss = kind(**options.loss_kwargs)
+        loss = getattr(importlib.import_module(module), name)(**options.loss_kwargs)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'--loss {options.loss}: {error}') from error
+    finally:
+        sys.path.remove(os.getcwd())
     if not isinstance(loss, nn.Module):
         raise ValueError(f'--loss {options.loss} is not a torch.nn.Module')
     return loss
