@@ -44,6 +44,8 @@ def losses():
     yield SEVERAL, timm('zlpr', multi_label=True)
     yield SEVERAL, create_loss('bce', smoothing=0.1)
     yield SEVERAL, create_loss('aam', scale=None, gamma_neg=1.0)
+    yield PARTIAL, create_loss('hill', reduction='mean')
+    yield PARTIAL, create_loss('splc', smoothing=0.1)
     for mode in ('ignore', 'ignore_normalize_classes', 'negative', 'selective'):
         yield PARTIAL, create_loss('csl', mode=mode)
     yield PARTIAL, create_loss('csl', class_prior=torch.linspace(0, 0.1, CLASSES))
