@@ -288,6 +288,13 @@ def test_open_images_has_a_test_split_and_does_without_a_list_of_trainable_class
     assert len(dataset) == 3
 
 
+def test_labels_that_are_present_and_absent_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_open_images(tmp_path)
+    create_dataset('openimages', str(tmp_path), 'train')
+    assert '1 labels are both present and absent in one image' in caplog.text
+
+
 def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, caplog):
     write_coco(tmp_path)
     with caplog.at_level(logging.INFO):

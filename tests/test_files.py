@@ -302,6 +302,21 @@ def test_leaks_are_found_in_any_spelling(tmp_path):
     assert create_dataset('json', str(tmp_path), 'train').filenames() == ['x/0.png', 'x/1.png']
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        'path;tags\nx/1.png;a\nx/2.png;b\n',
+        'n\t Path\n1\tx/1.png\n2\tx/2.png\n',
+        'x/1.png\nx/2.png\n',
+        '\ufeffpath\nx/1.png\nx/2.png',
+    ],
+)
+def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
+    write_table(tmp_path, text, 'new.csv')
+    source = open_source(tmp_path / 'new.csv')
+    assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
+
+
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     write(tmp_path / 'pictures' / 'train' / 'a' / 'x.png', Image.new('RGB', (8, 8)))

@@ -1,6 +1,7 @@
 """Annotations of a multi-label dataset: image files, class names and a sparse table of labels."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 from timm_mldecoder.data import annotation_cache
 from timm_mldecoder.data.annotation_cache import Table
 from timm_mldecoder.data.images import Reading
+
+_logger = logging.getLogger(__name__)
 
 Numbers = Sequence[int] | np.ndarray
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
@@ -51,7 +54,12 @@ def make_table(
             table['instances'] = np.add.reduceat(np.asarray(instances, dtype=np.int32)[order], first)
         else:
             table['instances'] = np.zeros(0, dtype=np.int32)
-    key = key[np.append(np.diff(key >> 2) != 0, True)] if len(key) else key  # the largest value of each image and class
+    if len(key):
+        last = np.append(np.diff(key >> 2) != 0, True)  # the largest value of each image and class
+        both = ~last[:-1] & ((key[:-1] & 3) == NEGATIVE + 1) & ((key[1:] & 3) == POSITIVE + 1)
+        if contradictions := int(np.count_nonzero(both)):
+            _logger.info(f'{contradictions:,} labels are both present and absent in one image: they count as present')
+        key = key[last]
     table['start'] = np.concatenate([[0], np.cumsum(np.bincount(key >> bits, minlength=len(paths)))])
     table['label'] = ((key >> 2) & ((1 << (bits - 2)) - 1)).astype(np.min_scalar_type(1 << (bits - 2)))
     table['value'] = ((key & 3) - 1).astype(np.int8)
