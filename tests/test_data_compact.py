@@ -1,5 +1,6 @@
 """Annotations in compact form: the blocks of CSV files have the labels of the row reader; large files are cached."""
 
+import logging
 import multiprocessing
 import os
 import random
@@ -105,7 +106,8 @@ def test_a_mistake_is_named_with_its_line(large, rows, named, tmp_path):
     assert not list((tmp_path / '.timm_mldecoder').glob('csv-*/*.npy'))
 
 
-def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tmp_path, monkeypatch):
+def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     write_random(tmp_path / 'train.csv', 0)
     first = read_csv(tmp_path, 'train')
     with monkeypatch.context() as patch:
@@ -116,7 +118,11 @@ def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tm
         with pytest.raises(TypeError):
             read_csv(tmp_path, 'train', label_separator=';')
     write_text(tmp_path / 'train.csv', 'path,labels', 'other.png,cat')
+    caplog.clear()
     assert read_csv(tmp_path, 'train').paths.tolist() == [b'other.png']
+    assert [record.getMessage().split(': ')[1] for record in caplog.records] == [
+        'read 1 labels of 1 images into a cache'
+    ]
     write_text(tmp_path / 'classes.txt', 'dog', 'cat')
     assert read_csv(tmp_path, 'train').class_names == ['dog', 'cat']
 

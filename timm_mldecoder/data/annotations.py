@@ -1,6 +1,7 @@
 """Annotations of a multi-label dataset: image files, class names and a sparse table of labels."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 from timm_mldecoder.data import annotation_cache
 from timm_mldecoder.data.annotation_cache import Table
 from timm_mldecoder.data.images import Reading
+
+_logger = logging.getLogger(__name__)
 
 CACHED = 2**24  # bytes of annotation files from which they are cached
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
@@ -189,6 +192,8 @@ def cached_annotations(
 
     def make() -> Table:
         made = build()
+        shown = ', '.join(map(str, files))
+        _logger.info(f'{shown}: read {len(made._table["label"]):,} labels of {len(made):,} images into a cache')
         classes = np.array([name.encode() for name in made.class_names], dtype=np.bytes_)
         return {**made._table, 'classes': classes, 'unlisted': np.array(made.unlisted)}
 
