@@ -2,8 +2,8 @@
 
     python -m benchmarks.allocator [--cases training inference probe]
 
-Each in a process of its own; the two take turns. Page faults are those of a step; seconds are medians, the ratio is the
-median of the ratios round by round.
+Each in a process of its own; the two take turns. Page faults are those of a step; seconds are of the processor, and
+medians; the ratio is the median of the ratios round by round.
 """
 
 import resource
@@ -70,9 +70,9 @@ def _prepare(kept: bool, case: str, model: str, size: int, batch_size: int, thre
 
 def _measure() -> tuple[float, int, int]:
     """Seconds and page faults of a step, and MiB of the process at its peak."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
     _step()
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF)
     return seconds, after.ru_minflt - before, after.ru_maxrss // 1024
 
 

@@ -41,6 +41,7 @@ SMALLEST = {
     'plan': '--classes 1000 --ranks 2',
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
+    'annotations': '--images 30 --classes 3',
     'probe_runs': '--rounds 1 --tokens 4 --width 32 --batch-size 2 --steps 1 --heads linear',
     'allocator': '--rounds 1 --cases probe inference --model test_resnet --img-size 32 --batch-size 2',
     'freeze': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',

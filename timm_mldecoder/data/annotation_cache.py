@@ -38,7 +38,7 @@ def load_or_build(
         The table and the folder that it is mapped from; the folder is None if no place could be written to.
     """
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    version = f'{name}-{_digest([VERSION, facts])}'
+    version = f'{name}-{digest([VERSION, facts])}'
     places = cache_folders(root)
     for place in places:
         if table := load(place / version):
@@ -63,7 +63,7 @@ def load_or_build(
 def cache_folders(root: Path) -> list[Path]:
     """Folders for what is derived from a dataset, by preference: in it, and among the caches of the user."""
     root = root.parent if root.is_file() else root
-    return [root / FOLDER, _user_cache() / _digest(str(root.resolve()))]
+    return [root / FOLDER, _user_cache() / digest(str(root.resolve()))]
 
 
 def load(folder: Path) -> Table | None:
@@ -108,5 +108,6 @@ def _user_cache() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_mldecoder'
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """Short digest of content in JSON form."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from timm_mldecoder.data.images import Reading
 _logger = logging.getLogger(__name__)
 
 Numbers = Sequence[int] | np.ndarray
+CACHED = 2**24  # bytes of annotation files from which they are cached
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
 
@@ -177,6 +178,34 @@ class Annotations:
         """Indices of the annotations of a subset."""
         start, counts = self._table['start'][self._images], np.diff(self._table['start'])[self._images]
         return np.repeat(start - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+
+def cached_annotations(
+    root: Path, name: str, flags: Sequence[object], files: Sequence[Path], build: Callable[[], Annotations]
+) -> Annotations:
+    """Build annotations, or load them from the cache of a dataset; those of small files are not cached.
+
+    Args:
+        root: Folder of the dataset.
+        name: Name of the format.
+        flags: What decides the annotations beside the files, in JSON form.
+        files: Files that they are made of; some may not exist.
+        build: Reads them.
+    """
+    files = [file for file in files if file.is_file()]
+    if sum(file.stat().st_size for file in files) < CACHED:
+        return build()
+
+    def make() -> Table:
+        made = build()
+        shown = ', '.join(map(str, files))
+        _logger.info(f'{shown}: read {len(made._table["label"]):,} labels of {len(made):,} images into a cache')
+        classes = np.array([name.encode() for name in made.class_names], dtype=np.bytes_)
+        return {**made._table, 'classes': classes, 'unlisted': np.array(made.unlisted)}
+
+    table, folder = annotation_cache.load_or_build(root, f'{name}-{annotation_cache.digest(flags)}', files, make)
+    classes = [name.decode() for name in table['classes'].tolist()]
+    return Annotations.from_table(classes, table, int(table['unlisted']), folder)
 
 
 class MultiLabelDataset(Dataset):

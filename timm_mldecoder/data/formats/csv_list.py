@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, cached_annotations
+from timm_mldecoder.data.formats.csv_blocks import Columns, NotPlainError, read_blocks
 from timm_mldecoder.data.text_files import (
     check_field,
     normalize_name,
@@ -287,7 +288,47 @@ def read_csv(
     path = _find_table(root, split, split_column)
     source = Path(class_map) if class_map else path.parent / 'classes.txt'
     listed = bool(class_map) or source.is_file()
+    if not listed:
+        source = path if split_column or root.is_file() else root / 'train.csv'
 
+    def build() -> Annotations:
+        plain = _read_plain(root, path, source, listed, split_column, columns)
+        return plain or _read_rows(root, path, source, listed, split, split_column, columns)
+
+    flags = [path.name, str(source.absolute()), split, split_column, *sorted(columns.items())]
+    annotations = cached_annotations(path.parent, 'csv', flags, [path, source], build)
+    warn_about_case(annotations.class_names, source)
+    return annotations
+
+
+def _read_plain(
+    root: Path, path: Path, source: Path, listed: bool, split_column: str, columns: Mapping[str, str]
+) -> Annotations | None:
+    """Read a file of the plain form, see `csv_blocks`; None for every other file."""
+    table = _open_table(path, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
+    separator = columns.get('label_separator') or SEPARATOR
+    if table.one_hot or table.split is not None or separator == LIST:
+        return None
+
+    def classes(names: set[str], given: set[str]) -> list[str]:
+        if not columns.get('label_separator'):
+            _offer_separator(path, names)
+        if not listed and names & EMPTY_CELLS:
+            raise NotPlainError
+        if listed:
+            return read_names(source)
+        return sorted(given) if source == path else read_csv(root, 'train', **columns).class_names
+
+    try:
+        plain = Columns(table.delimiter, table.skip, table.header, table.path, table.columns)
+        return Annotations.from_table(*read_blocks(path, plain, separator, classes))
+    except NotPlainError:
+        return None
+
+
+def _read_rows(
+    root: Path, path: Path, source: Path, listed: bool, split: str, split_column: str, columns: Mapping[str, str]
+) -> Annotations:
     def read(file: Path, split: str) -> dict[str, dict[str, tuple[int, int]]]:
         return read_images(file, split_column=split_column, split=split, class_map=listed, **columns)
 
@@ -295,13 +336,11 @@ def read_csv(
     if listed:
         class_names = read_names(source)
     else:
-        source = path if split_column or root.is_file() else root / 'train.csv'
         same = source == path and (not split_column or split_name(split) == 'train')
         train_images = images if same else read(source, 'train')
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )
-    warn_about_case(class_names, source)
     class_index = {name: index for index, name in enumerate(class_names)}
 
     image, label, values = [], [], []

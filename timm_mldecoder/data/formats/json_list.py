@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from timm_mldecoder.data.annotations import POSITIVE, Annotations
+from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
 from timm_mldecoder.data.text_files import normalize_name, normalize_path, read_text, warn_about_case
 
 
@@ -32,6 +32,12 @@ def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
     if path is None:
         found = sorted(file.stem for file in root.glob('*.json'))
         raise ValueError(f'{candidates[0]} is missing, for split {split!r}; {root} holds the splits {found}')
+    annotations = cached_annotations(root, 'json', [path.name, instances], [path], lambda: _read(path, instances))
+    warn_about_case(annotations.class_names, path)
+    return annotations
+
+
+def _read(path: Path, instances: bool) -> Annotations:
     try:
         content = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -46,7 +52,6 @@ def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(f'{path}: repeated in "classes": {repeated}')
-    warn_about_case(class_names, path)
     class_index = {name: index for index, name in enumerate(class_names)}
 
     paths, image, label = [], [], []

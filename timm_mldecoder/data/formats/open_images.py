@@ -151,7 +151,7 @@ def _read_with_pyarrow(
     kept = label != SKIPPED
     if not kept.all():
         image, label, value = image[kept], label[kept], value[kept]
-    paths = _fixed_width(images, f'{folder}/'.encode(), b'.jpg')
+    paths = fixed_width(images, f'{folder}/'.encode(), b'.jpg')
     used = np.zeros(len(paths), dtype=bool)
     used[image] = True
     if not used.all():  # images without any of the classes, and the order in which those with one come first
@@ -171,7 +171,7 @@ def _translate(column: Any, meanings: dict[str, int]) -> np.ndarray:
     return np.array(found, dtype=np.int32)[np.from_dlpack(column.indices)]
 
 
-def _fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:
+def fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:
     """Strings of an Arrow array between `prefix` and `suffix`, as a bytes array, without a Python object each."""
     _, offsets, data = strings.buffers()
     offsets = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]

@@ -1,0 +1,94 @@
+"""Seconds and memory to read CSV annotations: the first time, and from the cache of compact arrays.
+
+    python -m benchmarks.annotations [--images 1000000] [--labels 3] [--classes 500]
+
+Each reader has a process of its own. Seconds are of the processor; peak memory is what the process holds more than
+before, at its peak, with `import pyarrow`. Private memory is what a process that uses every label holds afterwards and
+shares with no other one.
+"""
+
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.measure import MIB, markdown, parser
+from timm_mldecoder.data.annotation_cache import FOLDER
+from timm_mldecoder.data.formats import csv_list
+from timm_mldecoder.data.formats.csv_list import read_csv
+
+HEADER = ('read', 'images', 'labels', 'seconds', 'peak MiB', 'private MiB')
+
+
+def main(argv: list[str] | None = None) -> str:
+    flags = parser(__doc__, rounds=1)
+    flags.add_argument('--images', type=int, default=1_000_000)
+    flags.add_argument('--labels', type=int, default=3, help='per image')
+    flags.add_argument('--classes', type=int, default=500)
+    flags.add_argument('--folder', help='where to write the file; default: a temporary folder')
+    args = flags.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        _write(Path(folder, 'train.csv'), args.images, args.labels, args.classes)
+        rows = []
+        for label, prepare, cached in (
+            ('row by row', _rows_alone, False),
+            ('in blocks, csv module', _without_pyarrow, False),
+            ('in blocks, pyarrow', _nothing, False),
+            ('from the cache', _nothing, True),
+        ):
+            if not cached:
+                shutil.rmtree(Path(folder, FOLDER), ignore_errors=True)
+            with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+                rows.append([label, args.images, args.labels, *pool.submit(_measure, prepare, folder).result()])
+    return markdown(HEADER, rows)
+
+
+def _write(path: Path, images: int, labels: int, classes: int) -> None:
+    draw = random.Random(0)
+    names = [f'tag_{index:05d}' for index in range(classes)]
+    with path.open('w') as file:
+        file.write('path,labels\n')
+        for index in range(images):
+            file.write(f'images/{index % 1000:04d}/photo_{index:08d}.jpg,{";".join(draw.choices(names, k=labels))}\n')
+
+
+def _measure(prepare: Callable[[], None], folder: str) -> tuple[float, float, float]:
+    prepare()
+    before, private = _peak(), _private()
+    start = time.process_time()
+    annotations = read_csv(Path(folder), 'train')
+    seconds = time.process_time() - start
+    peak = _peak() - before
+    assert annotations.entries()[1].any()
+    return seconds, peak, _private() - private
+
+
+def _nothing() -> None:
+    pass
+
+
+def _without_pyarrow() -> None:
+    sys.modules['pyarrow'] = None
+
+
+def _rows_alone() -> None:
+    csv_list._read_plain = lambda *args: None
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+
+
+def _private() -> float:
+    lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith('Private')) * 1024 / MIB
+
+
+if __name__ == '__main__':
+    print(main())
