@@ -67,9 +67,7 @@ def probe(folder: Path, name: str, *flags: str | Path) -> dict:
 def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on the cells, and show where the best attention head looks."""
     flags = [*backbone, '--img-size', str(options.size), '--heads', options.heads, '--seeds', str(options.seeds)]
-    results = probe(
-        folder, 'solar', *flags, '--epochs', str(options.epochs), '--lrs', '3e-4,1e-3,3e-3,1e-2', '--extend-lrs', '2'
-    )
+    results = probe(folder, 'solar', *flags, '--epochs', str(options.epochs))
     print(PUBLISHED)
     decoders = {label: row for label, row in results['heads'].items() if label.startswith('ml_decoder')}
     if not decoders:
