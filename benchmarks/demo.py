@@ -88,7 +88,7 @@ def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 
     for path in sorted(cells.glob('*/*.png')):
         if min(len(row) for row in rows.values()) == columns:
             break
-        (label,) = model.predict(path)
+        label = model.predict(path)[0][0]
         found, truth = label.name == 'defective', path.parent.name == 'defective'
         if found or truth:
             score = label.score if found else 1 - label.score
