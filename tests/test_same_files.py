@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import product
 
 import numpy as np
 import pytest
@@ -53,12 +54,13 @@ def coco_reader(root, split, images):
 READERS = [csv_reader, json_reader, coco_reader]
 
 
-@pytest.mark.parametrize('read', READERS)
-@pytest.mark.parametrize('spelling', SPELLINGS)
+# paths of COCO are relative to the folder of the split
+@pytest.mark.parametrize(
+    ('read', 'spelling'),
+    [pair for pair in product(READERS, SPELLINGS) if pair != (coco_reader, '{root}/real/0.png')],
+)
 def test_one_file_in_two_spellings_is_one_image_with_a_warning(read, spelling, tmp_path, caplog):
     write_images(tmp_path)
-    if read is coco_reader and '{root}' in spelling:
-        pytest.skip('paths of COCO are relative to the folder of the split')
     other = spelling.format(root=tmp_path)
     dataset = read(tmp_path, 'train', [['real/1.png', ['a']], ['real/0.png', ['a']], [other, ['b']]])
     assert [dataset.annotations.target(index).tolist() for index in range(len(dataset))] == [[1, 0], [1, 1]]
