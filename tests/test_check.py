@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_the_log_names_kinds_and_files_and_strict_fails(faulty, caplog):
         main([str(root), *FLAGS, '--strict'])
     assert '5 unreadable: files that cannot be read' in caplog.text
     assert '4 leak: images of the validation split that are trained on' in caplog.text
-    assert 'half.jpg' in caplog.text and 'train: modes: ' in caplog.text
+    assert 'empty.png: an empty file' in caplog.text and 'text.jpg: not an image' in caplog.text
+    assert 'train: random crops show 8% to 100% of the area' in caplog.text
+    assert 'half.jpg: image file is truncated' in caplog.text and 'train: modes: ' in caplog.text
 
 
 def test_good_data_is_good(tmp_path, monkeypatch, caplog):
@@ -157,7 +160,28 @@ def test_good_data_is_good(tmp_path, monkeypatch, caplog):
     assert caplog.messages[-1] == 'nothing found'
 
 
-def test_other_flags_are_refused(tmp_path):
+def test_tar_files_and_hugging_face_datasets_are_checked(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    folder = write_images(tmp_path / 'data', train=6, validation=5) / 'train'
+    shutil.copy(folder / 'class_0' / '000.png', folder / 'class_2' / 'copy.png')
+    (folder / 'class_1' / '000.png').write_bytes(b'')
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(folder, '')
+    images = sorted(folder.rglob('*.png'))
+    rows = {'image': [dict(bytes=path.read_bytes(), path=None) for path in images]}
+    rows['label'] = [int(path.parent.name[-1]) for path in images]
+    features = {'image': datasets.Image(decode=False), 'label': datasets.ClassLabel(names=['a', 'b', 'c'])}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    data.to_parquet(tmp_path / 'rows' / 'train-00000-of-00001.parquet')
+    for root, *flags in ([tmp_path / 'all.tar'], [tmp_path / 'cache', '--dataset', f'hfds/{tmp_path}/rows']):
+        found = findings_of(root, monkeypatch, *flags, '--val-split', '', '-j', '0')
+        assert [finding.kind for finding in found] == ['unreadable', 'contradiction']
+        assert found[0].text == ('a row without bytes and path' if flags else 'an empty file')
+    assert found[1].text == 'image 0 of the dataset = image 18 of the dataset (copies): a | c'
+
+
+def test_streams_and_other_flags_are_refused(tmp_path):
     with pytest.raises(ValueError, match='--lr has no effect on check'):
         main([str(tmp_path), '--lr', '1'])
 

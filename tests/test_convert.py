@@ -55,6 +55,9 @@ def check_folder(capsys, *flags):
         value = tuple(value) if isinstance(value, list) else value  # as JSON gives it back
         assert value == trained.data_config[name], name
     assert model.pretrained_cfg['label_names'] == trained.class_names
+    claims = json.loads(Path('folder/config.json').read_text())['pretrained_cfg']
+    assert not claims.get('license') and not claims.get('tag') and not claims.get('paper_ids'), 'of weights of timm'
+    assert '## Start weights\n\nrandom\n' in Path('folder/README.md').read_text()
     images = torch.randn(2, *config['input_size'])
     with torch.no_grad():
         assert torch.equal(model(images), trained.model(images))

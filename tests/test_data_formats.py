@@ -288,6 +288,13 @@ def test_open_images_has_a_test_split_and_does_without_a_list_of_trainable_class
     assert len(dataset) == 3
 
 
+def test_labels_that_are_present_and_absent_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_open_images(tmp_path)
+    create_dataset('openimages', str(tmp_path), 'train')
+    assert '1 labels are both present and absent in one image' in caplog.text
+
+
 def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, caplog):
     write_coco(tmp_path)
     with caplog.at_level(logging.INFO):
@@ -317,6 +324,20 @@ def test_coco_categories_of_one_name_are_one_class(tmp_path, caplog):
     assert [dataset[index][1].tolist() for index in range(3)] == [[1, 0], [1, 1], [1, 0]]
     assert dataset.annotations.instances.tolist() == [3, 2, 2, 1]
     assert any("18, 5 have the name 'dog'" in record.message for record in caplog.records)
+
+
+def test_a_supercategory_without_annotations_and_names_that_are_almost_equal_are_warned_of(tmp_path, caplog):
+    """Roboflow lists the name of the dataset as a category; `cat ` and both forms of an accent are one name."""
+    write_coco(tmp_path)
+    path = tmp_path / 'annotations' / 'instances_train2014.json'
+    content = json.loads(path.read_text())
+    content['categories'] += [dict(id=1, name='animal', supercategory='none'), dict(id=2, name=' cat')]
+    content['categories'] += [dict(id=3, name='Dog', supercategory='Dog')]
+    path.write_text(json.dumps(content))
+    assert create_dataset('coco2014', str(tmp_path), 'train').class_names == ['dog', 'cat', 'animal', 'Dog']
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 2 and "'animal' has no annotation and is the supercategory" in lines[1]
+    assert 'only in case: dog / Dog' in lines[0]
 
 
 def test_the_flag_keeps_or_drops_images_without_annotations(tmp_path):

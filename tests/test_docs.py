@@ -17,6 +17,7 @@ from image_folders import write_images
 from runs import ROOT, environment, summary
 from test_flags import ADDED
 
+from benchmarks.digits import write_digit_scenes
 from timm_mldecoder.checkpoint.schema import ENTRIES, RUN_ENTRIES
 from timm_mldecoder.flags import train_parser, validate_parser
 from timm_mldecoder.flags.parse import flags
@@ -31,6 +32,8 @@ FOREIGN = {
     *('--nodes', '--ntasks-per-node', '--gpus-per-node', '--cpus-per-task', '--signal', '--help', '--local-rank'),
     *('--output_model', '--compress_to_fp16'),  # OpenVINO's ovc
 }
+# commands of timm-mldecoder whose module has another name
+COMMAND_NAMES = {'embed': 'data.embed', 'label-graph': 'label_graph'}
 FLAG = re.compile(r'(?<![\w-])--[a-z][\w-]*\w(?![\w-])')
 
 
@@ -91,9 +94,14 @@ def commands(text: str) -> list[list[str]]:
     blocks = ['\n'.join(fences(text, 'bash')), '\n'.join(line[4:] for line in text.splitlines() if line[:4] == '    ')]
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     found = []
-    for line in (line for line in lines if re.match(r'(python|torchrun|srun)\b', line)):
+    for line in (line for line in lines if re.match(r'(python|torchrun|srun|timm-mldecoder)\b', line)):
         try:
-            found.append(shlex.split(line.split('   #')[0]))
+            arguments = shlex.split(line.split('   #')[0])
+            if arguments[0] == 'timm-mldecoder' and len(arguments) > 1:  # the same program under another name
+                script = {'train': ['train.py'], 'validate': ['validate.py']}
+                module = f'timm_mldecoder.{COMMAND_NAMES.get(arguments[1], arguments[1])}'
+                arguments = ['python', *script.get(arguments[1], ['-m', module]), *arguments[2:]]
+            found.append(arguments)
         except ValueError:
             raise AssertionError(f'cannot split {line}') from None
     return found
@@ -230,27 +238,52 @@ def run(arguments: list[str], folder: Path) -> None:
     assert done.returncode == 0, f'{" ".join(arguments)}\n{done.stderr[-3000:]}'
 
 
-@pytest.mark.slow
+def run_page(page: str, folder: Path, more: dict[str, str]) -> set[str]:
+    """Run the commands of a page but for the app, which serves until it is ended; return the programs that ran."""
+    started = set()
+    for arguments in commands(TEXTS[page]):
+        program, _ = program_of(arguments)
+        if arguments[0] == 'python' and program and program not in ('timm_mldecoder.app', 'benchmarks.demo'):
+            run([*arguments, *shlex.split(more.get(program, ''))], folder)
+            started.add(program)
+    return started
+
+
+SHORT = '--no-pretrained --epochs 1 --img-size 64 --device cpu -j 0 -b 4'
+
+
 def test_the_commands_of_the_readme_run(tmp_path):
-    """All but the app, which serves until it is ended, on small data, for one epoch without pretrained weights."""
+    """On small data, for one epoch of a small model without pretrained weights."""
     data = write_images(tmp_path / 'DATA', train=2, validation=2, classes=10)
     (tmp_path / 'IMAGES').symlink_to(data / 'validation')
-    for split in ('train', 'validation'):  # the same images with several labels, for the multi-label command
+    for split in ('train', 'validation'):  # the same images with several labels
         rows = ['path,labels', *(f'{split}/class_{i}/000.png,class_{i};class_{(i + 1) % 10}' for i in range(10)), '']
         (data / f'{split}.csv').write_text('\n'.join(rows))
-    short = '--no-pretrained --epochs 1 --img-size 64 --device cpu -j 0 -b 4'
-    more = {
-        'train.py': f'{short} --warmup-epochs 0',
-        'timm_mldecoder.probe': f'{short} --model test_resnet --num-classes 10',
-    }
-    started = set()
-    for arguments in commands(TEXTS['README.md']):
-        program, _ = program_of(arguments)
-        if arguments[0] == 'python' and program and not program.startswith(('benchmarks.', 'timm_mldecoder.app')):
-            run([*arguments, *shlex.split(more.get(program, ''))], tmp_path)
-            started.add(program)
-    assert started >= {'train.py', 'validate.py', 'timm_mldecoder.predict', 'timm_mldecoder.convert'}
-    assert list(tmp_path.glob('pictures/*/*.png')) and (tmp_path / 'folder/config.json').is_file()
+    more = {'train.py': f'{SHORT} --model test_resnet --warmup-epochs 0', 'validate.py': '--dataset csv -j 0'}
+    more |= {'timm_mldecoder.probe': f'{SHORT} --model test_resnet --num-classes 10'}
+    started = run_page('README.md', tmp_path, more)
+    assert started >= {'train.py', 'validate.py', 'timm_mldecoder.predict', 'timm_mldecoder.probe'}
+    assert list(tmp_path.glob('pictures/*/*.png')) and (tmp_path / 'report/index.html').is_file()
+
+
+def test_the_commands_of_the_tutorial_run(tmp_path):
+    """On its own data, 120 pictures of it, for one epoch of a small model without pretrained weights."""
+    write_digit_scenes(tmp_path / 'photos', 90, 0, 30, size=96)
+    more = {'train.py': f'{SHORT} --model test_resnet --warmup-epochs 0', 'validate.py': '-j 0'}
+    more |= {'timm_mldecoder.probe': f'{SHORT} --model test_resnet'}
+    started = run_page('docs/tutorial.md', tmp_path, more | {'benchmarks.digits': '--help'})
+    assert started >= {
+        'timm_mldecoder.check', 'timm_mldecoder.probe', 'train.py', 'validate.py', 'timm_mldecoder.predict',
+        'timm_mldecoder.convert', 'timm_mldecoder.export',
+    }  # fmt: skip
+    for made in ('look/check.html', 'output/probe/heads/results.md', 'report/index.html', 'labels.csv', 'model.onnx'):
+        assert (tmp_path / made).is_file(), made
+    (code,) = fences(TEXTS['docs/tutorial.md'], 'python')
+    short = "model='test_resnet', pretrained=False, epochs=1, device='cpu', workers=0, batch_size=4"
+    code = code.replace("model='resnet18'", short)
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()[-2:]) == 2
 
 
 @pytest.mark.slow

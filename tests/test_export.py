@@ -1,6 +1,10 @@
 """Exported files: the logits of PyTorch for any batch size, and what the file says about itself."""
 
+import ast
+import importlib
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +14,18 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
-from runs import environment
+from PIL import Image
+from runs import ROOT, environment
 from test_head_inference import computed_constants
 
+from timm_mldecoder import load
 from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.export import formats
 from timm_mldecoder.export.__main__ import load_source, read_metadata
 from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.export.compare import Images, compare
 from timm_mldecoder.export.formats import FORMATS, Job, Network, _program
+from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.runtime.errors import RunFailed
 from train import main as train
@@ -315,3 +322,107 @@ def test_files_of_others_have_no_metadata(name):
         Path(name).write_text('no model')
     with pytest.raises(ValueError, match=name):
         read_metadata(name)
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('size, crop_pct', [((64, 64), 0.875), ((64, 48), 0.9), ((48, 64), 1.0)])
+def test_an_onnx_file_prepares_images_as_timm_does(crop_mode, interpolation, size, crop_pct):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    config = dict(input_size=[3, *size], interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode)
+    config |= dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
+    metadata = dict(task='classification', preprocessing=config)
+    write_identity(Path('pixels.onnx'), size)
+    prepare_images(Path('pixels.onnx'), metadata)
+    session = onnxruntime.InferenceSession('pixels.onnx')
+    transform = timm.data.create_transform(**config, is_training=False)
+    random = np.random.default_rng(0)
+    for height, width in ((90, 160), (33, 47), (64, 64), (201, 77), (10, 300)):
+        small = Image.fromarray(random.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
+        image = small.resize((width, height), Image.BICUBIC)
+        found = session.run(['logits'], {'pixels': np.asarray(image)[None]})[0][0]
+        levels = (found - transform(image).numpy()) * np.reshape(config['std'], (3, 1, 1)) * 255
+        assert np.abs(levels).max() <= 2.01 and np.abs(levels).mean() < 0.3  # of 255, from rounding
+
+
+def write_identity(path, size):
+    """A file whose logits are the prepared images."""
+    onnx = importlib.import_module('onnx')
+    helper, shape = onnx.helper, ['batch', 3, *size]
+    images, logits = (helper.make_tensor_value_info(name, 1, shape) for name in ('images', 'logits'))
+    graph = helper.make_graph([helper.make_node('Identity', ['images'], ['logits'])], 'g', [images], [logits])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9), path)
+
+
+@pytest.mark.parametrize('task', ['multilabel', 'classification'])
+def test_the_program_of_the_page_labels_images_as_predict_does(task, capsys):
+    pytest.importorskip('onnxruntime')
+    save(create(), task=task, thresholds=dict.fromkeys(NAMES, 0.4) if task == 'multilabel' else None)
+    write_images(Path('data'), train=1, validation=1)
+    image = next(Path('data').rglob('*.png'))
+    shutil.copy(image, 'image.png')
+    export(['folder', 'pixels.onnx', '--format', 'onnx', '--with-preprocessing', '--images', 'data'])
+    assert 'between scores of pixels' in capsys.readouterr().out
+    assert read_metadata('pixels.onnx')['class_names'] == NAMES
+    page = (ROOT / 'docs/export.md').read_text()
+    program = next(code for code in re.findall(r'^```python\n(.*?)^```', page, re.M | re.S) if 'label(path)' in code)
+    Path('label.py').write_text('import sys\nsys.modules["torch"] = sys.modules["timm"] = None\n' + program)
+    done = subprocess.run([sys.executable, 'label.py'], capture_output=True, text=True, check=True)
+    found = ast.literal_eval(done.stdout)
+    (labels,) = load('folder').predict('image.png')
+    assert [name for name, _ in found] == [label.name for label in labels]
+    assert [score for _, score in found] == pytest.approx([label.score for label in labels], abs=1 / 255)
+    assert found
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--format torch-export', '--with-preprocessing is for --format onnx'),
+        ('--format onnx --quantize int8', 'exclude each other'),
+        ('--format onnx --batch-size 4', 'leave --batch-size out'),
+    ],
+)
+def test_preparation_of_images_where_it_cannot_be_is_refused(flags, message):
+    pytest.importorskip('onnxruntime')
+    save(create())
+    with pytest.raises(ValueError, match=message):
+        export(['folder', 'x.onnx', '--with-preprocessing', *flags.split()])
+
+
+@pytest.mark.parametrize(
+    'change', [dict(input_size=[1, 8, 8]), dict(interpolation='nearest'), dict(crop_pct=1.2)], ids=str
+)
+def test_images_that_a_graph_cannot_prepare_are_refused(change):
+    config = dict(input_size=[3, 8, 8], interpolation='bicubic', crop_pct=1.0) | change
+    with pytest.raises(ValueError, match='--with-preprocessing'):
+        check_images(config)
+
+
+@pytest.mark.parametrize('features', ['pooled', 'queries'])
+@pytest.mark.parametrize('pixels', [False, True])
+def test_an_onnx_file_with_features(features, pixels):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, flags = save(create('vit', 'text-grouped'), task='multilabel'), ['--with-preprocessing'] * pixels
+    export(['folder', 'model.onnx', '--format', 'onnx', '--features', features, *flags])
+    session = onnxruntime.InferenceSession('model.onnx')
+    if pixels:
+        given, batch = {'pixels': np.zeros((1, 64, 64, 3), np.uint8)}, -torch.ones(1, 3, 64, 64)  # mean and std 0.5
+    else:
+        batch = images(3)
+        given = {'images': batch.numpy()}
+    logits, found = map(torch.from_numpy, session.run(['logits', 'features'], given))
+    with torch.no_grad():
+        maps = model.forward_features(batch)
+        tokens = model._image_tokens(model._pre_logits(maps))
+        head = model.get_classifier()
+        expected = model.forward_head(maps, pre_logits=True) if features == 'pooled' else head.decode(tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, model(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_a_model_does_not_have_are_refused():
+    pytest.importorskip('onnxruntime')
+    save(create(head='pooling'))
+    with pytest.raises(ValueError, match='--features queries needs an ML-Decoder head'):
+        export(['folder', 'model.onnx', '--format', 'onnx', '--features', 'queries'])

@@ -193,6 +193,8 @@ def test_unicode_forms_of_a_folder_are_one_class(tmp_path, caplog):
     assert classes[0] == classes[1] == {unicodedata.normalize('NFC', 'Müsli'): 0}
     check_classes(create_dataset('', str(tmp_path), 'train'), 1, given=False)
     assert 'without images' not in caplog.text
+    write(tmp_path / 'test' / ' Mü\u200bsli ' / 'x.png', Image.new('RGB', (8, 8)))
+    assert list(class_to_index(create_dataset('', str(tmp_path), 'test'))) == [unicodedata.normalize('NFC', 'Müsli')]
     write(tmp_path / 'train' / unicodedata.normalize('NFC', 'Müsli') / 'x.png', Image.new('RGB', (8, 8)))
     with pytest.raises(ValueError, match='one class by their name'):
         create_dataset('', str(tmp_path), 'train')
@@ -245,6 +247,7 @@ EXPECTED = {path: set(filter(None, names.split(';'))) for path, names in ROWS}
         ('path,dog,cat\n' + rows(',', lambda names: f'{int("dog" in names)},{float("cat" in names)}'), {}),
         ('path,labels\n' + rows(',', lambda names: names.replace('cat', 'c\u200bat\ufeff')), {}),
         ('path,labels\n' + rows().replace('x/', './x//'), {}),
+        (',path,labels\n' + rows().replace('x/', '5,x/'), {}),
     ],
 )
 def test_tables_as_people_write_them(text, options, tmp_path):
@@ -264,6 +267,7 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
         ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
         ('file,names\n' + rows(), '--path-column'),
+        ('file;names\n' + rows(';'), r"got \['file', 'names'\]; --path-column"),
         ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
         ('path,labels\nx\\0.png,cat\nx\\1.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],
@@ -296,6 +300,21 @@ def test_leaks_are_found_in_any_spelling(tmp_path):
     images = [[path, ['a']] for path in ('x/0.png', './x/0.png', 'x//0.png', 'x/1.png')]
     (tmp_path / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': images}))
     assert create_dataset('json', str(tmp_path), 'train').filenames() == ['x/0.png', 'x/1.png']
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'path;tags\nx/1.png;a\nx/2.png;b\n',
+        'n\t Path\n1\tx/1.png\n2\tx/2.png\n',
+        'x/1.png\nx/2.png\n',
+        '\ufeffpath\nx/1.png\nx/2.png',
+    ],
+)
+def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
+    write_table(tmp_path, text, 'new.csv')
+    source = open_source(tmp_path / 'new.csv')
+    assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
 
 
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):

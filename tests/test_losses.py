@@ -1,12 +1,17 @@
 """The losses against references written straight from the formulas, entry by entry, in float64."""
 
+import csv
 import math
 
 import pytest
 import torch
+from image_folders import write_images
 from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
 
+from timm_mldecoder.flags import train_options
 from timm_mldecoder.losses import LOSSES, REDUCTIONS, automatic_scale, create_loss
+from timm_mldecoder.train.loss import create_train_loss
+from train import main as train
 
 BATCH, CLASSES = 6, 11
 
@@ -35,7 +40,22 @@ def aam_entry(c, y, scale=30.0, margin=0.35, balance=0.8, gamma_neg=0.0, gamma_p
     return -focus * (balance / scale * y * math.log(p_pos) + (1 - balance) / scale * (1 - y) * math.log(p_neg))
 
 
-ENTRIES = {'bce': bce_entry, 'asl': asl_entry, 'aam': aam_entry}
+def focal_margin(x, gamma=2.0, margin=1.0):
+    p = sigmoid(x - margin)
+    return -((1 - p) ** gamma) * math.log(p)
+
+
+def hill_entry(x, y, lamb=1.5, **options):
+    p = sigmoid(x)
+    return y * focal_margin(x, **options) + (1 - y) * (lamb - p) * p**2
+
+
+def splc_entry(x, y, threshold=0.6, **options):
+    negative = focal_margin(x, **options) if sigmoid(x) > threshold else -math.log(sigmoid(-x))
+    return y * focal_margin(x, **options) + (1 - y) * negative
+
+
+ENTRIES = {'bce': bce_entry, 'asl': asl_entry, 'aam': aam_entry, 'hill': hill_entry, 'splc': splc_entry}
 CASES = [
     ('bce', {}),
     ('asl', {}),
@@ -44,6 +64,10 @@ CASES = [
     ('aam', {}),
     ('aam', dict(scale=23.0, margin=0.0, balance=0.7)),
     ('aam', dict(scale=7.0, gamma_neg=1.0, gamma_pos=2.0)),
+    ('hill', {}),
+    ('hill', dict(lamb=2.0, gamma=0.5, margin=0.0)),
+    ('splc', {}),
+    ('splc', dict(threshold=0.9, gamma=1.0, margin=0.5)),
 ]
 
 
@@ -204,8 +228,8 @@ def test_extreme_logits_are_finite_and_still_learn(name, options, dtype):
     assert value.dtype == torch.float32 and value.isfinite()
     assert extremes.grad.isfinite().all()
     assert extremes.grad[0, 0] < 0  # a positive scored -100 is pulled up ...
-    if name != 'asl':
-        assert extremes.grad[0, 1] > 0  # ... and a negative scored 100 pushed down, unless ASL's clip rejects it
+    if name not in ('asl', 'hill', 'splc'):
+        assert extremes.grad[0, 1] > 0  # ... and a negative scored 100 pushed down, unless it may be a missed positive
 
 
 def test_scaled_logits_are_the_same_loss():
@@ -239,6 +263,9 @@ def test_a_loss_without_a_scale_takes_the_automatic_one():
         ('csl', dict(gamma_unann=-2.0), 'gamma_unann=-2'),
         ('csl', dict(weight_pos=-1.0), 'weight_pos=-1'),
         ('aam', dict(balance=1.2), 'balance=1.2'),
+        ('hill', dict(lamb=0.0), 'lamb must be above 0'),
+        ('hill', dict(gamma=-1.0), 'gamma must be at least 0'),
+        ('splc', dict(threshold=0.0), 'threshold must be in'),
     ],
 )
 def test_mistakes_are_named(name, options, message):
@@ -263,3 +290,58 @@ def test_the_mean_is_over_the_annotated_labels(ignored):
     loss.backward()
     assert loss.item() == pytest.approx(0 if ignored == 20 else math.log(2))
     assert logits.grad.abs().sum().item() == pytest.approx(0 if ignored == 20 else 0.5)
+
+
+OWN_LOSS = """
+import torch
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, logits, target):
+        return self.scale * torch.nn.functional.cross_entropy(logits, target)
+
+
+NOT_A_LOSS = dict
+"""
+
+
+def test_a_run_with_a_loss_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own_losses.py').write_text(OWN_LOSS)
+    write_images(tmp_path / 'data', train=2, validation=1)
+    flags = (
+        'data --model test_resnet --num-classes 3 --img-size 32 -j 0 -b 3 --device cpu --epochs 1 --warmup-epochs 0 '
+    )
+    flags += '--smoothing 0 --output out --no-aug --sched none --opt sgd '
+    losses = {}
+    for name, loss, lr in (('ce', '', 0.1), ('scaled', '--loss own_losses:Scaled --loss-kwargs scale=10', 0.01)):
+        train([*f'{flags} {loss} --experiment {name} --lr {lr}'.split()])
+        with open(f'out/{name}/summary.csv') as file:
+            (row,) = csv.DictReader(file)
+        losses[name] = float(row['train_loss']), float(row['eval_loss'])
+    assert losses['scaled'][0] == pytest.approx(10 * losses['ce'][0], rel=1e-4)
+    assert losses['scaled'][1] == pytest.approx(losses['ce'][1], rel=1e-4)  # the same steps
+
+
+@pytest.mark.parametrize(
+    ('loss', 'message'),
+    [
+        ('nothing.of_this:Kind', "No module named 'nothing'"),
+        ('timm.loss:Missing', 'has no attribute .Missing'),
+        ('builtins:dict', 'not a torch.nn.Module'),
+        ('torch.nn:CrossEntropyLoss', "unexpected keyword argument 'scale'"),
+    ],
+)
+def test_a_loss_of_ones_own_that_is_none_is_refused(loss, message):
+    options = train_options(data='.', loss=loss, loss_kwargs=dict(scale=1))
+    with pytest.raises(ValueError, match=f'--loss {loss}.*{message}'):
+        create_train_loss(options, [])
+
+
+def test_an_unknown_loss_is_answered_with_the_names():
+    with pytest.raises(ValueError, match='--loss hil: choose from .*hill.*package.module:Class'):
+        train_options(data='.', loss='hil')

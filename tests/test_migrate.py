@@ -6,12 +6,17 @@ descriptions, one class each. They share no code with the package.
 
 import csv
 import json
+import operator
 import random
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from image_folders import write_images
+from runs import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +29,8 @@ from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.export.__main__ import read_metadata
 from timm_mldecoder.flags import validate_options
 from timm_mldecoder.modeling.load import load_model, load_trained
+from timm_mldecoder.models.attention_maps import attention_maps
+from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
 from validate import main as validate
@@ -655,6 +662,77 @@ def test_our_own_layout_with_self_attention_is_left_alone():
             convert_state_dict(file, again, self_attention='ignore')
 
 
+# What the head reads of the backbone, as options of a model
+
+
+@pytest.mark.parametrize(
+    'family, options', [('vit', dict(prefix_tokens=True)), ('convnext', dict(head_norm=False))], ids=['vit', 'convnext']
+)
+def test_the_options_are_stored_and_other_classifiers_load_the_backbone(family, options, tmp_path):
+    name, arguments, size = BACKBONES[family]
+    head = dict(decoder_embedding=DIM, **options)
+    model = timm.create_model(name, num_classes=CLASSES, ml_decoder=head, **arguments).eval()
+    timm.models.save_for_hf(model, tmp_path / 'folder')
+    stored, images = f'local-dir:{tmp_path / "folder"}', torch.randn(2, 3, size, size)
+    assert torch.equal(timm.create_model(stored, pretrained=True).eval()(images), model(images))
+    other = timm.create_model(stored, pretrained=True, num_classes=3).eval()
+    assert other.ml_decoder_options == model.ml_decoder_options and other(images).shape == (2, 3)
+    ((option, value),) = options.items()
+    with pytest.raises(ValueError, match=option):
+        timm.create_model(stored, pretrained=True, ml_decoder={option: not value})
+    assert timm.create_model(stored, pretrained=True, ml_decoder={option: value}).num_classes == CLASSES
+    linear = timm.create_model(stored, pretrained=True, ml_decoder=False)
+    for tensor, value in linear.state_dict().items():
+        if not tensor.startswith('head.'):
+            assert torch.equal(value, model.state_dict()[tensor]), tensor
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    maps = attention_maps(model, images, torch.tensor([0, 1]))
+    assert maps.shape[1] == maps.shape[2] and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(2))
+    model.train()(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize('family', ['convnext', 'vit'])
+def test_a_converted_folder_works_in_transformers_predict_and_export(family, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    name, arguments, size = BACKBONES[family]
+    client, folder = Client(family, Alias, tokens=True), str(tmp_path / 'folder')
+    flags = f'--model {name} --input-size {size} --mean 0 0 0 --std 1 1 1'.split()
+    says = ['--ml-decoder-kwargs', 'prefix_tokens=True'] if family in TOKENS else []
+    convert.main([write(tmp_path, client), folder, *flags, *says])
+    assert_same_logits(transformers.TimmWrapperForImageClassification.from_pretrained(folder).timm_model, client)
+    assert_same_logits(load_trained(folder).model, client)
+    data = write_images(tmp_path / 'data', train=1, validation=1)
+    export([folder, str(tmp_path / 'model.pt2'), '--format', 'torch-export', '--images', str(data)])  # which verifies
+    predict([str(data), '--model', f'local-dir:{folder}', '--out', str(tmp_path / 'x.csv'), '-j', '0'])
+    assert (tmp_path / 'x.csv').read_text().startswith('image,label,score')
+
+
+@pytest.mark.parametrize(
+    'family, options, message',
+    [
+        ('resnet', dict(prefix_tokens=True), 'no class or register tokens'),
+        ('resnet', dict(head_norm=False), 'no norm between'),
+        ('vit', dict(prefix_tokens=3), 'True or False'),
+        ('resnet', dict(position='sin'), "one of .*'sin2d'"),
+    ],
+)
+def test_options_that_do_not_fit_the_backbone_are_refused(family, options, message):
+    name, arguments, _ = BACKBONES[family]
+    model = timm.create_model(name, num_classes=CLASSES, **arguments)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_ml_decoder_head(model, **options)
+    assert list(model.state_dict()) == names  # a wrong option leaves the model as it was
+
+
+def test_a_positional_encoding_of_tokens_without_a_grid_is_refused():
+    model = timm.create_model('test_vit', num_classes=CLASSES, ml_decoder=dict(position='sin2d'))
+    with pytest.raises(ValueError, match=r'needs a feature map'):
+        model(torch.randn(1, 3, 160, 160))
+
+
 # No file loads strictly with other logits
 
 
@@ -804,3 +882,102 @@ def test_a_folder_is_exported_with_names_and_gets_thresholds_of_its_own(tmp_path
     stored = folder_settings(f'local-dir:{tmp_path / "named"}')['thresholds']
     assert list(stored) == names.read_text().split() and len(set(stored.values())) > 1
     assert_same_logits(timm.create_model(f'local-dir:{tmp_path / "named"}', pretrained=True), client)
+
+
+# The page
+
+
+def page(pattern):
+    return re.findall(pattern, (ROOT / 'docs/migrate.md').read_text(), re.M | re.S)
+
+
+def test_the_python_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = Client('resnet', Alias, classes=80, queries=80, dim=768)
+    published.model = timm.create_model('resnet18', num_classes=0)
+    published.head = Head(512, Alias, classes=80, queries=80, dim=768)
+    torch.save({'model': published.file('module.', '', '.fc.')}, 'published.pth')
+    light = Client('convnext', Alias, classes=26, queries=26, dim=768)
+    torch.save({'state_dict': light.file('backbone.') | {'loss.weight': torch.ones(26)}}, 'light.ckpt')
+    names = {}
+    for code in page(r'^```python\n(.*?)^```'):
+        exec(code, names)
+    assert_same_logits(names['module'], light)
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
+    """With small models in place of theirs."""
+    monkeypatch.chdir(tmp_path)
+    light, tagger = Client('convnext', Alias), Client('resnet', Renamed)
+    torch.save({'state_dict': light.file('backbone.') | {'loss.weight': torch.ones(CLASSES)}}, 'light.ckpt')
+    torch.save({'model': tagger.file()}, 'tagger.pth')
+    Path('class.json').write_text(json.dumps(NAMES))
+    with open('thresholds.csv', 'w', newline='') as file:
+        csv.writer(file).writerows((name, 1e-6) for name in NAMES)
+    write_images(tmp_path / 'IMAGES', train=1, validation=0)
+    small = {'convnext_tiny': 'test_convnext', '384': '64', 'resnet50': 'test_resnet', '448': '64'}
+    programs = {'timm_mldecoder.convert': convert.main, 'timm_mldecoder.predict': predict}
+    for line in '\n'.join(page(r'^    (python .*?[^\\\\])$')).replace('\\\n', ' ').splitlines():
+        _, _, program, *arguments = shlex.split(line)
+        programs[program]([small.get(argument, argument) for argument in arguments])
+    assert_same_logits(timm.create_model('local-dir:folder', pretrained=True), light)
+    (row, *_) = map(json.loads, Path('tags.jsonl').read_text().splitlines())
+    assert {label['label'] for label in row['labels']} == set(NAMES)
+
+
+def test_the_names_of_the_page_exist_and_are_those_of_converted_tensors():
+    head = MLDecoder(CLASSES, 4, DIM, 12)
+    text = MLDecoder(CLASSES, 4, DIM, 12, word_embeddings=5)
+    (names,) = page(r'^## Names\n(.*?)^## ')
+    rows = re.findall(r'^\| `(.*?)`.*? \| (.*?) \|$', names, re.M)
+    assert len(rows) > 10
+    for _, here in rows:
+        for name in re.findall(r'`head\.([\w.]+)', here):
+            assert operator.attrgetter(name)(text if 'word' in here else head) is not None, name
+    file = Head(12).state_dict()
+    converted, found = convert_state_dict(file, head), 0
+    for old, here in rows:
+        if old in file:
+            assert torch.equal(converted[re.search(r'`head\.([\w.]+)', here)[1]], file[old])
+            found += 1
+    assert found == 2
+
+
+def test_a_frozen_model_whose_head_is_trained_keeps_fixed_queries():
+    for learnable in (False, True):
+        options = dict(learnable_queries=learnable, num_of_groups=4)
+        model = timm.create_model('test_resnet', num_classes=CLASSES, ml_decoder=options).requires_grad_(False)
+        model.fc.requires_grad_(True)
+        assert ('fc.queries.weight' in dict(model.named_parameters())) is learnable
+
+
+class Averaged(nn.Module):
+    """Three heads on one backbone, whose logits are averaged (LTCXNet)."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.model = timm.create_model('test_resnet', num_classes=0)
+        self.heads = nn.ModuleList(make() for _ in range(3))
+        self.size = 64
+        self.eval()
+
+    def forward(self, images):
+        tokens = self.model.forward_features(images).flatten(2).transpose(1, 2)
+        return torch.stack([head(tokens) for head in self.heads]).mean(dim=0)
+
+
+@pytest.mark.parametrize('repair', [Alias, Torch])
+def test_a_module_with_several_heads_gets_its_checkpoint(repair):
+    client = randomize(Averaged(lambda: Head(96, repair)))
+    ours = Averaged(lambda: MLDecoder(CLASSES, 4, DIM, 96, self_attention=repair is Torch))
+    file = {f'backbone.{name}': value for name, value in client.state_dict().items()}
+    if repair is Torch:
+        with pytest.raises(ValueError, match="'use'.*'ignore'"):
+            convert_state_dict(file, ours)
+    ours.load_state_dict(convert_state_dict(file, ours, self_attention=REPAIRS[repair]))
+    assert_same_logits(ours, client)
+    with pytest.raises(ValueError, match='unexpected: loss.weight'):
+        convert_state_dict(file | {'loss.weight': torch.ones(1)}, ours, self_attention=REPAIRS[repair])
+    del file['backbone.heads.2.decoder.duplicate_pooling']
+    with pytest.raises(ValueError, match='missing'):
+        convert_state_dict(file, ours, self_attention=REPAIRS[repair])

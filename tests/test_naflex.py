@@ -111,9 +111,10 @@ def patch_batch(padding=0.0):
         dict(ml_decoder=dict(decoder_embedding=32, num_layers=2)),
         dict(ml_decoder=dict(decoder_embedding=32, word_embeddings=torch.eye(7, 5))),
         dict(ml_decoder=dict(decoder_embedding=32, attention_projections=False)),
+        dict(ml_decoder=dict(decoder_embedding=32, prefix_tokens=True)),
         dict(cosine_classifier=4.0),
     ],
-    ids=['default', 'groups', 'two layers', 'text queries', 'no projections', 'cosine'],
+    ids=['default', 'groups', 'two layers', 'text queries', 'no projections', 'prefix tokens', 'cosine'],
 )
 def test_padding_changes_no_logit(pool, head):
     model = timm.create_model(f'naflexvit_base_patch16_{pool}', num_classes=7, **SMALL, **head).eval()

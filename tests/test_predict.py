@@ -25,6 +25,7 @@ from timm.data import create_transform
 from torch._dynamo.testing import CompileCounter
 
 from timm_mldecoder.checkpoint.folders import save_folder
+from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.predict import parts as parts_module
@@ -500,6 +501,52 @@ def test_pictures_stay_in_their_folder(name):
 @pytest.mark.parametrize('field', ['=1+1', '+1', '-1', '@x', '\tx', '\r=x'])
 def test_no_field_is_a_formula(field):
     assert harmless(field) == f"'{field}" and harmless(f'a{field}') == f'a{field}'
+
+
+@pytest.mark.parametrize('tag', ['=_=', '+_+', '@_@', '-_-', ';d', '^_^', '(o)_(o)'])
+def test_tags_without_letters_in_front_stay_as_they_are(tag):
+    assert harmless(tag) == tag
+
+
+def test_labels_are_closed_under_implications(tmp_path):
+    names = ['animal', 'cat', 'kitten', 'a -> b', 'car']
+    (tmp_path / 'implications.txt').write_text('cat -> animal\n\nkitten -> cat\na -> b -> car\nkitten -> kitten\n')
+    model = timm.create_model('test_resnet', num_classes=5, ml_decoder=True)
+    save_folder(model, tmp_path / 'folder', class_names=names, task='multilabel')
+    predictor = Predictor(
+        load_trained(str(tmp_path / 'folder')),
+        threshold=0.5,
+        implications=read_implications(tmp_path / 'implications.txt', names),
+    )
+    scores = torch.tensor([[0.1, 0.2, 0.9, 0.3, 0.2], [0.7, 0.6, 0.1, 0.0, 0.0], [0.0, 0.0, 0.0, 0.8, 0.9], [0.0] * 5])
+    found = [{label.name: round(label.score, 3) for label in labels} for labels in predictor.labels(scores)]
+    assert found == [
+        {'animal': 0.9, 'cat': 0.9, 'kitten': 0.9},
+        {'animal': 0.7, 'cat': 0.6},
+        {'a -> b': 0.8, 'car': 0.9},
+        {},
+    ]
+
+
+@pytest.mark.parametrize(
+    'line, message', [('cat animal', 'line 2: expected "tag -> tag"'), ('cat -> dog', "no class 'dog'")]
+)
+def test_implications_that_do_not_fit_are_refused(line, message, tmp_path):
+    (tmp_path / 'implications.txt').write_text(f'cat -> animal\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        read_implications(tmp_path / 'implications.txt', ['animal', 'cat'])
+
+
+def test_implications_of_a_single_label_model_or_under_a_limit_are_refused(tmp_path):
+    for settings, message in ((dict(task='classification'), 'multi-label'), (dict(top_k=2), '--top-k')):
+        with pytest.raises(ValueError, match=message):
+            Predictor(trained_multilabel(tmp_path), **settings, implications=torch.zeros(2, 0, dtype=torch.long))
+
+
+def trained_multilabel(folder):
+    if not (folder / 'folder').exists():
+        save_folder(timm.create_model('test_resnet', num_classes=2), folder / 'folder', task='multilabel')
+    return load_trained(str(folder / 'folder'))
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.jsonl', '.parquet'])

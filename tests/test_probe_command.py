@@ -450,7 +450,9 @@ def test_backbones_from_files(scenes, images, tmp_path, monkeypatch):
     }
     losses, read = {}, []
     load = torch.load
-    monkeypatch.setattr(torch, 'load', lambda path, *args, **kwargs: read.append(path) or load(path, *args, **kwargs))
+    monkeypatch.setattr(
+        torch, 'load', lambda path, *args, **kwargs: read.append(str(path)) or load(path, *args, **kwargs)
+    )
     for name, source in sources.items():
         device = ['--device', 'cpu', '-j', '0', '-b', '8', '--epochs', '1', '--img-size', '64']
         results = run(*multilabel(scenes, *device, *source.split(), *flags), output=tmp_path, name=name)

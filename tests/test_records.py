@@ -1,6 +1,7 @@
 """Names as labels of Hugging Face datasets and WebDataset shards, and targets that do not fit the task."""
 
 import json
+import pickle
 import re
 import shlex
 
@@ -89,6 +90,21 @@ def test_targets_that_do_not_fit_are_one_line(labels, flags, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('labels', 'flags', 'message'),
+    [
+        (lambda number: ['a', 'b'], '', '--task multilabel'),
+        (lambda number: 'a', '', "'labels' has names: pass --class-map"),
+        (lambda number: number % 2, '--task multilabel', 'leave --task multilabel out'),
+    ],
+)
+def test_streams_that_do_not_fit_are_one_line(labels, flags, message, tmp_path):
+    flags = [*shlex.split(write_rows(tmp_path, 'labels', labels)), *flags.split(), '--num-classes', '2']
+    flags += ['--dataset', f'hfids/{tmp_path}/rows', '--train-num-samples', '12', '--dataset-download']
+    with pytest.raises(ValueError, match=message):
+        create_split(parse_train(flags), 'train', num_samples=12)
+
+
+@pytest.mark.parametrize(
     ('files', 'flags', 'name'),
     [
         (lambda i: {'cls': TAGS[i % 3].encode()}, '', 'eval_top1'),
@@ -111,6 +127,12 @@ def test_names_in_shards(files, flags, name, tmp_path):
     assert float(row[name]) > 0
 
 
+def test_workers_that_unpickle_a_dataset_have_the_names(tmp_path):
+    flags = shlex.split(write_rows(tmp_path, 'kind', lambda number: TAGS[number % 3]))
+    dataset = create_split(parse_train(flags), 'validation')
+    assert targets(pickle.loads(pickle.dumps(dataset))) == targets(dataset) == [1, 2, 0, 1, 2, 0]
+
+
 def test_shards_of_another_task_are_one_line(tmp_path):
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda i: {'json': json.dumps({'tags': [0, 1]}).encode()})
@@ -124,6 +146,10 @@ def test_shards_of_another_task_are_one_line(tmp_path):
         (['photos.csv'], '--dataset csv'),
         (['train.csv', 'images/a.png'], '--dataset csv'),
         (['train.json', 'a.png'], '--dataset json'),
+        (
+            ['tags.csv', 'shop/a.png', 'home/b.png'],
+            'give it in place of the folder, with --dataset csv',
+        ),
         (['annotations/instances_val2014.json', 'val2014/a.png', 'train2014/a.png'], '--dataset coco2014'),
         (['VOCdevkit/VOC2012/JPEGImages/a.jpg'], '--dataset voc2012'),
         (['_info.json', 'a-000.tar'], '--dataset wds/'),
@@ -135,6 +161,7 @@ def test_a_forgotten_dataset_is_named(files, flag, tmp_path):
         (tmp_path / 'data' / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'data' / file).write_text('')
     root = tmp_path / 'data' / 'photos.csv' if files == ['photos.csv'] else tmp_path / 'data'
-    with pytest.raises(ValueError, match=re.escape(f'add {flag.format(root=root)}')) as error:
-        create_split(parse_train([str(root)]), 'train')
+    task = ['--task', 'multilabel'] if 'shop/a.png' in files else []
+    with pytest.raises(ValueError, match=re.escape(flag.format(root=root))) as error:
+        create_split(parse_train([str(root), *task]), 'train')
     assert '\n' not in str(error.value)

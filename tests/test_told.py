@@ -15,6 +15,8 @@ from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.probe.options import parse_probe
+from timm_mldecoder.probe.sweep import _create_splits
+from timm_mldecoder.runtime.memory import advise_on_memory
 
 
 @pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
@@ -96,3 +98,21 @@ def test_classes_that_are_always_or_never_predicted(task):
         'predicted for no image, though some show them: 1 classes: cow',
         'predicted for every image, though some do not show them: 1 classes: ant',
     ]  # fmt: skip
+
+
+def test_one_value_per_channel_is_told_with_what_to_do():
+    with (
+        pytest.raises(ValueError, match='--batch-size 1: BatchNorm .* at least 2 images'),
+        advise_on_memory(1, 1, 1),
+    ):
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match='another'), advise_on_memory(1, 1, 1):
+        raise ValueError('another')
+
+
+def test_a_probe_warns_of_files_in_both_splits(tmp_path, caplog):
+    data = write_images(tmp_path, train=3, validation=2)
+    (data / 'validation' / 'class_1' / 'zz.png').symlink_to(data / 'train' / 'class_1' / '000.png')
+    with join_world('cpu') as world:
+        _create_splits(parse_probe('', [str(data), *MODEL[:4], '--device', 'cpu']), world)
+    assert '1 files are in both splits' in caplog.text

@@ -112,8 +112,7 @@ class LoadedModel:
         Raises:
             OSError: If an image cannot be read.
         """
-        one = isinstance(images, (Image.Image, str, os.PathLike))
-        items = [images] if one else list(images)
+        items = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
         device = next(self.model.parameters()).device
         found: list[list[Label]] = []
         with torch.inference_mode():

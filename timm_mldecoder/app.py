@@ -90,8 +90,9 @@ class Shown:
         self.name = name
         self.predictor = predictor
         self.multilabel = predictor.thresholds is not None
-        tuned = tuned and self.multilabel
-        self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True)) if tuned else {}
+        self._tuned: dict[str, float] = {}
+        if tuned and predictor.thresholds is not None:
+            self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True))
         head = predictor.model.get_classifier()
         self.attends = isinstance(head, MLDecoder)
         self._transform = create_transform(**{**predictor.data_config, 'is_training': False})
@@ -103,7 +104,7 @@ class Shown:
             if more is not None and more.embeddings.shape[1] != width:
                 raise ValueError(f'--word-embeddings has width {more.embeddings.shape[1]}, {name} needs {width}')
             own = zip(head.class_names or [], head.vocabulary.embeddings.cpu(), strict=False)
-            self._rows = {**dict(zip(more.names, more.embeddings, strict=True) if more else ()), **dict(own)}
+            self._rows = {**dict(zip(more.names or (), more.embeddings, strict=True) if more else ()), **dict(own)}
 
     @property
     def vocabulary(self) -> list[str]:
@@ -148,7 +149,7 @@ class Shown:
         classes = self.classes(typed)
         with self._lock, other_classes(self.predictor.model, classes):
             scores, _ = self.predictor(self._images(image))
-        return Scores(classes.names if classes else self.predictor.class_names, scores[0].tolist())
+        return Scores((classes and classes.names) or self.predictor.class_names, scores[0].tolist())
 
     @torch.inference_mode()
     def attention(self, image: Image.Image, names: Sequence[str], index: int) -> Image.Image:
@@ -240,7 +241,7 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
         return lists if len(lists) > 1 else lists[0]
 
     def attend(shown: Shown) -> Any:
-        def show(image: Any, found: Scores | None, threshold: float, tuned: bool, event: gradio.EventData) -> tuple:
+        def show(image: Any, found: Scores | None, threshold: float, tuned: bool, event: gradio.EventData) -> tuple:  # type: ignore[name-defined]  # of the extra
             found, index = found and Scores(*found), event.index
             limit = None if tuned else threshold
             if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
@@ -309,7 +310,7 @@ def _read_upload(payload: Any) -> Image.Image | str | None:
         with Image.open(payload.path) as image:
             return image.copy()
     except Image.DecompressionBombError:
-        return f'{name} has too many pixels: {2 * Image.MAX_IMAGE_PIXELS:,} are allowed'
+        return f'{name} has too many pixels: {2 * (Image.MAX_IMAGE_PIXELS or 0):,} are allowed'
     except Exception:  # damaged bytes make PIL's decoders raise anything
         return f'{name} is not an image that can be read'
 

@@ -2,7 +2,7 @@
 
     python -m timm_mldecoder.convert output/train/RUN/model_best.pth.tar folder      a checkpoint of train.py
     python -m timm_mldecoder.convert tresnet_l_COCO__448_90_0.pth coco_l             a published one
-    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a divided one, as one file
+    python -m timm_mldecoder.convert output/train/RUN/last.pth.tar single.pth.tar    a sharded one, as one file
     python -c "import timm; timm.create_model('local-dir:coco_l', pretrained=True)"
 
 A checkpoint of train.py brings everything along: head, classes, preprocessing, task and thresholds. Of the published
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import resolve_model_input_args
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_mldecoder.checkpoint.files import SUFFIX
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
@@ -118,6 +118,7 @@ def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: b
     if given:
         raise ValueError(f'{", ".join(given)}: {file} is a checkpoint of train.py, which says this itself')
     trained = load_trained(str(file), use_ema=use_ema)
+    trained.model.pretrained_cfg = {**trained.model.pretrained_cfg, **NOT_OF_TIMM}
     save_folder(
         trained.model,
         folder,
@@ -163,7 +164,7 @@ def convert_published(
     """
     tensors = weights_of(content, use_ema)
     given = dict(ml_decoder_kwargs or {})
-    shown = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
+    shown: dict[str, Any] = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
     options = head_options(tensors, **shown) | given
     names = None
     if isinstance(options.get('word_embeddings'), Tensor):
@@ -179,7 +180,7 @@ def convert_published(
     num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
     architecture = Architecture(model) if model else _architecture(shape, content.get('arch'))
-    input_size = input_size or INPUT_SIZES.get((shape, num_classes))
+    input_size = input_size or (shape and INPUT_SIZES.get((shape, num_classes)))
     if input_size is None:
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
     if not timm.is_model(architecture.model):
@@ -190,7 +191,7 @@ def convert_published(
     if thresholds and not names:
         raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
 
-    def build() -> nn.Module:
+    def build() -> Any:
         arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
         return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
 
@@ -205,7 +206,7 @@ def convert_published(
     task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
     if thresholds and task != 'multilabel':
         raise ValueError('--thresholds are for --task multilabel')
-    tuned = read_thresholds(thresholds, names) if thresholds else None
+    tuned = read_thresholds(thresholds, names) if thresholds and names else None
     network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
     facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
     save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)
@@ -294,11 +295,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--ml-decoder-kwargs', action=Pairs, metavar='KEY=VALUE', help='options of the head that no tensor shows, '
         'such as num_heads=6 prefix_tokens=True position=sin2d memory_activation=leaky_relu')  # fmt: skip
     for name, default in PUBLISHED.items():
-        several = dict(nargs=3) if isinstance(default, tuple) else {}
-        choices = dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
+        more: dict[str, Any] = dict(nargs=3) if isinstance(default, tuple) else {}
+        more |= dict(choices=['squash', 'center', 'border']) if name == 'crop_mode' else {}
         kind = str if isinstance(default, str) else float
         flag = f'--{name.replace("_", "-")}'
-        add(flag, type=kind, help=f'of images (default: {default})', **several, **choices)
+        add(flag, type=kind, help=f'of images (default: {default})', **more)
     return parser.parse_args(argv)
 
 

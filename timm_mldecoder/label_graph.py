@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if counts == 'instances' and options.dataset not in WITH_OBJECTS:
         raise ValueError(f'--counts instances: {options.dataset} has no objects, only {", ".join(WITH_OBJECTS)} have')
     # the published graph of VOC counts difficult objects too
-    settings = dict(difficult='positive') if options.dataset.startswith('voc') and counts == 'instances' else {}
-    settings |= dict(instances=True) if counts == 'instances' else {}
+    settings: dict[str, Any] = dict(instances=True) if counts == 'instances' else {}
+    settings |= dict(difficult='positive') if options.dataset.startswith('voc') and counts == 'instances' else {}
     annotations = create_dataset(options.dataset, options.data, options.split, missing=None, **settings).annotations
     adjacency, class_names = cooccurrence(annotations, counts)
     about = dict(counts=counts, dataset=options.dataset, split=options.split)

@@ -40,7 +40,7 @@ _FLAGS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
     coco_unannotated input_img_mode input_key target_key task target_format val_fraction split_seed split_column
     path_column label_column label_separator background image_range exif_rotate workers in_chans img_size input_size
-    crop_pct crop_mode device
+    crop_pct crop_mode scale train_crop_mode device config
 """
 TAKEN = frozenset(_FLAGS.split())
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     own, others = _parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     options = parse_train(['--device', 'cpu', *others])
-    if odd := sorted(options.given - TAKEN):
+    # a recipe may have all flags of train.py
+    if odd := sorted(name for name in options.given - TAKEN if not options.flag(name).startswith('--config')):
         raise ValueError(f'{options.flag(odd[0])} has no effect on check: leave it out')
     splits = {'train': options.train_split} | ({'validation': options.val_split} if options.val_split else {})
     datasets = {role: create_split(options, split, missing=None) for role, split in splits.items()}
@@ -67,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = resolve_data_config(options.to_dict())
     multilabel = options.task == 'multilabel'
     found = find(read, config, options.exif_rotate, multilabel)
+    if multilabel and options.train_crop_mode is None and not options.no_aug:
+        smallest, largest = options.scale
+        shown = f'{smallest:.0%} to {largest:.0%} of the area of an image'
+        _logger.info(f'train: random crops show {shown}; --train-crop-mode squash shows all of it')
     _log(found)
     if own.report:
         own.report.mkdir(parents=True, exist_ok=True)
@@ -142,7 +147,7 @@ def _log(found: Sequence[Finding]) -> None:
             _logger.warning(f'{len(part):,} {kind}: {meaning}')
         for finding in part[:EXAMPLES]:
             files = ', '.join(finding.files[:3]) + (', ...' if len(finding.files) > 3 else '')
-            text = finding.text if files in finding.text else f'{files}: {finding.text}'.removeprefix(': ')
+            text = finding.text if finding.images else f'{files}: {finding.text}'.removeprefix(': ')
             _logger.warning(f'    {text}')
         if len(part) > EXAMPLES:
             _logger.warning(f'    and {len(part) - EXAMPLES:,} more')

@@ -76,6 +76,8 @@ def labels_of(dataset: Any) -> list[tuple[int, ...]] | None:
     if indices is not None:
         return [(index,) for index in indices.tolist()]
     reader = getattr(dataset, 'reader', None)
+    if reader is None:
+        return None
     if hasattr(reader, 'iter_targets') and not getattr(reader, 'dense_target', False):
         targets = list(reader.iter_targets())
     elif getattr(reader, 'targets', None) is not None:  # of tar files
@@ -136,7 +138,7 @@ def _finding(splits: Mapping[str, Split], images: list[tuple[str, int]], near: s
     files = tuple(splits[role].facts[position].path for role, position in images)
     labels = list(dict.fromkeys(splits[role].shown(position) for role, position in images))
     across = len({role for role, _ in images}) > 1
-    text = ' = '.join(files)
+    text = ' = '.join(files[:3]) + (f' = {len(files) - 3} more' if len(files) > 3 else '')
     if len(labels) > 1:
         text += f' ({near}{"copies in both splits" if across else "copies"}): {" | ".join(labels)}'
         return Finding('contradiction', files, text, tuple(images))

@@ -38,8 +38,8 @@ def progress_by_name(path: Path) -> Progress | None:
 
 def numbered(folder: Path) -> list[Path]:
     """Return the checkpoints whose names show how far they are, the furthest first."""
-    paths = [path for path in folder.glob(f'*{SUFFIX}') if progress_by_name(path) is not None]
-    return sorted(paths, key=progress_by_name, reverse=True)
+    found = [(reached, path) for path in folder.glob(f'*{SUFFIX}') if (reached := progress_by_name(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

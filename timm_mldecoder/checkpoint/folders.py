@@ -34,7 +34,7 @@ library_name: timm
 {classes}{facts}## How to load it
 
 ```bash
-pip install timm-mldecoder
+pip install .    # in a clone of timm-mldecoder
 ```
 
 ```python
@@ -84,7 +84,8 @@ def save_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
         written = Path(temporary) / 'folder'  # a temporary folder itself is for its owner only
-        save_for_hf(model, written, model_config=config, data_config=dict(data_config or {}), safe_serialization=True)
+        data = dict(data_config or {})
+        save_for_hf(model, str(written), model_config=config, data_config=data, safe_serialization=True)
         # timm writes num_classes twice, which transformers refuses; the number of the weights is in pretrained_cfg
         path = written / 'config.json'
         content = json.loads(path.read_text())

@@ -75,7 +75,8 @@ def convert_state_dict(
     Args:
         state_dict: The content of the file; neither it nor the model is changed.
         model: A timm model with an ML-Decoder head, or an `MLDecoder` (which gets the head of the file alone), built
-            with the options of `head_options`; or another module with an `MLDecoder` in it.
+            with the options of `head_options`; or a module of the user's own with one or more `MLDecoder` in it, under
+            the names that they have in the file.
         head: Name of the head in a file with several.
         self_attention: What self-attention weights beside those of the cross-attention are for: 'use' for torch's own
             decoder layer, 'ignore' for weights that the forward pass never uses, 'reuse' if it uses those of the
@@ -93,8 +94,10 @@ def convert_state_dict(
     tensors = _tensors_of(state_dict, ignore)
     if 'gc1.weight' in tensors or 'gc1.W' in tensors:  # the layout of arXiv 2209.06585
         return convert_graph_state_dict(tensors, model)
+    if head is None and len(_slots(model)) > 1:
+        return _convert_several(tensors, model, self_attention, num_heads)
     slot = _slot(model)
-    target = model.get_submodule(slot.removesuffix('.'))
+    target: Any = model.get_submodule(slot.removesuffix('.'))
     found = find_head(tensors, head)
     own = _head_tensors(tensors, found, self_attention)
     if found.layout != OURS:
@@ -119,6 +122,29 @@ def convert_state_dict(
         lines += [f'its head was built with {options}']
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}'[:LONGEST])
     return converted
+
+
+def _convert_several(
+    tensors: Mapping[str, Tensor], model: nn.Module, self_attention: str | None, num_heads: int | None
+) -> dict[str, Tensor]:
+    """`convert_state_dict` for a module of the user's own with several heads, all of which are in the file."""
+    if any(isinstance(module, MLDecoderModel) for module in model.modules()):
+        raise ValueError(
+            f'{type(model).__name__} has several models with an ML-Decoder head: convert one after the other'
+        )
+    heads = _heads(tensors)
+    converted = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(heads))}
+    for prefix, layout in heads.items():
+        own = _head_tensors(tensors, Head(layout, prefix), self_attention)
+        if layout != OURS:
+            head: Any = model.get_submodule(_slots(model)[0])
+            _check_num_heads(own, num_heads, head.layers[0].multihead_attn.num_heads)
+        converted |= {prefix + name: tensor for name, tensor in own.items()}
+    prefix, others = _find_prefix(converted, model, '/', Head(OURS, ''), several=False)  # no name begins with a slash
+    names = {name.removeprefix(prefix): tensor for name, tensor in converted.items() if name not in others}
+    if lines := misfits(names | {name: converted[name] for name in others}, model):
+        raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}'[:LONGEST])
+    return names
 
 
 def head_options(
@@ -147,7 +173,8 @@ def head_options(
         raise ValueError(f'the ML-Decoder head in the checkpoint is not complete: missing {", ".join(missing)}')
     if found.layout != OURS:
         _check_num_heads(own, num_heads)
-    options = _options_of_shapes(own) if own['group_fc.weight'].dim() == 3 else _word_options(own)
+    ours = found.layout == OURS
+    options = _options_of_shapes(own) if own['group_fc.weight'].dim() == 3 else _word_options(own, ours)
     return {**options, **({'num_heads': num_heads} if num_heads else {})}
 
 
@@ -162,7 +189,8 @@ def lacks_head_norm(
     found, slot = find_head(tensors, head), _slot(model)
     rest = _beside_heads(tensors, found, head)
     prefix, _ = _find_prefix(rest, model, slot, found, several=head is not None)
-    return bool(model.ml_decoder_norm) and not any(prefix + name in rest for name in model.ml_decoder_norm)
+    norm: Any = model.ml_decoder_norm
+    return bool(norm) and not any(prefix + name in rest for name in norm)
 
 
 def find_head(tensors: Mapping[str, Tensor], name: str | None = None) -> Head:
@@ -344,15 +372,17 @@ def _options_of_shapes(head: Mapping[str, Tensor]) -> dict[str, Any]:
         for option, (name, dim) in _SHAPED_BY.items()
         if name in head and head[name].dim() > dim
     }
+    if 'group_fc.weight' in head and head['group_fc.weight'].dim() == 2:  # one weight [D, g] for all queries
+        options = {name: options[name] for name in options if name == 'dim_feedforward'}
+        options['decoder_embedding'] = len(head['group_fc.weight'])
     options['num_layers'] = len({name.split('.')[1] for name in head if name.startswith('layers.')})
     return {**options, **({'self_attention': True} if 'layers.0.self_attn.in_proj_weight' in head else {})}
 
 
-def _word_options(head: Mapping[str, Tensor]) -> dict[str, Any]:
+def _word_options(head: Mapping[str, Tensor], ours: bool) -> dict[str, Any]:
     """Return the options of the reference's head with text queries, which does full decoding."""
     dim, group_size = head['group_fc.weight'].shape
-    names = head.get('vocabulary.names_utf8')
-    if 'vocabulary.embeddings' in head and (names is None or len(names)) or group_size != 1:
+    if (ours and 'vocabulary.embeddings' in head) or group_size != 1:
         raise ValueError('the grouping of text queries does not follow from shapes: build the model with its options')
     shown = _options_of_shapes(head)
     width = head['queries.proj.weight'].shape[1] if 'queries.proj.weight' in head else dim
@@ -373,8 +403,12 @@ def _own_classes(target: MLDecoder, slot: str, head: Mapping[str, Tensor]) -> di
     return {f'{slot}vocabulary.{name}': tensor for name, tensor in vocabulary.state_dict().items()}
 
 
+def _slots(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, MLDecoder)]
+
+
 def _slot(model: nn.Module) -> str:
-    slots = [name for name, module in model.named_modules() if isinstance(module, MLDecoder)]
+    slots = _slots(model)
     if len(slots) != 1:
         raise ValueError(f'{type(model).__name__} has {len(slots)} ML-Decoder heads, not one: pass ml_decoder=True')
     return f'{slots[0]}.' if slots[0] else ''

@@ -25,7 +25,7 @@ MAIN_EMA = EMA[:2]
 # file.
 _numpy_scalar = np.float64().__reduce__()[0]
 _numpy_array = np.empty(0).__reduce__()[0]
-_HARMLESS = [
+ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     np.ndarray,
@@ -45,21 +45,22 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
     Args:
         path: Path of the file.
-        whole: Whether to read the tensors of a checkpoint that is divided into shards; otherwise their folder is only
+        whole: Whether to read the tensors of a sharded checkpoint; otherwise their folder is only
             checked, they stay on the meta device, and those of other files are mapped into memory.
 
     Raises:
         ValueError: If the file does not exist, holds anything else, is damaged, or has an invalid entry.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f'{path}: no such file')
-    if Path(path).suffix == '.safetensors':
+    if path.suffix == '.safetensors':
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f'{path} is not a complete safetensors file: {error}') from error
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
             mapped = not whole and zipfile.is_zipfile(path)
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes make the unpickler raise anything
@@ -70,13 +71,14 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         raise ValueError(f'{path} is refused: {reason}; only files of weights are read') from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise ValueError(f'{path} holds a {type(content).__name__}, not tensors or entries by name')
+    content = dict(content)
     if RUN in content:
         check_entries(content, path)
     if is_folder_name(content.get(SHARDS)):
         check_folder(path, content[SHARDS])
         if whole:
             fill(content, path)
-    return dict(content)
+    return content
 
 
 def has_ema(content: Mapping[str, Any]) -> bool:

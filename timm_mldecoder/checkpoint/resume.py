@@ -104,7 +104,7 @@ def newest(folder: Path, whole: bool = True) -> tuple[Path | None, dict[str, Any
     path, content = folder / LAST, _try(folder / LAST, whole)
     reached = _progress(content) if content else NOTHING
     for other in numbered(folder):
-        if progress_by_name(other) <= reached:
+        if (progress_by_name(other) or NOTHING) <= reached:
             break
         found = _try(other, whole)
         if found:

@@ -115,7 +115,7 @@ def _saver(value: Any) -> bool:
     number = _optional(_is(float, int))
     return (
         pairs
-        and all(_is(str)(name) and number(metric) for name, metric in files)
+        and all(_is(str)(name) and number(metric) for name, metric in files or ())
         and number(value.get('best_metric'))
         and _optional(_is(str))(value.get('metric'))
     )
@@ -146,7 +146,7 @@ ENTRIES = {
     'class_names': Entry(_names, 'a list of names', 'class names in the order of the outputs; all readers'),
     'thresholds': Entry(_thresholds, 'a probability per class name', 'thresholds of validate.py --write-thresholds; '
                         'validate.py, predict'),
-    SHARDS: Entry(is_folder_name, 'the name of a folder', 'folder beside the file with the divided tensors (--parallel '
+    SHARDS: Entry(is_folder_name, 'the name of a folder', 'folder beside the file with the sharded tensors (--parallel '
                   'fsdp); all readers'),
     RUN: Entry(_is(Mapping), 'a mapping', 'the entries below; resume, validate.py, predict, convert'),
 }

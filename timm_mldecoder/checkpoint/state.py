@@ -8,7 +8,6 @@ import torch
 from timm.models import clean_state_dict
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from timm_mldecoder.checkpoint.schema import RUN, VERSION
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.loader import BadImage, TrainLoader
-from timm_mldecoder.loading.randomness import EpochStart
+from timm_mldecoder.loading.randomness import EpochBatches, EpochStart
 from timm_mldecoder.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class RunningLoss:
 class TrainingState:
     """The parts of a run that change while it trains, and its position."""
 
-    task: TrainingTask  # model, EMA model, loss
+    task: Any  # timm's TrainingTask: model, EMA model, loss
     optimizer: torch.optim.Optimizer
     schedule: Scheduler | None  # learning-rate schedule; None for `--sched none`
     scaler: torch.amp.GradScaler  # loss scaler of float16, disabled where it is not needed
@@ -215,7 +214,8 @@ class TrainingState:
                     'same, or --no-resume-opt'
                 ) from error
         if generator is not None:
-            self.optimizer.generator = torch.Generator(self.loss.total.device).set_state(generator)
+            optimizer: Any = self.optimizer
+            optimizer.generator = torch.Generator(self.loss.total.device).set_state(generator)
         if self.scaler.is_enabled() and SCALER in content:
             self.scaler.load_state_dict(content[SCALER])
 
@@ -223,7 +223,7 @@ class TrainingState:
         """Move to a position within an epoch; the remaining samples may be divided differently now."""
         self.batch, self.start = run['batch'], EpochStart(**run['start'])
         if changed:
-            if run['restart'] is None or loader.batches is None or loader.batches.scheduled:
+            if run['restart'] is None or not isinstance(loader.batches, EpochBatches) or loader.batches.scheduled:
                 raise ValueError(
                     f'{"; ".join(changed)}: streams, --train-img-sizes and --naflex-loader cannot resume within an '
                     'epoch after that change; undo it, or use a checkpoint of the end of an epoch'

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm.data
 
@@ -15,7 +16,7 @@ from timm_mldecoder.data.formats.csv_list import read_csv
 from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
-from timm_mldecoder.data.formats.records import name_targets, training_split
+from timm_mldecoder.data.formats.records import check_stream, name_targets, training_split
 from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy
 from timm_mldecoder.data.same_files import merge_same_files
@@ -97,11 +98,14 @@ def create_dataset(
             dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
         if prefix == 'hfds':
             _check_columns(name, dataset.reader)
+        several = kwargs.get('target_format') is not None
+        if prefix == 'hfids':
+            check_stream(dataset.reader, name, several)
         if prefix in ('hfds', 'wds'):
-            several = kwargs.get('target_format') is not None
             name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
         return dataset
 
+    reader: Any
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
     refused = sorted(options.keys() - DATASET_OPTIONS - known)

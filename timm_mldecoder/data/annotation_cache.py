@@ -55,7 +55,7 @@ def load_or_build(
                 except OSError as error:  # must not pass for a cache folder that cannot be written
                     raise ValueError(str(error)) from error
                 _store(place / version, name, table)
-                return load(place / version), place / version
+                return load(place / version) or table, place / version
     _logger.warning(f'cannot write a cache of {name}: neither {places[0]} nor {places[1]} is writable')
     return table or build(), None
 

@@ -18,16 +18,17 @@ from timm_mldecoder.data.images import Reading
 
 _logger = logging.getLogger(__name__)
 
+Numbers = Sequence[int] | np.ndarray
 CACHED = 2**24  # bytes of annotation files from which they are cached
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
 
 
 def make_table(
     paths: Sequence[str | Path] | np.ndarray,
-    image: Sequence[int],
-    label: Sequence[int],
-    value: Sequence[int],
-    instances: Sequence[int] | None = None,
+    image: Numbers,
+    label: Numbers,
+    value: Numbers,
+    instances: Numbers | None = None,
 ) -> Table:
     """Sort annotations by image and class, one entry per image and class.
 
@@ -54,7 +55,12 @@ def make_table(
             table['instances'] = np.add.reduceat(np.asarray(instances, dtype=np.int32)[order], first)
         else:
             table['instances'] = np.zeros(0, dtype=np.int32)
-    key = key[np.append(np.diff(key >> 2) != 0, True)] if len(key) else key  # the largest value of each image and class
+    if len(key):
+        last = np.append(np.diff(key >> 2) != 0, True)  # the largest value of each image and class
+        both = ~last[:-1] & ((key[:-1] & 3) == NEGATIVE + 1) & ((key[1:] & 3) == POSITIVE + 1)
+        if contradictions := int(np.count_nonzero(both)):
+            _logger.info(f'{contradictions:,} labels are both present and absent in one image: they count as present')
+        key = key[last]
     table['start'] = np.concatenate([[0], np.cumsum(np.bincount(key >> bits, minlength=len(paths)))])
     table['label'] = ((key >> 2) & ((1 << (bits - 2)) - 1)).astype(np.min_scalar_type(1 << (bits - 2)))
     table['value'] = ((key & 3) - 1).astype(np.int8)
@@ -81,11 +87,11 @@ class Annotations:
         self,
         class_names: Sequence[str],
         paths: Sequence[str | Path] | np.ndarray,
-        image: Sequence[int],
-        label: Sequence[int],
-        value: Sequence[int],
+        image: Numbers,
+        label: Numbers,
+        value: Numbers,
         unlisted: int = NEGATIVE,
-        instances: Sequence[int] | None = None,
+        instances: Numbers | None = None,
     ):
         self._set(class_names, make_table(paths, image, label, value, instances), unlisted, None)
 

@@ -1,11 +1,14 @@
-"""Files of class names and of thresholds that a user has for a model."""
+"""Files of class names, thresholds and implications that a user has for a model."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_mldecoder.data.text_files import read_names, read_rows, read_text
+import torch
+from torch import Tensor
+
+from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows, read_text
 
 
 def read_class_names(path: Path, num_classes: int) -> list[str]:
@@ -61,6 +64,42 @@ def read_thresholds(path: Path, class_names: Sequence[str]) -> dict[str, float]:
             raise ValueError(f'{path}: no threshold of class {name!r}')
         found[name] = _probability(values[name], f'{path}: threshold of class {name!r}')
     return found
+
+
+def read_implications(path: Path, class_names: Sequence[str]) -> Tensor:
+    """Return which classes imply which, closed under transitivity: pairs of indices [2, E], implying and implied.
+
+    Args:
+        path: A text file with a line `tag -> tag` per implication. Names may contain an arrow.
+        class_names: Names of all classes.
+
+    Raises:
+        ValueError: If a line is not an implication of two classes.
+    """
+    index = {name: number for number, name in enumerate(class_names)}
+    direct: dict[int, set[int]] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        parts = [normalize_name(part) for part in line.split('->')]
+        if parts == ['']:
+            continue
+        pairs = [('->'.join(parts[:cut]), '->'.join(parts[cut:])) for cut in range(1, len(parts))]
+        pairs += [(' -> '.join(parts[:cut]), ' -> '.join(parts[cut:])) for cut in range(1, len(parts))]
+        if not pairs:
+            raise ValueError(f'{path}, line {number}: expected "tag -> tag", got {line!r}')
+        known = [pair for pair in pairs if set(pair) <= set(index)]
+        if not known:
+            unknown = next(name for name in pairs[0] if name not in index)
+            raise ValueError(f'{path}, line {number}: the model has no class {unknown!r}')
+        direct.setdefault(index[known[0][0]], set()).add(index[known[0][1]])
+    closed: list[tuple[int, int]] = []
+    for first in direct:
+        reached, waiting = {first}, [first]
+        while waiting:
+            new = direct.get(waiting.pop(), set()) - reached
+            reached |= new
+            waiting += new
+        closed += [(first, other) for other in sorted(reached - {first})]
+    return torch.tensor(closed, dtype=torch.long).reshape(-1, 2).T
 
 
 def _probability(value: Any, where: str) -> float:

@@ -8,12 +8,13 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from timm.data.readers import reader_image_folder, reader_image_in_tar, reader_image_tar
 
 _logger = logging.getLogger(__name__)
 
-_READERS = (reader_image_folder, reader_image_in_tar, reader_image_tar)
+_READERS: tuple[Any, ...] = (reader_image_folder, reader_image_in_tar, reader_image_tar)
 
 
 def sort_key(name: str) -> tuple[list[str | int], str]:

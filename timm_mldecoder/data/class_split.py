@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def read_class_split(path: str | Path, class_names: Sequence[str]) -> ClassSplit
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not a class split: {error}') from error
-    parts = {part: _names(content, keys, path) for part, keys in KEYS.items()}
+    parts: dict[str, Any] = {part: _names(content, keys, path) for part, keys in KEYS.items()}
     if parts['seen'] is None and parts['unseen'] is None:
         raise ValueError(f'{path} is not a class split: it has neither {KEYS["seen"]} nor {KEYS["unseen"]}')
     known = set(class_names)

@@ -64,14 +64,16 @@ def embed_with_text_vectors(texts: Sequence[str], path: Path) -> Tensor:
     def find(text: str) -> Tensor | None:
         return next((vectors[form] for form in _forms(text) if form in vectors), None)
 
-    rows, unknown, left_out = [], [], []
+    rows: list[Tensor] = []
+    unknown, left_out = [], []
     for text in texts:
         whole, parts = find(text), {word: find(word) for word in _words(text)}
         known = [whole] if whole is not None else [vector for vector in parts.values() if vector is not None]
         if whole is None and known:
             left_out += [f'{word} of {text}' for word, vector in parts.items() if vector is None]
-        rows.append(torch.stack(known).mean(dim=0) if known else None)
-        if not known:
+        if known:
+            rows.append(torch.stack(known).mean(dim=0))
+        else:
             unknown.append(text)
     if unknown:
         raise ValueError(f'{path} has no vector for {unknown}: add a text of known words to the names, after a tab')

@@ -38,8 +38,8 @@ def is_clutter(name: str) -> bool:
 
 def is_image(path: str) -> bool:
     """Return whether a path, relative to the root of the data, has a suffix of an image and no part that is clutter."""
-    path = PurePath(path)
-    return path.suffix.lower() in _SUFFIXES and not any(is_clutter(part) for part in path.parts)
+    pure = PurePath(path)
+    return pure.suffix.lower() in _SUFFIXES and not any(is_clutter(part) for part in pure.parts)
 
 
 def find_images(root: str | os.PathLike, exclude: Sequence[str | os.PathLike] = ()) -> list[str]:
@@ -50,8 +50,9 @@ def find_images(root: str | os.PathLike, exclude: Sequence[str | os.PathLike] = 
         exclude: Folders to leave out, such as that of an output.
     """
     left_out = {os.path.realpath(folder) for folder in exclude}
-    names, ignored = [], []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    names: list[str] = []
+    ignored: list[str] = []
+    for folder, folders, files in os.walk(os.fspath(root), followlinks=True):
         folders[:] = [
             name
             for name in folders
@@ -132,7 +133,8 @@ class Reading:
         """What to log of the images of a split, by the headers of some of its files: deep modes, EXIF rotation."""
         if not hasattr(dataset, 'filename') or not hasattr(dataset, '__getitem__'):
             return []
-        modes, rotated, looked_at = Counter(), 0, 0
+        modes: Counter[str] = Counter()
+        rotated = looked_at = 0
         for index in np.unique(np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset)), dtype=int)).tolist():
             try:
                 with Image.open(dataset.filename(index, absolute=True)) as image:

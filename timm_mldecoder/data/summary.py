@@ -108,11 +108,11 @@ def summarize(dataset: Any) -> DatasetSummary:
 
 def overlap(train: Any, validation: Any) -> list[str]:
     """Files that both splits hold, in whatever spelling; empty if either does not consist of files."""
-    ids = [_file_ids(dataset) for dataset in (train, validation)]
-    if ids[0] is None or ids[1] is None:
+    paths, first, second = _paths(train), _file_ids(train), _file_ids(validation)
+    if paths is None or first is None or second is None:
         return []
-    shared = np.intersect1d(*ids, return_indices=True)[1]
-    return sorted(os.fsdecode(path) for path in _paths(train)[shared].tolist())
+    shared = np.intersect1d(first, second, return_indices=True)[1]
+    return sorted(os.fsdecode(path) for path in paths[shared].tolist())
 
 
 def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instances') -> tuple[np.ndarray, list[str]]:
@@ -140,7 +140,7 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
     shown = value == POSITIVE
     image, label = image[shown], label[shown].astype(np.int64)
     num_classes = len(annotations.class_names)
-    weights = annotations.instances[shown] if counts == 'instances' else None
+    weights = annotations.instances[shown] if counts == 'instances' and annotations.instances is not None else None
     occurrences = np.bincount(label, weights, minlength=num_classes)
 
     together = np.zeros((num_classes, num_classes))
@@ -189,7 +189,7 @@ def _file_ids(dataset: Any) -> np.ndarray | None:
 def _repeated(dataset: Any) -> tuple[list[str] | None, list[str]]:
     """Files that are listed more than once, and those among them with other labels, each with all of its paths."""
     ids, paths = _file_ids(dataset), _paths(dataset)
-    if ids is None:
+    if ids is None or paths is None:
         return None, []
     groups = repeated(ids)
     if isinstance(dataset, MultiLabelDataset):

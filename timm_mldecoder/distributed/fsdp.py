@@ -113,7 +113,7 @@ def _check(model: nn.Module) -> None:
         raise ValueError('--parallel fsdp cannot shard a model whose modules share parameters')
 
 
-def units(model: nn.Module, heads: Sequence[nn.Module]) -> list[nn.Module]:
+def units(model: Any, heads: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the modules that are gathered on their own, inner ones first: the head, and the layers of the model.
 
     The layers are those of timm's `group_matcher`, by which it decays learning rates. What is in none of them (stem,
@@ -178,9 +178,9 @@ def _allocate(model: nn.Module) -> None:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Give all ranks the buffers of rank 0, as DistributedDataParallel does before the first batch of a step."""
-    buffers = list(model.buffers())
-    if buffers:
-        dist._broadcast_coalesced(dist.group.WORLD, buffers, _BUCKET_BYTES, 0)
+    buffers, group = list(model.buffers()), dist.group.WORLD
+    if buffers and group is not None:
+        dist._broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
 
 
 class ShardedEma(ModelEmaV3):

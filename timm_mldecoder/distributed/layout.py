@@ -1,6 +1,7 @@
 """How the ranks of a run hold its model: replicated (DDP) or sharded (FSDP2, torch.distributed.checkpoint).
 
-The run, its loop and its state work with a `Layout`, and do not know which of the two it is.
+The run, its loop and its state work with a `Layout`, and do not know which of the two it is. Tasks are timm's
+`TrainingTask`, of which torch's types do not know the attributes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from torch import nn
 
 from timm_mldecoder.distributed.fsdp import ShardedEma, broadcast_buffers, create_mesh, create_skeleton, shard
@@ -47,7 +47,7 @@ class Layout:
         """
         model.to(self._world.device)
 
-    def setup_ema(self, task: TrainingTask, options: Options) -> None:
+    def setup_ema(self, task: Any, options: Options) -> None:
         """Create the EMA weights of a task, equal to those of the model."""
         self._world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
@@ -56,7 +56,7 @@ class Layout:
             device='cpu' if options.model_ema_force_cpu else None,
         )
 
-    def wrap(self, task: TrainingTask) -> None:
+    def wrap(self, task: Any) -> None:
         """Let the ranks exchange the gradients of the parameters that are trainable now."""
         if not self._world.distributed:
             return
@@ -64,7 +64,7 @@ class Layout:
         buffers = dict(broadcast_buffers=False) if self._options.no_ddp_bb else {}
         task.prepare_distributed(device_ids=devices, **buffers)
 
-    def rewrap(self, task: TrainingTask) -> None:
+    def rewrap(self, task: Any) -> None:
         """`wrap` again, after parameters have become trainable."""
         if self._world.distributed:
             task.trainable_module = task.trainable_module.module
@@ -116,16 +116,16 @@ class Sharded(Layout):
     def place(self, model: nn.Module, heads: Sequence[nn.Module]) -> None:
         self._average = shard(model, heads, create_mesh(self._options, self._world), self._options, self._world)
 
-    def setup_ema(self, task: TrainingTask, options: Options) -> None:
+    def setup_ema(self, task: Any, options: Options) -> None:
         assert self._average is not None
         task.trainable_module_ema = ShardedEma(
             self._average, self._world.device, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup
         )
 
-    def wrap(self, task: TrainingTask) -> None:
+    def wrap(self, task: Any) -> None:
         pass
 
-    def rewrap(self, task: TrainingTask) -> None:
+    def rewrap(self, task: Any) -> None:
         pass
 
     def begin_step(self, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Checkpoints of models that are divided over ranks: an index file, and a folder of tensors beside it.
+"""Checkpoints of models that are sharded: an index file, and a folder of tensors beside it.
 
-The index is an ordinary checkpoint (`last.pth.tar`) in which the divided tensors have a shape and no values, and whose
+The index is an ordinary checkpoint (`last.pth.tar`) in which the sharded tensors have a shape and no values, and whose
 entry `shards` names the folder, written by torch.distributed.checkpoint. An index is written once its folder is
 complete. `model_best`, `last` and a numbered checkpoint of the same epoch share one folder.
 """
@@ -23,7 +23,7 @@ PREFIX = SHARDS + '-'  # of the names of the folders
 _METADATA = '.metadata'
 # What torch's writer pickles into the metadata of tensors: building these executes no code of a file. For entries with
 # BytesStorageMetadata, which tensors do not have, torch's reader would unpickle anything.
-_HARMLESS = {
+ALLOWED_GLOBALS = {
     ('torch.distributed.checkpoint.metadata', name)
     for name in ('Metadata', 'MetadataIndex', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata',
                  'StorageMeta', '_MEM_FORMAT_ENCODING')
@@ -58,18 +58,18 @@ def tensors_of(content: Mapping[str, Any]) -> Iterator[Leaf]:
                 yield Leaf(holder, key, f'{prefix}.{key}')
 
 
-def split(content: dict[str, Any]) -> dict[str, DTensor]:
-    """Take the divided tensors out of a checkpoint, in place, and return them by name."""
+def split(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Take the sharded tensors out of a checkpoint, in place, and return them by name."""
     content['optimizer'] = {
         **content['optimizer'],
         'state': {index: dict(values) for index, values in content['optimizer']['state'].items()},
     }
-    divided = {}
+    sharded = {}
     for leaf in list(tensors_of(content)):
         if isinstance(leaf.tensor, DTensor):
-            divided[leaf.name] = leaf.tensor.detach()
+            sharded[leaf.name] = leaf.tensor.detach()
             leaf.holder[leaf.key] = torch.empty(leaf.tensor.shape, dtype=leaf.tensor.dtype, device='meta')
-    return divided
+    return sharded
 
 
 def fill(content: dict[str, Any], path: Path, empty_like: Callable[[Leaf], Tensor] | None = None) -> None:
@@ -128,6 +128,6 @@ class Reader(FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
+        if (module, name) not in ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f'{_METADATA} holds {module}.{name}, which could execute code')
         return super().find_class(module, name)

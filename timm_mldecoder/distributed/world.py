@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,7 +127,7 @@ def check_device(name: str) -> None:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise ValueError(f'--device {name!r}: {str(error).splitlines()[0]}') from error
-    backend = getattr(torch, kind, None)
+    backend: Any = getattr(torch, kind, None)
     if kind != 'cpu' and not (hasattr(backend, 'is_available') and backend.is_available()):
         raise ValueError(f'--device {name}: no such device is available; pass --device cpu to run on the CPU')
 
@@ -149,7 +149,7 @@ def _rendezvous(
 dist.register_rendezvous_handler(ATTEMPT_SCHEME, _rendezvous)
 
 
-def _complete_slurm_environment(environment: dict[str, str]) -> None:
+def _complete_slurm_environment(environment: MutableMapping[str, str]) -> None:
     """Set the address of rank 0, which `srun` does not: the first node of the step, and a port from the job's id."""
     if 'SLURM_PROCID' not in environment:
         return
@@ -162,5 +162,6 @@ def _complete_slurm_environment(environment: dict[str, str]) -> None:
 def first_node(nodes: str) -> str:
     """Return the first host of a Slurm node list: 'gpu[03-05,9]' gives 'gpu03'."""
     match = re.match(r'([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?', nodes)
+    assert match is not None  # any text matches
     prefix, first, suffix = match.groups()
     return prefix + (first or '') + (suffix or '')

@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -34,8 +33,9 @@ class ShardWriter:
     def __init__(self, folder: Path, world: World) -> None:
         self._folder = folder
         self._world = world
-        self._group = dist.new_group(backend='gloo')  # its own: the background's messages must not mix with training's
-        self._written: Future | None = None
+        # its own: the background's messages must not mix with training's
+        self._group: Any = dist.new_group(backend='gloo')
+        self._written: Any = None  # a future
         self._commit: Callable[[], Any] | None = None
 
     def save(self, content: dict[str, Any], commit: Callable[[dict[str, Any]], Any], position: tuple[int, int]) -> None:

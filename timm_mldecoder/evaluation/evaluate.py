@@ -57,7 +57,7 @@ def multilabel_evaluator(num_seen: int | None, **settings: Any) -> MultiLabelEva
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,
-    evaluator: ClassificationEvaluator,
+    evaluator: Any,
     world: World,
     *,
     autocast: Callable[[], AbstractContextManager],

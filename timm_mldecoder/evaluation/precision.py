@@ -16,7 +16,7 @@ def float32_logits(model: nn.Module) -> Iterator[None]:
     """Compute the last step of a model in float32 where it is evaluated under autocast.
 
     The last step is the classifier, of an ML-Decoder head its group fully-connected layer. It runs twice. Compiled and
-    scripted models, and those that are divided over ranks, keep the dtype of autocast.
+    scripted models, and sharded ones, keep the dtype of autocast.
     """
     handles = [module.register_forward_hook(_again, with_kwargs=True) for module in _last_modules(model)]
     try:

@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.export.card import run_facts
-from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify
+from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify, verify_scores
 from timm_mldecoder.export.formats import FORMATS, Job, preprocessing, read_metadata
+from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
+from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.modeling.load import load_trained
 from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
 
@@ -48,7 +49,7 @@ BOUNDS = {'float32': 1e-4, 'float16': 2e-2}  # of a difference, in units of the 
 class Source(NamedTuple):
     """A model to export."""
 
-    model: nn.Module  # the model in eval mode on the CPU, float32
+    model: Any  # the model in eval mode on the CPU, float32
     metadata: dict[str, Any]  # what `read_metadata` returns, but for the precision
     facts: Mapping[str, Any]  # lines of the model card, see `save_folder`
 
@@ -65,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = with_labels(
         load_source(arguments.source, arguments.use_ema), arguments.class_names, arguments.task, arguments.thresholds
     )
+    if arguments.features == 'queries' and not isinstance(source.model.get_classifier(), MLDecoder):
+        raise ValueError('--features queries needs an ML-Decoder head: pass pooled')
     precision = 'float16' if arguments.half else 'float32'
     metadata = {**source.metadata, 'precision': quantized or precision}
+    if arguments.with_preprocessing:
+        check_images(metadata['preprocessing'])
     images = load_images(arguments.images, metadata, arguments.max_images if quantized else VERIFIED)
     # everything happens in a folder beside the output, which disappears with all that is in it if a step fails
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as folder:
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.device,
             arguments.batch_size,
             arguments.opset,
+            arguments.features or '',
         )
         with _one_line_failures(arguments.format):
             write(path, job)
@@ -86,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = (arguments.batch_size,) if arguments.batch_size else SIZES
             tolerance = BOUNDS[precision] if arguments.tolerance is None else arguments.tolerance
             lines = [f'difference    {verify(run, source.model, images.tensors, sizes, tolerance)}']
+            if arguments.with_preprocessing:
+                prepare_images(path, metadata)
+                lines += [f'difference    {verify_scores(path, source.model, images, metadata)}']
         if quantized:
             calibration = None
             if arguments.calibration:
@@ -125,7 +134,9 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
             'architecture': trained.model.pretrained_cfg['architecture'],
             'task': trained.task,
             'class_names': names,
-            'thresholds': None if thresholds is None else {name: trained.content['thresholds'][name] for name in names},
+            'thresholds': {n: trained.content['thresholds'][n] for n in names}
+            if names and thresholds is not None
+            else None,
             'preprocessing': preprocessing(trained.data_config),
         },
         run_facts(trained.content, use_ema) if RUN in trained.content else {},
@@ -177,6 +188,12 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise ValueError(f'--{name.replace("_", "-")} needs --quantize')
     elif arguments.half:
         raise ValueError('--half and --quantize exclude each other')
+    elif arguments.with_preprocessing:
+        raise ValueError('--with-preprocessing and --quantize exclude each other')
+    if arguments.with_preprocessing and arguments.batch_size not in (None, 1):
+        raise ValueError('--with-preprocessing is verified image by image: leave --batch-size out')
+    if arguments.features and arguments.quantize:
+        raise ValueError('--features and --quantize exclude each other')
     if arguments.out.suffix != spec.suffix and spec.suffix:
         raise ValueError(f'{arguments.out}: the name of a file of --format {arguments.format} ends with {spec.suffix}')
     missing = ', '.join(name for name in spec.packages if importlib.util.find_spec(name) is None)
@@ -202,7 +219,15 @@ def _check_absent(out: Path) -> None:
 
 
 DEFAULTS = dict(
-    batch_size=None, opset=None, quantize=None, calibration=None, max_images=256, min_agreement=0.9, device='cpu'
+    batch_size=None,
+    opset=None,
+    with_preprocessing=False,
+    features=None,
+    quantize=None,
+    calibration=None,
+    max_images=256,
+    min_agreement=0.9,
+    device='cpu',
 )
 
 
@@ -226,6 +251,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f'1 (default: {BOUNDS["float32"]:g}, with --half {BOUNDS["float16"]:g})')  # fmt: skip
     add('--batch-size', type=number(int, '[1, 65536]'), help='the only batch size of the file (default: any)')
     add('--device', help='device of the file, cpu or cuda (aot, torch-export; default: cpu)')
+    add('--with-preprocessing', action='store_true', help='ONNX: the file takes uint8 pixels [B, H, W, 3] of any size '
+        'and returns scores and logits')  # fmt: skip
+    add('--features', choices=['pooled', 'queries'], help='ONNX: a second output, the mean token [B, F] or the query '
+        'outputs [B, K, D] of an ML-Decoder head')  # fmt: skip
     add('--opset', type=number(int, '[18, 99]'), help="ONNX operator set (default: torch's)")
     quantization = parser.add_argument_group('quantization of ONNX files for a CPU')
     add = quantization.add_argument

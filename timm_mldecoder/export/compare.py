@@ -10,6 +10,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -29,6 +30,7 @@ class Images(NamedTuple):
 
     tensors: Tensor  # the images [N, channels, height, width]
     labels: Tensor | None  # class indices [N], None if unknown
+    originals: Sequence[Image.Image] = ()  # the images before preparation
 
 
 def load_images(path: Path | None, metadata: Mapping[str, Any], limit: int) -> Images:
@@ -69,7 +71,7 @@ def load_images(path: Path | None, metadata: Mapping[str, Any], limit: int) -> I
         found = [index_of.get(Path(dataset.filename(index)).parent.name, -1) for index in indices]
         if isinstance(source, Files) and min(found) >= 0 and metadata['task'] == 'classification':
             labels = torch.tensor(found)
-    return Images(torch.stack([transform(image) for image in chosen]), labels)
+    return Images(torch.stack([transform(image) for image in chosen]), labels, chosen)
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -103,6 +105,24 @@ def verify(run: Run, model: nn.Module, images: Tensor, sizes: Sequence[int], tol
                 )
     shown = f'batch size{"s" * (len(sizes) > 1)} {" and ".join(map(str, sizes))}'
     return f'{largest:.2g} at most (bound {tolerance * scale:.2g}), {len(images)} images, {shown}'
+
+
+@torch.no_grad()
+def verify_scores(path: Path, model: nn.Module, images: Images, metadata: Mapping[str, Any]) -> str:
+    """Compare the scores of an ONNX file that prepares images itself with those of predict; return a line about it.
+
+    Raises:
+        RunFailed: If a score differs by more than 1/255.
+    """
+    session = importlib.import_module('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
+    count = min(len(images.originals), VERIFIED)
+    logits = model(images.tensors[:count])
+    expected = logits.sigmoid() if metadata['task'] == 'multilabel' else logits.softmax(dim=1)
+    found = [session.run(['scores'], {'pixels': np.asarray(image)[None]})[0] for image in images.originals[:count]]
+    largest = (torch.from_numpy(np.concatenate(found)) - expected).abs().max().item()
+    if not largest <= 1 / 255:
+        raise RunFailed(f'the scores with --with-preprocessing differ by {largest:.2g}, more than 1/255')
+    return f'{largest:.2g} at most (bound 0.0039) between scores of pixels, {count} images'
 
 
 def quantize(path: Path, metadata: Mapping[str, Any], calibration: Tensor | None) -> None:

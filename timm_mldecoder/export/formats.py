@@ -38,6 +38,7 @@ class Job(NamedTuple):
     device: str = 'cpu'  # device of the file
     batch_size: int | None = None  # the only batch size of the file; None for any
     opset: int | None = None  # ONNX operator set; None for torch's default
+    features: str = ''  # 'pooled' or 'queries' for a second output
 
 
 class Network(nn.Module):
@@ -47,11 +48,15 @@ class Network(nn.Module):
         model: The model; it is copied.
         dtype: Floating-point type of weights and activations.
         device: Where the copy goes; moved later, ML-Decoder computes its query side for every batch again.
+        features: 'pooled' for the mean token [B, F] as a second output, 'queries' for query outputs [B, K, D].
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32, device: str = 'cpu', features: str = ''
+    ) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).eval()
+        self.features = features
+        self.model: Any = copy.deepcopy(model).eval()
         for module in list(self.model.modules()):
             if type(module).__name__ in FOLDS:
                 FOLDS[type(module).__name__](module)
@@ -60,13 +65,33 @@ class Network(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MLDecoder):
                 module.fold()
+                if features == 'queries':
+                    module.group_fc = _WithInput(module.group_fc)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.to(self.dtype)).float()
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        images = images.to(self.dtype)
+        if self.features == 'pooled':
+            maps = self.model.forward_features(images)
+            return self.model.forward_head(maps).float(), self.model.forward_head(maps, pre_logits=True).float()
+        if self.features == 'queries':
+            logits, outputs = self.model(images)
+            return logits.float(), outputs.float()
+        return self.model(images).float()
+
+
+class _WithInput(nn.Module):
+    """A classifier that also returns what it reads."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor, label_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.classifier(x, label_embeddings), x
 
 
 @torch.no_grad()
-def fold_text_queries(head: MLDecoder) -> None:
+def fold_text_queries(head: Any) -> None:
     """Turn a head with text queries into one with the fixed queries of its classes; the label embeddings go."""
     if head.vocabulary is None:
         return
@@ -89,7 +114,7 @@ FOLDS: dict[str, Callable[[Any], None]] = {
 
 def _program(job: Job) -> Any:
     """Return the `torch.export` program of a model, with a free or a fixed batch size."""
-    network = Network(job.model, getattr(torch, job.metadata['precision']), job.device)
+    network = Network(job.model, getattr(torch, job.metadata['precision']), job.device, job.features)
     size = job.metadata['preprocessing']['input_size']
     images = torch.zeros(job.batch_size or 3, *size, device=job.device)  # no size that torch specialises
     batch = None if job.batch_size else {0: torch.export.Dim('batch', min=1, max=2**16)}
@@ -105,7 +130,7 @@ def _write_onnx(path: Path, job: Job) -> None:
         dynamo=True,
         verbose=False,
         input_names=['images'],
-        output_names=['logits'],
+        output_names=['logits', 'features'] if job.features else ['logits'],
         opset_version=job.opset,
         external_data=sum(tensor.nbytes for tensor in job.model.state_dict().values()) > LARGEST_PROTOBUF,
     )
@@ -185,7 +210,16 @@ FORMATS = {
         _load_onnx,
         '.onnx',
         ('onnx', 'onnxscript', 'onnxruntime'),
-        ('batch_size', 'opset', 'quantize', 'calibration', 'max_images', 'min_agreement'),
+        (
+            'batch_size',
+            'opset',
+            'with_preprocessing',
+            'features',
+            'quantize',
+            'calibration',
+            'max_images',
+            'min_agreement',
+        ),
     ),
     'torch-export': Format(_write_torch_export, _load_torch_export, '.pt2', flags=('batch_size', 'device')),
     'aot': Format(_write_aot, _load_aot, '.pt2', flags=('batch_size', 'device')),

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from timm_mldecoder.data import TIMM_FOLDERS
 from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.flags.flag import Flag, show
 from timm_mldecoder.flags.needs import loss_name, optimizer_info
+from timm_mldecoder.flags.optimization import LOSS_NAMES
 from timm_mldecoder.flags.options import Options, closest
 from timm_mldecoder.flags.sharded import problems_of_sharded
 from timm_mldecoder.head import MLDecoder
@@ -212,7 +214,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _problems_of_train(o: Options) -> Iterator[str]:
     name = o.opt.lower().removeprefix('lookahead_')
     if name not in list_optimizers():
-        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(list_optimizers())}'
+        yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(map(str, list_optimizers()))}'
     info = optimizer_info(o)
     if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
         yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
@@ -335,6 +337,8 @@ def _problems_of_schedule(o: Options, info: Any) -> Iterator[str]:
 
 def _problems_of_loss(o: Options) -> Iterator[str]:
     loss = loss_name(o)
+    if loss not in LOSS_NAMES and not re.fullmatch(r'[\w.]+:\w+', loss):
+        yield f'--loss {loss}: choose from {", ".join(LOSS_NAMES)}, or a class of your own, package.module:Class'
     if o.bce_loss and o.loss not in (None, 'bce'):
         yield f'--bce-loss contradicts --loss {o.loss}; give one of them'
     if o.jsd_loss and (o.bce_loss or o.loss not in (None, 'jsd')):

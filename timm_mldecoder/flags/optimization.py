@@ -6,7 +6,7 @@ from timm_mldecoder.flags.flag import Group, Need, train
 from timm_mldecoder.flags.needs import given, loss, loss_name, optimizer_info, sched
 from timm_mldecoder.losses import LOSSES
 
-_LOSSES = tuple(dict.fromkeys((*LOSS_TYPES, *LOSSES)))
+LOSS_NAMES = tuple(dict.fromkeys((*LOSS_TYPES, *LOSSES)))
 _LAYER_DECAY, _NOISE, _WARMUP = given('layer_decay'), given('lr_noise'), given('warmup_epochs')
 
 # fmt: off
@@ -21,8 +21,9 @@ CLASS_STATS = Need(lambda o: loss_name(o) == 'db' or bool(o.loss_pos_weight or o
                    '--loss db, or a method in --loss-pos-weight or --loss-class-weight')
 
 LOSS: Group = ('Loss', [
-    train('--loss', str, None, 'loss; if not given, ce for one class per image and bce for several. csl and aam need '
-          '--task multilabel', choices=_LOSSES),
+    train('--loss', str, None, f'loss, one of {", ".join(LOSS_NAMES)}, or a class of your own, package.module:Class, '
+          'with --loss-kwargs; if not given, ce for one class per image and bce for several. csl, aam, hill and splc '
+          'need --task multilabel', metavar='NAME'),
     train('--bce-loss', bool, False, 'binary cross-entropy, the same as --loss bce'),
     train('--jsd-loss', bool, False, 'cross-entropy of the first view and Jensen-Shannon divergence of the views of '
           '--aug-splits, the same as --loss jsd'),

@@ -19,7 +19,7 @@ class Options:
     """
 
     __slots__ = ('_spelled', '_values')
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as of other mappings
 
     def __init__(self, values: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> None:
         object.__setattr__(self, '_values', copy.deepcopy(dict(values)))

@@ -61,12 +61,9 @@ def flags(script: str) -> dict[str, Flag]:
 
 
 def _parser(script: str) -> Parser:
-    head = 'with an ML-Decoder head or the head of the model'
-    return Parser(
-        f'{"Train" if script == "train" else "Evaluate"} a timm image classifier, {head}.',
-        groups(script),
-        _COMMON.split(),
-    )
+    verb = 'Train' if script == 'train' else 'Evaluate'
+    description = f'{verb} a timm image classifier, with an ML-Decoder head or the head of the model.'
+    return Parser(description, groups(script), _COMMON.split())
 
 
 def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
@@ -122,8 +119,36 @@ def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
     Raises:
         ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
-    rows, parser = flags(script), _parser(script)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    rows = flags(script)
+    given, spelled = _read(script, rows, list(sys.argv[1:] if argv is None else argv))
+    return _finish(script, rows, given, spelled)
+
+
+def _from_values(script: str, /, **values: Any) -> Options:
+    """The options of a script from values, with the defaults, the files and the checks of the command line.
+
+    Raises:
+        ValueError: For an unknown name, and as in `_parse`.
+    """
+    rows, parser, argv = flags(script), _parser(script), []
+    for name, value in values.items():
+        if name not in rows:
+            raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
+        try:
+            arguments = as_arguments(rows[name], value)
+            parser.read(arguments)
+        except ValueError as error:
+            raise ValueError(f'{rows[name].label}: {error}') from error
+        argv += arguments
+    given, spelled = _read(script, rows, argv)
+    pairs = {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+    labels = {name: rows[name].label for name in given.keys() & values.keys() | pairs.keys()}
+    return _finish(script, rows, given | pairs, spelled | labels)  # pairs may hold what has no literal, such as a class
+
+
+def _read(script: str, rows: Mapping[str, Flag], argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options that arguments and the files they name give, and how each was spelled."""
+    parser = _parser(script)
     given, spelled = parser.read(argv)
     arguments = read_resumed(given, rows, parser) if script == 'train' else {}
     values, _ = parser.read([text for texts in arguments.values() for text in texts])
@@ -138,26 +163,7 @@ def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
         # --config again: a list before the command line must not take in its folder
         argv = [*(text for texts in recipe.values() for text in texts), f'--config={path}', *argv]
     given = values | parser.read(argv)[0] | ({'config': path} if path else {})  # argv may have the name of a recipe
-    return _finish(script, rows, given, spelled)
-
-
-def _from_values(script: str, /, **values: Any) -> Options:
-    """The options of a script from values, with the defaults and the checks of the command line.
-
-    Raises:
-        ValueError: For an unknown name, and as in `_parse`.
-    """
-    rows, parser, given = flags(script), _parser(script), {}
-    for name, value in values.items():
-        if name not in rows:
-            raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
-        try:
-            given |= parser.read(as_arguments(rows[name], value))[0]
-        except ValueError as error:
-            raise ValueError(f'{rows[name].label}: {error}') from error
-        if isinstance(value, Mapping):  # may hold what has no literal, such as a class
-            given[name] = dict(value)
-    return _finish(script, rows, given, {name: rows[name].label for name in given})
+    return given, spelled
 
 
 def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
@@ -208,7 +214,7 @@ def _expand(value: Any) -> Any:
 
 def _dependent_defaults(options: Options, script: str, known: Container[str]) -> dict[str, Any]:
     """The defaults that depend on other options, but for those whose values are known."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
         _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')

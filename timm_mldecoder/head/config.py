@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -23,11 +24,11 @@ class HeadConfig:
 
     num_classes: int  # number of classes C that the head is built with
     num_queries: int  # number of queries K that the head is built with
-    group_size: int | None = None  # classes per query
+    group_size: Any = None  # classes per query, an int once resolved
     dim: int  # width D of a query
     embedding_width: int | None = None  # width E of label embeddings, None without text queries
     learned_queries: bool = False  # whether queries are trained vectors
-    classifier: str | None = None  # a key of the table in `build_classifier`
+    classifier: Any = None  # a key of the table in `build_classifier`
     cosine_scale: float = 1.0  # factor of the cosine classifier's logits
     class_token_width: int = 0  # width of what the classifier reads beside each query output
 
@@ -62,13 +63,13 @@ class HeadConfig:
             )
         return config
 
-    def _groups(self) -> dict[str, int]:
+    def _groups(self) -> dict[str, Any]:
         if self.group_size is not None:
             raise ValueError('group_size is an option of text queries: give word_embeddings, or num_of_groups')
         num_queries = min(self.num_classes, DEFAULT_NUM_QUERIES if self.num_queries == -1 else self.num_queries)
         return dict(num_queries=num_queries, group_size=-(-self.num_classes // num_queries))
 
-    def _text_groups(self) -> dict[str, int]:
+    def _text_groups(self) -> dict[str, Any]:
         """With text queries the group size is what the weights depend on, and may be given."""
         group_size = self.group_size
         if group_size is None:

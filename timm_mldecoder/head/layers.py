@@ -1,6 +1,7 @@
 """The layers that queries pass: dropout, attention to the image tokens, the decoder layer, and the classifiers."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,9 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **factory)
         self.multihead_attn = Attention(dim, num_heads, dropout, attention_projections, **factory)
         self.norm2 = nn.LayerNorm(dim, **factory)
-        self.linear1 = self.linear2 = self.norm3 = None
+        self.linear1: Any = None
+        self.linear2: Any = None
+        self.norm3: Any = None
         if dim_feedforward:
             self.linear1 = nn.Linear(dim, dim_feedforward, **factory)
             self.linear2 = nn.Linear(dim_feedforward, dim, **factory)
@@ -210,9 +213,9 @@ class DecoderLayer(nn.Module):
         self.activation = ReLUDropout(dropout)
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            if not isinstance(module, Dropout):
-                module.reset_parameters()
+        parts: list[Any] = [module for module in self.children() if not isinstance(module, Dropout)]
+        for module in parts:
+            module.reset_parameters()
 
     def normalize_queries(self, queries: Tensor) -> Tensor:
         """The first residual block: queries that attend to the tokens, [B or 1, K, D]."""

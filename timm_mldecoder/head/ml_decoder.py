@@ -1,7 +1,8 @@
 """ML-Decoder: embed the image tokens, let queries attend to them, compute each group of logits from its query."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from timm_mldecoder.head.position import POSITIONS, add_position
 from timm_mldecoder.head.vocabulary import Vocabulary
 
 DEFAULT_EMBEDDING = 768
-ACTIVATIONS = {'relu': F.relu, 'leaky_relu': partial(F.leaky_relu, negative_slope=0.2)}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    'relu': F.relu,
+    'leaky_relu': partial(F.leaky_relu, negative_slope=0.2),
+}
 
 
 class MLDecoder(nn.Module):
@@ -140,13 +144,15 @@ class MLDecoder(nn.Module):
         self.channels_first = channels_first
         self.classifier_dropout = Dropout(classifier_dropout)
         embeds = [nn.Linear(width, dim, **factory) for width in widths]
-        self.embed = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
+        self.embed: Any = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             DecoderLayer(dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections, **factory)
             for _ in range(num_layers)
         )
-        self.group_fc = self.config.build_classifier(**factory)
+        self.group_fc: Any = self.config.build_classifier(**factory)
+        self.folded_queries: Tensor | None
+        self.folded_projection: Tensor | None
         for name in ('folded_queries', 'folded_projection'):
             self.register_buffer(name, None, persistent=False)
 
@@ -202,7 +208,8 @@ class MLDecoder(nn.Module):
         """
         self.unfold()
         for module in self.children():
-            for part in module if isinstance(module, nn.ModuleList) else [module]:
+            parts: Any = module if isinstance(module, nn.ModuleList) else [module]
+            for part in parts:
                 if not isinstance(part, Dropout):
                     part.reset_parameters()
 
@@ -322,7 +329,7 @@ class MLDecoder(nn.Module):
             queries = layer(queries, tokens, mask)
         return queries
 
-    def _embed_tokens(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def _embed_tokens(self, x: Any) -> Tensor:
         """Features to embedded tokens [B, N, D]; tokens of several scales are concatenated."""
         activate = ACTIVATIONS[self.memory_activation]
         several = isinstance(self.embed, nn.ModuleList)
@@ -345,8 +352,10 @@ class MLDecoder(nn.Module):
 
     def _queries(self, label_embeddings: Tensor | None, batch_size: int, given: Tensor | None = None) -> Tensor:
         """Queries [1, K, D] of the first layer; [B, K, D] if they differ from image to image, as dropout makes them."""
-        own = given is None
-        queries = self.queries(label_embeddings).unsqueeze(0) if own else self._check_queries(given, batch_size)
+        if given is None:
+            queries = self.queries(label_embeddings).unsqueeze(0)
+        else:
+            queries = self._check_queries(given, batch_size)
         return _expand(queries, batch_size) if self.training and self.dropout > 0 else queries
 
     def _check_queries(self, queries: Tensor, batch_size: int) -> Tensor:
@@ -359,7 +368,7 @@ class MLDecoder(nn.Module):
 
     def _query_side(self, batch_size: int, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalized and projected queries of the first layer."""
-        if self.folded_queries is not None and given is None:
+        if self.folded_queries is not None and self.folded_projection is not None and given is None:
             return self.folded_queries, self.folded_projection
         return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size, given))
 

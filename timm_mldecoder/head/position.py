@@ -13,8 +13,8 @@ def sin2d(features: int, rows: int, columns: int, **factory) -> Tensor:
     """DETR's encoding (arXiv 2005.12872): rows in the first F / 2 channels, columns in the others, up to 2 pi."""
     if features % 4:
         raise ValueError(f"position='sin2d' needs a width that is a multiple of 4, got {features}")
-    axes = [torch.arange(1, size + 1, **factory) / (size + 1e-6) * 2 * math.pi for size in (rows, columns)]
-    return _grid(*axes, features // 2).permute(2, 0, 1)
+    y, x = [torch.arange(1, size + 1, **factory) / (size + 1e-6) * 2 * math.pi for size in (rows, columns)]
+    return _grid(y, x, features // 2).permute(2, 0, 1)
 
 
 def penc2d(features: int, rows: int, columns: int, **factory) -> Tensor:
@@ -22,14 +22,14 @@ def penc2d(features: int, rows: int, columns: int, **factory) -> Tensor:
 
     https://github.com/tatp22/multidim-positional-encoding
     """
-    axes = [torch.arange(size, **factory) for size in (rows, columns)]
-    return _grid(*axes, 2 * math.ceil(features / 4))[..., :features].permute(2, 0, 1)
+    y, x = [torch.arange(size, **factory) for size in (rows, columns)]
+    return _grid(y, x, 2 * math.ceil(features / 4))[..., :features].permute(2, 0, 1)
 
 
 def penc2d_nchw(features: int, rows: int, columns: int, **factory) -> Tensor:
     """The same on a map [B, F, H, W] as it is, as chest X-ray projects call it: F counts as rows, H as columns."""
-    axes = [torch.arange(size, **factory) for size in (features, rows)]
-    return _grid(*axes, 2 * math.ceil(features / 4))[..., :columns]
+    y, x = [torch.arange(size, **factory) for size in (features, rows)]
+    return _grid(y, x, 2 * math.ceil(features / 4))[..., :columns]
 
 
 POSITIONS = {'sin2d': sin2d, 'penc2d': penc2d, 'penc2d_nchw': penc2d_nchw}

@@ -83,7 +83,7 @@ class LearnedGroupQueries(Queries):
         super().__init__(num_queries, dim, True, device, dtype)
         self.group_size = group_size
 
-    def forward(self, label_embeddings: Tensor) -> Tensor:
+    def forward(self, label_embeddings: Tensor) -> Tensor:  # type: ignore[override]
         return self.weight[: -(-len(label_embeddings) // self.group_size)]
 
 

@@ -57,6 +57,8 @@ class Vocabulary(nn.Module):
         self.query_noise = query_noise
         self.query_cutout = query_cutout
         self.known = False  # whether the embeddings have been set
+        self.embeddings: Tensor
+        self.names_utf8: Tensor
         self.register_buffer('embeddings', torch.zeros(num_classes, width, device=device, dtype=dtype))
         self.register_buffer('names_utf8', torch.empty(0, device=device, dtype=torch.uint8))
         if not isinstance(embeddings, int):

@@ -15,7 +15,7 @@ from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_loader import NaFlexPrefetchLoader
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import Compose
 
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
@@ -60,7 +60,7 @@ def model_dtype(options: Options) -> torch.dtype | None:
 
 def create_train_loader(
     options: Options,
-    dataset: Dataset,
+    dataset: Any,
     config: DataConfig,
     world: World,
     *,
@@ -75,7 +75,7 @@ def create_train_loader(
     Raises:
         ValueError: If not even one batch fits the dataset, or an augmentation is unknown.
     """
-    mixing = _create_mixing(options, num_classes)
+    mixing: Any = _create_mixing(options, num_classes)
     batches = None
     collate = default_collate if options.no_prefetcher else fast_collate
     if patches is not None:
@@ -86,7 +86,7 @@ def create_train_loader(
         mixing = None  # `collate` mixes
     elif isinstance(dataset, IterableDataset):
         set_train_transform(options, dataset, config)
-        dataset.set_loader_cfg(num_workers=options.workers)
+        dataset.set_loader_cfg(num_workers=options.workers)  # type: ignore[attr-defined]  # timm's
     else:
         weights = balanced_weights(dataset) if options.sampler == 'balanced' else None
         dataset, schedule = set_train_transform(options, dataset, config)
@@ -111,7 +111,7 @@ def create_train_loader(
 
 def create_eval_loader(
     options: Options,
-    dataset: Dataset,
+    dataset: Any,
     config: DataConfig,
     world: World,
     *,
@@ -150,23 +150,23 @@ def create_eval_loader(
 
 def set_eval_transform(
     options: Options,
-    dataset: Dataset,
+    dataset: Any,
     config: DataConfig,
     crop_border_pixels: int | None = None,
     patches: PatchFormat | None = None,
     tf_preprocessing: bool = False,
 ) -> None:
     """Give a dataset the transform of evaluation; with `tf_preprocessing` TensorFlow's, of the bytes of files."""
-    form = {}
+    names = ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    form: dict[str, Any] = {name: config.get(name) for name in names}
     if patches is not None:
-        form = dict(naflex=True, patchify=True, max_seq_len=options.naflex_max_seq_len, patch_size=patches.size)
+        form |= dict(naflex=True, patchify=True, max_seq_len=options.naflex_max_seq_len, patch_size=patches.size)
         form |= dict(patchify_channels_last=patches.channels_last)
     dataset.transform = create_transform(
         config['input_size'],
         use_prefetcher=not options.no_prefetcher,
         crop_border_pixels=crop_border_pixels,
         tf_preprocessing=tf_preprocessing,
-        **{name: config.get(name) for name in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
         **form,
     )
 
@@ -210,9 +210,7 @@ def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
     )
 
 
-def set_train_transform(
-    options: Options, dataset: Dataset, config: DataConfig
-) -> tuple[Dataset, dict[str, Any] | None]:
+def set_train_transform(options: Options, dataset: Any, config: DataConfig) -> tuple[Any, dict[str, Any] | None]:
     """Give a dataset its training transform; return it, wrapped for several views or sizes, and their schedule."""
     settings = _augmentation(options, config)
     interpolation = settings['interpolation']

@@ -15,7 +15,15 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import FORMATS, TIMM_FOLDERS, MultiLabelDataset, class_to_index, create_dataset, summarize
+from timm_mldecoder.data import (
+    FORMATS,
+    TIMM_FOLDERS,
+    MultiLabelDataset,
+    class_to_index,
+    create_dataset,
+    overlap,
+    summarize,
+)
 from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
@@ -67,16 +75,16 @@ def create_split(
     training: bool = False,
     num_samples: int | None = None,
     repeats: float = 0,
-    missing: str = 'error',
+    missing: str | None = 'error',
     load_bytes: bool = False,
-) -> Dataset:
+) -> Any:
     """Create the dataset of one split.
 
     Args:
         training: Whether it is trained on: streams are shuffled, and zero-shot splits keep the seen classes.
         num_samples: Number of samples of a stream that does not report it.
         repeats: Passes over a stream per epoch.
-        missing: 'error' or 'skip' at images that are annotated but not on disk.
+        missing: 'error' or 'skip' at images that are annotated but not on disk; None does not check.
         load_bytes: Whether the transform takes the bytes of image files.
 
     Raises:
@@ -112,14 +120,14 @@ def create_split(
     if not kind and (forgotten := _forgotten_dataset(Path(options.data_dir))):
         raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
-        dataset = create_dataset(
+        dataset: Any = create_dataset(
             options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
         )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except ValueError as error:
-        beside = '' if kind else _lists_beside(Path(options.data_dir), source)
-        raise ValueError(f'{error}{beside}') from error
+        nothing = not kind and 'no images in' in str(error)
+        raise ValueError(f'{error}{_lists_beside(Path(options.data_dir), source) if nothing else ""}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
@@ -129,15 +137,19 @@ def create_split(
         read_by_rule(dataset, reading, mode)
     names = None if kind else list(class_to_index(dataset) or ())
     if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
-        beside = _lists_beside(Path(options.data_dir), source)
+        beside = _lists_beside(Path(options.data_dir), source, any_table=names == [''])
         if beside or names == ['']:
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
+    if multilabel and options.dataset in TIMM_FOLDERS:
+        beside = _lists_beside(Path(options.data_dir), source) or '; or name the format of lists, such as --dataset csv'
+        line = 'class folders have one class per image: leave --task multilabel out'
+        raise ValueError(f'{options.data_dir}: {line}{beside}')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
-        classes = options.num_classes or len(class_to_index(dataset) or ()) or None
+        classes: Any = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
     if held_out is not None:
         hold_out(dataset, options.val_fraction, options.split_seed, held_out)
@@ -169,10 +181,15 @@ def _forgotten_dataset(root: Path) -> str:
     return ''
 
 
-def _lists_beside(root: Path, split: str) -> str:
-    """Return what to add where a folder without class folders holds another format; empty if it does not."""
+def _lists_beside(root: Path, split: str, any_table: bool = True) -> str:
+    """Return what to add where a folder without class folders holds another format; empty if it does not.
+
+    With `any_table`, a CSV file that is not named as the split counts too.
+    """
     if found := next((kind for kind in ('csv', 'json') if (root / f'{split}.{kind}').is_file()), None):
         return f'; {split}.{found} is there: add --dataset {found} --task multilabel'
+    if any_table and root.is_dir() and (found := sorted(root.glob('*.csv'))):
+        return f'; {found[0].name} is there: give it in place of the folder, with --dataset csv'
     if root.is_dir() and any(path for suffix in ('parquet', 'arrow') for path in root.glob(f'**/*.{suffix}')):
         return f'; files of a Hugging Face dataset are there: add --dataset hfds/{root}'
     return ''
@@ -226,6 +243,12 @@ def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     if hasattr(dataset, 'reading'):
         for line in dataset.reading.describe(name, dataset):
             _logger.warning(line)
+
+
+def warn_about_overlap(train: Dataset, other: Dataset) -> None:
+    """Warn of files that are trained on and in another split too."""
+    if shared := overlap(train, other):
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:

@@ -152,7 +152,9 @@ class KeyedCollate:
             if hasattr(self.collate, 'mixup_enabled'):
                 self.collate.mixup_enabled = not self.mixup_off_epoch or first.epoch < self.mixup_off_epoch
         batch = self.collate([samples[position][1] for position in positions])
-        return batch, [samples[n][0].image for n in positions] if isinstance(first, Draw) else positions, bad
+        draws = [samples[position][0] for position in positions]
+        images = [draw.image for draw in draws if isinstance(draw, Draw)]
+        return batch, images if isinstance(first, Draw) else positions, bad
 
 
 class Placement(NamedTuple):
@@ -175,7 +177,7 @@ class Placement(NamedTuple):
         """Move a batch that was not prefetched to the device."""
         if self.prefetch is not None:
             return images, target
-        move = dict(device=self.device, non_blocking=True)
+        move: dict[str, Any] = dict(device=self.device, non_blocking=True)
         if isinstance(images, dict):
             moved = {name: part.to(**move) for name, part in images.items() if isinstance(part, Tensor)}
             images = {**images, **moved, 'patches': moved['patches'].to(self.dtype or torch.float32)}
@@ -184,7 +186,9 @@ class Placement(NamedTuple):
         return images, target.to(**move)
 
     def layout(self, images: Batch) -> Batch:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        if self.channels_last and isinstance(images, Tensor):
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
 
 class TrainLoader:
@@ -203,7 +207,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         batches: EpochBatches | NaFlexBatches | None,
         collate: Callable,
         placement: Placement,
@@ -233,7 +237,7 @@ class TrainLoader:
         self._running: Iterator | None = None
         self._generator = torch.Generator()
         if batches is None:
-            self._loader = DataLoader(dataset, collate_fn=collate, generator=self._generator, **stream, **workers)
+            self._loader = DataLoader(dataset, collate_fn=collate, generator=self._generator, **stream or {}, **workers)
         else:
             self._loader = DataLoader(
                 KeyedSamples(dataset, REPLACEMENTS if bad_image == 'skip' else 0),
@@ -254,12 +258,12 @@ class TrainLoader:
             self._begin(epoch, batch, start)
         if not batch:  # else those of the batches before are restored from a checkpoint
             self.bad_images = []
-        mixing = self._mix is not None and not (self._mixup_off_epoch and epoch >= self._mixup_off_epoch)
+        mix = None if self._mixup_off_epoch and epoch >= self._mixup_off_epoch else self._mix
         for number, (images, target) in enumerate(self._wrapped, batch):
             self.bad_images += self._bad.pop(number, [])
             images, target = self._placement.place(images, target)
-            if mixing:
-                images, target = self._mix(images, target)
+            if mix is not None:
+                images, target = mix(images, target)
             yield self._placement.layout(images), target
 
     def prefetch_epoch(self, epoch: int) -> None:
@@ -414,7 +418,7 @@ def init_worker(worker: int, worker_seeding: str = 'all') -> None:
     signals.ignore()
     seed_worker(worker, worker_seeding)
     parent = multiprocessing.parent_process()
-    if parent.pid != os.getppid():  # a server started it, and torch watches whether that one lives
+    if parent and parent.pid != os.getppid():  # a server started it, and torch watches whether that one lives
         threading.Thread(target=_exit_with, args=[parent], daemon=True).start()
 
 
@@ -423,7 +427,7 @@ def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def shut_down(*iterators: Iterator | None) -> None:
+def shut_down(*iterators: Any) -> None:
     """End the workers of loader iterators; they ignore the SIGTERM that python would end them with at its exit."""
     for iterator in iterators:
         if hasattr(iterator, '_shutdown_workers'):
@@ -446,6 +450,5 @@ def record_bad_images(bad: list[BadImage], folder: Path) -> None:
 
 def image_path(dataset: Any, index: int) -> str:
     """Return the file of an image, or its number in a dataset without files."""
-    if not hasattr(dataset, 'filename'):
-        return f'image {index} of the dataset'
-    return os.fspath(dataset.filename(index, absolute=True))
+    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from timm.data import NaFlexMixup, create_transform
 from timm.data.naflex_dataset import NaFlexMapDatasetWrapper
 from timm.data.scheduled_sampler import ScheduledTransformDataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from timm_mldecoder.distributed.world import World
@@ -35,7 +35,7 @@ class PatchFormat(NamedTuple):
     channels_last: bool  # whether the channels of a pixel are next to each other in a patch
 
 
-def patch_format(options: Options, model: nn.Module) -> PatchFormat | None:
+def patch_format(options: Options, model: Any) -> PatchFormat | None:
     """Return how the model reads patches, None without `--naflex-loader`.
 
     Raises:
@@ -92,7 +92,8 @@ class NaFlexBatches(Sampler[list[Draw]]):
             visited += len(indices)
             if number < self._first:
                 continue
-            choice = self._sizes[tuple(size)]
+            seq_len, patch = size
+            choice = self._sizes[seq_len, patch]
             yield [
                 Draw((index, choice), position, self._epoch, self._seed)
                 for index, position in zip(indices, positions, strict=True)
@@ -108,7 +109,8 @@ class NaFlexCollate:
         self.mixup_enabled = True  # else `mixing` only smooths labels
 
     def __call__(self, samples: list[tuple[tuple[Tensor, tuple[int, int]], Any]]) -> tuple[PatchBatch, Tensor]:
-        images, targets = [image for (image, _), _ in samples], [target for _, target in samples]
+        images = [image for (image, _), _ in samples]
+        targets: Any = [target for _, target in samples]
         seq_len, patch = samples[0][0][1]
         if self._mixing is not None:
             self._mixing.mixup_enabled = self.mixup_enabled
@@ -162,6 +164,6 @@ def create_train_batches(
             patchify_channels_last=patches.channels_last,
         )
     _logger.info(printed.getvalue().strip())
-    transforms = [_Sized(transform, size) for size, transform in wrapper.transforms.items()]
+    transforms: Any = [_Sized(transform, size) for size, transform in wrapper.transforms.items() if transform]
     samples = ScheduledTransformDataset(dataset, transforms)
     return samples, NaFlexBatches(wrapper, options.seed), NaFlexCollate(wrapper, mixing)

@@ -166,7 +166,7 @@ class EpochBatches(Sampler[list[Draw]]):
         self._unit = 2 if pairs else 1
         self._slots = _Slots(order.length(ranks))
         if schedule is None:
-            self._sampler = BatchSampler(self._slots, batch_size, drop_last=True)
+            self._sampler: Any = BatchSampler(self._slots, batch_size, drop_last=True)
         else:
             self._sampler = ScheduledBatchSampler(self._slots, drop_last=True, **schedule)
         if not len(self._sampler):
@@ -219,7 +219,7 @@ class EpochBatches(Sampler[list[Draw]]):
         Every sample is in one batch, unless fewer than two per rank are left: BatchNorm cannot train on a single one.
         Sizes differ by one sample or pair at most. None for an epoch from its beginning.
         """
-        if start.order_ranks is None:
+        if start.order_ranks is None or start.end_position is None:
             return None
         left = (start.end_position - start.position) // self._unit
         size, least = self.batch_size // self._unit, min(2, self.batch_size) // self._unit

@@ -93,5 +93,5 @@ def _digest(parts: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f'{part.dtype} {part.shape}'.encode())
-        digest.update(np.ascontiguousarray(part))
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()

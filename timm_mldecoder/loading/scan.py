@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from timm_mldecoder.data.images import Reading
@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 class ImageFacts(NamedTuple):
     """What a file holds."""
 
-    index: int  # in the dataset
+    position: int  # in the dataset; `index` is a method of tuples
     path: str
     reason: str  # why it cannot be read; empty if it can
     mode: str = ''  # of the file
@@ -61,6 +61,10 @@ class Scan(Dataset):
                 if not self.hashes:
                     return facts
                 look, thumbnail = describe(converted)
+        except AssertionError:  # of timm's reader of Hugging Face datasets
+            return facts._replace(reason='a row without bytes and path')
+        except UnidentifiedImageError:  # whose text is the address of an object
+            return facts._replace(reason='not an image of a known format' if content else 'an empty file')
         except Exception as error:  # damaged bytes make PIL raise anything
             return facts._replace(reason=' '.join(str(error).split()) or type(error).__name__)
         digest = hashlib.sha1(content, usedforsecurity=False).digest()

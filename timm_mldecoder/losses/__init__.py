@@ -1,4 +1,5 @@
-"""Multi-label losses: asymmetric (ASL), class-aware selective (CSL), angular margin (AAM), binary cross-entropy.
+"""Multi-label losses: asymmetric (ASL), class-aware selective (CSL), angular margin (AAM), Hill, self-paced correction
+(SPLC), binary cross-entropy.
 
 They share one convention for targets [B, C]: values in [0, 1], soft ones included, and below 0 for unannotated labels.
 An unannotated label adds nothing to the loss, except in CSL, and does not count in its mean. Do not mix targets (Mixup,
@@ -11,6 +12,7 @@ otherwise agrees, clamps probabilities at 1e-8, so that a positive below logit -
 from timm_mldecoder.losses.angular_margin import AngularMarginLoss, automatic_scale
 from timm_mldecoder.losses.asymmetric import AsymmetricLoss, BinaryCrossEntropyLoss
 from timm_mldecoder.losses.base import REDUCTIONS, MultiLabelLoss, RandomQueryLoss
+from timm_mldecoder.losses.hill import HillLoss, SelfPacedCorrectionLoss
 from timm_mldecoder.losses.selective import ClassAwareSelectiveLoss
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     'AsymmetricLoss',
     'BinaryCrossEntropyLoss',
     'ClassAwareSelectiveLoss',
+    'HillLoss',
     'MultiLabelLoss',
     'RandomQueryLoss',
+    'SelfPacedCorrectionLoss',
     'automatic_scale',
     'create_loss',
 ]
@@ -31,6 +35,8 @@ LOSSES = {
     'asl': AsymmetricLoss,
     'csl': ClassAwareSelectiveLoss,
     'aam': AngularMarginLoss,
+    'hill': HillLoss,
+    'splc': SelfPacedCorrectionLoss,
 }
 
 

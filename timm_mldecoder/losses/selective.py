@@ -70,6 +70,7 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         self.likelihood_topk = likelihood_topk
         self.prior_threshold = prior_threshold
         prior = None if class_prior is None else torch.as_tensor(class_prior, dtype=torch.float32)
+        self.class_prior: Tensor | None
         self.register_buffer('class_prior', prior, persistent=False)
 
     def elementwise(self, logits: Tensor, target: Tensor, unannotated: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         super().__init__(device, max_samples=max_samples)
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on top_k
         """Names of the metrics that `compute` returns, in its order."""
         at_top_k = tuple(f'{name}_top{k}' for k in self.top_k for name in PRECISION_RECALL)
         return ('loss', *MEAN_AP, *PRECISION_RECALL, *at_top_k, 'micro_f1', 'macro_f1', 'sample_f1')
@@ -212,8 +212,8 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         rows, num_classes = self._extent(distributed)
         if not sum(rows):
             raise ValueError('no image to evaluate: the validation set is empty')
-        class_counts, annotated = self._class_counts, self._annotated  # None on a rank without images
-        if class_counts is None:
+        class_counts, annotated = self._class_counts, self._annotated
+        if class_counts is None or annotated is None:  # on a rank without images
             class_counts = torch.zeros(1 + len(self.top_k), 3, num_classes, dtype=torch.int64, device=self.device)
             annotated = class_counts[0, 0]
         class_counts, annotated, sample_f1 = class_counts.clone(), annotated.clone(), self._sample_f1.clone()
@@ -245,7 +245,7 @@ class MultiLabelEvaluator(ClassificationEvaluator):
     def use_thresholds(self, thresholds: Tensor) -> None:
         """Predict the images seen so far, and further ones, from other probabilities, [C]; `compute` then follows."""
         self.threshold = thresholds.to(self.device, torch.float32)
-        if not self._scores:
+        if self._class_counts is None:
             return
         at_thresholds = self.class_counts().to(self._class_counts.device)
         self._class_counts = torch.cat([at_thresholds[None], self._class_counts[1:]])
@@ -290,13 +290,13 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         which makes collective calls.
         """
         rows, num_classes = self._extent(distributed)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        world_size = dist.get_world_size() if distributed else 1
         step = max(1, CHUNK // max(1, sum(rows)))
         for turn, start in enumerate(range(0, num_classes, step)):
             columns, owner = slice(start, min(start + step, num_classes)), turn % world_size
             logits = self._columns(self._scores, columns, torch.float32, rows, owner, distributed)
             target = self._columns(self._targets, columns, torch.int8, rows, owner, distributed)
-            if rank == owner:
+            if logits is not None and target is not None:
                 yield columns, logits, target
 
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -325,4 +325,6 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         is_owner = dist.get_rank() == owner
         gathered = [torch.empty_like(padded) for _ in rows] if is_owner else None
         dist.gather(padded, gathered, dst=owner)
-        return torch.cat([part[:count] for part, count in zip(gathered, rows, strict=True)]) if is_owner else None
+        if gathered is None:
+            return None
+        return torch.cat([part[:count] for part, count in zip(gathered, rows, strict=True)])

@@ -41,7 +41,7 @@ class ZeroShotEvaluator(MultiLabelEvaluator):
         super().__init__(device, max_samples=max_samples, top_k=TOP_K, **options)
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on top_k
         """Names of the metrics that `compute` returns, in its order."""
         return ('loss', *(f'{kind}_{name}' for kind in ('zsl', 'gzsl') for name in REPORTED))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options
@@ -19,7 +18,7 @@ def has_text_queries(options: Options) -> bool:
     return bool(options.use_ml_decoder_head and options.word_embeddings)
 
 
-def training_words(options: Options, dataset: Dataset) -> dict[str, Any]:
+def training_words(options: Options, dataset: Any) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':
@@ -51,13 +50,13 @@ def stored_embeddings(weights: Mapping[str, Any]) -> Tensor | None:
     return next((tensor for name, tensor in weights.items() if name.endswith('vocabulary.embeddings')), None)
 
 
-def class_names_of(dataset: Dataset) -> list[str] | None:
+def class_names_of(dataset: Any) -> list[str] | None:
     """Return the class names of a dataset in order, None if it does not report them."""
     classes = class_to_index(dataset)
     return list(classes) if classes else None
 
 
-def set_classes(model: nn.Module, names: list[str] | None, word_embeddings: str = '') -> None:
+def set_classes(model: Any, names: list[str] | None, word_embeddings: str = '') -> None:
     """Set the classes of a model with text queries, in order; None takes all of a file of label embeddings.
 
     Without a file they are picked among the model's own. A model without text queries is left as it is.
@@ -88,7 +87,7 @@ def other_classes(model: nn.Module, classes: Classes | None) -> Iterator[None]:
     if classes is None:
         yield
         return
-    head = next(module for module in model.modules() if isinstance(module, MLDecoder))
+    head: Any = next(module for module in model.modules() if isinstance(module, MLDecoder))
     # the very tensors are restored: DistributedDataParallel keeps references to them
     own = dict(head.vocabulary.named_buffers())
     head.set_word_embeddings(*classes)

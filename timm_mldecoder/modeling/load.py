@@ -54,7 +54,7 @@ def create_model(
     pretrained: bool,
     fresh_head: bool = False,
     **settings: Any,
-) -> nn.Module:
+) -> Any:
     """Create the model with the classifier that the options request.
 
     Args:
@@ -107,7 +107,7 @@ def script(model: nn.Module) -> nn.Module:
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 
-def create_train_model(options: Options, dataset: Dataset) -> nn.Module:
+def create_train_model(options: Options, dataset: Dataset | None) -> Any:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Args:
@@ -159,7 +159,7 @@ def _graph_settings(options: Options) -> dict[str, Any]:
 class Trained(NamedTuple):
     """A model with weights, and what they bring along."""
 
-    model: nn.Module
+    model: Any  # timm model
     # options that built it: those of the checkpoint, but for the ones that the user gave. None for a pretrained model
     # that `load_trained` took from elsewhere
     options: Options | None
@@ -333,7 +333,7 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
     found = model.get_classifier()
     for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
         if scale is not None:

@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function, register_notrace_module
@@ -73,9 +74,10 @@ def add_ml_decoder_head(
     check_options(options)
     options = _read_label_embeddings(options)
     check_model(model)
+    timm_model: Any = model  # with attributes that torch's types do not know
     if num_classes == -1:
         embeddings = options.get('word_embeddings')
-        num_classes = len(embeddings) if isinstance(embeddings, Tensor) else model.num_classes
+        num_classes = len(embeddings) if isinstance(embeddings, Tensor) else timm_model.num_classes
     if num_classes < 1:
         raise ValueError(f'num_classes is {num_classes}: an ML-Decoder head needs at least 1 class')
 
@@ -88,8 +90,8 @@ def add_ml_decoder_head(
     remove_classifier(model, norm)
     change_class(model, MLDecoderModel)
     stored = portable_options(options, head)
-    model.ml_decoder_options = {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
-    model.set_submodule(model.ml_decoder_slot, head)
+    timm_model.ml_decoder_options = {name: value for name, value in stored.items() if value != HEAD_OPTIONS[name]}
+    model.set_submodule(timm_model.ml_decoder_slot, head)
     return model
 
 
@@ -110,7 +112,7 @@ def _read_label_embeddings(options: dict) -> dict:
     return {**options, 'word_embeddings': embeddings, 'class_names': names}
 
 
-def portable_options(options: Mapping, head: nn.Module) -> dict:
+def portable_options(options: Mapping, head: Any) -> dict:
     """Return options of a head in JSON form; label embeddings and class names travel with the weights."""
     stored = {name: value for name, value in options.items() if name != 'class_names'}
     if isinstance(options.get('word_embeddings'), Tensor):
@@ -122,7 +124,7 @@ def portable_options(options: Mapping, head: nn.Module) -> dict:
     return stored
 
 
-def _build_head(model: nn.Module, num_classes: int, features, options: dict) -> MLDecoder:
+def _build_head(model: Any, num_classes: int, features, options: dict) -> MLDecoder:
     """Return a head on the model's device, with its dtype and training mode."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     options = {name: value for name, value in options.items() if name not in READ_OPTIONS}
@@ -163,7 +165,7 @@ class MLDecoderModel(ClassifierModel):
         if num_classes != self.num_classes:  # timm's own code sets it after removing a classifier
             raise AttributeError(f'the model has {self.num_classes} classes: change them with reset_classifier')
 
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> Any:
         try:
             return self.get_submodule(self.ml_decoder_slot)
         except AttributeError:  # timm's pruning removes the parent of the slot with the head
@@ -184,7 +186,7 @@ class MLDecoderModel(ClassifierModel):
         """
         if num_classes and global_pool:
             raise ValueError(f'global_pool={global_pool!r} has no effect with an ML-Decoder head: leave it out')
-        head: nn.Module = nn.Identity()
+        head: Any = nn.Identity()
         if num_classes:
             head = self._new_head(num_classes)
             old = getattr(self.get_classifier(), 'vocabulary', None)
@@ -293,12 +295,12 @@ def feature_widths(model: nn.Module, norm: bool = True):
     return family.widths(model) or (model.num_features if features else model.head_hidden_size)
 
 
-def _number_prefix_tokens(model: nn.Module) -> int:
+def _number_prefix_tokens(model: Any) -> int:
     number = family_of(type(model)).prefix_tokens
     return (getattr(model, 'num_prefix_tokens', None) or 0) if number is None else number
 
 
-def _between(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _between(model: Any) -> list[tuple[str, nn.Module]]:
     """Return the modules with tensors between the features of a timm model and its classifier, by name."""
     family = family_of(type(model))
     if family.read_features:
@@ -314,7 +316,7 @@ def _between(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _check_reading(model: nn.Module, options: Mapping) -> None:
+def _check_reading(model: Any, options: Mapping) -> None:
     """Raise ValueError unless `READ_OPTIONS` and the positional encoding fit the model."""
     name = type(model).__name__
     for option in READ_OPTIONS:
@@ -329,7 +331,7 @@ def _check_reading(model: nn.Module, options: Mapping) -> None:
         raise ValueError(f'prefix_tokens=True: {name} has no class or register tokens, leave it out')
 
 
-def remove_classifier(model: nn.Module, norm: bool = True) -> None:
+def remove_classifier(model: Any, norm: bool = True) -> None:
     """Remove pooling, classifier and classifier dropout, and record what the head and `save_for_hf` need.
 
     A model that has a head on tokens already is left as it is. Without `norm`, the classifier's norm goes too.
@@ -364,7 +366,7 @@ def remove_classifier(model: nn.Module, norm: bool = True) -> None:
     }
 
 
-def _classifier_paths(model: nn.Module, family: Family) -> list[str]:
+def _classifier_paths(model: Any, family: Family) -> list[str]:
     """Paths of the classifier's modules; two for a distilled model."""
     paths = getattr(model, 'pretrained_cfg', {}).get('classifier')
     paths = list(paths) if isinstance(paths, (list, tuple)) else [paths] if paths else []
@@ -382,7 +384,7 @@ def _longest_module_path(model: nn.Module, path: str) -> str:
     return path
 
 
-def _disable_dropout(model: nn.Module, slot: str) -> None:
+def _disable_dropout(model: Any, slot: str) -> None:
     """Disable the classifier's own dropout: ML-Decoder has its own, and the published code does the same."""
     if hasattr(model, 'drop_rate'):
         model.drop_rate = 0.0

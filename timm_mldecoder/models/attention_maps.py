@@ -1,6 +1,7 @@
 """Attention maps: where in an image the query of a class attends, and pictures of that."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+def attention_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor:
     """Return the attention of the query of one class per image, the mean over heads.
 
     Args:
@@ -55,7 +56,7 @@ def _grid(model: nn.Module, features: Tensor, num_tokens: int, image_size: torch
     if features.dim() == 4:
         shape = features.shape[1:3] if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else features.shape[2:]
         if shape.numel() == num_tokens:
-            return tuple(shape)
+            return shape[0], shape[1]
     height, width = image_size
     rows = round(math.sqrt(num_tokens * height / width))
     if rows == 0 or num_tokens % rows:

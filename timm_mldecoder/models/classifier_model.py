@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class ClassifierModel:
     def class_members(cls, model_class: type) -> dict:
         """Return the attributes of the class that extends `model_class`."""
         return {}
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # of the timm model that the class is mixed into
 
     def classifier_options(self):
         """Return the JSON value of `classifier_option` that builds the classifier again, None without one."""
@@ -74,7 +79,7 @@ def module_path(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, found in model.named_modules() if found is module)
 
 
-def linear_classifier(model: nn.Module, new: str) -> nn.Linear:
+def linear_classifier(model: Any, new: str) -> nn.Linear:
     """Return the classifier of a timm model, for a `new` one to replace.
 
     Raises:
@@ -133,9 +138,9 @@ def extend_class(mixin: type[ClassifierModel], model_class: type) -> type:
         return _classes[mixin, model_class]
 
 
-def change_class(model: nn.Module, mixin: type[ClassifierModel]) -> None:
+def change_class(model: Any, mixin: type[ClassifierModel]) -> None:
     """Make a timm model an instance of `extend_class`; what timm recorded of its construction stays."""
-    args = model._model_args if hasattr(model, '_model_args') else {}
+    args: dict[str, Any] = model._model_args if hasattr(model, '_model_args') else {}
     model.__dict__.pop('_model_args', None)
     model.__class__ = extend_class(mixin, type(model))
     model._model_args = args
@@ -147,5 +152,5 @@ def timm_class(model_class: type) -> type:
 
 
 def _empty_instance(mixin: type[ClassifierModel], model_class: type) -> nn.Module:
-    cls = extend_class(mixin, model_class)
+    cls: Any = extend_class(mixin, model_class)
     return cls.__new__(cls)

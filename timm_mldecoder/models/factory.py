@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import torch
 from timm.models import _builder
@@ -86,12 +87,16 @@ def _differences(given: dict, stored: dict, other_classes: bool) -> list[str]:
     ]
 
 
+def _has_vocabulary(model: Any) -> bool:
+    return getattr(model.get_classifier(), 'vocabulary', None) is not None
+
+
 CLASSIFIERS = {
     'ml_decoder': Classifier(
         add_ml_decoder_head,
         _parse_ml_decoder,
         _ml_decoder_contradictions,
-        any_classes=lambda model: model.get_classifier().vocabulary is not None,
+        any_classes=_has_vocabulary,
         class_independent=('embed.', 'layers.'),
     ),
     'cosine_classifier': Classifier(
@@ -104,7 +109,7 @@ CLASSIFIERS = {
         add_probe_head,
         parse_probe,
         _differences,
-        any_classes=lambda model: getattr(model.get_classifier(), 'vocabulary', None) is not None,
+        any_classes=_has_vocabulary,
     ),
 }
 
@@ -198,7 +203,7 @@ _timm_load = _builder.load_pretrained
 
 @wraps(_timm_load)
 def _load_pretrained(model: nn.Module, *args, **kwargs) -> None:
-    return (_replacement.get() or _timm_load)(model, *args, **kwargs)
+    (_replacement.get() or _timm_load)(model, *args, **kwargs)
 
 
 # Only timm's builder knows the arguments of a load (the filter that resizes position embeddings, the input channels).
@@ -215,7 +220,7 @@ def _loading_by(function: Callable):
         _replacement.reset(token)
 
 
-def _load_with_classifier(model: nn.Module, kind: Classifier, filter_fn: Callable | None = None, **load_args) -> None:
+def _load_with_classifier(model: Any, kind: Classifier, filter_fn: Callable | None = None, **load_args) -> None:
     """Load stored weights into a model with the classifier they were stored with."""
     prefix = module_path(model, model.get_classifier()) + '.'
     stored_classes = load_args['pretrained_cfg']['num_classes']
@@ -252,7 +257,7 @@ class _BackboneLoader:
         like = {name: value for name, value in kwargs.items() if name not in changed}
         like |= {'global_pool': pool} if pool else {}
         with torch.device('meta'):  # names alone
-            model = kind.attach(build(pretrained=False, **like), -1, **options)
+            model: Any = kind.attach(build(pretrained=False, **like), -1, **options)
         self.prefix = module_path(model, model.get_classifier()) + '.'
         self.stored = stored
         self.names = {name for name in model.state_dict() if not name.startswith(self.prefix)}

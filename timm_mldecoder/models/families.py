@@ -6,11 +6,12 @@ are then what the pooling would have pooled, after the norms and convolutions in
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def last_stage_map(model: nn.Module, x: Tensor) -> Tensor:
+def last_stage_map(model: Any, x: Tensor) -> Tensor:
     """Return the last feature map [B, F, H, W] of a model whose ``forward_features`` returns class tokens only."""
     return model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
 
@@ -29,7 +30,7 @@ class Family:
     bypass: Sequence[str] = ()  # attributes to replace by ``nn.Identity``, for the same reason
     slot: str = ''  # path of the head's module, if other than ``pretrained_cfg['classifier']``
     # widths of several scales, for a model whose ``forward_features`` returns a list
-    widths: Callable[[nn.Module], Sequence[int] | None] = lambda model: None
+    widths: Callable[[Any], Sequence[int] | None] = lambda model: None
     # number of class and register tokens in front of the image's, where the model does not say
     prefix_tokens: int | None = None
     channels_first: bool = False  # tokens are [B, F, N]

@@ -1,5 +1,7 @@
 """BatchNorm folded into the convolutions before it, for inference."""
 
+from typing import Any
+
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
@@ -49,7 +51,8 @@ def fuse_batch_norm(model: nn.Module, image: Tensor, tolerance: float = 1e-3) ->
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     # in float64, so that rounding is that of one convolution
-    weight, bias, mean, variance, scale, shift = (None if tensor is None else tensor.double() for tensor in tensors)
+    doubles: Any = [None if tensor is None else tensor.double() for tensor in tensors]
+    weight, bias, mean, variance, scale, shift = doubles
     weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     conv.weight.copy_(weight)

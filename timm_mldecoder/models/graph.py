@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models.tresnet import checkpoint_filter_fn as convert_tresnet
@@ -186,15 +187,18 @@ class GraphClassifier(nn.Module):
             raise ValueError(f'the weight of the neighbours in a label graph must be in [0, 1], got {weight}')
         if classifier == 'linear' and scale != DEFAULT_SCALE:
             raise ValueError(f"scale={scale} is for classifier='cosine': leave it out with 'linear'")
-        place = dict(device=device, dtype=dtype)
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.layer, self.threshold, self.edge_weight = layer, float(threshold), float(weight)
         self.gc1 = LAYERS[layer](width, in_features, **place)
         self.gc2 = LAYERS[layer](in_features, in_features, **place)
         if classifier == 'cosine':
-            self.classifier = CosineClassifier(in_features, out_features, scale, **place)
+            self.classifier: CosineClassifier | nn.Linear = CosineClassifier(in_features, out_features, scale, **place)
         else:
             self.classifier = nn.Linear(in_features, out_features, **place)
+        self.words: Tensor
+        self.edges: Tensor
+        self.folded: Tensor | None
         self.register_buffer('words', torch.zeros(out_features, width, **place))
         self.register_buffer('edges', torch.zeros(out_features, out_features, device=device, dtype=torch.uint8))
         self.register_buffer('folded', None, persistent=False)
@@ -203,7 +207,8 @@ class GraphClassifier(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw layers and classifier anew; label graph and label embeddings stay."""
-        for module in (self.gc1, self.gc2, self.classifier):
+        parts: tuple[Any, ...] = (self.gc1, self.gc2, self.classifier)
+        for module in parts:
             module.reset_parameters()
         self._normalize_start()
 
@@ -214,12 +219,12 @@ class GraphClassifier(nn.Module):
             self.classifier.weight.copy_(F.normalize(self.classifier.weight, dim=1))
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """Weight [C, F] of the classifier after the gate."""
         return self.classifier.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """Bias [C] of the linear classifier, None for the cosine classifier."""
         return self.classifier.bias
 
@@ -284,7 +289,7 @@ class GraphModel(ClassifierModel):
 
 
 def add_graph_classifier(
-    model: nn.Module,
+    model: Any,
     adjacency: Tensor,
     word_embeddings: Tensor,
     *,
@@ -347,7 +352,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
     old = linear_classifier(model, 'a graph classifier')
     if old.out_features != num_classes:
         raise ValueError(f'the label graph has {num_classes} classes, the model has {old.out_features}')
-    place = dict(device=old.weight.device, dtype=old.weight.dtype)
+    place: dict[str, Any] = dict(device=old.weight.device, dtype=old.weight.dtype)
     new = GraphClassifier(old.in_features, num_classes, width, **options, **place)
     if type(new.classifier) is nn.Linear:
         with torch.no_grad():
@@ -358,7 +363,7 @@ def empty_graph_classifier(model: nn.Module, *, num_classes: int, width: int, **
     return model
 
 
-def graph_options(classifier: GraphClassifier) -> dict[str, int | float | str]:
+def graph_options(classifier: GraphClassifier) -> dict[str, Any]:
     """The options that `empty_graph_classifier` rebuilds a classifier from, of types that JSON has."""
     kind = 'cosine' if isinstance(classifier.classifier, CosineClassifier) else 'linear'
     return {
@@ -373,7 +378,7 @@ def graph_options(classifier: GraphClassifier) -> dict[str, int | float | str]:
 
 
 def convert_graph_state_dict(
-    state_dict: Mapping[str, Tensor], model: nn.Module, class_names: Sequence[str] | None = None
+    state_dict: Mapping[str, Tensor], model: Any, class_names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint in the layout of the authors' code, under the names of a model with a graph classifier.
 

@@ -1,6 +1,7 @@
 """Put a head of `PROBES` on a timm model: what a probe of a frozen backbone trains, as a complete model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class ProbeModel(MLDecoderModel):
         features = self._pre_logits(features)
         return self._image_tokens(features), features[:, 0] if self.gives_class_token else None
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, **kwargs) -> Tensor:
+    def forward_head(self, x=None, pre_logits: bool = False, patch_valid: Tensor | None = None, **kwargs) -> Tensor:
         """Return logits [B, C] for the output of ``forward_features``; with `pre_logits` the mean token [B, F]."""
         tokens, class_token = self._tokens(x)
         if self.num_classes and not pre_logits:
@@ -60,7 +61,7 @@ class ProbeModel(MLDecoderModel):
         return build_probe(self, num_classes, options.pop('name'), **options)
 
 
-def add_probe_head(model: nn.Module, num_classes: int = -1, name: str = 'linear', **options) -> nn.Module:
+def add_probe_head(model: Any, num_classes: int = -1, name: str = 'linear', **options) -> nn.Module:
     """Replace the pooling and classifier of a timm model by a head of `PROBES`, in place.
 
     ``save_for_hf`` stores the head, and ``timm.create_model(name, probe_head={'name': ..., **options})`` builds it.
@@ -87,7 +88,7 @@ def add_probe_head(model: nn.Module, num_classes: int = -1, name: str = 'linear'
     return model
 
 
-def remove_head(model: nn.Module) -> nn.Module:
+def remove_head(model: Any) -> Any:
     """Make a timm model a `ProbeModel` without a head, in place, and return it.
 
     Raises:
@@ -102,7 +103,7 @@ def remove_head(model: nn.Module) -> nn.Module:
     return model
 
 
-def build_probe(model: ProbeModel, num_classes: int, name: str, **options) -> nn.Module:
+def build_probe(model: Any, num_classes: int, name: str, **options) -> nn.Module:
     """Return a head for a model, on its device, with its dtype and training mode.
 
     Raises:
@@ -111,7 +112,7 @@ def build_probe(model: ProbeModel, num_classes: int, name: str, **options) -> nn
     if name not in PROBES:
         raise ValueError(f'there is no probe head {name!r}: choose from {", ".join(PROBES)}')
     try:
-        head = PROBES[name](model.ml_decoder_features, num_classes, **options)
+        head: Any = PROBES[name](model.ml_decoder_features, num_classes, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f'probe head {name}: {error}') from error
     if getattr(head, 'pool', None) == 'class_token' and not model.gives_class_token:

@@ -7,6 +7,7 @@ the latter depend on the tokens alone, so that a probe computes them once for al
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent
@@ -30,8 +31,8 @@ class Probe(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def classify_all(cls, heads: Sequence['Probe'], features: Tensor) -> Sequence[Tensor]:
-        """Return the logits [B, C] of several heads of the same sizes."""
+    def classify_all(cls, heads: Sequence[Any], features: Tensor) -> Sequence[Tensor]:
+        """Return the logits [B, C] of several heads of this class and the same sizes."""
         return [head.classify(features) for head in heads]
 
     def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
@@ -48,7 +49,7 @@ class NormalizedProbe(Probe):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Return ``(x - mean) / std`` of x [B, F]; in training those of the batch, which also go to the buffers."""
-        norm = self.norm
+        norm: Any = self.norm  # its buffers are optional to torch's types
         if self.training:
             norm.num_batches_tracked.add_(1)
         return F.batch_norm(x, norm.running_mean, norm.running_var, None, None, self.training, norm.momentum, norm.eps)
@@ -200,7 +201,7 @@ class MLDecoderProbe(MLDecoder, Probe):
     def classify(self, features: Tensor) -> Tensor:
         return super().forward(features)
 
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, class_token: Tensor | None = None) -> Tensor:  # type: ignore[override]  # that of `Probe`
         return super().forward(tokens)
 
 

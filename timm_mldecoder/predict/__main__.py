@@ -22,6 +22,7 @@ from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.data import create_dataset
+from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.distributed.world import World, join_world
 from timm_mldecoder.evaluation.evaluate import autocast_context
 from timm_mldecoder.flags.flag import number
@@ -71,6 +72,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         classes=predictor.class_names,
         thresholds=None if predictor.thresholds is None else predictor.thresholds.tolist(),
         top_k=arguments.top_k,
+        **({} if predictor.implications is None else {'implications': predictor.implications.tolist()}),
         features=predictor.features,
         amp=amp_dtype,
         scores_dtype=arguments.scores_dtype,
@@ -116,14 +118,16 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
         if not isinstance(head, MLDecoder) or head.vocabulary is None:
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
         set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
-        names = head.class_names or range(model.num_classes)
+        names = head.class_names or [str(number) for number in range(model.num_classes)]
     if arguments.fuse_bn:
         fuse_model(model, trained.data_config['input_size'])
     if arguments.channels_last:
         model.to(memory_format=torch.channels_last)
+    own = [str(name) for name in names or trained.class_names or range(model.num_classes)]
     return Predictor(
         trained,
         names,
+        implications=read_implications(arguments.implications, own) if arguments.implications else None,
         task=arguments.task,
         threshold=arguments.threshold,
         top_k=arguments.top_k,
@@ -160,6 +164,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--out', type=Path, required=True, help='file to write: .csv, .jsonl or .parquet')
     add('--top-k', type=positive, help='largest number of labels per image')
     add('--threshold', type=number(float, '[0, 1]'), help='probability of a label (default: the tuned ones, else 0.5)')
+    add('--implications', type=Path, metavar='FILE', help='lines "tag -> tag": labels are closed under them')
     add('--scores', type=Path, help='.npz for the scores of all classes')
     add(
         '--scores-dtype',

@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ FORMATS = ('.csv', '.jsonl', '.parquet')
 class Label(NamedTuple):
     """A label of an image, and its probability."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     name: str
     score: float
 
@@ -113,7 +114,7 @@ class Parts:
         readable = [prediction for prediction in predictions if not prediction.error]
         for name in self.arrays:
             stacked = np.stack([prediction.arrays[name] for prediction in readable]) if readable else np.zeros((0,))
-            write_atomically(self.folder / f'{part:08d}.{name}.npy', lambda file, rows=stacked: np.save(file, rows))
+            write_atomically(self.folder / f'{part:08d}.{name}.npy', partial(np.save, arr=stacked))
         lines = [
             json.dumps([item.image, [tuple(label[1:]) for label in item.labels], item.error]) + '\n'
             for item in predictions
@@ -210,5 +211,5 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
     """Return a digest of arrays, for comparing the setups of two predictions."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]

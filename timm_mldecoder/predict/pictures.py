@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def draw_pictures(predictor: Predictor, dataset: SourceDataset, indices: Iterabl
         axes[0].set_title(escape(dataset.filename(index)))
         classes = torch.tensor([label.index for label in labels], device=device)
         repeated = images.expand(len(labels), -1, -1, -1)
-        maps = attention_maps(predictor.model, repeated, classes).float().cpu().numpy() if labels else []
+        maps: Any = attention_maps(predictor.model, repeated, classes).float().cpu().numpy() if labels else []
         for axis, label, attention in zip(axes[1:], labels, maps, strict=True):
             axis.imshow(seen.mean(axis=-1) if seen.ndim == 3 else seen, cmap='gray')
             # one scale for all maps: 0 to the largest share that a token may have beside an even spread

@@ -30,6 +30,8 @@ class Predictor:
         task: 'classification' or 'multilabel'; None for the model's own.
         threshold: Probability from which a label of a multi-label model is given; None for the tuned ones, else 0.5.
         top_k: Largest number of labels per image; None for no limit, or one of a single-label model.
+        implications: Which classes imply which, [2, E] of `read_implications`: with a label, those that it implies are
+            given, with a score as high at least.
         features: 'pooled' or 'queries' to give features too; '' for none.
         compiled: Whether to compile the model.
 
@@ -49,6 +51,7 @@ class Predictor:
         task: str | None = None,
         threshold: float | None = None,
         top_k: int | None = None,
+        implications: Tensor | None = None,
         features: str = '',
         compiled: bool = False,
     ) -> None:
@@ -64,6 +67,9 @@ class Predictor:
             self.thresholds = default if tuned is None else tuned
         elif threshold is not None:
             raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
+        if implications is not None and (self.thresholds is None or top_k):
+            raise ValueError('--implications are for multi-label models, without --top-k, which could cut implied ones')
+        self.implications = implications
         self.top_k = top_k or (1 if self.thresholds is None else len(self.class_names))
         self.features = features
         network = _Network(self.model, features)
@@ -79,10 +85,13 @@ class Predictor:
     def labels(self, scores: Tensor) -> list[list[Label]]:
         """Return the labels of each image from its scores [B, C], the likeliest first.
 
-        Those are the labels that reach their threshold, at most `top_k`.
+        Those are the labels that reach their threshold, at most `top_k`, and those that they imply.
         """
         if self.thresholds is not None:
             scores = scores.masked_fill(scores < self.thresholds, -1)
+        if self.implications is not None:
+            implying, implied = self.implications
+            scores = scores.scatter_reduce(1, implied.expand(len(scores), -1), scores[:, implying], 'amax')
         most = int((scores >= 0).sum(dim=1).max())
         values, indices = (found.tolist() for found in scores.topk(min(self.top_k, most)))
         return [
@@ -94,7 +103,7 @@ class Predictor:
 class _Network(nn.Module):
     """A model that gives logits [B, C] and features: pooled ones [B, F], query outputs [B, K, D], or None."""
 
-    def __init__(self, model: nn.Module, features: str) -> None:
+    def __init__(self, model: Any, features: str) -> None:
         super().__init__()
         self.model = model
         self.features = features
@@ -149,7 +158,7 @@ def predict(
     loader = iter(
         DataLoader(
             KeyedSamples(dataset),
-            batch_sampler=[batch for _, batch in batches],
+            batch_sampler=[list(batch) for _, batch in batches],
             collate_fn=KeyedCollate(default_collate, partial=True),
             **worker_options(world, workers, pin_memory=placement.device.type == 'cuda'),
         )
@@ -188,9 +197,9 @@ def _predictions(
         errors = {image.path: image.reason for image in bad}
         predictions = [Prediction(name, error=errors.get(name, '')) for name in names]
         if batch is not None:
-            images, _ = placement.place(*batch)
+            images: Any = placement.layout(placement.place(*batch)[0])
             with autocast(), float32_logits(predictor.model):
-                scores, features = predictor(placement.layout(images))
+                scores, features = predictor(images)
             arrays = {'scores': scores.numpy().astype(parts.dtype('scores'))} if 'scores' in parts.arrays else {}
             arrays |= {} if features is None else {'features': features.half().numpy()}
             for row, (position, labels) in enumerate(zip(positions, predictor.labels(scores), strict=True)):

@@ -1,11 +1,11 @@
 """Where the images of a prediction come from: files, folders, tar shards, lists, and the datasets of this package."""
 
-import csv
 import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_mldecoder.data.formats.csv_list import DELIMITERS
 from timm_mldecoder.data.images import Reading, find_images, is_image
+from timm_mldecoder.data.text_files import normalize_name, read_rows
 
 
 class Files:
@@ -117,14 +119,17 @@ def dataset_source(dataset: Any, root: Path) -> Source:
 
 
 def _read_csv(path: Path) -> list[str]:
-    try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            rows = [row for row in csv.reader(file) if row]
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text: {error}') from error
-    named = bool(rows) and 'path' in rows[0]
-    column = rows[0].index('path') if named else 0
-    return [row[column] for row in rows[named:] if len(row) > column and row[column]]
+    """Paths of a list, separated as tables are: of the column `path`, else of the first column."""
+    for delimiter in DELIMITERS:
+        header = [normalize_name(name).lower() for _, row in islice(read_rows(path, delimiter), 1) for name in row]
+        if 'path' in header:
+            break
+    else:
+        delimiter = ','
+    named = 'path' in header
+    column = header.index('path') if named else 0
+    rows = [row for _, row in read_rows(path, delimiter)]
+    return [row[column].strip() for row in rows[named:] if len(row) > column and row[column].strip()]
 
 
 def _read_parquet(path: Path) -> list[str]:

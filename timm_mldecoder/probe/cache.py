@@ -260,7 +260,7 @@ def fill(
 def data_digest(dataset: Any) -> str:
     """Return a digest of the images (names, sizes and times of their files) and labels of a split."""
     digest = hashlib.sha256(repr((len(dataset), class_to_index(dataset))).encode())
-    records = getattr(getattr(dataset, 'reader', None), 'dataset', None)
+    records: Any = getattr(getattr(dataset, 'reader', None), 'dataset', None)
     if hasattr(records, '_fingerprint'):  # Hugging Face's digest of its files and columns
         digest.update(records._fingerprint.encode())
     elif hasattr(dataset, 'filename'):

@@ -16,7 +16,6 @@ from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
 from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
 from timm_mldecoder.loading.randomness import ORDER, Draw, key
-from timm_mldecoder.models.probe_model import ProbeModel
 from timm_mldecoder.runtime.errors import RunFailed
 
 
@@ -42,7 +41,7 @@ class Backbone:
         autocast: Context of the forward pass.
     """
 
-    def __init__(self, model: ProbeModel, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, model: Any, autocast: Callable[[], AbstractContextManager]) -> None:
         self.model = model.eval().requires_grad_(False)
         self._autocast = autocast
 
@@ -108,7 +107,9 @@ class ImageBatches:
             return
         for images, target in self._wrapped:
             images, target = self._placement.place(images, target)
-            yield self._placement.layout(images), target
+            images = self._placement.layout(images)
+            assert isinstance(images, Tensor)  # not patches
+            yield images, target
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for batch, _, bad in self._loader:
@@ -144,7 +145,7 @@ def read_together(source: Source, groups: Sequence[list[Draw]], world: World) ->
     padded = [group + group[-1:] * (-len(group) % world.size) for group in groups]
     own = source.read([group[world.rank :: world.size] for group in padded])
     for group, batch in zip(groups, own, strict=True):
-        gathered = (part if part is None else _gather(part, world)[: len(group)] for part in batch)
+        gathered: Any = (part if part is None else _gather(part, world)[: len(group)] for part in batch)
         tokens, class_token, target = gathered
         yield Batch(tokens.float(), None if class_token is None else class_token.float(), target)
 

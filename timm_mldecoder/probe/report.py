@@ -16,7 +16,6 @@ from timm_mldecoder.checkpoint.folders import folder_config
 from timm_mldecoder.checkpoint.schema import RUN, VERSION, check_entries
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.create_loaders import DataConfig
-from timm_mldecoder.models.probe_model import ProbeModel
 from timm_mldecoder.models.probes import small_ml_decoder_options
 from timm_mldecoder.probe.options import TEXT_HEADS, ProbeOptions
 from timm_mldecoder.probe.train import Choice, Run
@@ -49,10 +48,11 @@ def collect(
     for choice in choices:
         finals = [run.metrics[max(run.metrics)] if test is None else test[place[id(run)]] for run in choice.runs]
         scores = [None if values is None else values[metric] for values in finals]
-        finite = None not in scores
+        finite = [score for score in scores if score is not None]
+        complete = len(finite) == len(scores)
         heads[choice.spec.label] = {
-            'mean': statistics.mean(scores) if finite else None,
-            'std': (statistics.stdev(scores) if len(scores) > 1 else 0.0) if finite else None,
+            'mean': statistics.mean(finite) if complete else None,
+            'std': (statistics.stdev(finite) if len(finite) > 1 else 0.0) if complete else None,
             'scores': scores,
             'lr': choice.rate,
             'at_end': choice.at_end,
@@ -139,7 +139,7 @@ def _draw(results: dict[str, Any], file: Any) -> None:
 def write_checkpoint(
     path: Path,
     options: Options,
-    model: ProbeModel,
+    model: Any,
     run: Run,
     *,
     config: DataConfig,

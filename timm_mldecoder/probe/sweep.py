@@ -11,7 +11,7 @@ import torch
 from timm.models import safe_model_name
 from timm.utils import random_seed
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.schema import RUN
@@ -27,6 +27,7 @@ from timm_mldecoder.loading.datasets import (
     image_mode,
     log_summary,
     read_classes,
+    warn_about_overlap,
 )
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, training_words
@@ -111,7 +112,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
         world,
     )
     sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
-    if world.primary:
+    if folder is not None:
         create_folder(folder)  # a mistake found above leaves no folder
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
 
@@ -158,13 +159,14 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     return results
 
 
-def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
+def _create_backbone(options: Options) -> tuple[Any, Options, DataConfig]:
     """Create the model without a classifier; return it, the options that describe it, and its data configuration."""
     plain = options.replace(use_ml_decoder_head=0, word_embeddings='', class_split='', initial_checkpoint='')
     stored: DataConfig = {}
     content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}
     if RUN in content:
         trained = load_trained(options.initial_checkpoint, content=content)
+        assert trained.options is not None  # of a checkpoint
         if 'model' in options.given and options.model != trained.options.model:
             raise ValueError(f'--model {options.model} contradicts --initial-checkpoint of {trained.options.model}')
         changes = {name: getattr(trained.options, name) for name in _OF_BACKBONE if name not in options.given}
@@ -183,7 +185,7 @@ def _create_backbone(options: Options) -> tuple[nn.Module, Options, DataConfig]:
         return remove_head(model), options.replace(model_kwargs=kept), stored
 
 
-def _create_splits(options: ProbeOptions, world: World) -> dict[str, Dataset]:
+def _create_splits(options: ProbeOptions, world: World) -> dict[str, Any]:
     train = options.train
     splits = {'train': create_split(train, train.train_split, training=True, missing=train.missing_images)}
     splits['validation'] = create_split(train, train.val_split)
@@ -193,7 +195,9 @@ def _create_splits(options: ProbeOptions, world: World) -> dict[str, Dataset]:
     for role, dataset in splits.items():
         if isinstance(dataset, IterableDataset):
             raise ValueError(f'--dataset {train.dataset} is a stream; a probe needs images in an order of its own')
-        log_summary(role, dataset)
+        log_summary(role, dataset, training=role == 'train')
+        if role != 'train':
+            warn_about_overlap(splits['train'], dataset)
         if not train.class_split:
             check_same_classes(splits['train'], dataset)
     return splits
@@ -201,7 +205,7 @@ def _create_splits(options: ProbeOptions, world: World) -> dict[str, Dataset]:
 
 def _create_sources(
     options: ProbeOptions,
-    splits: dict[str, Dataset],
+    splits: dict[str, Any],
     num_classes: int,
     backbone: Backbone,
     config: DataConfig,
@@ -226,7 +230,7 @@ def _create_sources(
     flags |= {name: os.path.abspath(path) if (path := getattr(train, name)) else '' for name in _PATHS_OF_DATA}
     flags = {f'--{name.replace("_", "-")}': value for name, value in flags.items()}
     names = {'train': train.train_split, 'validation': train.val_split, 'test': options.test_split}
-    caches = {}
+    caches: dict[str, Any] = {}
     for role, dataset in splits.items():
         augmented = role == 'train' and options.augment
         augmentation = {name: getattr(train, name) for name in (*AUGMENTATION, 'seed')} if augmented else None

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -41,8 +42,8 @@ class Run:
     spec: HeadSpec
     rate: float  # its largest learning rate
     seed: int  # its seed, from 0
-    head: nn.Module | None = None  # the module, None on ranks that do not train it
-    optimizer: torch.optim.Optimizer | None = None
+    head: Any = None  # the module, None on ranks that do not train it
+    optimizer: Any = None
     parameters: int = 0  # number of parameters of the head
     seconds: float = 0.0  # time of its steps so far
     losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
@@ -121,7 +122,7 @@ class Trainer:
 
         The number of the step determines the draws of dropout; `factor` multiplies the learning rates.
         """
-        losses = {}
+        losses: dict[int, Tensor] = {}
         for group in self._groups:
             start = time.perf_counter()
             with torch.no_grad():
@@ -261,7 +262,8 @@ def choose(runs: Sequence[Run], metric: str) -> list[Choice]:
             if run.spec.label == label:
                 by_rate.setdefault(run.rate, []).append(run)
         tried = {rate: _mean([_final(run, metric) for run in same]) for rate, same in by_rate.items()}
-        rate = max(tried, key=lambda rate, tried=tried: _rank(tried[rate], metric))
+        ranks = {rate: _rank(score, metric) for rate, score in tried.items()}
+        rate = max(ranks, key=ranks.__getitem__)
         choices.append(Choice(by_rate[rate][0].spec, by_rate[rate], tried))
     return choices
 
@@ -291,7 +293,8 @@ def _final(run: Run, metric: str) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.mean(values)
+    finite = [value for value in values if value is not None]
+    return statistics.mean(finite) if len(finite) == len(values) else None
 
 
 def _rank(value: float | None, metric: str) -> float:

@@ -29,7 +29,7 @@ def run_command(main: Callable[[], None]) -> int:
     rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '0')
     setup_default_logging(logging.INFO if rank == '0' else logging.WARNING)
     logging.captureWarnings(True)
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = _format_warning  # type: ignore[assignment]  # typeshed names its arguments otherwise
     warnings.filterwarnings('once', 'This DataLoader will create')  # from several lines of torch, once per loader
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode

@@ -69,7 +69,7 @@ def create_folder(folder: Path) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    """Write CSV that spreadsheets take as text: fields that would be formulas begin with an apostrophe."""
+    """Write CSV that spreadsheets take as text: formulas begin with an apostrophe."""
 
     def write(file: Any) -> None:
         text = io.TextIOWrapper(file, encoding='utf-8', newline='')
@@ -81,10 +81,11 @@ def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
 
 
 def harmless(field: Any) -> Any:
-    """Return a field that UTF-8 can hold and no spreadsheet takes for a formula."""
+    """Return a field that UTF-8 can hold and no spreadsheet runs as a formula, which has a letter or digit in it."""
     if not isinstance(field, str):
         return field
-    return f"'{utf8(field)}" if field[:1] in ('=', '+', '-', '@', '\t', '\r') else utf8(field)
+    formula = field[:1] in ('=', '+', '-', '@') and any(map(str.isalnum, field))
+    return f"'{utf8(field)}" if formula or field[:1] in ('\t', '\r') else utf8(field)
 
 
 def utf8(name: Any) -> str:

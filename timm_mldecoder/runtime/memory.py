@@ -10,6 +10,7 @@ from timm_mldecoder.runtime.errors import RunFailed
 
 # What torch raises on a CPU as a plain RuntimeError; the last is oneDNN's, for its own scratch memory.
 _CPU_MESSAGES = ("can't allocate memory", 'not enough memory', 'could not create a primitive')
+_ONE_VALUE = 'Expected more than 1 value per channel'  # torch's BatchNorm
 
 
 def peak_memory(device: torch.device) -> str:
@@ -33,9 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def advise_on_memory(batch_size: int, validation_batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Turn out-of-memory errors in training into a RunFailed with advice about the batch size."""
+    """Turn out-of-memory errors in training into a RunFailed with advice about the batch size.
+
+    Raises:
+        ValueError: If BatchNorm gets a single value per channel, as of one image of one pixel.
+    """
     try:
         yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise ValueError(
+            f'--batch-size {batch_size}: BatchNorm needs several values per channel in training: take at least 2 '
+            'images per rank, larger images, or a model without BatchNorm'
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

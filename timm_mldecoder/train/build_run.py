@@ -10,7 +10,6 @@ import yaml
 from timm.layers import convert_splitbn_model
 from timm.models import safe_model_name
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,7 +22,6 @@ from timm_mldecoder.checkpoint.resume import resume
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
-from timm_mldecoder.data import overlap
 from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
@@ -46,6 +44,7 @@ from timm_mldecoder.loading.datasets import (
     image_mode,
     log_summary,
     read_classes,
+    warn_about_overlap,
     with_classes,
 )
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
@@ -82,7 +81,7 @@ class Data(NamedTuple):
 class Model(NamedTuple):
     """The model as the ranks hold it, and what its creation decided."""
 
-    module: nn.Module
+    module: Any  # timm model
     num_classes: int
     stored: dict[str, Any] | None  # configuration of the folder that `--model` names
     images: DataConfig  # size, crop and normalization of evaluation images
@@ -100,7 +99,7 @@ class Loaders(NamedTuple):
 class Training(NamedTuple):
     """What changes the weights, and when."""
 
-    task: TrainingTask
+    task: Any  # timm's TrainingTask
     optimizer: torch.optim.Optimizer
     schedule: Scheduler | None
     freezer: Freezer
@@ -195,7 +194,7 @@ def _create_model(options: Options, given: Options, data: Data, layout: Layout, 
     """Create the model, and move it to the devices of the ranks; `given` are the options before the data was read."""
     stored = _model_config(given)
     random_seed(options.seed, world.rank)
-    model = layout.create(lambda weights: _create_module(options, data.train, stored, weights))
+    model: Any = layout.create(lambda weights: _create_module(options, data.train, stored, weights))
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(data.train, num_classes, given=given.num_classes is not None)
@@ -273,7 +272,7 @@ def _create_training(
     options: Options, data: Data, model: Model, loaders: Loaders, steps: int, layout: Layout, world: World
 ) -> Training:
     """Create task, optimizer and schedule, for epochs of so many optimizer steps."""
-    task = create_task(options, model.module, data.train, model.images, world)
+    task: Any = create_task(options, model.module, data.train, model.images, world)
     freezer = Freezer(model.module, options.freeze_backbone, options.unfreeze_epoch)
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
         freezer.apply(0)
@@ -335,8 +334,7 @@ def _create_splits(options: Options, world: World) -> Data:
     check_ranks(world, {options.train_split: train, options.val_split: validation})
     if not options.class_split:
         check_same_classes(train, validation)
-    if shared := overlap(train, validation):
-        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
+    warn_about_overlap(train, validation)
     crops = options.task == 'multilabel' and not options.no_aug and options.train_crop_mode is None
     if crops and options.scale[0] < 0.5:
         remedy = 'a larger --scale' if options.naflex_loader else '--train-crop-mode squash'
@@ -345,7 +343,7 @@ def _create_splits(options: Options, world: World) -> Data:
     return Data(train, validation)
 
 
-def _wrap(options: Options, task: TrainingTask, layout: Layout) -> nn.Module:
+def _wrap(options: Options, task: Any, layout: Layout) -> nn.Module:
     """Set up EMA weights, compilation and the exchange of gradients, in this order; return the model to evaluate."""
     if options.model_ema:
         layout.setup_ema(task, options)
@@ -390,10 +388,10 @@ def _resume_source(options: Options, world: World, folder: Path | None, written:
     """
     occupied = folder is not None and bool(checkpoints_in(folder))
     restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-    same = occupied and (folder / ARGS).exists() and (folder / ARGS).read_text() == written
-    occupied, resumes = world.all_reduce_max(occupied, restarted and same)
+    same = folder is not None and (folder / ARGS).exists() and (folder / ARGS).read_text() == written
+    some_occupied, resumes = world.all_reduce_max(occupied, restarted and occupied and same)
     source = 'auto' if resumes else options.resume
-    if occupied and not source:
+    if some_occupied and not source:
         raise ValueError(
             f'{folder or options.experiment} holds the checkpoints of a run: continue it with --resume auto, choose '
             'another --experiment, or remove the folder'

@@ -26,7 +26,7 @@ from timm_mldecoder.runtime.errors import one_line
 _logger = logging.getLogger(__name__)
 
 #: timm's task of each `--kd-distill-type`, and the options that it has besides those of all.
-TASKS: dict[str, tuple[type[TrainingTask], dict[str, str]]] = {
+TASKS: dict[str, tuple[Any, dict[str, str]]] = {
     'logit': (LogitDistillationTask, dict(loss_type='kd_loss_type', temperature='kd_temperature')),
     'feature': (FeatureDistillationTask, {}),
     'token': (TokenDistillationTask, dict(distill_type='kd_token_distill_type', temperature='kd_temperature')),
@@ -51,6 +51,8 @@ class Teacher(DistillationTeacher):
         )
         like = next(model.parameters())
         self.same = torch.equal(mean, image_mean) and torch.equal(std, image_std)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer('scale', (image_std / std).to(like), persistent=False)
         self.register_buffer('shift', ((image_mean - mean) / std).to(like), persistent=False)
 
@@ -87,7 +89,7 @@ class HeadTokenTask(FeatureDistillationTask):
 
 
 def create_distillation_task(
-    options: Options, student: nn.Module, dataset: Dataset, images: DataConfig, **settings: Any
+    options: Options, student: Any, dataset: Dataset, images: DataConfig, **settings: Any
 ) -> TrainingTask:
     """Create timm's task of a student, which is on its device, and its teacher.
 
@@ -116,7 +118,7 @@ def create_distillation_task(
         raise ValueError(f'--kd-distill-type {options.kd_distill_type}: {error}') from error
 
 
-def _create_teacher(options: Options, student: nn.Module, dataset: Dataset, images: DataConfig) -> Teacher:
+def _create_teacher(options: Options, student: Any, dataset: Dataset, images: DataConfig) -> Teacher:
     """Load the teacher, in the precision of the run, and check that it fits."""
     source = options.kd_checkpoint or options.kd_model_name
     like = next(student.parameters())
@@ -152,8 +154,8 @@ def _load(options: Options, student: nn.Module) -> Trained:
                 raise ValueError('the file holds weights only: add --kd-model-name, their model')
             settings['num_classes'] = student.num_classes
     trained = load_model(validate_options(**settings))
-    if trained.options.task != options.task:
-        raise ValueError(f'the teacher was trained for --task {trained.options.task}, this run is for {options.task}')
+    if trained.task != options.task:
+        raise ValueError(f'the teacher was trained for --task {trained.task}, this run is for {options.task}')
     return trained
 
 
@@ -177,7 +179,7 @@ def _check_logits(options: Options, teacher: nn.Module, num_classes: int, images
 
 
 @torch.no_grad()
-def _feature_width(options: Options, who: str, model: nn.Module, images: Tensor) -> int:
+def _feature_width(options: Options, who: str, model: Any, images: Tensor) -> int:
     """Return the width of the pooled features of student or teacher; a ValueError if the options give another one."""
     training = model.training
     features = model.eval().forward_head(model.forward_features(images), pre_logits=True)

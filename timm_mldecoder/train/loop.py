@@ -274,6 +274,7 @@ def validate(run: Run) -> Metrics:
 def score(run: Run, ema: bool) -> Metrics:
     """Score the validation split with the raw or the EMA weights; a signal ends it, and the run, after a batch."""
     loader, options = run.eval_loader, run.options
+    assert loader is not None
     model = run.state.task.get_eval_model(ema=True) if ema else run.eval_model
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     measures = []
@@ -336,7 +337,7 @@ def log_step(run: Run, step: int, loss: Tensor, timer: StepTimer, bar: tqdm) -> 
         log_above(bar, line)
 
 
-def save_images(images: Tensor, path: Path) -> None:
+def save_images(images: Batch, path: Path) -> None:
     """Save a batch of training images as one picture."""
     from torchvision.utils import save_image
 

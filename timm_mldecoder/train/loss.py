@@ -1,6 +1,9 @@
 """The training loss, and timm's task that holds it together with the model."""
 
+import importlib
 import logging
+import os
+import sys
 from typing import Any
 
 import torch
@@ -56,7 +59,7 @@ class MultiLabelTask(MultiLabelClassificationTask):
         return multilabel_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
 
 
-def create_task(options: Options, model: nn.Module, dataset: Dataset, images: DataConfig, world: World) -> TrainingTask:
+def create_task(options: Options, model: nn.Module, dataset: Any, images: DataConfig, world: World) -> TrainingTask:
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options.replace(num_classes=options.num_classes or model.num_classes), dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
@@ -84,12 +87,29 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: If an option does not go with the loss, or the labels to ignore do not.
     """
+    if ':' in (options.loss or ''):
+        return _create_users_loss(options)
     try:
         if options.task == 'multilabel' and _is_own(options, dataset):
             return _create_own_loss(options, dataset)
         return _create_timm_loss(options, dataset)
     except TypeError as error:  # a name in --loss-kwargs that the loss does not have
         raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
+
+
+def _create_users_loss(options: Options) -> nn.Module:
+    """Create the loss of a class that the user names: called with logits [B, C] and the targets of the data."""
+    module, _, name = options.loss.partition(':')
+    sys.path.insert(0, os.getcwd())
+    try:
+        loss = getattr(importlib.import_module(module), name)(**options.loss_kwargs)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'--loss {options.loss}: {error}') from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(loss, nn.Module):
+        raise ValueError(f'--loss {options.loss} is not a torch.nn.Module')
+    return loss
 
 
 def _is_own(options: Options, dataset: Dataset) -> bool:
@@ -106,7 +126,7 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
     return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
 
 
-def _create_own_loss(options: Options, dataset: Dataset) -> nn.Module:
+def _create_own_loss(options: Options, dataset: Any) -> nn.Module:
     name = options.loss or 'bce'
     given = {flag: options[flag] for flag in LOSS_FLAGS.get(name, ())} | options.loss_kwargs
     settings = {option.removeprefix(f'{name}_'): value for option, value in given.items()}
@@ -156,7 +176,9 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
     """Read the counts of `--class-stats`, or count the labels of the training data."""
     if not options.class_stats:
         summary = summarize(dataset)
-        return None if summary.positives is None else (torch.from_numpy(summary.positives).float(), summary.images)
+        if summary.positives is None or summary.images is None:
+            return None
+        return torch.from_numpy(summary.positives).float(), summary.images
     try:
         return load_class_stats(options.class_stats)
     except (ValueError, TypeError) as error:  # not JSON, or not numbers
@@ -190,7 +212,8 @@ def _weights_of_counts(flag: str, method: str, counts: Tensor, images: int, sett
     without = counts >= images if of_positives else counts == 0
     weights = torch.full((len(counts),), min(1.0, settings['max_weight'] or 1.0))
     if not without.all():
-        weights[~without] = resolve_class_weights(method, class_stats=(counts[~without], images), **settings)
+        found = resolve_class_weights(method, class_stats=(counts[~without], images), **settings)
+        weights[~without] = torch.as_tensor(found)
     if without.any():
         shown = ', '.join(map(str, without.nonzero()[:5, 0].tolist())) + (', ...' if without.sum() > 5 else '')
         shows = 'every image shows' if of_positives else 'no image shows'

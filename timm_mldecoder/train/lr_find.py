@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from timm_mldecoder.loading.loader import Batch
 from timm_mldecoder.runtime.files import write_csv
 from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.runtime.signals import Stopped
@@ -111,7 +112,7 @@ def _range_test(run: Run) -> list[Point]:
     return points
 
 
-def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the training batches of one epoch after the other."""
     while True:
         yield from run.train_loader.epoch(run.state.epoch)

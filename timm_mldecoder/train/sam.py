@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_mldecoder.train.nonfinite import Buffers
 
@@ -22,11 +22,11 @@ def perturbed(model: nn.Module, rho: float) -> Iterator[None]:
         model: The model, its gradients those of all ranks.
         rho: Length of the move, in the units of the weights.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    weights: list[Tensor] = [parameter for parameter in model.parameters() if parameter.grad is not None]
     before = [weight.detach().clone() for weight in weights]
     buffers = Buffers(model)
     with torch.no_grad():
-        move = [weight.grad for weight in weights]
+        move = [weight.grad for weight in weights if weight.grad is not None]
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(move)))
         torch._foreach_mul_(move, rho / (length + 1e-12))  # no move where the gradient is 0
         torch._foreach_add_(weights, move)

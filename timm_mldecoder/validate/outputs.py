@@ -60,11 +60,12 @@ class MultiLabelOutputs:
             _logger.info(f'Stored a threshold for each of {len(thresholds)} classes in {where}')
         if priors is not None:
             write_priors(options.write_class_priors, self.class_names, priors)
-        if options.class_report:
+        if counts is not None:
             self._write_classes(Path(options.class_report), thresholds, counts)
 
     def _write_classes(self, path: Path, thresholds: Tensor, counts: Tensor) -> None:
         """Write a row per class, with precision, recall and F1 at its threshold, in percent."""
+        assert self.evaluator.class_ap is not None  # once computed
         class_ap = self.evaluator.class_ap.where(counts[2] > 0, torch.nan)
         columns = (column.tolist() for column in (counts.T, class_ap, thresholds))
         with path.open('w', newline='', encoding='utf-8') as file:

@@ -42,7 +42,7 @@ class Worst(NamedTuple):
     """An image that was scored wrongly, by its index in the dataset; sorts by its loss."""
 
     loss: float
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     name: str
     entries: list[Entry]
 
@@ -52,7 +52,7 @@ class Report:
     """Sees the scores of an evaluation, and writes its page and `scores.csv` once all are there."""
 
     options: Options
-    dataset: Dataset
+    dataset: Any
     names: list[str] | None  # of the classes of the dataset
     evaluator: ClassificationEvaluator  # of the same scores
     loader: EvalLoader
@@ -157,19 +157,21 @@ class Report:
             return {}
         chosen = _Chosen(self.dataset, [item.index for item in worst])
         options = self.options.replace(workers=0)
-        crop = dict(bad_image='skip', remedy='', crop_border_pixels=options.crop_border_pixels)
+        crop: dict[str, Any] = dict(bad_image='skip', remedy='', crop_border_pixels=options.crop_border_pixels)
         loader = create_eval_loader(options, chosen, config, self.world, batch_size=1, **crop)
         autocast = create_autocast(options, self.world.device)
         attends = any(isinstance(module, MLDecoder) for module in model.modules())
-        found = {}
+        found: dict[int, list[report_page.Picture]] = {}
         model.eval()
-        for images, place in loader.batches():
-            item = worst[place.item()]
+        for images, number in loader.batches():
+            assert isinstance(images, Tensor)
+            place = int(number)
+            item = worst[place]
             entries = item.entries[:MAPS]
             pixels = denormalise(images[0].float().cpu(), config['mean'], config['std'])
             captions = [f'{"missed" if e.missed else "wrong"}: {names[e.index]} ({e.score:.2f})' for e in entries]
             kinds = ['missed' if entry.missed else 'wrong' for entry in entries]
-            maps: Sequence[Tensor] = []
+            maps: Any = []
             if attends:
                 classes = torch.tensor([entry.index for entry in entries], device=images.device)
                 try:
@@ -183,7 +185,7 @@ class Report:
                 report_page.Picture(attention_overlay(pixels, attention, SIDE), caption, kind)
                 for attention, caption, kind in zip(maps, captions, kinds, strict=False)
             ]
-            found[place.item()] = shown
+            found[place] = shown
         return found
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ POINTS = 300  # of a curve
 class Entry(NamedTuple):
     """One class of an image that was scored wrongly: a label that was missed, or a wrong prediction."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     score: float
     missed: bool
 
@@ -31,8 +31,8 @@ class SingleLabelScores:
     """Labels, predictions and probabilities of the images of this rank."""
 
     def __init__(self) -> None:
-        self._labels: list[Tensor] = []  # int64 label and prediction, [2, B]
-        self._probabilities: list[Tensor] = []  # float32 of label and prediction, [2, B]
+        self._labels: Any = []  # int64 label and prediction, [2, B] per batch; [2, N] once finished
+        self._probabilities: Any = []  # float32 of them, likewise
         self._all: list[Tensor] = []  # float32 [B, C], for few classes
         self.num_classes = 0
 
@@ -56,7 +56,7 @@ class SingleLabelScores:
         self._labels = torch.cat([empty, *self._labels], dim=1)[:, :number]
         self._probabilities = torch.cat([empty.float(), *self._probabilities], dim=1)[:, :number]
         own = Counter(zip(*self._labels.tolist(), strict=True))
-        self._counts = sum(world.all_gather(own), Counter())
+        self._counts: Counter = sum(world.all_gather(own), Counter())
 
     def header(self) -> list[str]:
         every = [f'score {name}' for name in self._names] if len(self._names) <= COLUMNS else []
@@ -82,7 +82,8 @@ class SingleLabelScores:
     def sections(self) -> list[str]:
         names, counts = self._names, self._counts
         wrong = sorted(((n, pair) for pair, n in counts.items() if pair[0] != pair[1]), key=lambda x: (-x[0], x[1]))
-        images, predictions = Counter(), Counter()
+        images: Counter = Counter()
+        predictions: Counter = Counter()
         for (label, predicted), count in counts.items():
             images[label] += count
             predictions[predicted] += count
@@ -129,6 +130,7 @@ class MultiLabelScores:
         evaluator, self._names = self._evaluator, names
         self._thresholds = evaluator.threshold.cpu().expand(len(names))
         self._counts = evaluator.class_counts(self._thresholds, world.distributed)
+        assert evaluator.class_ap is not None  # once computed
         lowest = sorted(range(len(names)), key=evaluator.class_ap.tolist().__getitem__)
         chosen = [index for index in lowest if self._counts[2, index]][:CURVES]
         own = {}
@@ -168,7 +170,7 @@ class MultiLabelScores:
                 scores, predicted = self._predict(logits, target)
                 positive = target[row] == 1
                 wrong = ((predicted[row] != positive) & (target[row] >= 0)).nonzero()[:, 0].tolist()
-                found = [Entry(index, scores[row, index].item(), positive[index].item()) for index in wrong]
+                found = [Entry(index, scores[row, index].item(), bool(positive[index])) for index in wrong]
                 return sorted(found, key=lambda entry: -abs(entry.missed - entry.score))
             row -= len(logits)
         raise AssertionError('no such image')
@@ -180,6 +182,7 @@ class MultiLabelScores:
 
     def sections(self) -> list[str]:
         names, thresholds, counts = self._names, self._thresholds.tolist(), self._counts.T.tolist()
+        assert self._evaluator.class_ap is not None
         ap = self._evaluator.class_ap.tolist()
         shown = []
         for index, points in self._curves.items():
@@ -227,4 +230,5 @@ def image_losses(logits: Tensor, target: Tensor) -> Tensor:
 def ratios(right: int, predicted: int, positives: int) -> tuple[float | None, float | None, float | None]:
     """Return precision, recall and F1 in percent, None where nothing is divided by."""
     counts = (right, predicted), (right, positives), (2 * right, predicted + positives)
-    return tuple(100 * over / under if under else None for over, under in counts)
+    precision, recall, f1 = (100 * over / under if under else None for over, under in counts)
+    return precision, recall, f1

@@ -42,7 +42,8 @@ Result = dict[str, Any]
 def score_model(options: Options, world: World) -> Result:
     """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
-    model, options, config, content = load_model(options)
+    model, loaded, config, content = load_model(options)
+    options = loaded or options
     if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     warn_no_effect(options, 'validate')
@@ -82,7 +83,7 @@ def score_model(options: Options, world: World) -> Result:
     if tuned is not None:
         _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
     operating_point = 'stored thresholds' if tuned is not None else f'threshold {options.multilabel_threshold:g}'
-    evaluator = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
+    evaluator: Any = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
     outputs = []
@@ -134,7 +135,7 @@ def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tu
     return model, {**config, 'crop_pct': 1.0} if pooled else config
 
 
-def _prepare(options: Options, model: nn.Module, world: World) -> nn.Module:
+def _prepare(options: Options, model: Any, world: World) -> Any:
     """Put the model on its device, and compile it if requested."""
     model = model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:

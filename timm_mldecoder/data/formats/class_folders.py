@@ -5,7 +5,6 @@ of one name in different places into one class.
 """
 
 import os
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,11 +19,13 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_mldecoder.data.class_order import sort_key
 from timm_mldecoder.data.images import SUFFIXES, find_images, is_image, log_ignored
+from timm_mldecoder.data.text_files import normalize_name
 
 
 def class_name(folder: str) -> str:
-    """Class of the images in a folder: its own name, in Unicode form NFC."""
-    return unicodedata.normalize('NFC', PurePosixPath(folder).name)
+    """Class of the images in a folder: its own name, normalized as in every reader."""
+    name = PurePosixPath(folder).name
+    return normalize_name(name) or name
 
 
 def check_leaves(where: str | os.PathLike, folders: Iterable[str]) -> None:
@@ -50,7 +51,7 @@ class ClassFolders(ReaderImageFolder):
         labels = [class_name(folder) for folder in folders]
         if class_map:
             known = load_class_map(class_map, root)
-            self.class_to_idx = {unicodedata.normalize('NFC', name): index for name, index in known.items()}
+            self.class_to_idx = {normalize_name(name): index for name, index in known.items()}
         else:
             ordered = sorted(set(labels), key=sort_key)
             self.class_to_idx = {label: index for index, label in enumerate(ordered)}

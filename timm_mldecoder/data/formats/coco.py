@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
-from timm_mldecoder.data.text_files import normalize_path
+from timm_mldecoder.data.text_files import normalize_name, normalize_path, warn_about_case
 
 _logger = logging.getLogger(__name__)
 
@@ -45,19 +45,27 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False, unanno
         raise ValueError(f'{path} is missing: unpack the annotations of COCO {year} into {root}')
     try:
         content = json.loads(path.read_bytes())
-        categories = {category['id']: category['name'] for category in content['categories']}
+        categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
+        parents = {c.get('supercategory') for c in content['categories'] if c.get('supercategory') != c['name']}
         files = {image['id']: image['file_name'] for image in content['images']}
         objects = [(entry['id'], entry['image_id'], entry['category_id']) for entry in content['annotations']]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
 
     class_names = list(dict.fromkeys(categories.values()))
     _log_merged(categories, path)
+    warn_about_case(class_names, path)
     class_index = {name: index for index, name in enumerate(class_names)}
     label_index = {category: class_index[name] for category, name in categories.items()}
     for annotation, image, category in objects:
         if image not in files or category not in label_index:
             raise ValueError(f'{path}, annotation {annotation}: unknown image {image} or category {category}')
+    shown = {categories[category] for _, _, category in objects}
+    if empty := [name for name in class_names if name in parents and name not in shown]:
+        _logger.warning(
+            f'{path}: {", ".join(map(repr, empty))} has no annotation and is the supercategory of others: it counts as '
+            'a class with AP 0 unless it is removed from "categories"'
+        )
     annotated = {image for _, image, _ in objects}
     if len(annotated) < len(files):
         done = 'left out' if unannotated == 'drop' else 'kept, as negatives of every class'

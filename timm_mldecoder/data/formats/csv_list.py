@@ -17,7 +17,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +89,16 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
     )
     for delimiter in delimiters:
         _, header = next(read_rows(path, delimiter, skip), (1, []))
+        best = max(best, header, key=len)
         names = [normalize_name(name).lower() for name in header]
         if names.count(paths) != 1 or names.count(labels) > 1 or len(set(header)) < len(header):
             continue
         if delimiter != ',':
             _logger.info(f'{path}: columns are separated by {delimiter!r}')
         place = names.index(paths)
-        split = names.index(split_column.strip().lower()) if split_column.strip().lower() in names else None
-        if split_column and split is None:
+        wanted = split_column.strip().lower()
+        split = names.index(wanted) if wanted and wanted in names else None
+        if wanted and split is None:
             raise ValueError(f'{path}, line {skip + 1}: no column {split_column!r} for --split-column, of {header}')
         columns = {
             names.index(name): value for name, value in ((labels, POSITIVE), ('ignored', IGNORED)) if name in names
@@ -146,6 +147,7 @@ def read_images(
     labelled = (n for n, value in table.columns.items() if value == POSITIVE)
     count, needed = 0, max(table.path, table.split or 0, *labelled, *table.one_hot)
     splits: Counter[str] = Counter()
+    interned: dict[str, str] = {}  # one object per name, not one per row
     for line, row in rows:
         where = f'{path}, line {line}'
         for number in (table.path, *table.columns):
@@ -164,7 +166,7 @@ def read_images(
             splits[name] += 1
             if name != split_name(split):
                 continue
-        file = row[table.path].strip()
+        file, positive = row[table.path].strip(), (POSITIVE, line)
         labels = images.setdefault(file, {})
         for name, value in _labels(table, row, separator, where):
             if not class_map and name in EMPTY_CELLS:
@@ -172,7 +174,8 @@ def read_images(
                     f'{where}: the label {name!r} is how pandas writes an empty cell: leave the field empty, or list '
                     f'{name!r} in classes.txt if it is a class'
                 )
-            if labels.setdefault(name, (value, line))[0] != value:
+            given = (value, line) if value != POSITIVE else positive
+            if labels.setdefault(interned.setdefault(name, name), given)[0] != value:
                 raise ValueError(
                     f'{where}: label {name!r} of {file} is both given and ignored (the other is in line '
                     f'{labels[name][1]})'
@@ -326,13 +329,15 @@ def _read_plain(
 def _read_rows(
     root: Path, path: Path, source: Path, listed: bool, split: str, split_column: str, columns: Mapping[str, str]
 ) -> Annotations:
-    read = partial(read_images, **columns, split_column=split_column, class_map=listed)
-    images = read(path, split=split)
+    def read(file: Path, split: str) -> dict[str, dict[str, tuple[int, int]]]:
+        return read_images(file, split_column=split_column, split=split, class_map=listed, **columns)
+
+    images = read(path, split)
     if listed:
         class_names = read_names(source)
     else:
         same = source == path and (not split_column or split_name(split) == 'train')
-        train_images = images if same else read(source, split='train')
+        train_images = images if same else read(source, 'train')
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )

@@ -84,7 +84,7 @@ def read_labels(path: Path, class_index: dict[str, int], folder: str) -> Table:
     Raises:
         ValueError: If a line is malformed or names an unknown label.
     """
-    columns = _read_with_pyarrow(path, class_index, folder)
+    columns: Any = _read_with_pyarrow(path, class_index, folder)
     # The csv module is also the one that names the line of a mistake.
     paths, image, label, value = columns or _read_with_csv(path, class_index, folder)
     if not len(label):
@@ -201,7 +201,8 @@ def _read_csl(root: Path, split: str) -> Annotations:
     class_index = {label: index for index, label in enumerate(labels)}
 
     def build() -> Table:
-        paths, image, label, value = [], array('i'), array('i'), array('b')
+        paths: list[str] = []
+        image, label, value = array('i'), array('i'), array('b')
         skipped: Counter[str] = Counter()
         rows = read_rows(path)
         next(rows, None)  # the header
@@ -260,7 +261,7 @@ def _distinct(names: dict[str, str]) -> dict[str, str]:
     return {label: f'{name} ({label})' if name in shared else name for label, name in names.items()}
 
 
-def _find(root: Path, *patterns: str, optional: bool = False) -> Path | None:
+def _find(root: Path, *patterns: str, optional: bool = False) -> Any:
     """The one file in a folder that fits one of the patterns."""
     found = sorted({path for pattern in patterns for path in root.glob(pattern)})
     if len(found) == 1:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import timm.data
-from timm.data.readers.targets import get_field
+from timm.data.readers.targets import get_field, has_field
 
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.text_files import normalize_name
@@ -173,15 +173,35 @@ def _classes(reader: Any) -> dict[str, int]:
     return {normalize_name(label): index for index, label in enumerate((info or {}).get('class_names') or ())}
 
 
+def check_stream(reader: Any, name: str, multilabel: bool) -> None:
+    """Check that the targets of a streamed Hugging Face dataset fit the task, by its features where it has them.
+
+    Raises:
+        ValueError: If they do not, or are names without a class map.
+    """
+    features = reader.builder.info.features
+    if not features or reader.target_keys or reader.dense_target or not has_field(features, reader.target_key):
+        return
+    example = _of_type(features, reader.target_key)
+    _check_task(name, reader, example, multilabel)
+    if _is_named(example) and not reader.remap_class:
+        raise ValueError(f'dataset {name!r}: {reader.target_key!r} has names: pass --class-map, or read it as hfds/')
+    if isinstance(example, str) and multilabel:
+        raise ValueError(f'dataset {name!r}: {reader.target_key!r} has names in one string: read it as hfds/')
+
+
 def _example(reader: Any) -> Target:
-    """A value of the type of the targets: the first one that is not empty."""
-    features = reader.dataset.features
-    feature, depth = get_field(features, reader.label_key), 0
+    """A value of the type of the targets; of names the first one that is not empty."""
+    value = _of_type(reader.dataset.features, reader.label_key)
+    return next((target for target in reader.iter_targets() if target), value) if _is_named(value) else value
+
+
+def _of_type(features: Any, key: str) -> Target:
+    feature, depth = get_field(features, key), 0
     while hasattr(feature, 'feature'):
         feature, depth = feature.feature, depth + 1
-    value: Target = 0 if hasattr(feature, 'names') or 'int' in str(getattr(feature, 'dtype', '')) else None
-    if getattr(feature, 'dtype', None) == 'string' and not hasattr(feature, 'names'):
-        return next((target for target in reader.iter_targets() if target), '')
+    dtype = str(getattr(feature, 'dtype', ''))
+    value: Target = 0 if hasattr(feature, 'names') or 'int' in dtype else '' if dtype == 'string' else None
     return [value] if depth else value
 
 
@@ -191,11 +211,12 @@ def _first_of_shards(reader: Any) -> Target:
     try:
         with tarfile.open(os.path.join(reader.root, reader.split_info.filenames[0])) as tar:
             member = next(member for member in tar if member.name.endswith('.json' if key else '.cls'))
-            content = tar.extractfile(member).read().decode()
+            file: Any = tar.extractfile(member)
+            content = file.read().decode()
         if key:
             return get_field(json.loads(content), key)
         return int(content) if content.strip().lstrip('-').isdigit() else content
-    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError, StopIteration):
+    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError, TypeError, StopIteration):
         return None
 
 
