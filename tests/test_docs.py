@@ -81,7 +81,8 @@ def options() -> dict[str, set[str]]:
     parsers = {'train.py': train_parser(), 'validate.py': validate_parser()}
     parsers |= {name: parser_of(name) for name in COMMANDS}
     found = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
-    found['timm_mldecoder.probe'] |= found['train.py']  # it reads what is not its own as train.py does
+    for name in ('timm_mldecoder.probe', 'timm_mldecoder.check'):  # they read what is not their own as train.py does
+        found[name] |= found['train.py']
     return found
 
 
