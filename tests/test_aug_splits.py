@@ -187,7 +187,7 @@ def test_halves_of_a_batch_have_batch_norms_of_their_own_with_resplit(data, tmp_
 def test_a_run_without_split_batch_norm_starts_from_its_weights_but_cannot_resume_it(data, tmp_path):
     train(data, tmp_path, *PLAIN, *SPLITS, '--split-bn', '--epochs', '1')
     with pytest.raises(ValueError, match='aux_bn'):
-        build(data, tmp_path, *PLAIN, *SPLITS, '--resume', 'auto', '--epochs', '2')
+        build(data, tmp_path, *PLAIN, *SPLITS, '--no-split-bn', '--resume', 'auto', '--epochs', '2')
     source = str(tmp_path / 'run' / 'last.pth.tar')
     train(data, tmp_path / 'other', *PLAIN, *SPLITS, '--initial-checkpoint', source)
 
