@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 
 import timm_mldecoder
-from benchmarks import demo, flops, pictures
+from benchmarks import check_images, demo, flops, pictures
 from benchmarks.aims import summary
 from benchmarks.all import DEVICES, PAGE, write_table
 from benchmarks.digits import SPLITS
@@ -35,7 +35,6 @@ SMALLEST = {
     'million_classes': '--num-classes 50 --num-of-groups 7 --batch-size 2 --opt sgd',
     'startup': '--rounds 1',
     'a2_step': '--rounds 1 --model test_resnet --batch-size 2 --img-size 64',
-    'check_images': '--images 2 --rounds 1',
     'million_images': '--images 30 --classes 3',
     'validate_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
     'plan': '--classes 1000 --ranks 2',
@@ -63,6 +62,12 @@ def test_prints_one_table(name):
     assert [cell.strip() for cell in lines[0].strip('|').split('|')] == list(benchmark.HEADER)
     assert len(lines) >= 3
     assert all(line.count('|') == len(benchmark.HEADER) + 1 for line in lines)
+
+
+def test_check_is_measured_beside_bare_decoding(capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['check_images', '--images', '2', '--rounds', '1'])
+    check_images.main()
+    assert 0.1 < float(capsys.readouterr().out.rpartition('ratio:')[2]) < 10
 
 
 def test_every_table_of_the_page_is_tried_here():
