@@ -142,9 +142,10 @@ def create_split(
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
     if multilabel and options.dataset in TIMM_FOLDERS:
-        beside = _lists_beside(Path(options.data_dir), source) or '; or name the format of lists, such as --dataset csv'
-        line = 'class folders have one class per image: leave --task multilabel out'
-        raise ValueError(f'{options.data_dir}: {line}{beside}')
+        if beside := _lists_beside(Path(options.data_dir), source, any_table=False):
+            raise ValueError(f'{options.data_dir}: class folders have one class per image{beside}')
+        if training:
+            _logger.warning(f'{options.data_dir}: --task multilabel, and class folders have one class per image')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
         raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
