@@ -6,6 +6,7 @@ key more. docs/checkpoints.md has the same table.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,11 @@ def _train_data(value: Any) -> bool:
     )
 
 
+def _sum(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and _is(float, int)(value[0]) and math.isfinite(value[0]) and _count(value[1])
+
+
 def _ranks(value: Any) -> bool:
     fields = {'loss': _is(float, int), 'samples': _count, 'bad_images': _is(list), 'buffers': _is(Mapping)}
     return isinstance(value, list) and all(
@@ -157,6 +163,8 @@ RUN_ENTRIES = {
                    'end_position)'),
     'restart': Entry(_optional(_start), 'an epoch start', 'from where other ranks or another batch size continue'),
     'skipped': Entry(_count, 'a number of steps', 'optimizer steps skipped in a row as non-finite'),
+    'gradient_norm': Entry(_sum, 'a sum and a number of steps',
+                           'of the norms of the epoch so far; 0, 0 without --clip-grad'),
     'rows': Entry(_rows, 'metrics per epoch', 'rows of summary.csv'),
     'schedule': Entry(_optional(_is(Mapping)), 'a mapping', 'plateau schedule; others are functions of the epoch'),
     'ranks': Entry(_ranks, 'a list of mappings', 'loss sum, samples, unreadable images and buffers of each rank'),
@@ -174,10 +182,13 @@ RUN_ENTRIES = {
 # fmt: on
 
 
+OPTIONAL = {'gradient_norm', 'model_config', 'train_data'}  # older checkpoints have none
+
+
 def check_entries(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise ValueError for the first entry of a train.py checkpoint that is missing or invalid."""
     _check(content, ENTRIES, path, required={'epoch', 'arch', 'args', 'state_dict', 'optimizer', 'saver', RUN})
-    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys() - {'model_config', 'train_data'})
+    _check(content[RUN], RUN_ENTRIES, f'{path}: {RUN}', required=RUN_ENTRIES.keys() - OPTIONAL)
     run, position = content[RUN], content[RUN]['start']
     if run['batch'] < position['batch'] or len(run['ranks']) != run['world_size']:
         raise ValueError(f'{path}: {RUN}: batch, start, ranks and world_size contradict each other')
