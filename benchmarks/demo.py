@@ -36,8 +36,7 @@ PUBLISHED = """\
 | SVM on hand-made features, Deitsch et al. | 82.44 | | | |
 | VGG-19 fine-tuned on a GPU, Deitsch et al. | 88.42 | | | |"""
 PROBE = shlex.split("""
-    --test-split test --crop-pct 1 --crop-mode squash -b 64 -j 2 --device cpu --channels-last --lrs 3e-4,1e-3,3e-3,1e-2
-    --extend-lrs 2
+    --test-split test --crop-pct 1 --crop-mode squash -b 32 -j 2 --device cpu --channels-last --lrs 3e-4,1e-3,3e-3
 """)
 SMALL = shlex.split('--model test_resnet --model-kwargs output_stride=8 --in-chans 1 --mean 0.5 --std 0.5')
 
@@ -46,12 +45,11 @@ def run(command: str, *flags: str | Path) -> None:
     """Run a command of the package in a process of its own."""
     print(f'\n$ python -m timm_mldecoder.{command} {" ".join(map(str, flags))}', flush=True)
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    process = subprocess.run(
-        [sys.executable, '-m', f'timm_mldecoder.{command}', *map(str, flags)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    if process.returncode:
-        raise SystemExit(f'{command} ended with {process.returncode}:\n{process.stderr[-4000:]}')
+    arguments = [sys.executable, '-m', f'timm_mldecoder.{command}', *map(str, flags)]
+    if code := subprocess.run(
+        arguments, stdout=subprocess.DEVNULL, env=environment
+    ).returncode:  # progress is on stderr
+        raise SystemExit(f'{command} ended with {code}')
 
 
 def probe(folder: Path, name: str, *flags: str | Path) -> dict:
@@ -133,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--size', type=int, default=320, help='pixels of a cell (default: 320)')
     parser.add_argument('--heads', default=HEADS, help=f'heads of the command probe (default: {HEADS})')
     parser.add_argument('--seeds', type=int, default=3, help='(default: 3)')
-    parser.add_argument('--epochs', type=int, default=20, help='epochs of every head (default: 20)')
-    parser.add_argument('--scenes', type=int, default=800, help='training scenes of digits (default: 800)')
+    parser.add_argument('--epochs', type=int, default=6, help='epochs of every head (default: 6)')
+    parser.add_argument('--scenes', type=int, default=400, help='training scenes of digits (default: 400)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     scenes = dict(size=64, sides=(10, 20), max_digits=4, clutter=4)
@@ -147,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         digits(folder, small_backbone(folder), options)
         return
     solar(folder, backbone, options)
-    digits(folder, [*backbone, '--img-size', '160'], options)
+    digits(folder, [*backbone, '--img-size', '128'], options)
 
 
 if __name__ == '__main__':
