@@ -137,7 +137,8 @@ def test_links_lead_to_files_and_headings(name):
 
 
 def test_pages_that_code_recipes_and_pages_name_exist():
-    files = [path for kind in ('**/*.py', 'hparams/**/*.yaml') for path in ROOT.glob(kind) if '.venv' not in path.parts]
+    files = [path for kind in ('*/**/*.py', '*.py', 'hparams/**/*.yaml') for path in ROOT.glob(kind)]
+    files = [path for path in files if not path.relative_to(ROOT).parts[0].startswith('.')]  # environments
     texts = {**CURRENT, **{str(path): path.read_text(encoding='utf-8') for path in files}}
     for name, text in texts.items():
         for page in re.findall(r'\bdocs/[a-z_]+\.md', text):
