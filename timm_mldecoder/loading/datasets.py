@@ -142,7 +142,7 @@ def create_split(
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
     if multilabel and options.dataset in TIMM_FOLDERS:
-        if beside := _lists_beside(Path(options.data_dir), source, any_table=False):
+        if beside := _lists_beside(Path(options.data_dir), source):
             raise ValueError(f'{options.data_dir}: class folders have one class per image{beside}')
         if training:
             _logger.warning(f'{options.data_dir}: --task multilabel, and class folders have one class per image')
