@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_mldecoder.distributed.fsdp import ShardedEma, broadcast_buffers, create_mesh, create_skeleton, shard
 from timm_mldecoder.distributed.world import World
@@ -73,6 +73,10 @@ class Layout:
     def begin_step(self, model: nn.Module) -> None:
         """Prepare the model for the first batch of an optimizer step; a collective call."""
 
+    def whole(self, tensor: Any) -> Tensor:
+        """Return a result of sharded tensors, such as the norm of the gradients, with its value of all ranks."""
+        return tensor
+
     def until_stopped(self, batches: Iterable, signals: StopSignals) -> Iterator:
         """Yield batches up to the one during which a signal arrives."""
         return signals.until_stopped(batches)
@@ -131,6 +135,9 @@ class Sharded(Layout):
     def begin_step(self, model: nn.Module) -> None:
         if not self._options.no_ddp_bb:
             broadcast_buffers(model)
+
+    def whole(self, tensor: Any) -> Tensor:
+        return tensor.full_tensor()
 
     def until_stopped(self, batches: Iterable, signals: StopSignals) -> Iterator:
         for batch in batches:  # a forward pass waits for all ranks

@@ -52,7 +52,7 @@ from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
 from timm_mldecoder.modeling.load import create_train_model, script
-from timm_mldecoder.runtime.files import choose_folder, create_folder
+from timm_mldecoder.runtime.files import choose_folder, create_folder, write_atomically
 from timm_mldecoder.train.ema import choose_ema_warmup
 from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters
 from timm_mldecoder.train.loss import create_task
@@ -170,7 +170,7 @@ def _begin(run: Run, source: str, written: str) -> None:
             schedule.step_update(run.steps_done())
     if run.folder:
         run.trackers += create_trackers(run.options, run.folder)  # last: a run that is refused must not start one
-        (run.folder / ARGS).write_text(written)
+        write_atomically(run.folder / ARGS, lambda file: file.write(written.encode()))  # a resumed run reads it
         if state.rows:
             write_summary(run.folder / SUMMARY, state.rows)
 

@@ -11,7 +11,6 @@ import torch
 from timm.task import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from timm_mldecoder.checkpoint.summary import print_result, summary_row
@@ -220,8 +219,7 @@ def clip_gradients(run: Run) -> None:
     if run.options.clip_mode != 'norm':
         dispatch_clip_grad(parameters, limit, run.options.clip_mode)
         return
-    norm = nn.utils.clip_grad_norm_(parameters, limit)
-    run.state.gradient_norm.add(norm.full_tensor() if isinstance(norm, DTensor) else norm, 1)
+    run.state.gradient_norm.add(run.layout.whole(nn.utils.clip_grad_norm_(parameters, limit)), 1)
 
 
 def update_ema(run: Run) -> None:
