@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    precision_score,
+    recall_score,
+)
 from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import distributed as dist
 
@@ -154,6 +161,50 @@ def test_tuned_thresholds_reach_the_best_f1_of_all_thresholds(ignored):
     assert tuned['macro_f1'] > plain['macro_f1']
 
 
+@pytest.mark.parametrize('ignored', [0.0, 0.4])
+def test_thresholds_reach_the_best_mcc_and_the_highest_recall_at_a_precision(ignored):
+    logits, target = make_data(ignored)
+    scores = logits.sigmoid()
+    mcc, precise = (best_thresholds(scores, target, metric) for metric in ('mcc', 'precision=0.7'))
+    for column in range(NUM_CLASSES - 1):
+        known = target[:, column] >= 0
+        truth, score = target[known, column].numpy(), scores[known, column].double().numpy()
+        best = max(matthews_corrcoef(truth, score >= cut) for cut in np.unique(score))
+        assert matthews_corrcoef(truth, score >= mcc[column].item()) == pytest.approx(best, abs=1e-12)
+        both = [(precision_score(truth, score >= cut), recall_score(truth, score >= cut)) for cut in np.unique(score)]
+        reached = [recall for precision, recall in both if precision >= 0.7]
+        found = score >= precise[column].item()
+        if reached:
+            assert (precision_score(truth, found) >= 0.7, recall_score(truth, found)) == (True, max(reached))
+        else:
+            assert precision_score(truth, found) == max(precision for precision, _ in both)
+    with pytest.raises(ValueError, match='precision=2: expected f1, mcc'):
+        best_thresholds(scores, target, 'precision=2')
+
+
+@pytest.mark.parametrize('metric', ['f1', 'mcc', 'precision=0.6'])
+def test_the_classes_of_a_category_share_the_best_threshold(metric):
+    logits, target = make_data(0.3)
+    categories = torch.arange(NUM_CLASSES) % 2
+    thresholds = evaluate(logits, target).tune_thresholds(metric=metric, categories=categories)
+    for category in (0, 1):
+        columns = categories == category
+        (threshold,) = set(thresholds[columns].tolist())
+        known = target[:, columns] >= 0
+        truth, score = target[:, columns][known].numpy(), logits.sigmoid()[:, columns][known].numpy()
+
+        def quality(cut: float, truth=truth, score=score) -> float:
+            found = score >= np.float32(cut)
+            if metric == 'f1':
+                return f1_score(truth, found)
+            if metric == 'mcc':
+                return matthews_corrcoef(truth, found)
+            precision = precision_score(truth, found, zero_division=0)
+            return recall_score(truth, found) if precision >= 0.6 else precision - 1
+
+        assert quality(threshold) == pytest.approx(max(quality(cut / 1000) for cut in range(1001)), abs=1e-12)
+
+
 def test_a_threshold_between_neighbouring_floats_still_separates_them():
     low = torch.tensor(0.3)
     high = torch.nextafter(low, torch.tensor(1.0))
@@ -174,6 +225,7 @@ def rank_main(rank: int, world_size: int, folder: str) -> None:
         metrics=evaluator.compute(distributed=True),
         class_ap=evaluator.class_ap,
         thresholds=evaluator.tune_thresholds(distributed=True),
+        of_categories=evaluator.tune_thresholds(distributed=True, categories=torch.arange(NUM_CLASSES) % 2),
         prior=prior.compute(distributed=True),
     )
     torch.save(result, f'{folder}/{rank}.pt')
@@ -190,6 +242,8 @@ def test_three_ranks_give_what_one_gives(tmp_path):
         assert result['metrics'] == pytest.approx(expected, rel=1e-12)
         torch.testing.assert_close(result['class_ap'], evaluator.class_ap, rtol=1e-12, atol=0)
         assert torch.equal(result['thresholds'], evaluator.tune_thresholds())
+        categories = torch.arange(NUM_CLASSES) % 2
+        assert torch.equal(result['of_categories'], evaluator.tune_thresholds(categories=categories))
         torch.testing.assert_close(result['prior'], logits.sigmoid().double().mean(0), atol=1e-7, rtol=0)
 
 

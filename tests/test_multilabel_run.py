@@ -181,6 +181,26 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
     assert '--loss csl selects among labels to ignore' in caplog.text
 
 
+def test_thresholds_of_categories_by_another_metric(scenes):
+    train_scenes(scenes)
+    # as taggers keep their tags
+    rows = ''.join(f'{index},{name},{index // 5},17\n' for index, name in enumerate(NAMES))
+    Path('tags.csv').write_text(f'tag_id,name,category,count\n{rows}')
+    base = [scenes, *SCORE, '--checkpoint', CHECKPOINT, '--write-thresholds', '--threshold-metric', 'mcc']
+    validate([*base, '--threshold-categories', 'tags.csv'])
+    thresholds = list(load(CHECKPOINT)['thresholds'].values())
+    assert len(set(thresholds[:5])) == len(set(thresholds[5:])) == 1 and thresholds[0] != thresholds[5]
+    validate(base)
+    assert len(set(load(CHECKPOINT)['thresholds'].values())) > 2
+    Path('tags.csv').write_text('\n'.join(f'{name},a' for name in NAMES[1:]))
+    for flags, message in (
+        (['--threshold-categories', 'tags.csv'], f"tags.csv: no category of class '{NAMES[0]}'"),
+        (['--threshold-metric', 'f2'], '--threshold-metric f2: expected f1, mcc'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            validate([*base, *flags])
+
+
 def test_all_that_validate_writes_is_at_one_operating_point(scenes, capsys, caplog):
     train_scenes(scenes)
     caplog.set_level(logging.INFO)

@@ -1,4 +1,4 @@
-"""Files of class names, thresholds and implications that a user has for a model."""
+"""Files of class names, thresholds, categories and implications that a user has for a model."""
 
 import json
 from collections.abc import Sequence
@@ -64,6 +64,35 @@ def read_thresholds(path: Path, class_names: Sequence[str]) -> dict[str, float]:
             raise ValueError(f'{path}: no threshold of class {name!r}')
         found[name] = _probability(values[name], f'{path}: threshold of class {name!r}')
     return found
+
+
+def read_categories(path: Path, class_names: Sequence[str]) -> Tensor:
+    """Return the category of each class, [C], as numbers in the order of the categories' names.
+
+    Args:
+        path: A CSV file with a row `class,category` per class. With a header, the columns are those called `class`,
+            `name` or `tag`, and `category`; more columns and more classes do no harm.
+        class_names: Names of all classes.
+
+    Raises:
+        ValueError: If a class has no category.
+    """
+    rows = [[field.strip() for field in row] for _, row in read_rows(path)]
+    header = rows[0] if rows else []
+    name_column, category_column = 0, 1
+    if 'category' in header:
+        category_column = header.index('category')
+        named = [column for column in ('class', 'name', 'tag') if column in header]
+        if not named:
+            raise ValueError(f'{path}: no column class, name or tag beside category; the header is {", ".join(header)}')
+        name_column, rows = header.index(named[0]), rows[1:]
+    columns = max(name_column, category_column)
+    found = {normalize_name(row[name_column]): row[category_column] for row in rows if len(row) > columns}
+    for name in class_names:
+        if not found.get(name):
+            raise ValueError(f'{path}: no category of class {name!r}')
+    numbers = {category: number for number, category in enumerate(sorted({found[name] for name in class_names}))}
+    return torch.tensor([numbers[found[name]] for name in class_names])
 
 
 def read_implications(path: Path, class_names: Sequence[str]) -> Tensor:

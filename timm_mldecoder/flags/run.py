@@ -48,8 +48,12 @@ RESULTS: Group = ('Results', [
              path='file'),
     validate('--metrics-avg', str, None, 'add precision, recall and F1 with this average (needs scikit-learn)',
              choices=('micro', 'macro', 'weighted')),
-    validate('--write-thresholds', bool, False, 'multi-label: find the threshold per class with the best F1 on this '
-             'split and store it in --checkpoint'),
+    validate('--write-thresholds', bool, False, 'multi-label: find the best threshold of each class on this split and '
+             'store it in --checkpoint or the folder of --model local-dir:'),
+    validate('--threshold-metric', str, 'f1', 'what makes a threshold the best: f1, mcc, or precision=P, the highest '
+             'recall with a precision of at least P', metavar='METRIC', needs=given('write_thresholds')),
+    validate('--threshold-categories', str, '', 'CSV file of class,category: classes of a category share a threshold',
+             path='file', needs=given('write_thresholds')),
     validate('--write-class-priors', str, '', 'multi-label: write the mean probability of each class, for '
              '--class-priors of train.py', path='output'),
     validate('--class-report', str, '', 'multi-label: write average precision and threshold of each class',

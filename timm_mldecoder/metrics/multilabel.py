@@ -45,21 +45,63 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
     return result.masked_fill(scores.isnan().any(0), math.nan)
 
 
-def best_thresholds(scores: Tensor, target: Tensor) -> Tensor:
-    """Return the threshold of each class with the highest F1 when `score >= threshold` is positive.
+def read_threshold_metric(metric: str) -> float | None:
+    """Return the precision P of 'precision=P', None for 'f1' and 'mcc'.
+
+    Raises:
+        ValueError: If the metric is none of these.
+    """
+    if metric in ('f1', 'mcc'):
+        return None
+    name, _, value = metric.partition('=')
+    try:
+        least = float(value)
+    except ValueError:
+        least = math.nan
+    if name != 'precision' or not 0 < least <= 1:
+        raise ValueError(f'--threshold-metric {metric}: expected f1, mcc, or precision=P with P in (0, 1]')
+    return least
+
+
+def threshold_quality(counts: tuple[Tensor, Tensor, Tensor, Tensor], metric: str = 'f1') -> Tensor:
+    """Return how good predictions are, the higher the better; float64 of the shape of the counts.
+
+    Args:
+        counts: True positives, predictions, positives and annotated entries, which broadcast.
+        metric: 'f1'; 'mcc' (Matthews' correlation coefficient, in [-1, 1]); or 'precision=P': the recall where the
+            precision is at least P, below that the precision - 1, so that the highest recall at P wins, else the
+            highest precision.
+
+    Raises:
+        ValueError: If the metric is none of these.
+    """
+    right, predicted, positive, annotated = (count.double() for count in counts)
+    least = read_threshold_metric(metric)
+    if metric == 'f1':
+        return 2 * right / (predicted + positive).clamp(min=1)
+    if least is None:
+        spread = predicted * positive * (annotated - predicted) * (annotated - positive)
+        return torch.where(spread > 0, (right * annotated - predicted * positive) / spread.clamp(min=1).sqrt(), 0)
+    precision = _ratio(right, predicted)
+    return torch.where(precision >= least, _ratio(right, positive.expand_as(right)), precision - 1)
+
+
+def best_thresholds(scores: Tensor, target: Tensor, metric: str = 'f1') -> Tensor:
+    """Return the best threshold of each class when `score >= threshold` is positive, by F1 unless another is given.
 
     It lies midway between the scores it separates; of equally good thresholds the highest.
 
     Args:
         scores: Scores, [N, C].
         target: 1 positive, 0 negative, below 0 ignored, [N, C].
+        metric: What is to be highest, see `threshold_quality`.
 
     Returns:
         Float64 [C], each exact in the scores' own precision; 0.5 for classes without a positive.
     """
     ranked, true_positives, predicted, ends = _operating_points(scores, target)
-    f1 = 2 * true_positives.double() / (predicted + true_positives[-1]).clamp(min=1)
-    last = torch.where(ends, f1, -1).argmax(0, keepdim=True)
+    quality = threshold_quality((true_positives, predicted, true_positives[-1], predicted[-1]), metric)
+    last = torch.where(ends, quality, -math.inf).argmax(0, keepdim=True)
     lowest_above = ranked.gather(0, last)
     highest_below = F.pad(ranked[1:], (0, 0, 0, 1)).gather(0, last)  # after the last score: 0
     midway = (lowest_above + highest_below) / 2
@@ -238,9 +280,39 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         metrics['sample_f1'] = 100 * sample_f1.item() / sum(rows)
         return metrics
 
-    def tune_thresholds(self, distributed: bool = False) -> Tensor:
-        """Return the threshold of each class with the highest F1 on the images seen, [C]; see `best_thresholds`."""
-        return self.per_class(lambda logits, target: best_thresholds(logits.sigmoid(), target), distributed)
+    def tune_thresholds(
+        self, distributed: bool = False, metric: str = 'f1', categories: Tensor | None = None
+    ) -> Tensor:
+        """Return the best threshold of each class on the images seen, float64 [C].
+
+        Args:
+            distributed: Whether to tune on the images of all ranks.
+            metric: What is to be highest, see `threshold_quality`.
+            categories: Category of each class, [C], numbers from 0. The classes of a category share a threshold, a
+                multiple of 0.001, and are counted together.
+        """
+        if categories is None:
+            return self.per_class(lambda logits, target: best_thresholds(logits.sigmoid(), target, metric), distributed)
+        steps = torch.arange(1001, dtype=torch.float32) / 1000
+        counts = torch.zeros(2, int(categories.max()) + 1, len(steps) + 1, dtype=torch.int64)  # annotated, positive
+        for logits, target in self.samples():
+            # the number of thresholds that a score reaches
+            place = torch.bucketize(logits.sigmoid().contiguous(), steps, right=True) + categories * counts.shape[2]
+            for number, chosen in enumerate((target >= 0, target == 1)):
+                counts[number] += torch.bincount(place[chosen], minlength=counts[0].numel()).view_as(counts[0])
+        if distributed:
+            counts = counts.to(self.device)
+            dist.all_reduce(counts)
+        predicted, right = counts.cpu().flip(2).cumsum(2).flip(2)[:, :, 1:]  # from each threshold up: [K, 1001]
+        positive, annotated = (count.sum(1, keepdim=True).cpu() for count in (counts[1], counts[0]))
+        quality = threshold_quality((right, predicted, positive, annotated), metric)
+        thresholds = []
+        for best, number in zip(quality == quality.max(1, keepdim=True).values, positive[:, 0].tolist(), strict=True):
+            high = int(best.nonzero().max())  # the middle of the highest thresholds that are equally good
+            worse = (~best[:high]).nonzero()
+            low = int(worse.max()) + 1 if len(worse) else 0
+            thresholds.append(float(steps[(low + high) // 2]) if number else 0.5)
+        return torch.tensor(thresholds, dtype=torch.float64)[categories]
 
     def use_thresholds(self, thresholds: Tensor) -> None:
         """Predict the images seen so far, and further ones, from other probabilities, [C]; `compute` then follows."""

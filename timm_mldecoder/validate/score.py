@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import (
     create_autocast,
@@ -28,6 +29,7 @@ from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtyp
 from timm_mldecoder.loading.datasets import check_class_names, check_classes, class_to_index, create_split
 from timm_mldecoder.loading.naflex import patch_format
 from timm_mldecoder.loading.ranks import check_ranks
+from timm_mldecoder.metrics.multilabel import read_threshold_metric
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, set_classes, thresholds_for
 from timm_mldecoder.modeling.load import count_parameters, fuse_model, load_model, script
 from timm_mldecoder.runtime.log import EvalLog
@@ -46,6 +48,7 @@ def score_model(options: Options, world: World) -> Result:
     options = loaded or options
     if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
+    read_threshold_metric(options.threshold_metric)
     warn_no_effect(options, 'validate')
     dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
     check_ranks(world, {options.split: dataset})
@@ -86,9 +89,11 @@ def score_model(options: Options, world: World) -> Result:
     evaluator: Any = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
-    outputs = []
+    outputs, labels = [], names or [str(index) for index in range(num_classes)]
     if options.task == 'multilabel':
-        outputs = [MultiLabelOutputs(options, evaluator, names or [str(i) for i in range(num_classes)], limit, world)]
+        outputs = [MultiLabelOutputs(options, evaluator, labels, limit, world)]
+    file = options.threshold_categories
+    categories = read_categories(Path(file), labels) if file else None
     report = Report(options, dataset, names, evaluator, loader, limit, world) if options.report else None
     try:
         metrics = evaluate(
@@ -107,7 +112,7 @@ def score_model(options: Options, world: World) -> Result:
     for measure in extra:
         metrics.update(measure.compute())
     if options.write_thresholds:  # all that is written and shown is then at these
-        evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed))
+        evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed, options.threshold_metric, categories))
         metrics.update(evaluator.compute(world.distributed))
         operating_point = 'thresholds tuned on this split'
     named = {'operating_point': operating_point} if options.task == 'multilabel' else {}
