@@ -32,7 +32,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = lambda text: text.split(',')  # noqa: E731
     parser.add_argument('folder', type=Path, help='where pictures, weights and results go')
     parser.add_argument('--datasets', type=names, default=list(DATASETS), help='(default: all four)')
-    parser.add_argument('--models', type=names, default=['lite0', 'lite1'], help='(default: lite0,lite1)')
+    parser.add_argument(
+        '--models', type=names, default=['lite0', 'garment_resnet'], help='(default: lite0,garment_resnet)'
+    )
     parser.add_argument('--heads', type=names, default=list(HEADS), help='(default: pooling,ml_decoder)')
     parser.add_argument('--rates', type=names, default=['2e-4', '5e-4', '1e-3'], help='(default: 2e-4,5e-4,1e-3)')
     parser.add_argument('--seeds', type=int, default=3, help='(default: 3)')

@@ -13,7 +13,7 @@ from timm_mldecoder.evaluation.precision import float32_logits
 
 
 @pytest.mark.parametrize('head', [{}, {'ml_decoder': True}, {'ml_decoder': {'num_of_groups': 5}}])
-@pytest.mark.parametrize('model', ['test_resnet', 'test_vit'])
+@pytest.mark.parametrize('model', [pytest.param('test_resnet', marks=pytest.mark.slow), 'test_vit'])
 def test_logits_under_autocast_do_not_tie(model, head):
     torch.manual_seed(3)
     size = {'img_size': 32} if 'vit' in model else {}

@@ -61,7 +61,13 @@ def test_load_gives_the_labels_of_the_command_for_any_image(kind, tmp_path):
         assert {label.name: label.score for label in labels} == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize('first', ['pass', 'import timm_mldecoder.train.loop', 'import timm_mldecoder.api'])
+@pytest.mark.parametrize(
+    'first',
+    [
+        'import timm_mldecoder.train.loop',
+        *(pytest.param(code, marks=pytest.mark.slow) for code in ('pass', 'import timm_mldecoder.api')),
+    ],
+)
 def test_train_is_callable_whatever_is_imported_first(first):
     code = f'{first}\nimport timm_mldecoder as t\nassert callable(t.train)\n'
     code += 'try: t.train("x", no_such_flag=1)\nexcept ValueError as e: assert "no_such_flag" in str(e)'

@@ -151,7 +151,13 @@ def one(name: str = 'test_vit', **kwargs) -> nn.Module:
     return timm.create_model(name, **{'ml_decoder': HEAD, 'num_classes': 7, **kwargs}).eval()
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'test_vit',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('test_resnet', 'test_convnext', 'test_mambaout')),
+    ],
+)
 def test_compile_export_and_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     model, x = one(name), torch.randn(2, 3, 160, 160)

@@ -48,7 +48,7 @@ SMALLEST = {
 }
 
 
-SLOWEST = ('startup', 'scaling')
+SLOWEST = ('startup', 'scaling', 'annotations', 'allocator', 'saved_tensors')
 
 
 @pytest.mark.parametrize(

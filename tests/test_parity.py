@@ -148,7 +148,7 @@ def run_train(flags, folder):
 # Vector instructions round differently, and BatchNorm over small batches amplifies it to more than the tolerance: the
 # recorded runs are compared with the kernels that every x86 CPU has.
 PLAIN_KERNELS = {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41', 'MKL_CBWR': 'COMPATIBLE'}
-MARKS = {'sgd': (), 'lamb': (), 'full batch': (pytest.mark.slow,)}
+MARKS = {'sgd': (), 'lamb': (pytest.mark.slow,), 'full batch': (pytest.mark.slow,)}
 
 
 @pytest.mark.parametrize(

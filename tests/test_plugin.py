@@ -14,11 +14,16 @@ from timm_mldecoder.models.factory import CLASSIFIERS
     'imports',
     [
         'timm',
-        'torch timm',
         'timm_mldecoder timm',
-        'timm timm_mldecoder timm_mldecoder.plugin',
-        'timm.models._factory timm',
-        'timm.layers torchvision timm',
+        *(
+            pytest.param(imports, marks=pytest.mark.slow)
+            for imports in (
+                'torch timm',
+                'timm timm_mldecoder timm_mldecoder.plugin',
+                'timm.models._factory timm',
+                'timm.layers torchvision timm',
+            )
+        ),
     ],
 )
 def test_create_model_takes_the_option_after(imports, program):
@@ -29,15 +34,20 @@ def test_names_imported_before_activation_take_it_too(program):
     program('plugin_late.py', TORCH_DEVICE_BACKEND_AUTOLOAD='0')
 
 
-@pytest.mark.parametrize('switch', ['TIMM_MLDECODER_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD'])
+@pytest.mark.parametrize(
+    'switch',
+    ['TIMM_MLDECODER_AUTOLOAD', pytest.param('TORCH_DEVICE_BACKEND_AUTOLOAD', marks=pytest.mark.slow)],
+)
 def test_switched_off_leaves_timm_alone_until_imported(switch, program):
     program('plugin_off.py', **{switch: '0'})
 
 
+@pytest.mark.slow
 def test_import_before_torch_survives_the_switch(program):
     assert program('plugin_imports.py', 'timm_mldecoder', TIMM_MLDECODER_AUTOLOAD='0').stdout == 'MLDecoder\n'
 
 
+@pytest.mark.slow
 def test_activating_twice_changes_nothing(program):
     program('plugin_twice.py')
 
@@ -46,14 +56,15 @@ def test_entry_point_imports_neither_timm_nor_numpy(program):
     program('plugin_light.py')
 
 
+@pytest.mark.slow
 def test_timms_deprecated_factory_module_takes_the_option(program):
     assert program('plugin_shim.py').stdout == 'MLDecoder\n'
 
 
-def test_without_the_option_timm_is_as_it_was(program):
+@pytest.mark.parametrize('option', ['', 'null', pytest.param('false', marks=pytest.mark.slow)])
+def test_without_the_option_timm_is_as_it_was(option, program):
     plain = program('plugin_plain.py', TIMM_MLDECODER_AUTOLOAD='0').stdout
-    for option in ([], ['null'], ['false']):
-        assert program('plugin_plain.py', *option).stdout == plain
+    assert program('plugin_plain.py', *option.split()).stdout == plain
 
 
 LOOKUP = (

@@ -42,10 +42,15 @@ def undisturbed(data, tmp_path_factory):
     [
         (0, ('--sched-on-updates',)),
         (2, ()),
-        (0, ('--sched', 'plateau', '--patience-epochs', '0', '--no-prefetcher')),
         (0, ('--opt', 'lookahead_sgd', '--grad-accum-steps', '4', '--use-ml-decoder-head', '1')),
-        (0, ('--model-dtype', 'bfloat16')),  # EMA weights in bfloat16 are rounded at random
-        (0, ('--opt', 'adahessian')),  # owns a generator
+        *(
+            pytest.param(0, flags, marks=pytest.mark.slow)
+            for flags in (
+                ('--sched', 'plateau', '--patience-epochs', '0', '--no-prefetcher'),
+                ('--model-dtype', 'bfloat16'),  # EMA weights in bfloat16 are rounded at random
+                ('--opt', 'adahessian'),  # owns a generator
+            )
+        ),
     ],
 )
 def test_stopped_between_epochs(data, undisturbed, tmp_path, workers, flags):
