@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_a_subset_and_a_pickled_copy_have_the_same_labels(tmp_path, name):
 
 
 def test_every_format_is_tested_here_or_in_a_file_of_its_own():
-    assert set(FORMATS) - set(WRITTEN) == {'nuswide'}
+    assert set(FORMATS) - set(WRITTEN) == {'nuswide', 'coco'}
 
 
 def test_voc_has_its_other_splits_and_may_be_given_at_any_level(tmp_path):
@@ -143,7 +144,7 @@ def test_the_names_of_timm_go_to_timm(tmp_path, name):
     assert [target for _, target in dataset] == [0, 1]
 
 
-@pytest.mark.parametrize('name', ['coco', 'voc', 'csvv', 'CSV', 'foo/bar', 'csv/x'])
+@pytest.mark.parametrize('name', ['coco2015', 'voc', 'csvv', 'CSV', 'foo/bar', 'csv/x'])
 def test_an_unknown_name_lists_the_known_ones(tmp_path, name):
     with pytest.raises(ValueError, match=f'{name!r}.*coco2014.*csv.*torch/.*wds/'):
         create_dataset(name, str(tmp_path), 'train')
@@ -306,6 +307,49 @@ def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, capl
     assert [record.message.count('1 of 3 images') for record in caplog.records] == [1, 1]
     with pytest.raises(ValueError, match='unannotated.*ignore'):
         create_dataset('coco2014', str(tmp_path), 'validation', unannotated='ignore')
+
+
+@pytest.mark.parametrize(
+    ('annotations', 'images'),
+    [
+        ('{valid}/_annotations.coco.json', '{valid}'),  # Roboflow
+        ('annotations/instances_{val}.json', 'images/{val}'),  # CVAT, with images by split
+        ('annotations/instances_{val}.json', 'images'),
+        ('{validation}.json', '{validation}'),
+        ('annotations/{val}.json', '{val}'),
+        ('{val}/annotations.json', '{val}/images'),
+    ],
+)
+def test_files_in_coco_format_as_tools_export_them(annotations, images, tmp_path):
+    write_coco(tmp_path / 'coco')
+    root = tmp_path / 'own'
+    spelling = dict(valid='valid', val='val', validation='validation')
+    for split, source in (('train', 'train2014'), ('validation', 'val2014')):
+        names = spelling if split == 'validation' else dict.fromkeys(spelling, 'train')
+        file, folder = root / annotations.format(**names), root / images.format(**names)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / 'coco' / 'annotations' / f'instances_{source}.json', file)
+        shutil.copytree(tmp_path / 'coco' / source, folder, dirs_exist_ok=True)
+        dataset = create_dataset('coco', str(root), split)
+        official = create_dataset('coco2014', str(tmp_path / 'coco'), split)
+        assert dataset.class_names == official.class_names == ['dog', 'cat']
+        for (image, target), (expected, labels) in zip(dataset, official, strict=True):
+            assert image.tobytes() == expected.tobytes() and target.tolist() == labels.tolist()
+
+
+def test_one_file_in_coco_format_is_for_all_splits(tmp_path):
+    write_coco(tmp_path)
+    file = shutil.move(tmp_path / 'annotations' / 'instances_train2014.json', tmp_path / 'train2014' / 'labels.json')
+    for root in (file, tmp_path / 'train2014'):
+        assert len(create_dataset('coco', str(root), 'train')) == 3
+        with pytest.raises(ValueError, match='labels.json is one file for all splits: pass --val-fraction'):
+            create_dataset('coco', str(root), 'validation')
+    with pytest.raises(ValueError, match="no annotations of split 'train' in COCO format; looked for train/_annot"):
+        create_dataset('coco', str(tmp_path / 'val2014'), 'train')
+    for path in (tmp_path / 'train2014').glob('*.jpg'):
+        path.rename(path.with_suffix('.jpeg'))
+    with pytest.raises(ValueError, match=r'labels.json: its first image, COCO_train2014_\d+.jpg, is in none of'):
+        create_dataset('coco', str(file), 'train')
 
 
 def test_coco_categories_of_one_name_are_one_class(tmp_path, caplog):

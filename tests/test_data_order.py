@@ -1,9 +1,12 @@
 """Class folders that differ in case or leading zeros: one order in every process, as without ties in timm's."""
 
+import json
 import logging
 import shlex
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from timm_mldecoder.data import Annotations, MultiLabelDataset, class_to_index, 
 from timm_mldecoder.data.class_order import alike, sort_key
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.loading.datasets import likely_causes
+from timm_mldecoder.loading.datasets import likely_causes, use_classes_of
 from timm_mldecoder.loading.ranks import _describe
 from timm_mldecoder.train.build_run import build_run
 from timm_mldecoder.train.loss import _weights_of_counts
@@ -114,6 +117,36 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
     run.close()
     assert run.state.task.get_trainable_module().num_classes == 4
     assert run.options.num_classes == 4
+
+
+TRAINED = ['blue', 'green', 'red', 'white']
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar', 'csv', 'json'])
+def test_the_classes_of_a_split_that_lacks_some_are_numbered_as_in_the_checkpoint(kind, tmp_path):
+    shown = {'white': [3], 'blue': [0]}
+    write_folders(tmp_path, shown)
+    files = [f'{name}/{number}.png' for name in shown for number in range(2)]
+    if kind == 'tar':
+        with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+            for file in files:
+                tar.add(tmp_path / 'train' / file, file)
+    elif kind == 'csv':
+        rows = [f'train/{file},{file.partition("/")[0]}' for file in files]
+        (tmp_path / 'train.csv').write_text('\n'.join(['path,labels', *rows]))
+    elif kind == 'json':
+        rows = [[f'train/{file}', [file.partition('/')[0]]] for file in files]
+        (tmp_path / 'train.json').write_text(json.dumps(dict(classes=['white', 'blue'], images=rows)))
+    root = tmp_path / 'x.tar' if kind == 'tar' else tmp_path
+    dataset = create_dataset(kind if kind in ('csv', 'json') else '', str(root), 'train')
+    use_classes_of(dataset, TRAINED)
+    assert list(class_to_index(dataset)) == TRAINED
+    for index, file in enumerate(dataset.filenames()):
+        target = dataset[index][1]
+        numbers = target.nonzero()[:, 0].tolist() if kind in ('csv', 'json') else [target]
+        assert numbers == shown[Path(file).parent.name]
+    use_classes_of(dataset, TRAINED[:3])  # not all of them: left for the error
+    assert list(class_to_index(dataset)) == TRAINED
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """One file or folder for all splits: --val-fraction and --split-column."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from image_folders import write_images
-from multilabel_data import write_image
+from multilabel_data import write_coco, write_image
 from runs import MODEL, build, call, summary
 
 from timm_mldecoder.data import create_dataset, overlap, summarize
@@ -80,6 +81,46 @@ def test_class_folders_and_json_are_divided(tmp_path):
     (table.parent / 'train.json').write_text(json.dumps({'classes': ['a', 'b'], 'images': images}))
     parts = splits_of(table.parent, '--dataset', 'json', '--task', 'multilabel', '--val-fraction', '0.5')
     assert [summarize(part).positives.tolist() for part in parts] == [[4, 2], [4, 2]]
+
+
+def test_tars_coco_and_hugging_face_datasets_are_divided(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    write_images(tmp_path / 'data', train=10, validation=2)
+    with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+        tar.add(tmp_path / 'data' / 'train', '.')
+    parts = splits_of(tmp_path / 'x.tar', '--val-fraction', '0.2')
+    assert [np.bincount(part.reader.targets).tolist() for part in parts] == [[8] * 3, [2] * 3]
+    assert [summarize(part).positives.tolist() for part in parts] == [[8] * 3, [2] * 3]
+    assert not set(parts[0].filenames()) & set(parts[1].filenames()) and parts[1][0][0].size == (48, 48)
+
+    write_coco(tmp_path / 'coco')
+    (tmp_path / 'coco' / 'annotations' / 'instances_val2014.json').unlink()
+    flags = ['--dataset', 'coco', '--task', 'multilabel', '--val-fraction', '0.4']
+    parts = splits_of(tmp_path / 'coco', *flags)
+    assert [len(part) for part in parts] == [2, 1] and overlap(*parts) == []
+    (tmp_path / 'coco' / 'annotations' / 'instances_val.json').write_text('{}')
+    with pytest.raises(ValueError, match='instances_val.json is there, which is a validation split'):
+        splits_of(tmp_path / 'coco', *flags)
+
+    datasets = pytest.importorskip('datasets')
+    images = [dict(path=str(path)) for path in sorted((tmp_path / 'data' / 'train').glob('*/*'))]
+    for labels, kind, task in (
+        ([number // 10 for number in range(30)], datasets.ClassLabel(names=['a', 'b', 'c']), []),
+        ([['x'] if number % 3 else ['x', 'y'] for number in range(30)], None, ['--task', 'multilabel']),
+    ):
+        features = datasets.Features(
+            {'image': datasets.Image(decode=False), 'label': kind or datasets.Sequence(datasets.Value('string'))}
+        )
+        rows = datasets.Dataset.from_dict({'image': images, 'label': labels}, features=features)
+        rows.to_parquet(tmp_path / f'rows{len(task)}' / 'train-00000-of-00001.parquet')
+        name = f'hfds/{tmp_path}/rows{len(task)}'
+        parts = splits_of(tmp_path / 'cache', '--dataset', name, '--val-fraction', '0.2', *task)
+        assert [len(part) for part in parts] == [24, 6]
+        if task:
+            assert [sum(part[index][1].tolist()[1] for index in range(len(part))) for part in parts] == [8, 2]
+        else:
+            found = [np.bincount([part[index][1] for index in range(len(part))]).tolist() for part in parts]
+            assert found == [[8] * 3, [2] * 3]
 
 
 def test_a_column_names_the_split(tmp_path):

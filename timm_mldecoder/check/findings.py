@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.check.duplicates import equal_content, near
-from timm_mldecoder.data import MultiLabelDataset, class_to_index
-from timm_mldecoder.data.annotations import POSITIVE
+from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.crops import lost_share
-from timm_mldecoder.data.summary import class_indices
+from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.loading.datasets import likely_causes
 from timm_mldecoder.loading.scan import ImageFacts
 
@@ -67,24 +66,11 @@ class Split:
 
 def labels_of(dataset: Any) -> list[tuple[int, ...]] | None:
     """Classes of each image, without reading an image; None where a dataset does not tell."""
-    if isinstance(dataset, MultiLabelDataset):
-        image, label, value = dataset.annotations.entries()
-        label = label[value == POSITIVE].tolist()
-        ends = np.cumsum(np.bincount(image[value == POSITIVE], minlength=len(dataset))).tolist()
-        return [tuple(label[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
-    indices = class_indices(dataset)
-    if indices is not None:
-        return [(index,) for index in indices.tolist()]
-    reader = getattr(dataset, 'reader', None)
-    if reader is None:
+    shown = shown_classes(dataset)
+    if shown is None:
         return None
-    if hasattr(reader, 'iter_targets') and not getattr(reader, 'dense_target', False):
-        targets = list(reader.iter_targets())
-    elif getattr(reader, 'targets', None) is not None:  # of tar files
-        targets = list(map(int, reader.targets))
-    else:
-        return None
-    return [tuple(target) if isinstance(target, (list, tuple)) else (target,) for target in targets]
+    label, ends = shown[1].tolist(), np.cumsum(np.bincount(shown[0], minlength=len(dataset))).tolist()
+    return [tuple(label[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
 
 
 def make_split(dataset: Any, facts: Sequence[ImageFacts]) -> Split:

@@ -24,6 +24,7 @@ from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurr
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
+    'coco': (read_coco, {'instances', 'unannotated'}),
     'coco2014': (partial(read_coco, year=2014), {'instances', 'unannotated'}),
     'coco2017': (partial(read_coco, year=2017), {'instances', 'unannotated'}),
     'voc2007': (partial(read_voc, year=2007), {'instances', 'difficult'}),
@@ -65,7 +66,7 @@ def create_dataset(
 
     Args:
         name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; timm's names are passed to timm.
-        root: Folder of the dataset; for `csv` also one file for all splits.
+        root: Folder of the dataset; for `csv` and `coco` also one file for all splits.
         split: `train`, `validation`, or another that the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
         missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
@@ -111,7 +112,7 @@ def create_dataset(
     refused = sorted(options.keys() - DATASET_OPTIONS - known)
     if refused:
         raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
-    is_table = name == 'csv' and root is not None and Path(root).is_file()
+    is_table = name in ('csv', 'coco') and root is not None and Path(root).is_file()
     if root is None or not (Path(root).is_dir() or is_table):
         raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
     split = {'val': 'validation'}.get(split, split)

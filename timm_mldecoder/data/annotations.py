@@ -165,6 +165,13 @@ class Annotations:
         target[self._table['label'][listed]] = self._table['value'][listed]
         return torch.from_numpy(target)
 
+    def with_classes(self, class_names: Sequence[str]) -> 'Annotations':
+        """The same labels with the numbers of `class_names`, which has all of the names and may have more."""
+        image, label, value = self.entries()
+        numbers = {name: number for number, name in enumerate(class_names)}
+        renumbered = np.array([numbers[name] for name in self.class_names], dtype=np.int64)[label]
+        return Annotations(class_names, self.paths, image, renumbered, value, self.unlisted, self.instances)
+
     def subset(self, images: np.ndarray) -> 'Annotations':
         """Some of the images, [N] indices, without a copy of the labels."""
         part = copy.copy(self)

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from timm_mldecoder.data.annotations import POSITIVE, MultiLabelDataset
-from timm_mldecoder.data.summary import class_indices
+from timm_mldecoder.data.annotations import MultiLabelDataset
+from timm_mldecoder.data.summary import shown_classes
 
 
 def stratify(image: np.ndarray, label: np.ndarray, images: int, fraction: float, seed: int) -> np.ndarray:
@@ -60,19 +60,20 @@ def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool) -> None:
     Raises:
         ValueError: If the dataset does not tell its labels without reading images, or a part is empty.
     """
-    if isinstance(dataset, MultiLabelDataset):
-        image, label, value = dataset.annotations.entries()
-        image, label = image[value == POSITIVE], label[value == POSITIVE]
-    else:
-        label = class_indices(dataset)
-        if label is None or not isinstance(getattr(getattr(dataset, 'reader', None), 'samples', None), list):
-            raise ValueError('--val-fraction needs CSV or JSON lists or class folders')
-        image = np.arange(len(label))
-    chosen = stratify(image, label, len(dataset), fraction, seed)
+    shown = shown_classes(dataset)
+    if shown is None:
+        raise ValueError('--val-fraction: this dataset does not tell its labels without reading images')
+    chosen = stratify(*shown, len(dataset), fraction, seed)
     kept = np.flatnonzero(chosen == held_out)
     if not len(kept):
         raise ValueError(f'--val-fraction {fraction:g} of {len(dataset)} images leaves a split without images')
     if isinstance(dataset, MultiLabelDataset):
         dataset.annotations = dataset.annotations.subset(kept)
-    else:
-        dataset.reader.samples = [dataset.reader.samples[index] for index in kept.tolist()]
+        return
+    reader = dataset.reader
+    if hasattr(reader, 'dataset'):  # of Hugging Face
+        reader.dataset = reader.dataset.select(kept)
+    elif isinstance(reader.samples, list):
+        reader.samples = [reader.samples[index] for index in kept.tolist()]
+    else:  # of tar files
+        reader.samples, reader.targets = reader.samples[kept], reader.targets[kept]

@@ -157,11 +157,30 @@ def cooccurrence(source: Annotations | MultiLabelDataset, counts: str = 'instanc
 def class_indices(dataset: Any) -> np.ndarray | None:
     """Return the class index of each sample, [N], without reading an image; None where the dataset does not tell."""
     samples = _samples(dataset)
-    targets = getattr(dataset, 'targets', None) if samples is None else [sample[1] for sample in samples]
+    holder = getattr(dataset, 'reader', dataset)  # the targets of tar files are those of the reader
+    targets = getattr(holder, 'targets', None) if samples is None else [sample[1] for sample in samples]
     if targets is None:
         return None
     targets = np.asarray(targets)
     return targets if targets.ndim == 1 and targets.dtype.kind in 'iu' and targets.min(initial=0) >= 0 else None
+
+
+def shown_classes(dataset: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return image and class index of each class that an image shows, both [A], without reading an image.
+
+    None where the dataset does not tell.
+    """
+    if isinstance(dataset, MultiLabelDataset):
+        image, label, value = dataset.annotations.entries()
+        return image[value == POSITIVE], label[value == POSITIVE].astype(np.int64)
+    if (indices := class_indices(dataset)) is not None:
+        return np.arange(len(indices)), indices
+    reader = getattr(dataset, 'reader', None)
+    if not hasattr(reader, 'iter_targets') or reader.dense_target:
+        return None
+    several = [target if isinstance(target, (list, tuple)) else [target] for target in reader.iter_targets()]
+    image = np.repeat(np.arange(len(several)), [len(labels) for labels in several])
+    return image, np.array([label for labels in several for label in labels], dtype=np.int64)
 
 
 def _samples(dataset: Any) -> list | None:

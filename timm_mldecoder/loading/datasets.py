@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import MultiLabelTarget
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,11 +29,12 @@ from timm_mldecoder.data.annotations import POSITIVE
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats.class_folders import class_name
+from timm_mldecoder.data.formats.coco import LAYOUTS, SPELLINGS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
 from timm_mldecoder.data.images import Reading, is_clutter
 from timm_mldecoder.data.partial import leave_out_labels
-from timm_mldecoder.data.summary import class_indices
+from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options, scores_both
 from timm_mldecoder.loading.loader import strict
@@ -175,6 +177,8 @@ def _forgotten_dataset(root: Path) -> str:
         return ''
     if found := sorted(root.glob('annotations/instances_*20??.json')):
         return f'the annotations of COCO: add --dataset coco{found[0].stem[-4:]} --task multilabel'
+    if any(root.glob('*/_annotations.coco.json')) or any(root.glob('annotations/instances_*.json')):
+        return 'annotations in COCO format: add --dataset coco --task multilabel'
     if found := sorted(root.glob('VOCdevkit/VOC20??')):
         return f'Pascal-VOC: add --dataset {found[0].name.lower()} --task multilabel'
     if (root / '_info.json').is_file() and any(root.glob('*.tar')):
@@ -208,11 +212,17 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
         return split, None
     root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
     kind = dataset_kind(options.dataset)
-    if kind not in ('csv', 'json') and options.dataset not in TIMM_FOLDERS:
-        raise ValueError(f'{flag}: only CSV and JSON lists and class folders can be divided')
+    if kind not in ('csv', 'json', 'coco', 'hfds') and options.dataset not in TIMM_FOLDERS:
+        raise ValueError(
+            f'{flag}: only CSV, JSON and COCO files, class folders, tars and hfds/ datasets can be divided'
+        )
     if kind == 'csv' and options.split_column:
         raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
     own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *_EVAL_SYNONYM)]
+    if kind == 'hfds':
+        own = []
+    elif kind == 'coco':
+        own = [layout.format(name) for name in SPELLINGS['validation'] for layout in LAYOUTS]
     if found := next((name for name in own if name and (root / name).exists()), None):
         raise ValueError(f'{flag}: {root / found} is there, which is a validation split; leave one of them out')
     return train, split != train
@@ -277,14 +287,10 @@ def balanced_weights(dataset: Any) -> Tensor:
     Raises:
         ValueError: If the dataset does not report its labels.
     """
-    if isinstance(dataset, MultiLabelDataset):
-        image, label, value = dataset.annotations.entries()
-        image, label = image[value == POSITIVE], label[value == POSITIVE]
-    else:
-        label = class_indices(dataset)
-        if label is None:
-            raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
-        image = np.arange(len(label))
+    shown = shown_classes(dataset)
+    if shown is None:
+        raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
+    image, label = shown
     weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
     without = weights == 0
     weights[without] = 1 / max(without.sum(), 1)
@@ -360,6 +366,28 @@ def check_same_classes(train: Any, validation: Any) -> None:
         f'the training and validation splits differ in their classes ({", ".join(odd[:5])}), so their labels differ in '
         'meaning: give every class an image in both, or pass --class-map'
     )
+
+
+def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
+    """Number the classes of a dataset as in the checkpoint if all of them are there: some may have no image here."""
+    present = list(class_to_index(dataset) or ())
+    if not present or present == list(trained) or not set(present) <= set(trained):
+        return
+    reader, numbers = getattr(dataset, 'reader', None), {name: number for number, name in enumerate(trained)}
+    if isinstance(dataset, MultiLabelDataset):
+        dataset.annotations = dataset.annotations.with_classes(trained)
+    elif isinstance(reader, ReaderImageFolder):
+        reader.samples = [(path, numbers[present[target]]) for path, target in reader.samples]
+        reader.class_to_idx = numbers
+    elif isinstance(reader, ReaderImageInTar):
+        reader.targets = np.array([numbers[present[target]] for target in reader.targets.tolist()])
+        reader.class_to_idx = reader.class_name_to_idx = numbers
+        reader.class_idx_to_name = dict(enumerate(trained))
+    else:
+        return
+    without = _shown(name for name in trained if name not in present)
+    _logger.info(f'classes are numbered as in the checkpoint; the data has no {without}' if without else
+                 'classes are numbered as in the checkpoint')  # fmt: skip
 
 
 def check_class_names(dataset: Any, trained: list[str] | None) -> None:

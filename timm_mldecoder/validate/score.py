@@ -26,7 +26,13 @@ from timm_mldecoder.evaluation.extra_metrics import create_extra_metrics
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
-from timm_mldecoder.loading.datasets import check_class_names, check_classes, class_to_index, create_split
+from timm_mldecoder.loading.datasets import (
+    check_class_names,
+    check_classes,
+    class_to_index,
+    create_split,
+    use_classes_of,
+)
 from timm_mldecoder.loading.naflex import patch_format
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.metrics.multilabel import read_threshold_metric
@@ -51,11 +57,13 @@ def score_model(options: Options, world: World) -> Result:
     read_threshold_metric(options.threshold_metric)
     warn_no_effect(options, 'validate')
     dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
+    own_names = options.class_map or options.valid_labels or has_text_queries(options)
+    trained = [] if own_names else content.get('class_names') or []
+    use_classes_of(dataset, trained)
     check_ranks(world, {options.split: dataset})
     names = class_names_of(dataset)
     set_classes(model, names, options.word_embeddings)
-    if RUN in content and not (options.class_map or options.valid_labels or has_text_queries(options)):
-        check_class_names(dataset, content.get('class_names'))
+    check_class_names(dataset, trained)
     num_classes = options.num_classes or model.num_classes
     if has_text_queries(options):
         num_classes = model.num_classes

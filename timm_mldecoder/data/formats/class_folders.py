@@ -105,4 +105,5 @@ def read_tar(root: str, class_map: Any = '') -> ReaderImageInTar:
         reader.class_name_to_idx = {name: index for index, name in enumerate(present)}
         reader.class_idx_to_name = dict(enumerate(present))
         reader.targets = np.array([reader.class_name_to_idx[names[target]] for target in reader.targets.tolist()])
+    reader.class_to_idx = reader.class_name_to_idx  # the name of timm's other readers
     return reader

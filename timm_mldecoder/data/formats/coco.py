@@ -1,7 +1,10 @@
-"""MS-COCO as distributed, for multi-label classification.
+"""MS-COCO as distributed, and files in its format as tools export them, for multi-label classification.
 
-    ROOT/annotations/instances_{train,val}{2014,2017}.json
+    ROOT/annotations/instances_{train,val}{2014,2017}.json      coco2014, coco2017
     ROOT/{train,val}{2014,2017}/*.jpg
+
+    ROOT/{train,valid,test}/_annotations.coco.json              coco: the `LAYOUTS`, or one file for all splits
+    ROOT/{train,valid,test}/*.jpg
 
 The classes are the names of the categories in the order of the annotation file (80, without the unused ids). Objects of
 every size, also crowds, count. Images without annotations show none of the classes; the published results leave them
@@ -10,6 +13,7 @@ out (82,081 images for training and 40,137 for validation in 2014), as `unannota
 
 import json
 import logging
+import os
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations
@@ -19,15 +23,50 @@ _logger = logging.getLogger(__name__)
 
 UNANNOTATED = ('keep', 'drop')
 SPLITS = {'train': 'train', 'validation': 'val'}
+SPELLINGS = {'train': ('train', 'training'), 'validation': ('validation', 'valid', 'val')}
+LAYOUTS = (  # where tools put the annotations of a split
+    '{}/_annotations.coco.json', '{}/annotations.json', 'annotations/instances_{}.json', 'annotations/{}.json',
+    'instances_{}.json', '{}.json',
+)  # fmt: skip
 
 
-def read_coco(root: Path, split: str, year: int, instances: bool = False, unannotated: str = 'keep') -> Annotations:
-    """Read one split of COCO.
+def find_annotations(root: Path, split: str) -> Path:
+    """Return the annotation file of a split in one of the `LAYOUTS`, or the one file of all splits, `root` or in it.
+
+    Raises:
+        ValueError: If there is none, or one file for all splits and another split than `train`.
+    """
+    tried = [root / layout.format(name) for name in SPELLINGS.get(split, (split,)) for layout in LAYOUTS]
+    if found := next((path for path in tried if path.is_file()), None):
+        return found
+    files = [root] if root.is_file() else sorted({*root.glob('*.json'), *root.glob('annotations/*.json')})
+    if len(files) == 1 and split == 'train':
+        return files[0]
+    if len(files) == 1:
+        raise ValueError(f'{files[0]} is one file for all splits: pass --val-fraction 0.2')
+    shown = ', '.join(path.relative_to(root).as_posix() for path in tried[: len(LAYOUTS)])
+    raise ValueError(f'{root} has no annotations of split {split!r} in COCO format; looked for {shown}')
+
+
+def _find_images(path: Path, split: str, first: str) -> Path:
+    """Return the folder that the file names of an annotation file are relative to, by the first of them."""
+    names = (*SPELLINGS.get(split, (split,)), path.stem.removeprefix('instances_'))
+    bases = [base for parent in (path.parent, path.parent.parent) for base in (parent, parent / 'images')]
+    folders = [*bases, *(base / name for base in bases for name in names)]
+    if found := next((folder for folder in folders if (folder / first).is_file()), None):
+        return found
+    raise ValueError(f'{path}: its first image, {first}, is in none of {", ".join(map(str, folders[:6]))}, ...')
+
+
+def read_coco(
+    root: Path, split: str, year: int | None = None, instances: bool = False, unannotated: str = 'keep'
+) -> Annotations:
+    """Read one split of COCO, or of files in its format.
 
     Args:
-        root: Folder of the dataset.
-        split: One of `SPLITS`.
-        year: 2014 or 2017.
+        root: Folder of the dataset; without a year, also one annotation file for all splits.
+        split: One of `SPLITS`; without a year, any that has a file.
+        year: 2014 or 2017; None for other files in this format.
         instances: Keep the number of objects per image and class.
         unannotated: What to do with images without annotations: 'keep' them as negatives of every class, or 'drop'.
 
@@ -37,12 +76,15 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False, unanno
     """
     if unannotated not in UNANNOTATED:
         raise ValueError(f'unannotated must be one of {UNANNOTATED}, got {unannotated!r}')
-    if split not in SPLITS:
+    if year is None:
+        folder, path = '', find_annotations(root, split)
+    elif split not in SPLITS:
         raise ValueError(f'COCO has no split {split!r} with labels, choose one of {sorted(SPLITS)}')
-    folder = f'{SPLITS[split]}{year}'
-    path = root / 'annotations' / f'instances_{folder}.json'
-    if not path.is_file():
-        raise ValueError(f'{path} is missing: unpack the annotations of COCO {year} into {root}')
+    else:
+        folder = f'{SPLITS[split]}{year}'
+        path = root / 'annotations' / f'instances_{folder}.json'
+        if not path.is_file():
+            raise ValueError(f'{path} is missing: unpack the annotations of COCO {year} into {root}')
     try:
         content = json.loads(path.read_bytes())
         categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
@@ -52,6 +94,9 @@ def read_coco(root: Path, split: str, year: int, instances: bool = False, unanno
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
 
+    if year is None and files:
+        images = _find_images(path, split, next(iter(files.values())))
+        folder = os.path.relpath(images, root if root.is_dir() else root.parent)
     class_names = list(dict.fromkeys(categories.values()))
     _log_merged(categories, path)
     warn_about_case(class_names, path)
