@@ -19,6 +19,7 @@ Seeds are fixed, and no test picture, garment or digit is in another split. The 
 import argparse
 import gzip
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,22 +106,21 @@ def write_lite0(root: Path) -> None:
 
 
 def write_garment_resnet(root: Path) -> None:
-    """A backbone that is no EfficientNet and small enough for many runs: three epochs on garments of all sizes."""
-    data, runs = root / 'garments', root / 'runs'
-    for split in ('train', 'validation'):
-        for number, (image, label) in enumerate(zip(*garments(split), strict=True)):
-            path = data / split / GARMENTS[label] / f'{number:04d}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if split == 'train' or number < 1000:
-                Image.fromarray(image).save(path)
-    result = timm_mldecoder.train(
-        data, model='test_resnet', img_size=160, opt='adamw', lr=2e-3, batch_size=64, epochs=5, warmup_epochs=1,
-        scale=[0.2, 1.0], device='cpu', channels_last=True, workers=1, output=runs,
-    )  # fmt: skip
-    assert result.best
-    save_folder(timm_mldecoder.load(result.best).model, root)
-    shutil.rmtree(data)
-    shutil.rmtree(runs)
+    """A backbone that is no EfficientNet and small enough for many runs: five epochs on garments of all sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / 'garments'
+        for split in ('train', 'validation'):
+            for number, (image, label) in enumerate(zip(*garments(split), strict=True)):
+                path = data / split / GARMENTS[label] / f'{number:04d}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if split == 'train' or number < 1000:
+                    Image.fromarray(image).save(path)
+        result = timm_mldecoder.train(
+            data, model='test_resnet', img_size=160, opt='adamw', lr=2e-3, batch_size=64, epochs=5, warmup_epochs=1,
+            scale=[0.2, 1.0], device='cpu', channels_last=True, workers=1, output=folder,
+        )  # fmt: skip
+        assert result.best
+        save_folder(timm_mldecoder.load(result.best).model, root)
 
 
 SOURCES: dict[str, Callable[[Path], None]] = dict(

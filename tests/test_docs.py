@@ -273,7 +273,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     for split in ('train', 'validation'):  # the same images with several labels
         rows = ['path,labels', *(f'{split}/class_{i}/000.png,class_{i};class_{(i + 1) % 10}' for i in range(10)), '']
         (data / f'{split}.csv').write_text('\n'.join(rows))
-    more = {'train.py': f'{SHORT} --model test_resnet --warmup-epochs 0', 'validate.py': '--dataset csv -j 0'}
+    more = {'train.py': f'{SHORT} --model test_resnet --warmup-epochs 0', 'validate.py': '-j 0'}
     more |= {'timm_mldecoder.probe': f'{SHORT} --model test_resnet --num-classes 10'}
     started = run_page(TEXTS['README.md'], tmp_path, more, monkeypatch)
     assert started >= {'train.py', 'validate.py', 'timm_mldecoder.predict', 'timm_mldecoder.probe'}

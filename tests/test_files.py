@@ -308,6 +308,9 @@ def test_leaks_are_found_in_any_spelling(tmp_path):
         'path;tags\nx/1.png;a\nx/2.png;b\n',
         'n\t Path\n1\tx/1.png\n2\tx/2.png\n',
         'x/1.png\nx/2.png\n',
+        'file;tags\nx/1.png;a,b\nx/2.png;b\n',
+        'File name,tags\nx/1.png,a\nx/2.png,b\n',
+        'x/1.png;a\nx/2.png;b\n',
         '\ufeffpath\nx/1.png\nx/2.png',
     ],
 )
@@ -315,6 +318,13 @@ def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
     write_table(tmp_path, text, 'new.csv')
     source = open_source(tmp_path / 'new.csv')
     assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
+
+
+def test_the_column_of_a_list_of_a_prediction_can_be_named(tmp_path):
+    write_table(tmp_path, 'tags;File\na;x/1.png\nb;x/2.png\n', 'new.csv')
+    assert open_source(tmp_path / 'new.csv', path_column='file').names.tolist() == [b'x/1.png', b'x/2.png']
+    with pytest.raises(ValueError, match=r"no column 'image'; the first line is \['tags', 'File'\]"):
+        open_source(tmp_path / 'new.csv', path_column='image')
 
 
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):

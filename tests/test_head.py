@@ -230,7 +230,7 @@ def test_compile_fullgraph():
 def test_export():
     head = MLDecoder(30, 7, **SMALL).eval()
     x = torch.randn(2, 12, 3, 3)
-    program = torch.export.export(head, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},))
+    program = torch.export.export(head, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=2, max=64)},))
     more = torch.randn(5, 12, 3, 3)
     torch.testing.assert_close(program.module()(more), head(more))
 
@@ -240,8 +240,8 @@ def test_onnx(tmp_path):
     head = MLDecoder(30, 7, **SMALL).eval()
     x = torch.randn(2, 12, 3, 3)
     path = tmp_path / 'head.onnx'
-    batch = torch.export.Dim('batch', min=1, max=64)
-    torch.onnx.export(head, (x,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program = torch.export.export(head, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},))
+    torch.onnx.export(program, f=path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     more = torch.randn(5, 12, 3, 3)
     (logits,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})

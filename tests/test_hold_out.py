@@ -1,5 +1,6 @@
 """One file or folder for all splits: --val-fraction and --split-column."""
 
+import csv
 import json
 import tarfile
 
@@ -14,6 +15,7 @@ from timm_mldecoder.data.hold_out import stratify
 from timm_mldecoder.flags import parse_train, parse_validate
 from timm_mldecoder.flags.parse import inherit
 from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.predict.__main__ import main as predict_main
 from timm_mldecoder.train.loop import fit
 
 
@@ -173,25 +175,20 @@ def test_an_empty_cell_of_the_split_is_named_with_its_line(tmp_path):
 
 def test_validation_of_a_checkpoint_uses_the_images_that_were_held_out(tmp_path):
     table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog'] * 8)
-    flags = [
-        '--dataset',
-        'csv',
-        '--task',
-        'multilabel',
-        '--val-fraction',
-        '0.25',
-        '--epochs',
-        '1',
-        '--num-classes',
-        '2',
-    ]
-    run = build(table, tmp_path, *flags)
+    table.write_text(table.read_text().replace('path,labels', 'File,Tags'))
+    flags = '--dataset csv --task multilabel --val-fraction 0.25 --epochs 1 --num-classes 2'
+    run = build(table, tmp_path, *flags.split(), '--path-column', 'file', '--label-column', 'tags')
+    held_out = run.eval_loader.dataset.filenames()
     assert summarize(run.eval_loader.dataset).positives.tolist() == [4, 4]
     fit(run)
     (row,) = summary(tmp_path / 'run')
     last = str(tmp_path / 'run' / 'last.pth.tar')
-    done = call('validate.py', table, '--dataset', 'csv', '--checkpoint', last, '--device', 'cpu', '-j', '0')
+    done = call('validate.py', table, '--checkpoint', last, '--device', 'cpu', '-j', '0')
     assert json.loads(done.stdout.split('--result\n')[1])['map'] == float(row['eval_map'])
+    given = [table, '--checkpoint', last, '--threshold', '0', '--device', 'cpu', '-j', '0', '--out', tmp_path / 'x.csv']
+    predict_main([str(flag) for flag in (*given, '--dataset', 'csv')])
+    with (tmp_path / 'x.csv').open() as file:
+        assert {line['image'] for line in csv.DictReader(file)} == set(held_out)
 
 
 def test_other_data_is_evaluated_as_it_is(tmp_path, caplog):

@@ -175,7 +175,7 @@ def shown_classes(dataset: Any) -> tuple[np.ndarray, np.ndarray] | None:
         return image[value == POSITIVE], label[value == POSITIVE].astype(np.int64)
     if (indices := class_indices(dataset)) is not None:
         return np.arange(len(indices)), indices
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if not hasattr(reader, 'iter_targets') or reader.dense_target:
         return None
     several = [target if isinstance(target, (list, tuple)) else [target] for target in reader.iter_targets()]

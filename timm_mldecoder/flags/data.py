@@ -27,7 +27,7 @@ DATASET: Group = ('Dataset', [
     both('data', str, None, 'root folder of the dataset (or --data-dir)', nargs='?', metavar='DIR'),
     both('--data-dir', str, None, 'root folder of the dataset', metavar='DIR'),
     both('--dataset', str, '', 'dataset as KIND or KIND/NAME, such as coco2014, torch/cifar100 or wds/name; '
-         'if empty, a folder or tar file with one folder per class'),
+         'if empty, a folder or tar file with one folder per class', inherited=True),
     train('--train-split', str, 'train', 'name of the training split'),
     train('--val-split', str, 'validation', 'name of the validation split; "" trains without one'),
     validate('--split', str, 'validation', 'name of the split to evaluate'),
@@ -51,12 +51,14 @@ DATASET: Group = ('Dataset', [
     both('--split-seed', int, 0, 'seed of --val-fraction', range='[0, inf)',
          needs=given('val_fraction'), inherited=True),
     both('--split-column', str, '', 'column of a CSV file, given as DIR, that names the split of each row',
-         needs=dataset('csv')),
+         needs=dataset('csv'), inherited=True),
     both('--path-column', str, '', 'column of a CSV file that has the paths of images (default: path)',
-         needs=dataset('csv')),
-    both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv')),
+         needs=dataset('csv'), inherited=True),
+    both('--label-column', str, '', 'column of a CSV file that has the labels (default: labels)', needs=dataset('csv'),
+         inherited=True),
     both('--label-separator', str, '', 'what is between labels in a CSV file (default: ;) or a string of records '
-         '(default: blanks), or list for lists such as [1, 2]', metavar='TEXT', needs=dataset('csv', 'hfds/', 'wds/')),
+         '(default: blanks), or list for lists such as [1, 2]', metavar='TEXT', needs=dataset('csv', 'hfds/', 'wds/'),
+         inherited=True),
     train('--partial-labels', str, '', 'train on some of the labels, the others not annotated: fpc=N, N positive and N '
           'negative ones of each class, or rps=P, without a random share P of all', metavar='WAY', needs=MULTILABEL),
     both('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L', inherited=True),
@@ -65,8 +67,8 @@ DATASET: Group = ('Dataset', [
     both('--image-range', float, None, 'values that become black and white in images of 16 bits, 32 bits or floats '
          '(default: 0 65535 for 16 bits, 0 1 for floats)', nargs=2, inherited=True),
     both('--exif-rotate', bool, False, 'turn images upright as their EXIF tag says', inherited=True),
-    both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY'),
-    both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY'),
+    both('--input-key', str, None, 'key of the image in a dataset of records', metavar='KEY', inherited=True),
+    both('--target-key', str, None, 'key of the target in a dataset of records', metavar='KEY', inherited=True),
     both('--task', str, 'classification', 'classification: one class per image; multilabel: any number of classes',
          choices=('classification', 'multilabel'), inherited=True),
     both('--target-format', str, 'indices', 'multi-label targets: class indices, or one value per class',

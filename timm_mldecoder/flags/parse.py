@@ -66,6 +66,13 @@ def _parser(script: str) -> Parser:
     return Parser(description, groups(script), _COMMON.split())
 
 
+# How the data of the training run is read: so is the same data, not other data.
+_OF_DATA = {
+    *('dataset', 'val_fraction', 'split_seed', 'split_column'),
+    *('path_column', 'label_column', 'label_separator', 'input_key', 'target_key'),
+}
+
+
 def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     """Options of validate.py with those of a training run, by name, except where the user gave them.
 
@@ -74,18 +81,15 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     """
     kept = options.given | (_PRECISION if options.given & {'amp', 'model_dtype'} else set())
     rows = flags('validate')
-    names = [name for name, row in rows.items() if row.inherited and name in trained]
-    options = options.replace(**{name: trained[name] for name in names if name not in kept})
-    if (
-        options.val_fraction
-        and 'val_fraction' not in kept
-        and _real(options.data_dir) != _real(trained.get('data_dir'))
-    ):
-        _logger.warning(
-            f'trained with --val-fraction {options.val_fraction:g} of {trained.get("data_dir")}; {options.data_dir} is '
-            'other data and evaluated as it is: pass the flag if it is the same'
-        )
-        options = options.replace(val_fraction=0.0)
+    names = {name for name, row in rows.items() if row.inherited and name in trained} - kept
+    if _real(options.data_dir) != _real(trained.get('data_dir')):
+        names -= _OF_DATA
+        if (fraction := trained.get('val_fraction')) and 'val_fraction' not in kept:
+            _logger.warning(
+                f'trained with --val-fraction {fraction:g} of {trained.get("data_dir")}; {options.data_dir} is other '
+                'data and evaluated as it is: pass the flag if it is the same'
+            )
+    options = options.replace(**{name: trained[name] for name in names})
     check_task(options)
     check_patches(options, rows)
     trained_on_cpu = trained.get('device', '').startswith('cpu')

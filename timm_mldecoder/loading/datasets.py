@@ -12,7 +12,6 @@ from PIL import Image
 from timm.data import MultiLabelTarget
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -373,13 +372,14 @@ def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
     present = list(class_to_index(dataset) or ())
     if not present or present == list(trained) or not set(present) <= set(trained):
         return
-    reader, numbers = getattr(dataset, 'reader', None), {name: number for number, name in enumerate(trained)}
+    reader: Any = getattr(dataset, 'reader', None)
+    numbers = {name: number for number, name in enumerate(trained)}
     if isinstance(dataset, MultiLabelDataset):
         dataset.annotations = dataset.annotations.with_classes(trained)
     elif isinstance(reader, ReaderImageFolder):
         reader.samples = [(path, numbers[present[target]]) for path, target in reader.samples]
         reader.class_to_idx = numbers
-    elif isinstance(reader, ReaderImageInTar):
+    elif hasattr(reader, 'class_name_to_idx'):  # of tar files
         reader.targets = np.array([numbers[present[target]] for target in reader.targets.tolist()])
         reader.class_to_idx = reader.class_name_to_idx = numbers
         reader.class_idx_to_name = dict(enumerate(trained))

@@ -241,7 +241,7 @@ class GraphClassifier(nn.Module):
             raise RuntimeError('this classifier has no label graph yet: load a checkpoint, or use add_graph_classifier')
         dtype = torch.promote_types(self.words.dtype, torch.float32)
         device = self.words.device.type
-        with torch.autocast(device if torch.amp.is_autocast_available(device) else 'cpu', enabled=False):  # not: meta
+        with torch.autocast('cpu' if device == 'meta' else device, enabled=False):  # meta tensors have no autocast
             x, propagation = self.words.to(dtype), propagation_matrix(self.edges, self.edge_weight, dtype)
             for layer in (self.gc1, self.gc2):
                 x = F.leaky_relu(layer(x, propagation), SLOPE)

@@ -5,28 +5,32 @@
     python -m timm_mldecoder.predict IMAGES --model local-dir:FOLDER --classes classes.txt \\
         --word-embeddings words.safetensors --out labels.jsonl --pictures PICTURES
 
-IMAGES is an image, a folder, a tar file or a folder of them (WebDataset shards), or a CSV or Parquet list with a column
-`path`. The output is written in finished parts: the same command continues after a kill. Images that cannot be read are
-listed in OUT.errors.csv. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a folder for
+IMAGES is an image, a folder, a tar file or a folder of them (WebDataset shards), or a CSV or Parquet list. The output
+is written in finished parts: the same command continues after a kill. Images that cannot be read are listed in
+OUT.errors.csv. A checkpoint of train.py is used as it was trained; one from elsewhere becomes a folder for
 `local-dir:` with `python -m timm_mldecoder.convert`.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
-from timm_mldecoder.data import create_dataset
+from timm_mldecoder.data import FORMATS, create_dataset
 from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.distributed.world import World, join_world
 from timm_mldecoder.evaluation.evaluate import autocast_context
+from timm_mldecoder.flags import validate_options
 from timm_mldecoder.flags.flag import number
+from timm_mldecoder.flags.parse import inherit
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import Placement
 from timm_mldecoder.loading.ranks import check_rank_names
 from timm_mldecoder.modeling.classes import set_classes
@@ -56,10 +60,9 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     predictor = load_predictor(arguments, world.device)
     outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
     if arguments.dataset:
-        dataset = create_dataset(arguments.dataset, str(arguments.images), arguments.split)
-        source = dataset_source(dataset, arguments.images)
+        source = dataset_source(_open_dataset(arguments, predictor.run_flags), arguments.images)
     else:
-        source = open_source(arguments.images, exclude=outputs)
+        source = open_source(arguments.images, outputs, arguments.path_column or '')
     check_rank_names(world, source.names, predictor.class_names)
     transform = create_transform(**{**predictor.data_config, 'is_training': False})
     dataset = SourceDataset(source, transform, predictor.image_mode, predictor.reading)
@@ -104,6 +107,21 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         errors = parts.finish()
         found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
+
+
+def _open_dataset(arguments: argparse.Namespace, trained: Mapping[str, Any] | None) -> Any:
+    """Open the split of a dataset; that of the training run with its columns, and divided as it was."""
+    names = ('path_column', 'label_column', 'label_separator', 'split_column')
+    columns = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if trained is None:
+        return create_dataset(arguments.dataset, str(arguments.images), arguments.split, **columns)
+    options = validate_options(
+        data=str(arguments.images), dataset=arguments.dataset, checkpoint=str(arguments.checkpoint), **columns
+    )
+    options = inherit(options, trained).replace(class_map='', class_split='')  # the labels are not used
+    if arguments.dataset in FORMATS:
+        options = options.replace(task='multilabel')
+    return create_split(options, arguments.split)
 
 
 def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:
@@ -157,6 +175,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument('--checkpoint', type=Path, help='checkpoint of train.py, or folder of a run')
     add('--dataset', default='', help='dataset in the folder IMAGES, as in train.py: coco2014, csv, ...')
     add('--split', default='validation', help='split of the --dataset (default: %(default)s)')
+    add('--path-column', help='column of the paths in a CSV or Parquet list (default: path, else the first)')
+    add('--label-column', help='column of the labels of --dataset csv (default: as in training)')
+    add('--label-separator', help='what is between the labels of --dataset csv (default: as in training)')
+    add('--split-column', help='column of --dataset csv that names the split (default: as in training)')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: as it was ranked)')
     add('--task', choices=['classification', 'multilabel'], help='task of a --model that does not know its own')
     add('--classes', help='classes of a model with text queries: a file with one per line, or a comma-separated list')

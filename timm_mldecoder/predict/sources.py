@@ -5,7 +5,6 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,19 +82,20 @@ class SourceDataset(Dataset):
         return os.fsdecode(self.source.names[index])
 
 
-def open_source(path: Path, exclude: Sequence[Path] = ()) -> Source:
+def open_source(path: Path, exclude: Sequence[Path] = (), path_column: str = '') -> Source:
     """Open what a path names: an image, a folder of images or of tar files, a tar file, or a CSV or Parquet list.
 
     Args:
-        path: The path. A list has a column `path` (else its first column counts), relative to the folder of the list.
+        path: The path. Those of a list are relative to its folder.
         exclude: Folders to leave out, such as the output's. Hidden files and folders are left out too.
+        path_column: Column of the paths in a list; if empty, `path`, else the first column.
 
     Raises:
         ValueError: If there is no image, or a list cannot be read.
     """
     lists = {'.csv': _read_csv, '.parquet': _read_parquet}
     if path.is_file() and path.suffix.lower() in lists:
-        names = lists[path.suffix.lower()](path)
+        names = lists[path.suffix.lower()](path, path_column)
         if len(set(names)) < len(names):
             raise ValueError(f'{path} lists an image twice: every path must be unique')
         source = Files(path.parent, names)
@@ -115,26 +115,34 @@ def dataset_source(dataset: Any, root: Path) -> Source:
     """Return the images of a dataset, named by their paths relative to its root; a ValueError if they are no files."""
     if not hasattr(dataset, 'filenames'):
         raise ValueError(f'--dataset: {type(dataset).__name__} does not keep its images in files')
+    root = root if root.is_dir() else root.parent
     return Files(root, [os.path.relpath(path, root) for path in dataset.filenames(absolute=True)])
 
 
-def _read_csv(path: Path) -> list[str]:
-    """Paths of a list, separated as tables are: of the column `path`, else of the first column."""
+def _read_csv(path: Path, path_column: str) -> list[str]:
+    """Paths of a list, separated as tables are: of the column `path` or the one named, else of the first column."""
+    wanted, first = normalize_name(path_column).lower() or 'path', {}
     for delimiter in DELIMITERS:
-        header = [normalize_name(name).lower() for _, row in islice(read_rows(path, delimiter), 1) for name in row]
-        if 'path' in header:
+        first[delimiter] = next((row for _, row in read_rows(path, delimiter)), [])
+        header = [normalize_name(name).lower() for name in first[delimiter]]
+        if wanted in header:
+            column, titled = header.index(wanted), True
             break
     else:
-        delimiter = ','
-    named = 'path' in header
-    column = header.index('path') if named else 0
+        delimiter, column = max(DELIMITERS, key=lambda delimiter: len(first[delimiter])), 0
+        if path_column:
+            raise ValueError(f'{path}: no column {path_column!r}; the first line is {first[delimiter]}')
+        # a title is no image: `file`, `Filename`
+        titled = bool(first[delimiter]) and not is_image(first[delimiter][0].strip())
     rows = [row for _, row in read_rows(path, delimiter)]
-    return [row[column].strip() for row in rows[named:] if len(row) > column and row[column].strip()]
+    return [row[column].strip() for row in rows[titled:] if len(row) > column and row[column].strip()]
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _read_parquet(path: Path, path_column: str) -> list[str]:
     table = parquet_module(str(path)).read_table(path)
-    return table.column('path' if 'path' in table.column_names else 0).to_pylist()
+    if path_column and path_column not in table.column_names:
+        raise ValueError(f'{path}: no column {path_column!r}, of {table.column_names}')
+    return table.column(path_column or ('path' if 'path' in table.column_names else 0)).to_pylist()
 
 
 def parquet_module(what: str) -> Any:

@@ -89,7 +89,7 @@ def read_tar(root: str, class_map: Any = '') -> ReaderImageInTar:
     timms = get_img_extensions()
     set_img_extensions(SUFFIXES)
     try:
-        reader = ReaderImageInTar(root, class_map=class_map)
+        reader: Any = ReaderImageInTar(root, class_map=class_map)
     finally:
         set_img_extensions(timms)
     kept = np.array([is_image(sample[0].path) for sample in reader.samples], dtype=bool)
