@@ -66,6 +66,7 @@ def train_once(options: argparse.Namespace, key: dict) -> dict:
     task = DATASETS[key['dataset']]
     data = subset(options.folder / key['dataset'], key['images'])
     reader = dict(dataset='csv') if task == 'multilabel' else {}
+    shutil.rmtree(options.folder / 'runs', ignore_errors=True)  # of a grid that was stopped
     begin = time.perf_counter()
     result = timm_mldecoder.train(
         data, config=f'finetune/{task}', model=f'local-dir:{options.folder / key["model"]}', pretrained=True,

@@ -1,13 +1,14 @@
 """The front door: train, evaluate and load from Python, and the console command."""
 
 import csv
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import environment, write_data
+from runs import ROOT, environment, write_data
 
 import timm_mldecoder
 from timm_mldecoder import cli
@@ -95,3 +96,31 @@ def test_console_lists_commands_and_refuses_others(capsys):
 def test_evaluator_refuses_a_number_of_classes_as_its_device():
     with pytest.raises(ValueError, match='12'):
         MultiLabelEvaluator(12)
+
+
+CONSUMER = """
+import timm_mldecoder
+from timm_mldecoder.losses import AsymmetricLoss
+from timm_mldecoder.metrics import MultiLabelEvaluator
+reveal_type(timm_mldecoder.load('x').predict('y')[0][0].score)
+reveal_type(timm_mldecoder.train('x', epochs=1).best)
+reveal_type(timm_mldecoder.evaluate('x'))
+reveal_type(timm_mldecoder.MLDecoder(3))
+reveal_type(timm_mldecoder.convert_state_dict({}, timm_mldecoder.MLDecoder(3)))
+reveal_type(AsymmetricLoss())
+reveal_type(MultiLabelEvaluator().compute())
+timm_mldecoder.no_such_name
+"""
+
+
+def test_a_type_checker_sees_the_types_of_public_names(tmp_path):
+    api = pytest.importorskip('mypy.api')
+    (tmp_path / 'consumer.py').write_text(CONSUMER)
+    config = ['--config-file', str(ROOT / 'pyproject.toml'), '--cache-dir', str(ROOT / '.mypy_cache')]
+    printed, errors, _ = api.run([str(tmp_path / 'consumer.py'), *config])
+    assert not errors
+    types = re.findall(r'Revealed type is "(.*)"', printed)
+    assert [name.rpartition('.')[2].replace('builtins.', '') for name in types] == [
+        'float', 'Path | None', 'dict[str, Any]', 'MLDecoder', 'Tensor]', 'AsymmetricLoss', 'OrderedDict[str, float]',
+    ], printed  # fmt: skip
+    assert re.findall(r'error: (.*?)  \[', printed) == ['Module has no attribute "no_such_name"'], printed

@@ -12,7 +12,7 @@ import timm
 import torch
 from image_folders import write_images
 from PIL import Image
-from runs import build, fit, last, summary
+from runs import build, call, fit, last, summary
 from torch.utils.data import default_collate
 
 import train
@@ -174,3 +174,12 @@ def test_entries_of_the_pretrained_configuration_are_replaced(tmp_path):
         found = run.state.task.get_trainable_module()
         assert torch.equal(found.conv1[0].weight, model.conv1[0].weight)
         assert torch.equal(found.fc.weight, model.fc.weight) == same, 'without the entry the classifier is new'
+
+
+def test_streams_have_workers_on_several_ranks_too(tmp_path):
+    pytest.importorskip('webdataset')
+    shards = write_shards(tmp_path / 'shards', lambda index: {'cls': str(index % 3).encode()})
+    flags = [shards, '--dataset', 'wds/small', *SMALL, '-j', '1', '--output', tmp_path, '--experiment', 'run']
+    process = call('train.py', *flags, processes=2)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1']

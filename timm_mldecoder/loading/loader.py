@@ -8,6 +8,7 @@ then be over other images than requested.)
 import csv
 import io
 import logging
+import multiprocessing
 import multiprocessing.connection
 import os
 import threading
@@ -21,6 +22,7 @@ from timm.data import AugMixDataset, ImageDataset, Mixup
 from timm.data.loader import PrefetchLoader
 from timm.data.loader import _worker_init as seed_worker
 from timm.data.naflex_loader import NaFlexPrefetchLoader
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -85,6 +87,9 @@ class StrictImageDataset(ImageDataset):
 def strict(dataset: Dataset) -> Dataset:
     """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
     if type(dataset) is not ImageDataset:
+        for count in vars(getattr(dataset, 'reader', dataset)).values():
+            if isinstance(count, SharedCount):  # the epoch, which workers started by a server take over too
+                count.shared_epoch = multiprocessing.get_context('spawn').Value('i', count.value)
         return dataset
     settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
     return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})

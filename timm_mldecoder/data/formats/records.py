@@ -210,7 +210,8 @@ def _first_of_shards(reader: Any) -> Target:
     key = reader.target_key or reader.split_info.alt_label
     try:
         with tarfile.open(os.path.join(reader.root, reader.split_info.filenames[0])) as tar:
-            member = next(member for member in tar if member.name.endswith('.json' if key else '.cls'))
+            suffix = '.json' if key else '.cls'
+            member = next(member for member in tar if member.isfile() and member.name.endswith(suffix))
             file: Any = tar.extractfile(member)
             content = file.read().decode()
         if key:
