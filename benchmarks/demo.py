@@ -37,6 +37,7 @@ PUBLISHED = """\
 | VGG-19 fine-tuned on a GPU, Deitsch et al. | 88.42 | | | |"""
 PROBE = shlex.split("""
     --test-split test --crop-pct 1 --crop-mode squash -b 32 -j 2 --device cpu --channels-last --lrs 3e-4,1e-3,3e-3
+    --tuning-seeds 1
 """)
 SMALL = shlex.split('--model test_resnet --model-kwargs output_stride=8 --in-chans 1 --mean 0.5 --std 0.5')
 
@@ -62,10 +63,14 @@ def probe(folder: Path, name: str, *flags: str | Path) -> dict:
     return json.loads((folder / f'{name}_heads' / 'results.json').read_text())
 
 
+def _epochs(options: argparse.Namespace) -> list[str]:
+    return ['--epochs', str(options.epochs), '--val-interval', str(options.epochs)]  # the last one chooses
+
+
 def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on the cells, and show where the best attention head looks."""
     flags = [*backbone, '--img-size', str(options.size), '--heads', options.heads, '--seeds', str(options.seeds)]
-    results = probe(folder, 'solar', *flags, '--epochs', str(options.epochs))
+    results = probe(folder, 'solar', *flags, *_epochs(options))
     print(PUBLISHED)
     decoders = {label: row for label, row in results['heads'].items() if label.startswith('ml_decoder')}
     if not decoders:
@@ -107,7 +112,7 @@ def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 
 
 def digits(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on scenes of several digits."""
-    heads = ['--heads', options.heads, '--seeds', str(options.seeds), '--epochs', str(options.epochs)]
+    heads = ['--heads', options.heads, '--seeds', str(options.seeds), *_epochs(options)]
     probe(folder, 'scenes', '--dataset', 'csv', '--task', 'multilabel', *backbone, *heads)
 
 

@@ -116,6 +116,31 @@ def test_the_range_of_rates_is_extended_while_the_best_one_is_at_its_end(scenes,
     assert plain['runs'] == results['runs'][: len(plain['runs'])]
 
 
+def test_some_seeds_choose_the_rate_and_the_others_are_trained_at_it(scenes, tmp_path):
+    flags = multilabel(scenes, *SMALL, *shlex.split('--heads max,ml_decoder_small:dim=16 --lrs 1e-3,1e-2 --seeds 3'))
+    results = run(*flags, '--tuning-seeds', 1, '--test-split', 'test', output=tmp_path)
+    whole = run(*flags, '--test-split', 'test', output=tmp_path, name='whole')
+    everything = {(each['head'], each['lr'], each['seed']): each for each in whole['runs']}
+    assert len(everything) == 12 and len(results['runs']) == 8
+    for each in results['runs']:  # the runs are those of the whole grid
+        expected = everything[each['head'], each['lr'], each['seed']]
+        assert each['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    for label, row in results['heads'].items():
+        tried = {
+            each['lr']: each['metrics']['1']['map']
+            for each in results['runs']
+            if (each['head'], each['seed']) == (label, 0)
+        }
+        assert row['lr'] == max(tried, key=tried.get) and len(row['scores']) == 3
+        assert {each['seed'] for each in results['runs'] if (each['head'], each['lr']) == (label, row['lr'])} == {
+            0,
+            1,
+            2,
+        }
+    with pytest.raises(ValueError, match='--tuning-seeds 4 is more than --seeds 3'):
+        run(*flags, '--tuning-seeds', 4, output=tmp_path, name='more')
+
+
 def test_one_class_per_image(images, tmp_path, capsys):
     results = run(images, *FAST, '--heads', 'max,logsumexp', output=tmp_path)
     assert results['metric'] == 'top1' and results['split'] == 'validation'

@@ -64,6 +64,7 @@ class ProbeOptions(NamedTuple):
     rates: list[float]  # learning rates, in increasing order
     further: int  # rates beyond an end of these that a head may get
     seeds: int
+    tuning_seeds: int  # the first ones, whose runs choose the rate; the others are trained at it
     test_split: str  # split that the chosen runs are scored on; empty for none
     augment: bool  # whether training images are augmented
     cache: str  # folder of cached features; empty for none
@@ -109,7 +110,10 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
         raise ValueError(f'--extend-lrs {own.further} needs at least two rates in --lrs')
     if not train.val_split:
         raise ValueError('--val-split: a probe chooses learning rates on a validation split; give one')
-    return ProbeOptions(train, **{**vars(own), 'heads': heads, 'shard': own.shard or 1024})
+    tuning = own.seeds if own.tuning_seeds is None else own.tuning_seeds
+    if tuning > own.seeds:
+        raise ValueError(f'--tuning-seeds {tuning} is more than --seeds {own.seeds}')
+    return ProbeOptions(train, **{**vars(own), 'heads': heads, 'tuning_seeds': tuning, 'shard': own.shard or 1024})
 
 
 def _head(text: str) -> HeadSpec:
@@ -158,6 +162,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add('--extend-lrs', dest='further', type=number(int, '[0, 100]'), default=0, metavar='N', help='further rates, at '
         'most N, of each head whose best rate is at an end of --lrs (default: %(default)s)')  # fmt: skip
     add('--seeds', type=seeds, default=3, help='seeds of initialization and dropout (default: %(default)s)')
+    add('--tuning-seeds', type=seeds, metavar='N', help='the first N seeds choose the rate, the others are '
+        'trained at the best one alone (default: all choose)')  # fmt: skip
     add('--test-split', default='', help='split that the runs chosen on the validation split are scored on')
     add('--augment', action='store_true', help='augment training images as train.py does')
     add('--cache', default='', metavar='FOLDER', help='write features there once, and read them from there')

@@ -68,6 +68,7 @@ def collect(
         'split': options.test_split or options.train.val_split,
         'chosen_on': options.train.val_split,
         'seeds': options.seeds,
+        'tuning_seeds': options.tuning_seeds,
         'epochs': options.train.epochs,
         'feature_seconds': read_seconds,
         'heads': heads,

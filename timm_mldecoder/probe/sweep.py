@@ -101,7 +101,8 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     backbone = Backbone(model, create_autocast(train, world.device))
     words = training_words(train, splits['train']) if train.word_embeddings else {}
 
-    runs = [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in range(options.seeds)]
+    tuning = range(options.tuning_seeds)
+    runs = [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in tuning]
     loss = create_train_loss(train, splits['train'])
     trainer = Trainer(
         train,
@@ -127,10 +128,17 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
             trainer.train(sources['train'], len(splits['train']), score)
             trainer.share()
             choices = choose(runs, train.eval_metric)
-            trainer.begin(further_runs(choices, options.rates, options.further, options.seeds))
+            trainer.begin(further_runs(choices, options.rates, options.further, options.tuning_seeds))
             for spec, rate in dict.fromkeys((run.spec.label, run.rate) for run in trainer.runs):
                 _logger.info(f'{spec}: the best learning rate is at an end of the range, trying {rate:g}')
             runs += trainer.runs
+        if options.tuning_seeds < options.seeds:
+            for choice in choices:
+                choice.runs.extend(Run(choice.spec, choice.rate, seed) for seed in range(len(tuning), options.seeds))
+            trainer.begin([run for choice in choices for run in choice.runs[len(tuning) :]])
+            runs += trainer.runs
+            trainer.train(sources['train'], len(splits['train']), score)
+            trainer.share()
     test = None
     if options.test_split:
         chosen = [run for choice in choices for run in choice.runs]
