@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,11 +54,12 @@ def run(command: str, *flags: str | Path) -> None:
         raise SystemExit(f'{command} ended with {code}')
 
 
-def probe(folder: Path, name: str, *flags: str | Path) -> dict:
+def probe(folder: Path, name: str, pixels: int, *flags: str | Path) -> dict:
     """Compare heads on a dataset of `folder`, print the table and return the results."""
     begin = time.perf_counter()
-    places = ['--output', folder, '--experiment', f'{name}_heads', '--cache', folder / f'{name}_features']
-    run('probe', folder / name, *PROBE, *places, *flags)
+    shutil.rmtree(folder / f'{name}_heads', ignore_errors=True)  # of an earlier demo; the features are used again
+    places = ['--output', folder, '--experiment', f'{name}_heads', '--cache', folder / f'{name}_features_{pixels}']
+    run('probe', folder / name, *PROBE, '--img-size', str(pixels), *places, *flags)
     seconds = time.perf_counter() - begin
     print(f'\n### {name}, {seconds:.0f} s\n\n{(folder / f"{name}_heads" / "results.md").read_text().strip()}')
     return json.loads((folder / f'{name}_heads' / 'results.json').read_text())
@@ -69,8 +71,8 @@ def _epochs(options: argparse.Namespace) -> list[str]:
 
 def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     """Compare heads on the cells, and show where the best attention head looks."""
-    flags = [*backbone, '--img-size', str(options.size), '--heads', options.heads, '--seeds', str(options.seeds)]
-    results = probe(folder, 'solar', *flags, *_epochs(options))
+    flags = [*backbone, '--heads', options.heads, '--seeds', str(options.seeds), *_epochs(options)]
+    results = probe(folder, 'solar', options.size, *flags)
     print(PUBLISHED)
     decoders = {label: row for label, row in results['heads'].items() if label.startswith('ml_decoder')}
     if not decoders:
@@ -110,10 +112,17 @@ def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 
     sheet.save(picture)
 
 
-def digits(folder: Path, backbone: list, options: argparse.Namespace) -> None:
+def digits(folder: Path, backbone: list, pixels: int, options: argparse.Namespace) -> None:
     """Compare heads on scenes of several digits."""
     heads = ['--heads', options.heads, '--seeds', str(options.seeds), *_epochs(options)]
-    probe(folder, 'scenes', '--dataset', 'csv', '--task', 'multilabel', *backbone, *heads)
+    name = f'scenes_{options.scenes}'  # a cache of features is for one number of them
+    if not (folder / name).exists():
+        scenes = dict(size=64, sides=(10, 20), max_digits=4, clutter=4)
+        write_digit_scenes(
+            part := folder / f'{name}.part', options.scenes, options.scenes // 2, options.scenes, **scenes
+        )
+        part.rename(folder / name)
+    probe(folder, name, pixels, '--dataset', 'csv', '--task', 'multilabel', *backbone, *heads)
 
 
 def small_backbone(folder: Path) -> list:
@@ -125,7 +134,7 @@ def small_backbone(folder: Path) -> list:
     """)]  # fmt: skip
     if not (folder / 'backbone' / 'model_best.pth.tar').is_file():
         run('train', folder / 'digits', *flags, '--output', folder, '--experiment', 'backbone')
-    return ['--initial-checkpoint', folder / 'backbone' / 'model_best.pth.tar', '--in-chans', '1', '--img-size', '64']
+    return ['--initial-checkpoint', folder / 'backbone' / 'model_best.pth.tar', '--in-chans', '1']
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -140,17 +149,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--scenes', type=int, default=400, help='training scenes of digits (default: 400)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    scenes = dict(size=64, sides=(10, 20), max_digits=4, clutter=4)
-    write_digit_scenes(folder / 'scenes', options.scenes, options.scenes // 2, options.scenes, **scenes)
     try:
         backbone = ['--model', f'local-dir:{pictures.write("lite0", folder)}', '--pretrained']
         pictures.write('solar', folder)
     except ImportError as error:
         print(f'digits only, because the pictures or the weights are missing: {error}')
-        digits(folder, small_backbone(folder), options)
+        digits(folder, small_backbone(folder), 64, options)
         return
     solar(folder, backbone, options)
-    digits(folder, [*backbone, '--img-size', '128'], options)
+    digits(folder, backbone, 128, options)
 
 
 if __name__ == '__main__':
