@@ -233,7 +233,7 @@ def demo_rows(output):
 @pytest.mark.slow
 @needs_pictures
 def test_the_demo_prints_both_tables_and_writes_picture_and_report(tmp_path, capsys):
-    flags = '--size 64 --heads linear,ml_decoder_small --seeds 1 --epochs 1 --scenes 40'.split()
+    flags = ['--size', '64', '--heads', 'linear,ml_decoder_small', '--seeds', '1', '--epochs', '1', '--scenes', '40']
     demo.main([str(tmp_path), *flags])
     capsys.readouterr()
     demo.main([str(tmp_path), *flags])  # again: features are there, results are replaced

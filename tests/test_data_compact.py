@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from multilabel_data import write_text
+from multilabel_data import write_coco, write_text
 
 from timm_mldecoder.data import annotations, create_dataset
 from timm_mldecoder.data.formats import csv_blocks, csv_list
@@ -136,6 +136,22 @@ def test_json_lists_are_cached_too(tmp_path, monkeypatch):
         found = create_dataset('json', str(tmp_path), 'train', missing=None, instances=True).annotations
         assert content(found) == content(before) and found.instances.tolist() == [2]
     assert list((tmp_path / '.timm_mldecoder').glob('json-*/label.npy'))
+
+
+@pytest.mark.parametrize(('name', 'options'), [('coco2014', dict(instances=True)), ('coco', dict(unannotated='drop'))])
+def test_coco_files_are_cached_too(name, options, tmp_path, monkeypatch):
+    write_coco(tmp_path)
+    options['missing'] = None
+    before = create_dataset(name, str(tmp_path), 'train', **options).annotations
+    whole = create_dataset(name, str(tmp_path), 'train', missing=None).annotations
+    monkeypatch.setattr(annotations, 'CACHED', 0)
+    create_dataset(name, str(tmp_path), 'train', missing=None)  # other options are another cache
+    for _ in range(2):
+        found = create_dataset(name, str(tmp_path), 'train', **options).annotations
+        assert content(found) == content(before) != content(whole) or 'instances' in options
+        if 'instances' in options:
+            assert found.instances.tolist() == before.instances.tolist()
+    assert len(list((tmp_path / '.timm_mldecoder').glob('coco-*/label.npy'))) == 2
 
 
 def test_a_small_file_leaves_no_cache(tmp_path):

@@ -14,9 +14,10 @@ out (82,081 images for training and 40,137 for validation in 2014), as `unannota
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from timm_mldecoder.data.annotations import POSITIVE, Annotations
+from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
 from timm_mldecoder.data.text_files import normalize_name, normalize_path, warn_about_case
 
 _logger = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ def find_annotations(root: Path, split: str) -> Path:
     raise ValueError(f'{root} has no annotations of split {split!r} in COCO format; looked for {shown}')
 
 
-def _find_images(path: Path, split: str, first: str) -> Path:
+def _find_images(path: Path, names: Sequence[str], first: str) -> Path:
     """Return the folder that the file names of an annotation file are relative to, by the first of them."""
-    names = (*SPELLINGS.get(split, (split,)), path.stem.removeprefix('instances_'))
+    names = (*names, path.stem.removeprefix('instances_'))
     bases = [base for parent in (path.parent, path.parent.parent) for base in (parent, parent / 'images')]
     folders = [*bases, *(base / name for base in bases for name in names)]
     if found := next((folder for folder in folders if (folder / first).is_file()), None):
@@ -85,6 +86,17 @@ def read_coco(
         path = root / 'annotations' / f'instances_{folder}.json'
         if not path.is_file():
             raise ValueError(f'{path} is missing: unpack the annotations of COCO {year} into {root}')
+    home = root if root.is_dir() else root.parent
+
+    def build() -> Annotations:
+        return _read(home, path, folder, SPELLINGS.get(split, (split,)), instances, unannotated)
+
+    flags = [path.relative_to(home).as_posix(), folder, instances, unannotated]
+    return cached_annotations(home, 'coco', flags, [path], build)
+
+
+def _read(home: Path, path: Path, folder: str, names: Sequence[str], instances: bool, unannotated: str) -> Annotations:
+    """Read an annotation file; images are in `folder` or, if that is empty, where the split's `names` lead to."""
     try:
         content = json.loads(path.read_bytes())
         categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
@@ -94,9 +106,8 @@ def read_coco(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
 
-    if year is None and files:
-        images = _find_images(path, split, next(iter(files.values())))
-        folder = os.path.relpath(images, root if root.is_dir() else root.parent)
+    if not folder and files:
+        folder = os.path.relpath(_find_images(path, names, next(iter(files.values()))), home)
     class_names = list(dict.fromkeys(categories.values()))
     _log_merged(categories, path)
     warn_about_case(class_names, path)
