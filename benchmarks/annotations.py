@@ -1,6 +1,6 @@
 """Seconds and memory to read CSV annotations: the first time, and from the cache of compact arrays.
 
-    python -m benchmarks.annotations [--images 1000000] [--labels 3] [--classes 500]
+    python -m benchmarks.annotations [--images 1000000] [--labels 3] [--classes 500] [--only pyarrow cache]
 
 Each reader has a process of its own. Seconds are of the processor; peak memory is what the process holds more than
 before, at its peak, with `import pyarrow`. Private memory is what a process that uses every label holds afterwards and
@@ -31,17 +31,14 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--images', type=int, default=1_000_000)
     flags.add_argument('--labels', type=int, default=3, help='per image')
     flags.add_argument('--classes', type=int, default=500)
+    flags.add_argument('--only', choices=list(READERS), nargs='+', default=list(READERS), help='(default: all)')
     flags.add_argument('--folder', help='where to write the file; default: a temporary folder')
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         _write(Path(folder, 'train.csv'), args.images, args.labels, args.classes)
         rows = []
-        for label, prepare, cached in (
-            ('row by row', _rows_alone, False),
-            ('in blocks, csv module', _without_pyarrow, False),
-            ('in blocks, pyarrow', _nothing, False),
-            ('from the cache', _nothing, True),
-        ):
+        for label in args.only:
+            prepare, cached = READERS[label]
             if not cached:
                 shutil.rmtree(Path(folder, FOLDER), ignore_errors=True)
             with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
@@ -88,6 +85,15 @@ def _peak() -> float:
 def _private() -> float:
     lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith('Private')) * 1024 / MIB
+
+
+# Reader -> what prepares its process, and whether it reads the cache of the one before it.
+READERS = {
+    'rows': (_rows_alone, False),
+    'csv': (_without_pyarrow, False),
+    'pyarrow': (_nothing, False),
+    'cache': (_nothing, True),
+}
 
 
 if __name__ == '__main__':
