@@ -37,9 +37,12 @@ def find_annotations(root: Path, split: str) -> Path:
     Raises:
         ValueError: If there is none, or one file for all splits and another split than `train`.
     """
-    tried = [root / layout.format(name) for name in SPELLINGS.get(split, (split,)) for layout in LAYOUTS]
-    if found := next((path for path in tried if path.is_file()), None):
-        return found
+    names = SPELLINGS.get(split, (split,))
+    tried = [root / layout.format(name) for name in names for layout in LAYOUTS]
+    dated = [path for name in names for path in root.glob(f'annotations/instances_{name}20??.json')]  # COCO's own
+    found = [path for path in tried if path.is_file()] or dated
+    if found:
+        return found[0]
     files = [root] if root.is_file() else sorted({*root.glob('*.json'), *root.glob('annotations/*.json')})
     if len(files) == 1 and split == 'train':
         return files[0]
