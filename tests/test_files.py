@@ -269,7 +269,7 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('file,names\n' + rows(), '--path-column'),
         ('file;names\n' + rows(';'), r"got \['file', 'names'\]; --path-column"),
         ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
-        ('path,labels\nx\\0.png,cat\nx\\1.png,dog\n', r'2 of 2 images are missing .*Windows'),
+        ('path,labels\nx\\0.png,cat\nx\\9.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],
 )
 def test_broken_tables_are_one_line(text, message, tmp_path):
@@ -320,6 +320,44 @@ def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
     assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
 
 
+@pytest.mark.parametrize(
+    'path',
+    ['{}', 'x/{}', '{}.png', 'x/{}.PNG', 'x\\{}.png', 'x\\{}'],
+)
+def test_paths_of_lists_lead_to_the_files_that_they_mean(path, tmp_path, caplog):
+    write_table(tmp_path, rows('path,labels'))
+    (tmp_path / 'train.csv').write_text('path,labels\n' + ''.join(f'{path.format(n)},cat\n' for n in range(4)))
+    dataset = create_dataset('csv', str(tmp_path), 'train')
+    assert dataset.filenames() == [f'x/{n}.png' for n in range(4)] and dataset[3][1].tolist() == [1]
+    assert f'{path.format(0)} and the others are read as x/0.png' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('path;labels;;\nx/0.png;cat;;\n;;;\nx/1.png;dog;;\n', [['cat'], ['dog']]),
+        (',path,cat,dog\n0,x/0.png,1,0\n1,x/1.png,0,1\n', [['cat'], ['dog']]),
+        ('Unnamed: 0,path,cat,dog\n0,x/0.png,True,False\n1,x/1.png,FALSE,yes\n', [['cat'], ['dog']]),
+    ],
+)
+def test_what_spreadsheets_leave_behind_is_no_class(text, expected, tmp_path):
+    write_table(tmp_path, text)
+    dataset = create_dataset('csv', str(tmp_path), 'train')
+    assert dataset.class_names == ['cat', 'dog']
+    assert [[dataset.class_names[i] for i in dataset[n][1].nonzero()[:, 0]] for n in range(2)] == expected
+
+
+def test_a_list_of_a_prediction_as_excel_and_pandas_write_it(tmp_path):
+    write_table(tmp_path, 'sep=;\npath;n\nx/1.png;1\n', 'new.csv')
+    assert open_source(tmp_path / 'new.csv').names.tolist() == [b'x/1.png']
+    pandas = pytest.importorskip('pandas')
+    frame = pandas.DataFrame(dict(id=[1], file=['x/1.png']))
+    frame.to_parquet(tmp_path / 'new.parquet')
+    with pytest.raises(ValueError, match=r"pass --path-column, the column of paths, of \['id', 'file'\]"):
+        open_source(tmp_path / 'new.parquet')
+    assert open_source(tmp_path / 'new.parquet', path_column='file').names.tolist() == [b'x/1.png']
+
+
 def test_the_column_of_a_list_of_a_prediction_can_be_named(tmp_path):
     write_table(tmp_path, 'tags;File\na;x/1.png\nb;x/2.png\n', 'new.csv')
     assert open_source(tmp_path / 'new.csv', path_column='file').names.tolist() == [b'x/1.png', b'x/2.png']
@@ -342,3 +380,31 @@ def test_flags_of_images_reach_the_dataset(tmp_path):
     dataset = create_split(parse_train([str(tmp_path), '--val-split', '', *flags]), 'train')
     assert dataset.reading == Reading('black', (0, 100), True)
     assert dataset[0][0].getpixel((7, 0)) == (0, 0, 0)
+
+
+def test_split_folders_count_in_any_case_and_are_no_classes(tmp_path, caplog):
+    for split in ('Train', 'VAL'):
+        for name in ('cat', 'dog'):
+            write(tmp_path / 'data' / split / name / 'x.png', Image.new('RGB', (8, 8)))
+    for split in ('train', 'validation'):
+        dataset = create_dataset('', str(tmp_path / 'data'), split)
+        assert dataset.filenames() == ['cat/x.png', 'dog/x.png']
+    with pytest.raises(ValueError, match='the folders Train, VAL are splits, not classes: give .*/data$'):
+        create_dataset('', str(tmp_path), 'train')
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(tmp_path / 'data', '.')
+    with pytest.raises(ValueError, match='the folders Train, VAL are splits, not classes: name the folder'):
+        create_dataset('', str(tmp_path / 'all.tar'), 'train')
+    write(tmp_path / 'data' / 'Train' / 'cat' / 'old' / 'x.png', Image.new('RGB', (8, 8)))
+    assert len(class_to_index(create_dataset('', str(tmp_path / 'data'), 'train'))) == 3
+    assert 'cat/old is a folder within a class, and a class of its own' in caplog.text
+
+
+@pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'dev'])
+def test_the_validation_split_of_lists_has_any_of_its_names(name, tmp_path):
+    write_table(tmp_path, 'path,labels\nx/0.png,cat\n')
+    write_table(tmp_path, 'path,labels\nx/1.png,cat\n', f'{name}.csv')
+    (tmp_path / f'{name}.json').write_text('{"classes": ["cat"], "images": [["x/2.png", ["cat"]]]}')
+    assert create_dataset('csv', str(tmp_path), 'validation').filenames() == ['x/1.png']
+    assert create_dataset('json', str(tmp_path), 'validation').filenames() == ['x/2.png']
+    assert create_dataset('json', str(tmp_path / f'{name}.json'), 'train').filenames() == ['x/2.png']

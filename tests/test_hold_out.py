@@ -10,6 +10,7 @@ from image_folders import write_images
 from multilabel_data import write_coco, write_image
 from runs import MODEL, build, call, summary
 
+import validate
 from timm_mldecoder.data import create_dataset, overlap, summarize
 from timm_mldecoder.data.hold_out import stratify
 from timm_mldecoder.flags import parse_train, parse_validate
@@ -189,6 +190,72 @@ def test_validation_of_a_checkpoint_uses_the_images_that_were_held_out(tmp_path)
     predict_main([str(flag) for flag in (*given, '--dataset', 'csv')])
     with (tmp_path / 'x.csv').open() as file:
         assert {line['image'] for line in csv.DictReader(file)} == set(held_out)
+
+
+@pytest.mark.parametrize('change', ['appended', 'sorted', 'corrected', 'deleted'])
+def test_what_was_held_out_stays_held_out_when_the_table_changes(change, tmp_path, monkeypatch, caplog):
+    table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog'] * 8)
+    monkeypatch.chdir(tmp_path)
+    flags = '--dataset csv --task multilabel --val-fraction 0.25 --epochs 1 --num-classes 2'
+    run = build('data/photos.csv', tmp_path, *flags.split())
+    held_out = set(run.eval_loader.dataset.filenames())
+    fit(run)
+    header, *rows = table.read_text().splitlines()
+    gone = sorted(held_out)[0]
+    if change == 'appended':
+        for number in range(24, 30):
+            write_image(tmp_path / 'data' / 'images' / f'{number}.png', number)
+        rows += [f'images/{number}.png,cat' for number in range(24, 30)]
+    elif change == 'sorted':
+        rows.sort(reverse=True)
+    elif change == 'corrected':
+        rows[0] = rows[0].replace('cat', 'dog')
+    else:
+        rows = [row for row in rows if not row.startswith(f'{gone},')]
+        held_out.remove(gone)
+    table.write_text('\n'.join([header, *rows]) + '\n')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')  # the path of the data is that of another working directory
+    caplog.clear()
+    given = ['../data/photos.csv', '--checkpoint', '../run/last.pth.tar', '--threshold', '0', '--device', 'cpu']
+    predict_main([*given, '-j', '0', '--out', 'x.csv', '--dataset', 'csv'])
+    with open('x.csv') as file:
+        assert {line['image'] for line in csv.DictReader(file)} == held_out
+    assert (f'1 of the {len(held_out) + 1} images that training held out are no longer there' in caplog.text) == (
+        change == 'deleted'
+    )
+    validate.main([*given[:3], '--device', 'cpu', '-j', '0', '--report', 'report'])
+    with open('report/scores.csv') as file:
+        assert {line['image'] for line in csv.DictReader(file)} == held_out
+    assert 'other data' not in caplog.text
+
+
+def test_a_new_table_is_evaluated_whole(tmp_path, capsys):
+    table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog', 'fox'] * 6)
+    flags = '--dataset csv --task multilabel --val-fraction 0.25 --epochs 1'
+    fit(build(table, tmp_path, *flags.split(), '--num-classes', '3'))
+    new = write_table(tmp_path / 'new', ['dog', 'cat', ''] * 3)
+    for given in (new, tmp_path / 'whole'):
+        if given != new:
+            given.mkdir()
+            (given / 'images').symlink_to(tmp_path / 'new' / 'images')
+            (given / 'validation.csv').write_text(new.read_text())
+        capsys.readouterr()
+        flags = ['--dataset', 'csv', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--device', 'cpu', '-j', '0']
+        validate.main(
+            [
+                str(flag)
+                for flag in (given, *flags, '--report', tmp_path / 'report', '--class-report', tmp_path / 'c.csv')
+            ]
+        )
+        with (tmp_path / 'report' / 'scores.csv').open() as file:
+            assert len(list(csv.DictReader(file))) == 9
+        with (tmp_path / 'c.csv').open() as file:
+            assert [(row['class'], row['positives']) for row in csv.DictReader(file)] == [
+                ('cat', '3'),
+                ('dog', '3'),
+                ('fox', '0'),
+            ]
 
 
 def test_other_data_is_evaluated_as_it_is(tmp_path, caplog):

@@ -183,3 +183,44 @@ def test_streams_have_workers_on_several_ranks_too(tmp_path):
     process = call('train.py', *flags, processes=2)
     assert process.returncode == 0, process.stderr[-3000:]
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1']
+
+
+def write_single(folder):
+    """A table of one class per image, as competitions have it: names without folder and suffix."""
+    rows = []
+    for number in range(24):
+        name = ('blue', 'red')[number % 2]
+        pixels = np.full((32, 32, 3), 40, np.uint8)
+        pixels[..., 2 if name == 'blue' else 0] = 200
+        path = folder / 'images' / f'{number:03}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        rows.append(f'{number:03},{name}')
+    (folder / 'labels.csv').write_text('\n'.join(['id,label', *rows]))
+    return folder / 'labels.csv'
+
+
+def test_a_table_of_one_class_per_image_trains_as_class_folders_do(tmp_path, capsys):
+    table = write_single(tmp_path / 'photos')
+    flags = [table, '--dataset', 'csv', '--path-column', 'id', '--label-column', 'label', '--val-fraction', '0.25']
+    small = (
+        '--device cpu --model test_resnet --img-size 32 -b 6 -j 0 --epochs 8 --warmup-epochs 0 --opt adamw --lr 3e-3'
+    )
+    train.main(
+        [str(flag) for flag in (*flags, *small.split(), '--no-aug', '--output', tmp_path, '--experiment', 'run')]
+    )
+    rows = summary(tmp_path / 'run')
+    assert float(rows[-1]['eval_top1']) == 100
+    capsys.readouterr()
+    validate.main([str(table), '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '--device', 'cpu', '-j', '0'])
+    assert json.loads(capsys.readouterr().out.split('--result\n')[1])['top1'] == 100
+    table.write_text(table.read_text().replace('003,red', '003,red;blue'))
+    with pytest.raises(ValueError, match=r'1 of 24 images .* exactly one class, such as images/003.jpg .*multilabel'):
+        build(table, tmp_path, *flags[1:], '--num-classes', '2')
+
+
+def test_class_folders_are_trained_with_several_labels_too(tmp_path):
+    data = write_images(tmp_path / 'data', train=4, validation=2, classes=3)
+    flags = [data, *SMALL, '--task', 'multilabel', '--output', tmp_path, '--experiment', 'run']
+    train.main([str(flag) for flag in flags])
+    assert 0 < float(summary(tmp_path / 'run')[-1]['eval_map']) <= 100

@@ -23,7 +23,7 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import Tensor
 
-from timm_mldecoder.checkpoint.files import SUFFIX
+from timm_mldecoder.checkpoint.files import BEST, LAST, SUFFIX
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
 from timm_mldecoder.checkpoint.published import (
     convert_state_dict,
@@ -95,6 +95,8 @@ PUBLISHED = dict(crop_mode='squash', crop_pct=1.0, interpolation='bilinear', mea
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert the checkpoint that the command line names."""
     arguments = vars(_parse(argv))
+    folder = arguments['file']
+    arguments['file'] = next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), folder)
     content = read_checkpoint(arguments['file'])
     if arguments['folder'].name.endswith(SUFFIX):
         if arguments['folder'].exists():
@@ -278,7 +280,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         'python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors')
+    add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors; or the folder of a run')
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: those it was ranked by)')
     add = parser.add_argument_group('checkpoints of other programs').add_argument

@@ -177,12 +177,14 @@ RUN_ENTRIES = {
                           'config.json of the folder of --model local-dir:'),
     'train_data': Entry(_optional(_train_data), 'a number of images and a digest',
                         'training images (none for a stream) and a digest of their names and labels'),
+    'held_out': Entry(_optional(_is(Tensor)), 'a tensor',
+                      'digests of the names of the images that --val-fraction held out'),
     'data_config': Entry(_data_config, "timm's data configuration", 'size, crop, normalization of evaluation images'),
 }
 # fmt: on
 
 
-OPTIONAL = {'gradient_norm', 'model_config', 'train_data'}  # older checkpoints have none
+OPTIONAL = {'gradient_norm', 'model_config', 'train_data', 'held_out'}  # older checkpoints have none
 
 
 def check_entries(content: Mapping[str, Any], path: str | Path) -> None:

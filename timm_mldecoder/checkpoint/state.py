@@ -67,6 +67,7 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     model_config: dict[str, Any] | None = None  # of the folder that `--model` names, which may move
     early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
+    held_out: Tensor | None = None  # digests of the images that `--val-fraction` held out, see `data.hold_out`
     train_data: dict[str, Any] | None = None  # number of training images and digest, see `loading.ranks.describe`
 
     def begin_epoch(self, epoch: int) -> None:
@@ -107,13 +108,14 @@ class TrainingState:
             early_stop=self.early_stop.state_dict() if self.early_stop else None,
             model_config=self.model_config,
             train_data=self.train_data,
+            held_out=self.held_out,
             data_config=data_config,
         )
         content = {
             'epoch': self.epoch - 1 if metric is not None else self.epoch,
             'arch': options.model,
             'version': VERSION,
-            'args': options.to_namespace(),
+            'args': options.with_data_path().to_namespace(),
             'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),

@@ -18,7 +18,7 @@ from timm_mldecoder.data.formats.nus_wide import read_nus_wide
 from timm_mldecoder.data.formats.open_images import read_open_images
 from timm_mldecoder.data.formats.records import check_stream, name_targets, training_split
 from timm_mldecoder.data.formats.voc import read_voc
-from timm_mldecoder.data.missing_images import apply_policy
+from timm_mldecoder.data.missing_images import apply_policy, with_paths_on_disk
 from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
 
@@ -66,7 +66,7 @@ def create_dataset(
 
     Args:
         name: One of `FORMATS` for a `MultiLabelDataset`, or `torch/stanford_cars`; timm's names are passed to timm.
-        root: Folder of the dataset; for `csv` and `coco` also one file for all splits.
+        root: Folder of the dataset; for `csv`, `json` and `coco` also one file for all splits.
         split: `train`, `validation`, or another that the format has; `val` is short for `validation`.
         is_training: Whether the images are to train on (timm's streaming readers shuffle then).
         missing: For `FORMATS`, what to do about images that are not on disk: 'error' refuses them, 'skip' leaves them
@@ -112,12 +112,13 @@ def create_dataset(
     refused = sorted(options.keys() - DATASET_OPTIONS - known)
     if refused:
         raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
-    is_table = name in ('csv', 'coco') and root is not None and Path(root).is_file()
+    is_table = name in ('csv', 'json', 'coco') and root is not None and Path(root).is_file()
     if root is None or not (Path(root).is_dir() or is_table):
         raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
     split = {'val': 'validation'}.get(split, split)
     annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
     root = os.path.dirname(root) if is_table else root
+    annotations = with_paths_on_disk(annotations, root)
     if missing is not None:
         annotations = apply_policy(annotations, root, missing)
     annotations = merge_same_files(annotations, root)

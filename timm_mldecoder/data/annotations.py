@@ -172,6 +172,11 @@ class Annotations:
         renumbered = np.array([numbers[name] for name in self.class_names], dtype=np.int64)[label]
         return Annotations(class_names, self.paths, image, renumbered, value, self.unlisted, self.instances)
 
+    def with_paths(self, paths: Sequence[str]) -> 'Annotations':
+        """The same labels of images with other paths."""
+        image, label, value = self.entries()
+        return Annotations(self.class_names, paths, image, label, value, self.unlisted, self.instances)
+
     def subset(self, images: np.ndarray) -> 'Annotations':
         """Some of the images, [N] indices, without a copy of the labels."""
         part = copy.copy(self)
@@ -213,6 +218,13 @@ def cached_annotations(
     table, folder = annotation_cache.load_or_build(root, f'{name}-{annotation_cache.digest(flags)}', files, make)
     classes = [name.decode() for name in table['classes'].tolist()]
     return Annotations.from_table(classes, table, int(table['unlisted']), folder)
+
+
+class ClassIndex:
+    """The class index of a target [C] with one positive class: a target transform for one class per image."""
+
+    def __call__(self, target: torch.Tensor) -> int:
+        return int(target.argmax())
 
 
 class MultiLabelDataset(Dataset):

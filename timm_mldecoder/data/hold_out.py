@@ -1,11 +1,17 @@
 """A validation split that is held out of the training split, with the same share of every class."""
 
+import logging
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from timm_mldecoder.data.annotations import MultiLabelDataset
 from timm_mldecoder.data.summary import shown_classes
+
+_logger = logging.getLogger(__name__)
 
 
 def stratify(image: np.ndarray, label: np.ndarray, images: int, fraction: float, seed: int) -> np.ndarray:
@@ -54,8 +60,29 @@ def stratify(image: np.ndarray, label: np.ndarray, images: int, fraction: float,
     return part == 1
 
 
-def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool) -> None:
+def name_digests(dataset: Any) -> Tensor:
+    """Return a number for the name of each image, int64 [N]: its file, or its place in records without files."""
+    try:
+        names = [str(name) for name in dataset.filenames()]
+    except (AttributeError, NotImplementedError, KeyError, TypeError):
+        names = ['None']
+    if len(names) != len(dataset) or len(set(names)) < len(names):
+        names = list(map(str, range(len(dataset))))
+    return torch.tensor(
+        [int.from_bytes(blake2b(name.encode(errors='surrogateescape'), digest_size=8).digest(), 'big', signed=True)
+         for name in names]
+    )  # fmt: skip
+
+
+def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool, known: Tensor | None = None) -> None:
     """Keep the part of a dataset that is held out for validation, or the rest.
+
+    Args:
+        dataset: The dataset, which is changed.
+        fraction: Share to hold out.
+        seed: Seed of the draw.
+        held_out: Whether to keep what is held out.
+        known: `name_digests` of the images that were held out before, in place of a draw.
 
     Raises:
         ValueError: If the dataset does not tell its labels without reading images, or a part is empty.
@@ -63,10 +90,19 @@ def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool) -> None:
     shown = shown_classes(dataset)
     if shown is None:
         raise ValueError('--val-fraction: this dataset does not tell its labels without reading images')
-    chosen = stratify(*shown, len(dataset), fraction, seed)
+    if known is None:
+        chosen = stratify(*shown, len(dataset), fraction, seed)
+    else:
+        chosen = torch.isin(name_digests(dataset), known).numpy()
+        if chosen.sum() < len(known):
+            lost = len(known) - int(chosen.sum())
+            _logger.warning(f'{lost} of the {len(known)} images that training held out are no longer there')
     kept = np.flatnonzero(chosen == held_out)
     if not len(kept):
-        raise ValueError(f'--val-fraction {fraction:g} of {len(dataset)} images leaves a split without images')
+        raise ValueError(
+            f'--val-fraction {fraction:g} of {len(dataset)} images leaves a split without images: the same share of '
+            'each class is held out, and the classes are too small; pass a larger fraction'
+        )
     if isinstance(dataset, MultiLabelDataset):
         dataset.annotations = dataset.annotations.subset(kept)
         return

@@ -4,6 +4,7 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from timm_mldecoder.data.annotations import Annotations
 _logger = logging.getLogger(__name__)
 
 POLICIES = ('error', 'skip')
+SUFFIXES_OF_LISTS = tuple(f'.{suffix}' for suffix in ['jpg', 'png', 'jpeg', 'JPG', 'PNG', 'JPEG', 'webp', 'tif', 'bmp'])
 CHUNK = 1 << 20  # paths that are Python objects at a time
 
 
@@ -36,6 +38,38 @@ def find_missing(annotations: Annotations, root: str | Path) -> np.ndarray:
     return np.array(missing, dtype=np.int64)
 
 
+def with_paths_on_disk(annotations: Annotations, root: str | Path) -> Annotations:
+    """Return annotations with the paths that the files have, where a list writes them in another way.
+
+    Lists name files without their folder or suffix, with the suffix in another case, or with the ``\\`` of Windows. One
+    change must lead to all of some files, and is then made to all paths.
+    """
+    places = np.linspace(0, max(len(annotations) - 1, 0), min(8, len(annotations))).astype(int)
+    some = [annotations.path(index) for index in places]
+    home = Path(root or '.')
+    if not some or any((home / path).exists() for path in some):
+        return annotations
+    inner = (path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    folders = ['', *sorted(f'{name}/' for name in inner)]
+    slashes = ('\\', '/') if any('\\' in path for path in some) else ('', '')
+    for folder in folders[:100]:
+        for suffix in ('', *SUFFIXES_OF_LISTS, str.lower, str.upper):
+
+            def change(path: str, folder: str = folder, suffix: Any = suffix) -> str:
+                path = path.replace(*slashes) if slashes[0] else path
+                if callable(suffix):
+                    stem, dot, end = path.rpartition('.')
+                    path = f'{stem}{dot}{suffix(end)}'
+                else:
+                    path += suffix
+                return folder + path
+
+            if all((home / change(path)).is_file() for path in some):
+                _logger.warning(f'{root or "."}: {some[0]} and the others are read as {change(some[0])}')
+                return annotations.with_paths([change(annotations.path(index)) for index in range(len(annotations))])
+    return annotations
+
+
 def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Annotations:
     """Check once that the images are there.
 
@@ -57,9 +91,9 @@ def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Ann
     summary += ', ...' if len(missing) > 3 else ''
     if '\\' in annotations.path(missing[0]):
         raise ValueError(f'{summary}; they are written with the \\ of Windows: replace it by / in the list')
+    if len(missing) == len(annotations):
+        raise ValueError(f'{summary}; paths are relative to the folder of the list')
     if policy == 'error':
         raise ValueError(f'{summary}; --missing-images skip leaves them out')
-    if len(missing) == len(annotations):
-        raise ValueError(f'{summary}; no image is left')
     _logger.warning(f'{summary}; left out')
     return annotations.subset(np.setdiff1d(np.arange(len(annotations)), missing, assume_unique=True))

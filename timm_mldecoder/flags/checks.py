@@ -87,7 +87,9 @@ def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
     for name, row in rows.items():
         row.check(options[name], options.flag(name), options.data_dir)
     check_patches(options, rows)
-    for problem in chain(_problems_of_overlay(options, rows), _problems_of_both(options, rows)):
+    for problem in chain(
+        _problems_of_overlay(options, rows), _problems_of_both(options, rows), _problems_of_size(options)
+    ):
         raise ValueError(problem)
     for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
         raise ValueError(problem)
@@ -382,6 +384,11 @@ def _problems_of_distillation(o: Options) -> Iterator[str]:
         )
     if o.kd_distill_type == 'token' and o.torchscript:
         yield '--kd-distill-type token does not work with --torchscript, which has the mean of both classifiers only'
+
+
+def _problems_of_size(o: Options) -> Iterator[str]:
+    if o.in_chans is not None and o.input_size and o.in_chans != o.input_size[0]:
+        yield f'--in-chans {o.in_chans} contradicts the first number of --input-size {" ".join(map(str, o.input_size))}'
 
 
 def _problems_of_validate(o: Options) -> Iterator[str]:

@@ -99,6 +99,8 @@ def as_arguments(row: Flag, value: Any) -> list[str]:
 
 
 def _as_text(row: Flag, value: Any) -> str:
+    if isinstance(value, bool) and row.choices and {0, 1} == {*row.choices}:
+        return str(int(value))
     if value is None or isinstance(value, (bool, list, tuple, dict)):
         raise ValueError(f'expects a value of type {row.type.__name__}, got {value!r}')
     return str(value)

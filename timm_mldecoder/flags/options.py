@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
@@ -68,6 +69,10 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of all options, which the caller may change."""
         return copy.deepcopy(self._values)
+
+    def with_data_path(self) -> 'Options':
+        """The options with the full path of the dataset, as checkpoints and `args.yaml` keep it."""
+        return self.replace(data_dir=os.path.abspath(self.data_dir)) if self.data_dir else self
 
     def to_namespace(self) -> Namespace:
         """The options as checkpoints store them and as timm's helpers take them."""

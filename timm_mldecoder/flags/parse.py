@@ -82,13 +82,15 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     kept = options.given | (_PRECISION if options.given & {'amp', 'model_dtype'} else set())
     rows = flags('validate')
     names = {name for name, row in rows.items() if row.inherited and name in trained} - kept
-    if _real(options.data_dir) != _real(trained.get('data_dir')):
+    if not same_data(options, trained):
         names -= _OF_DATA
-        if (fraction := trained.get('val_fraction')) and 'val_fraction' not in kept:
+        if options.data_dir and (fraction := trained.get('val_fraction')) and 'val_fraction' not in kept:
             _logger.warning(
                 f'trained with --val-fraction {fraction:g} of {trained.get("data_dir")}; {options.data_dir} is other '
                 'data and evaluated as it is: pass the flag if it is the same'
             )
+    elif 'split' not in kept and trained.get('val_split'):
+        options = options.replace(split=trained['val_split'])
     options = options.replace(**{name: trained[name] for name in names})
     check_task(options)
     check_patches(options, rows)
@@ -96,8 +98,10 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
 
 
-def _real(data_dir: str | None) -> str:
-    return os.path.realpath(data_dir or '')
+def same_data(options: Options, trained: Mapping[str, Any]) -> bool:
+    """Whether options name the dataset of a training run, by the file or folder that both mean."""
+    given, then = options.data_dir or '', trained.get('data_dir') or ''
+    return bool(given and then) and os.path.realpath(given) == os.path.realpath(then)
 
 
 def warn_no_effect(options: Options, script: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import MultiLabelTarget
-from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data import (
     FORMATS,
     TIMM_FOLDERS,
@@ -24,10 +24,10 @@ from timm_mldecoder.data import (
     overlap,
     summarize,
 )
-from timm_mldecoder.data.annotations import POSITIVE
+from timm_mldecoder.data.annotations import POSITIVE, ClassIndex
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
-from timm_mldecoder.data.formats.class_folders import class_name
+from timm_mldecoder.data.formats.class_folders import EVALUATION, TRAINING, class_name, split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS, SPELLINGS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
@@ -36,10 +36,12 @@ from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options, scores_both
+from timm_mldecoder.flags.parse import same_data
 from timm_mldecoder.loading.loader import strict
 
 _logger = logging.getLogger(__name__)
 
+ONE_FILE = ('csv', 'json', 'coco')  # formats of which one file may hold all images
 RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')
 HIDDEN = ('__MACOSX', '__pycache__', '@eaDir', 'lost+found')  # folders that systems leave behind
@@ -78,6 +80,7 @@ def create_split(
     repeats: float = 0,
     missing: str | None = 'error',
     load_bytes: bool = False,
+    known: Tensor | None = None,
 ) -> Any:
     """Create the dataset of one split.
 
@@ -87,6 +90,7 @@ def create_split(
         repeats: Passes over a stream per epoch.
         missing: 'error' or 'skip' at images that are annotated but not on disk; None does not check.
         load_bytes: Whether the transform takes the bytes of image files.
+        known: Digests of the images that `--val-fraction` held out of a training run; None draws them.
 
     Raises:
         ValueError: If the data is missing, or does not fit the task.
@@ -149,12 +153,13 @@ def create_split(
             _logger.warning(f'{options.data_dir}: --task multilabel, and class folders have one class per image')
     own = isinstance(dataset, MultiLabelDataset)
     if own and not multilabel:
-        raise ValueError(f'--dataset {options.dataset} has several classes per image: pass --task multilabel')
+        _check_one_class(options.dataset, dataset)
+        dataset.target_transform = ClassIndex()
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
         classes: Any = options.num_classes or len(class_to_index(dataset) or ()) or None
-        dataset.target_transform = MultiLabelTarget(classes, dense=options.target_format == 'multihot')
+        dataset.target_transform = _SeveralClasses(classes, dense=options.target_format == 'multihot')
     if held_out is not None:
-        hold_out(dataset, options.val_fraction, options.split_seed, held_out)
+        hold_out(dataset, options.val_fraction, options.split_seed, held_out, known)
     if training and options.partial_labels:
         if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
@@ -166,6 +171,27 @@ def create_split(
     if options.class_split:
         _select_classes(options, dataset, training)
     return dataset
+
+
+class _SeveralClasses(MultiLabelTarget):
+    """timm's target of several classes, which a reader of one class per image may give as a number."""
+
+    def __call__(self, target: Any) -> Tensor:
+        return super().__call__([target] if isinstance(target, (int, np.integer)) else target)
+
+
+def _check_one_class(name: str, dataset: MultiLabelDataset) -> None:
+    """Raise ValueError unless every image has exactly one class and no label to ignore."""
+    image, label, value = dataset.annotations.entries()
+    shown = np.bincount(image[value == POSITIVE], minlength=len(dataset))
+    odd = np.flatnonzero(shown != 1)
+    if len(odd) or dataset.annotations.has_ignored:
+        example = int(odd[0]) if len(odd) else 0
+        names = [dataset.class_names[index] for index in label[(image == example) & (value == POSITIVE)].tolist()]
+        raise ValueError(
+            f'--dataset {name}: {len(odd)} of {len(dataset)} images do not have exactly one class, such as '
+            f'{dataset.filename(example)} ({", ".join(names[:3]) or "none"}): pass --task multilabel'
+        )
 
 
 def _forgotten_dataset(root: Path) -> str:
@@ -199,6 +225,20 @@ def _lists_beside(root: Path, split: str, any_table: bool = True) -> str:
     return ''
 
 
+def held_out_before(options: Options, content: Mapping[str, Any]) -> Tensor | None:
+    """Return the digests of what a training run held out, if the options divide the same data in the same way.
+
+    Args:
+        options: Options of validate.py.
+        content: What the checkpoint holds.
+    """
+    if RUN not in content:
+        return None
+    trained = vars(content['args'])
+    same = all(options[name] == trained.get(name) for name in ('val_fraction', 'split_seed'))
+    return content[RUN].get('held_out') if same and same_data(options, trained) else None
+
+
 def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     """Return the split that is read for a split, and which part of it `--val-fraction` makes it, if any.
 
@@ -207,17 +247,20 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     """
     settings = options.to_dict()
     train, validation = settings.get('train_split', 'train'), settings.get('val_split', 'validation')
-    if not (options.val_fraction and validation) or split not in (train, validation, 'validation'):
-        return split, None
     root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
     kind = dataset_kind(options.dataset)
+    if not (options.val_fraction and validation) or split not in (train, validation, 'validation'):
+        if 'train_split' not in settings and kind in ONE_FILE and root.is_file() and not options.split_column:
+            _logger.info(f'{root}: all of its images')
+            return 'train', None  # nothing is trained on here
+        return split, None
     if kind not in ('csv', 'json', 'coco', 'hfds') and options.dataset not in TIMM_FOLDERS:
         raise ValueError(
             f'{flag}: only CSV, JSON and COCO files, class folders, tars and hfds/ datasets can be divided'
         )
     if kind == 'csv' and options.split_column:
         raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
-    own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *_EVAL_SYNONYM)]
+    own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *EVALUATION)]
     if kind == 'hfds':
         own = []
     elif kind == 'coco':
@@ -428,11 +471,13 @@ def _check_folder(dataset: str, root: str | None, split: str) -> None:
         raise ValueError(f'{root}: no such folder or tar file')
     if path.is_file():
         return
-    synonyms = next((names for names in (_TRAIN_SYNONYM, _EVAL_SYNONYM) if split in names), {})
-    present = {folder.name for folder in path.iterdir() if folder.is_dir()}
-    splits = present & {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
-    if splits and split not in present and not present & {*synonyms}:
-        raise ValueError(f'{root} has no folder {split!r}; it has {", ".join(sorted(splits))}')
+    present = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    splits = [name for name in present if name.lower() in (*TRAINING, *EVALUATION, 'test', 'testing')]
+    if splits and split_folder(root, split) == root:
+        raise ValueError(
+            f'{root} has no folder {split!r}; it has {", ".join(splits)}. --val-fraction 0.2 holds a part out for '
+            'validation'
+        )
 
 
 def _check_image_mode(dataset: str, mode: str, channels: int) -> None:

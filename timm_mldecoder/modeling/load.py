@@ -279,6 +279,7 @@ def load_trained(
     if not checkpoint.is_file():
         return _load_pretrained(str(source), device, use_ema)
     options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
+    options = options.replace(data_dir='')  # no data is read
     trained = load_model(options, content)
     trained.model.eval().to(device)
     config = {**resolve_data_config({}, model=trained.model), **trained.data_config}

@@ -22,6 +22,7 @@ import torch
 from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
+from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data import FORMATS, create_dataset
 from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.distributed.world import World, join_world
@@ -30,7 +31,7 @@ from timm_mldecoder.flags import validate_options
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.flags.parse import inherit
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.datasets import create_split
+from timm_mldecoder.loading.datasets import create_split, held_out_before
 from timm_mldecoder.loading.loader import Placement
 from timm_mldecoder.loading.ranks import check_rank_names
 from timm_mldecoder.modeling.classes import set_classes
@@ -39,7 +40,7 @@ from timm_mldecoder.predict.parts import Parts, fingerprint
 from timm_mldecoder.predict.pictures import draw_pictures
 from timm_mldecoder.predict.predictor import Predictor, predict
 from timm_mldecoder.predict.sources import SourceDataset, dataset_source, open_source
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import RunFailed, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +61,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
     predictor = load_predictor(arguments, world.device)
     outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
     if arguments.dataset:
-        source = dataset_source(_open_dataset(arguments, predictor.run_flags), arguments.images)
+        source = dataset_source(_open_dataset(arguments, predictor.content), arguments.images)
     else:
         source = open_source(arguments.images, outputs, arguments.path_column or '')
     check_rank_names(world, source.names, predictor.class_names)
@@ -107,21 +108,27 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         errors = parts.finish()
         found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
+        if errors == len(dataset):
+            raise RunFailed(
+                f'none of the {errors} images could be read, such as {dataset.filename(0)}: {parts.errors} says why. '
+                'Paths of a list are relative to its folder, with /; --path-column names their column'
+            )
 
 
-def _open_dataset(arguments: argparse.Namespace, trained: Mapping[str, Any] | None) -> Any:
+def _open_dataset(arguments: argparse.Namespace, content: Mapping[str, Any]) -> Any:
     """Open the split of a dataset; that of the training run with its columns, and divided as it was."""
     names = ('path_column', 'label_column', 'label_separator', 'split_column')
     columns = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if trained is None:
+    if RUN not in content:
         return create_dataset(arguments.dataset, str(arguments.images), arguments.split, **columns)
     options = validate_options(
         data=str(arguments.images), dataset=arguments.dataset, checkpoint=str(arguments.checkpoint), **columns
     )
-    options = inherit(options, trained).replace(class_map='', class_split='')  # the labels are not used
+    # the labels are not used
+    options = inherit(options, vars(content['args'])).replace(class_map='', class_split='')
     if arguments.dataset in FORMATS:
         options = options.replace(task='multilabel')
-    return create_split(options, arguments.split)
+    return create_split(options, arguments.split, known=held_out_before(options, content))
 
 
 def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.precision import float32_logits
@@ -57,7 +56,7 @@ class Predictor:
         compiled: bool = False,
     ) -> None:
         self.model = trained.model
-        self.run_flags = vars(trained.content['args']) if RUN in trained.content else None  # those of its training run
+        self.content = trained.content
         self.data_config = trained.data_config
         self.image_mode = trained.image_mode
         self.reading = Reading.of(trained.options)

@@ -122,19 +122,21 @@ def dataset_source(dataset: Any, root: Path) -> Source:
 def _read_csv(path: Path, path_column: str) -> list[str]:
     """Paths of a list, separated as tables are: of the column `path` or the one named, else of the first column."""
     wanted, first = normalize_name(path_column).lower() or 'path', {}
-    for delimiter in DELIMITERS:
-        first[delimiter] = next((row for _, row in read_rows(path, delimiter)), [])
+    _, start = next(read_rows(path), (1, ['']))
+    excel = start[0].strip().lower().startswith('sep=')
+    for delimiter in [','.join(start).strip()[4:5] or '\t'] if excel else DELIMITERS:
+        first[delimiter] = next((row for _, row in read_rows(path, delimiter, int(excel))), [])
         header = [normalize_name(name).lower() for name in first[delimiter]]
         if wanted in header:
             column, titled = header.index(wanted), True
             break
     else:
-        delimiter, column = max(DELIMITERS, key=lambda delimiter: len(first[delimiter])), 0
+        delimiter, column = max(first, key=lambda delimiter: len(first[delimiter])), 0
         if path_column:
             raise ValueError(f'{path}: no column {path_column!r}; the first line is {first[delimiter]}')
         # a title is no image: `file`, `Filename`
         titled = bool(first[delimiter]) and not is_image(first[delimiter][0].strip())
-    rows = [row for _, row in read_rows(path, delimiter)]
+    rows = [row for _, row in read_rows(path, delimiter, int(excel))]
     return [row[column].strip() for row in rows[titled:] if len(row) > column and row[column].strip()]
 
 
@@ -142,7 +144,10 @@ def _read_parquet(path: Path, path_column: str) -> list[str]:
     table = parquet_module(str(path)).read_table(path)
     if path_column and path_column not in table.column_names:
         raise ValueError(f'{path}: no column {path_column!r}, of {table.column_names}')
-    return table.column(path_column or ('path' if 'path' in table.column_names else 0)).to_pylist()
+    names = table.column(path_column or ('path' if 'path' in table.column_names else 0)).to_pylist()
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: pass --path-column, the column of paths, of {table.column_names}')
+    return names
 
 
 def parquet_module(what: str) -> Any:

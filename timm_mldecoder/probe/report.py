@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from timm_mldecoder.checkpoint.folders import folder_config
 from timm_mldecoder.checkpoint.schema import RUN, VERSION, check_entries
@@ -146,6 +147,7 @@ def write_checkpoint(
     config: DataConfig,
     class_names: list[str] | None,
     words: dict[str, Any],
+    held_out: Tensor | None = None,
 ) -> None:
     """Write the backbone and the head of a run as a checkpoint of train.py.
 
@@ -171,7 +173,9 @@ def write_checkpoint(
         'optimizer': {},
         'metric': score,
         'saver': {'checkpoint_files': [], 'best_metric': score, 'metric': options.eval_metric},
-        'args': checkpoint_options(options, run, num_classes, model.ml_decoder_features, words).to_namespace(),
+        'args': checkpoint_options(options, run, num_classes, model.ml_decoder_features, words)
+        .with_data_path()
+        .to_namespace(),
         RUN: {
             'epoch': options.epochs,
             'batch': 0,
@@ -187,6 +191,7 @@ def write_checkpoint(
             'optimizer_generator': None,
             'early_stop': None,
             'model_config': folder_config(options.model) or None,
+            'held_out': held_out,
             'data_config': dict(config),
         },
     }

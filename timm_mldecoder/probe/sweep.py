@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data.hold_out import name_digests
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
@@ -158,6 +159,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
                 config=config,
                 class_names=names,
                 words=words if choice.spec.name in TEXT_HEADS else {},
+                held_out=name_digests(splits['validation']) if train.val_fraction else None,
             )
     world.barrier()
     if not world.primary:
@@ -196,9 +198,9 @@ def _create_backbone(options: Options) -> tuple[Any, Options, DataConfig]:
 def _create_splits(options: ProbeOptions, world: World) -> dict[str, Any]:
     train = options.train
     splits = {'train': create_split(train, train.train_split, training=True, missing=train.missing_images)}
-    splits['validation'] = create_split(train, train.val_split)
+    splits['validation'] = create_split(train, train.val_split, missing=train.missing_images)
     if options.test_split:
-        splits['test'] = create_split(train, options.test_split)
+        splits['test'] = create_split(train, options.test_split, missing=train.missing_images)
     check_ranks(world, splits)
     for role, dataset in splits.items():
         if isinstance(dataset, IterableDataset):

@@ -23,6 +23,7 @@ from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.data.crops import image_sizes, lost_share
+from timm_mldecoder.data.hold_out import name_digests
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
@@ -126,7 +127,9 @@ def build_run(options: Options, world: World) -> Run:
 
     # folder, state, resume
     folder, made = _create_folder(options, model, world)
-    written = yaml.safe_dump({name: value for name, value in options.to_dict().items() if name != 'config'})
+    written = yaml.safe_dump(
+        {name: value for name, value in options.with_data_path().to_dict().items() if name != 'config'}
+    )
     source = _resume_source(options, world, folder, written)
     run = Run(
         options=options,
@@ -313,6 +316,7 @@ def _create_state(
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model.stored,
         train_data=describe(data.train),
+        held_out=name_digests(data.validation) if options.val_fraction and data.validation is not None else None,
     )
 
 
@@ -329,7 +333,9 @@ def _create_splits(options: Options, world: World) -> Data:
     if not options.val_split:
         check_ranks(world, {options.train_split: train})
         return Data(train, None)
-    validation = create_split(options, options.val_split, num_samples=options.val_num_samples)
+    validation = create_split(
+        options, options.val_split, num_samples=options.val_num_samples, missing=options.missing_images
+    )
     log_summary(options.val_split, validation)
     check_ranks(world, {options.train_split: train, options.val_split: validation})
     if not options.class_split:

@@ -31,6 +31,7 @@ from timm_mldecoder.loading.datasets import (
     check_classes,
     class_to_index,
     create_split,
+    held_out_before,
     use_classes_of,
 )
 from timm_mldecoder.loading.naflex import patch_format
@@ -56,7 +57,13 @@ def score_model(options: Options, world: World) -> Result:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     read_threshold_metric(options.threshold_metric)
     warn_no_effect(options, 'validate')
-    dataset = create_split(options, options.split, num_samples=options.num_samples, load_bytes=options.tf_preprocessing)
+    dataset = create_split(
+        options,
+        options.split,
+        num_samples=options.num_samples,
+        load_bytes=options.tf_preprocessing,
+        known=held_out_before(options, content),
+    )
     own_names = options.class_map or options.valid_labels or has_text_queries(options)
     trained = [] if own_names else content.get('class_names') or []
     use_classes_of(dataset, trained)

@@ -4,6 +4,7 @@ timm reads png, jpg and jpeg alone, takes hidden folders such as `.ipynb_checkpo
 of one name in different places into one class.
 """
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from timm.data import ImageDataset
-from timm.data.dataset_factory import _search_split
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -20,6 +21,23 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm_mldecoder.data.class_order import sort_key
 from timm_mldecoder.data.images import SUFFIXES, find_images, is_image, log_ignored
 from timm_mldecoder.data.text_files import normalize_name
+
+_logger = logging.getLogger(__name__)
+
+TRAINING, EVALUATION = tuple(_TRAIN_SYNONYM), tuple(_EVAL_SYNONYM)  # names of folders of a split, in timm
+SPLITS = (*TRAINING, *EVALUATION, 'test', 'testing')
+
+
+def split_folder(root: str, split: str) -> str:
+    """Return the folder of a split as timm finds it, or else in any case (`Train`, `VAL`); the root without one."""
+    found = _search_split(root, split)
+    if found != root:
+        return found
+    names = next((names for names in (TRAINING, EVALUATION) if split in names), (split.lower(),))
+    for path in sorted(Path(root).iterdir()):
+        if path.name.lower() in names and path.is_dir():
+            return os.path.join(root, path.name)
+    return root
 
 
 def class_name(folder: str) -> str:
@@ -31,7 +49,14 @@ def class_name(folder: str) -> str:
 def check_leaves(where: str | os.PathLike, folders: Iterable[str]) -> None:
     """Raise ValueError if two folders with images have one class name, in either Unicode form."""
     first: dict[str, str] = {}
-    for folder in sorted(folders):
+    folders = sorted(folders)
+    for depth in (0, 1):
+        splits = {parts[depth] for folder in folders if len(parts := folder.split('/')) > depth + 1}
+        if len(splits) > 1 and all(name.lower() in SPLITS for name in splits):
+            inner = os.path.join(where, folders[0].split('/')[0]) if depth else ''
+            remedy = f'give {inner}' if depth else 'name the folder that has them, or --train-split and --val-split'
+            raise ValueError(f'{where}: the folders {", ".join(sorted(splits))} are splits, not classes: {remedy}')
+    for folder in folders:
         other = first.setdefault(class_name(folder), folder)
         if other != folder:
             raise ValueError(
@@ -48,6 +73,12 @@ class ClassFolders(ReaderImageFolder):
         names = find_images(root)
         folders = [str(PurePosixPath(name).parent) if '/' in name else '' for name in names]
         check_leaves(root, set(folders))
+        present = set(folders)
+        if inner := sorted(folder for folder in present if str(PurePosixPath(folder).parent) in present - {'', '.'}):
+            _logger.warning(
+                f'{root}: {inner[0]} is a folder within a class, and a class of its own, as in timm; move its images '
+                f'up if it is not ({len(inner)} such folders)'
+            )
         labels = [class_name(folder) for folder in folders]
         if class_map:
             known = load_class_map(class_map, root)
@@ -76,7 +107,7 @@ def create_folder_dataset(
     """timm's dataset of a folder of class folders or a tar file; see `timm.data.create_dataset`."""
     root = os.fspath(root)
     if search_split and os.path.isdir(root):
-        root = _search_split(root, split)
+        root = split_folder(root, split)
     is_tar = os.path.isfile(root) and root.lower().endswith('.tar')
     reader = (read_tar if is_tar else ClassFolders)(root, class_map or '')
     known = ('input_img_mode', 'transform', 'target_transform')

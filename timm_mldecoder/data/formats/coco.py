@@ -104,7 +104,7 @@ def _read(home: Path, path: Path, folder: str, names: Sequence[str], instances: 
         content = json.loads(path.read_bytes())
         categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
         parents = {c.get('supercategory') for c in content['categories'] if c.get('supercategory') != c['name']}
-        files = {image['id']: image['file_name'] for image in content['images']}
+        files = {image['id']: image['file_name'].replace('\\', '/') for image in content['images']}  # of Windows
         objects = [(entry['id'], entry['image_id'], entry['category_id']) for entry in content['annotations']]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error

@@ -44,7 +44,11 @@ SPLITS = {
     'validation': ('validation', 'val', 'valid', 'dev', 'eval', 'evaluation'),
     'test': ('test', 'testing'),
 }
-ONE_HOT = {'0': NEGATIVE, '0.0': NEGATIVE, '1': POSITIVE, '1.0': POSITIVE, '-1': IGNORED, '-1.0': IGNORED}
+ONE_HOT = {
+    **dict.fromkeys(('0', '0.0', 'false', 'no'), NEGATIVE),
+    **dict.fromkeys(('1', '1.0', 'true', 'yes'), POSITIVE),
+    **dict.fromkeys(('-1', '-1.0'), IGNORED),
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         _, header = next(read_rows(path, delimiter, skip), (1, []))
         best = max(best, header, key=len)
         names = [normalize_name(name).lower() for name in header]
-        if names.count(paths) != 1 or names.count(labels) > 1 or len(set(header)) < len(header):
+        titled = [name for name in names if name]  # a spreadsheet saves empty columns too
+        if names.count(paths) != 1 or names.count(labels) > 1 or len({*titled}) < len(titled):
             continue
         if delimiter != ',':
             _logger.info(f'{path}: columns are separated by {delimiter!r}')
@@ -106,6 +111,7 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         one_hot = {}
         if labels not in names and not label_column and len(names) > 2:
             others = {place, split, *columns}
+            others |= {n for n, name in enumerate(names) if not name or name.startswith('unnamed: ')}  # pandas' index
             one_hot = {n: normalize_name(name) for n, name in enumerate(header) if n not in others}
         if labels in names or one_hot:
             return Table(delimiter, skip, header, place, columns, one_hot, split)
@@ -149,6 +155,8 @@ def read_images(
     splits: Counter[str] = Counter()
     interned: dict[str, str] = {}  # one object per name, not one per row
     for line, row in rows:
+        if not any(field.strip() for field in row):
+            continue  # a row of a spreadsheet without content
         where = f'{path}, line {line}'
         for number in (table.path, *table.columns):
             check_field(row[number] if number < len(row) else '', where)
@@ -202,7 +210,7 @@ def _labels(table: Table, row: list[str], separator: str, where: str) -> Iterato
         for name in names:
             yield name, value
     for number, name in table.one_hot.items():
-        value = ONE_HOT.get(row[number].strip())
+        value = ONE_HOT.get(row[number].strip().lower())
         if value is None:
             raise ValueError(
                 f'{where}: expected 0, 1 or -1 (ignored) in the column {name!r}, got {row[number]!r}; a column of '
@@ -258,9 +266,8 @@ def _find_table(root: Path, split: str, split_column: str) -> Path:
             names = [file.name for file in found]
             raise ValueError(f'--split-column {split_column}: give the file in place of {root}, which has {names}')
         return found[0]
-    path = root / f'{split}.csv'
-    if split == 'validation' and not path.is_file() and (root / 'val.csv').is_file():
-        path = root / 'val.csv'
+    spelled = [root / f'{name}.csv' for name in SPLITS.get(split, (split,))]
+    path = next((path for path in spelled if path.is_file()), root / f'{split}.csv')
     if not path.is_file():
         raise ValueError(
             f'{path} is missing, for split {split!r}; {root} holds the splits {[file.stem for file in found]}; a file '
@@ -289,7 +296,8 @@ def read_csv(
     source = Path(class_map) if class_map else path.parent / 'classes.txt'
     listed = bool(class_map) or source.is_file()
     if not listed:
-        source = path if split_column or root.is_file() else root / 'train.csv'
+        given = path if split_column or root.is_file() else root / 'train.csv'
+        source = given if given.is_file() else path
 
     def build() -> Annotations:
         plain = _read_plain(root, path, source, listed, split_column, columns)
@@ -307,7 +315,7 @@ def _read_plain(
     """Read a file of the plain form, see `csv_blocks`; None for every other file."""
     table = _open_table(path, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
     separator = columns.get('label_separator') or SEPARATOR
-    if table.one_hot or table.split is not None or separator == LIST:
+    if table.one_hot or table.split is not None or separator == LIST or '' in table.header:
         return None
 
     def classes(names: set[str], given: set[str]) -> list[str]:
@@ -337,7 +345,12 @@ def _read_rows(
         class_names = read_names(source)
     else:
         same = source == path and (not split_column or split_name(split) == 'train')
-        train_images = images if same else read(source, 'train')
+        try:
+            train_images = images if same else read(source, 'train')
+        except ValueError as error:
+            if 'no row of the split' not in str(error):
+                raise
+            train_images = read_images(source, class_map=listed, **columns)  # splits of other names: all rows
         class_names = sorted(
             {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
         )

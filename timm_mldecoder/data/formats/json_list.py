@@ -13,21 +13,26 @@ from collections import Counter
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
+from timm_mldecoder.data.formats.csv_list import SPLITS
 from timm_mldecoder.data.text_files import normalize_name, normalize_path, read_text, warn_about_case
 
 
 def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
-    """Read `ROOT/SPLIT.json`.
+    """Read `ROOT/SPLIT.json`, or the file of all splits.
 
     Args:
         root: Folder of the dataset.
-        split: Name of the file; `validation` is also read from `val.json`.
+        split: Name of the file; `validation` is also read from `val.json` and `valid.json`.
         instances: Keep the number of objects per image and class.
 
     Raises:
         ValueError: If the file is missing or malformed, or a label is not one of the classes (naming file and entry).
     """
-    candidates = [root / f'{name}.json' for name in ([split, 'val'] if split == 'validation' else [split])]
+    if root.is_file():
+        if split != 'train':
+            raise ValueError(f'{root} is one file for all splits: pass --val-fraction 0.2')
+        return cached_annotations(root.parent, 'json', [root.name, instances], [root], lambda: _read(root, instances))
+    candidates = [root / f'{name}.json' for name in SPLITS.get(split, (split,))]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         found = sorted(file.stem for file in root.glob('*.json'))

@@ -201,7 +201,7 @@ def _of_type(features: Any, key: str) -> Target:
     while hasattr(feature, 'feature'):
         feature, depth = feature.feature, depth + 1
     dtype = str(getattr(feature, 'dtype', ''))
-    value: Target = 0 if hasattr(feature, 'names') or 'int' in dtype else '' if dtype == 'string' else None
+    value: Target = 0 if hasattr(feature, 'names') or 'int' in dtype else '' if 'string' in dtype else None
     return [value] if depth else value
 
 
