@@ -298,10 +298,11 @@ def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
             _logger.warning(line)
 
 
-def warn_about_overlap(train: Dataset, other: Dataset) -> None:
+def warn_about_overlap(train: Any, other: Dataset) -> None:
     """Warn of files that are trained on and in another split too."""
     if shared := overlap(train, other):
-        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high')
+        remedy = '; --val-fraction 0.2 holds a part out' if len(shared) == len(train) else ''
+        _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high{remedy}')
 
 
 def read_classes(path: str, dataset: Dataset) -> Classes:

@@ -299,6 +299,12 @@ def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
     name = f'local-dir:{source}' if Path(source).is_dir() else source
     if ':' not in name and not timm.is_model(name):
         raise ValueError(f'{source}: no such checkpoint, folder or timm model')
+    folder = Path(source)
+    if folder.is_dir() and not (folder / 'config.json').is_file():
+        found = ', '.join(sorted(path.name for path in folder.glob('*.pth.tar'))) or 'none'
+        raise ValueError(
+            f'{source} has no model_best.pth.tar and no config.json: name one of its checkpoints ({found})'
+        )
     if use_ema is not None:
         raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
     try:
