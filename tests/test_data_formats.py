@@ -313,6 +313,7 @@ def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, capl
     ('annotations', 'images'),
     [
         ('{valid}/_annotations.coco.json', '{valid}'),  # Roboflow
+        ('annotations/instances_{title}.json', 'images/{title}'),  # CVAT's own names
         ('annotations/instances_{val}.json', 'images/{val}'),  # CVAT, with images by split
         ('annotations/instances_{val}.json', 'images'),
         ('{validation}.json', '{validation}'),
@@ -323,9 +324,9 @@ def test_coco_images_without_annotations_are_negatives_or_dropped(tmp_path, capl
 def test_files_in_coco_format_as_tools_export_them(annotations, images, tmp_path):
     write_coco(tmp_path / 'coco')
     root = tmp_path / 'own'
-    spelling = dict(valid='valid', val='val', validation='validation')
+    spelling = dict(valid='valid', val='val', validation='validation', title='Validation')
     for split, source in (('train', 'train2014'), ('validation', 'val2014')):
-        names = spelling if split == 'validation' else dict.fromkeys(spelling, 'train')
+        names = spelling if split == 'validation' else {**dict.fromkeys(spelling, 'train'), 'title': 'Train'}
         file, folder = root / annotations.format(**names), root / images.format(**names)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / 'coco' / 'annotations' / f'instances_{source}.json', file)

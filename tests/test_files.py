@@ -332,6 +332,19 @@ def test_paths_of_lists_lead_to_the_files_that_they_mean(path, tmp_path, caplog)
     assert f'{path.format(0)} and the others are read as x/0.png' in caplog.text
 
 
+def test_a_path_that_may_be_two_files_is_refused(tmp_path):
+    for name in ('images/0.jpg', 'masks/0.png'):
+        write(tmp_path / name, Image.new('RGB', (8, 8)))
+    (tmp_path / 'train.csv').write_text('path,labels\n0,cat\n')
+    with pytest.raises(ValueError, match='0 may be images/0.jpg or masks/0.png: write the path into the list'):
+        create_dataset('csv', str(tmp_path), 'train')
+
+
+def test_a_list_of_a_prediction_leads_to_files_by_the_same_rule(tmp_path):
+    write_table(tmp_path, 'path\nx\\1.png\nx\\2.png\n', 'new.csv')
+    assert open_source(tmp_path / 'new.csv').names.tolist() == [b'x/1.png', b'x/2.png']
+
+
 @pytest.mark.parametrize(
     ('text', 'expected'),
     [

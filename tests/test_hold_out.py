@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -228,6 +229,81 @@ def test_what_was_held_out_stays_held_out_when_the_table_changes(change, tmp_pat
     with open('report/scores.csv') as file:
         assert {line['image'] for line in csv.DictReader(file)} == held_out
     assert 'other data' not in caplog.text
+
+
+@pytest.mark.parametrize('kind', ['folders', 'csv'])
+def test_a_resumed_run_holds_out_what_it_held_out(kind, tmp_path):
+    write_images(tmp_path / 'data', train=10, validation=1)
+    root = tmp_path / 'data' / 'train'
+    flags = ['--val-fraction', '0.2', '--epochs', '2']
+    if kind == 'csv':
+        rows = [f'{path.relative_to(root)},{path.parent.name}' for path in sorted(root.glob('*/*'))]
+        (root / 'list.csv').write_text('\n'.join(['path,labels', *rows]))
+        flags += ['--dataset', 'csv', '--task', 'multilabel']
+    data = root / 'list.csv' if kind == 'csv' else root
+    run = build(data, tmp_path, *flags, '--stop-epoch', '1')
+    held_out = set(run.eval_loader.dataset.filenames())
+    fit(run)
+    new = []
+    for name in ('class_0', 'class_1'):
+        for number in range(3):
+            new.append(f'{name}/new{number}.png')
+            shutil.copy(root / name / '001.png', root / new[-1])
+    if kind == 'csv':
+        (root / 'list.csv').write_text('\n'.join(['path,labels', *(f'{name},{name[:7]}' for name in new), *rows]))
+    run = build(data, tmp_path, *flags, '--resume', 'auto')
+    assert run.state.epoch == 1 and set(run.eval_loader.dataset.filenames()) == held_out
+    assert not held_out & set(run.train_loader.dataset.filenames())
+    fresh = build(data, tmp_path / 'fresh', *flags)
+    assert set(fresh.eval_loader.dataset.filenames()) != held_out, (
+        'a fresh draw is another one, so that the test can fail'
+    )
+
+
+def test_records_without_names_are_held_out_by_their_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    datasets = pytest.importorskip('datasets')
+    write_images(tmp_path / 'data', train=10, validation=1)
+    contents = [path.read_bytes() for path in sorted((tmp_path / 'data' / 'train').glob('*/*'))]
+    features = datasets.Features(
+        {'image': datasets.Image(decode=False), 'label': datasets.ClassLabel(names=['a', 'b', 'c'])}
+    )
+
+    def split(order, known=None):
+        order = list(order)
+        rows = {'image': [dict(bytes=contents[n], path=None) for n in order], 'label': [n // 10 for n in order]}
+        folder = tmp_path / f'rows{len(list(tmp_path.glob("rows*")))}'
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / 'train-00000-of-00001.parquet')
+        flags = [
+            '--dataset',
+            f'hfds/{folder}',
+            '--val-fraction',
+            '0.2',
+            '--num-classes',
+            '3',
+            '--data-dir',
+            str(tmp_path / 'c'),
+        ]
+        part = create_split(parse_train(flags), 'validation', known=known)
+        return {part.reader.dataset[n]['image']['bytes'] for n in range(len(part))}, part.held_out
+
+    shown, known = split(range(30))
+    assert len(shown) == len(known) == 6
+    assert split(reversed(range(30)), known)[0] == shown != split(reversed(range(30)))[0]
+
+
+def test_names_of_splits_of_divided_data(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat', 'dog'] * 10)
+    write_images(tmp_path / 'folders', train=10, validation=2)
+    for flags in ([table, '--dataset', 'csv', '--task', 'multilabel'], [tmp_path / 'folders' / 'train']):
+        options = parse_validate([*map(str, flags), '--val-fraction', '0.2'])
+        parts = [set(create_split(options, split).filenames()) for split in ('validation', 'val', 'valid', 'dev')]
+        assert parts[0] == parts[1] == parts[2] == parts[3] and len(parts[0]) < 10
+        with pytest.raises(ValueError, match="has no split 'test': --val-fraction 0.2 divides it"):
+            create_split(options, 'test')
+    (tmp_path / 'folders' / 'validation').rename(tmp_path / 'folders' / 'Val')
+    with pytest.raises(ValueError, match='folders/Val is there, which is a validation split'):
+        splits_of(tmp_path / 'folders', '--val-fraction', '0.5')
 
 
 def test_a_new_table_is_evaluated_whole(tmp_path, capsys):

@@ -1,9 +1,13 @@
 """Find the checkpoint to resume from, and resume."""
 
 import logging
+import os
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from timm_mldecoder.checkpoint.files import (
     LAST,
@@ -67,6 +71,33 @@ def resume(
         state.checkpoints.load_state_dict(content.get('saver', {}), path.parent)
         _logger.info(f"Resumed from '{path}' at epoch {state.epoch}, batch {state.batch}")
     return True
+
+
+def held_out_before(options: Options, content: Mapping[str, Any]) -> Tensor | None:
+    """Return the digests of the images that a run held out, if the options divide the data in the same way."""
+    trained = vars(content['args']) if RUN in content else {}
+    same = trained and all(options[name] == trained.get(name) for name in ('val_fraction', 'split_seed'))
+    return content[RUN].get('held_out') if same else None
+
+
+def held_out_to_resume(options: Options, world: World, output: Path) -> Tensor | None:
+    """Return the digests of the images that the run to resume held out, None without one; a collective call.
+
+    Args:
+        options: Options of train.py.
+        world: The ranks.
+        output: Folder of the runs.
+    """
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    if not options.val_fraction or not (options.resume or restarted):
+        return None
+    known = None
+    if world.primary:
+        folder = output / options.experiment if options.experiment else None
+        found = options.resume not in ('', 'auto') and Path(options.resume).is_file()
+        content = _try(Path(options.resume), False) if found else newest(folder, False)[1] if folder else {}
+        known = held_out_before(options, content)
+    return world.broadcast(known)
 
 
 def _set_aside(folder: Path, reached: Progress, whole: bool) -> None:

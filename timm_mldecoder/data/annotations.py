@@ -166,11 +166,15 @@ class Annotations:
         return torch.from_numpy(target)
 
     def with_classes(self, class_names: Sequence[str]) -> 'Annotations':
-        """The same labels with the numbers of `class_names`, which has all of the names and may have more."""
+        """The same labels with the numbers of `class_names`; those of other classes are left out."""
         image, label, value = self.entries()
         numbers = {name: number for number, name in enumerate(class_names)}
-        renumbered = np.array([numbers[name] for name in self.class_names], dtype=np.int64)[label]
-        return Annotations(class_names, self.paths, image, renumbered, value, self.unlisted, self.instances)
+        renumbered = np.array([numbers.get(name, -1) for name in self.class_names], dtype=np.int64)[label]
+        kept = renumbered >= 0
+        instances = None if self.instances is None else self.instances[kept]
+        return Annotations(
+            class_names, self.paths, image[kept], renumbered[kept], value[kept], self.unlisted, instances
+        )
 
     def with_paths(self, paths: Sequence[str]) -> 'Annotations':
         """The same labels of images with other paths."""

@@ -1,6 +1,7 @@
 """A validation split that is held out of the training split, with the same share of every class."""
 
 import logging
+import os
 from hashlib import blake2b
 from typing import Any
 
@@ -61,17 +62,20 @@ def stratify(image: np.ndarray, label: np.ndarray, images: int, fraction: float,
 
 
 def name_digests(dataset: Any) -> Tensor:
-    """Return a number for the name of each image, int64 [N]: its file, or its place in records without files."""
-    try:
-        names = [str(name) for name in dataset.filenames()]
-    except (AttributeError, NotImplementedError, KeyError, TypeError):
-        names = ['None']
-    if len(names) != len(dataset) or len(set(names)) < len(names):
-        names = list(map(str, range(len(dataset))))
-    return torch.tensor(
-        [int.from_bytes(blake2b(name.encode(errors='surrogateescape'), digest_size=8).digest(), 'big', signed=True)
-         for name in names]
-    )  # fmt: skip
+    """Return a number for each image, int64 [N]: of its file relative to the dataset, or of its bytes in records."""
+    root = os.fspath(getattr(dataset, 'root', '') or '.')
+    reader: Any = getattr(dataset, 'reader', None)
+    keys: list[Any] = []
+    if hasattr(reader, 'dataset'):  # of Hugging Face: names may be missing, or be those of several images
+        for row in reader.dataset.select_columns(reader.image_key):
+            image = row[reader.image_key]
+            keys.append(image.get('bytes') or str(image.get('path')).encode())
+    else:
+        for name in map(str, dataset.filenames()):
+            name = os.path.relpath(name, os.path.abspath(root)) if os.path.isabs(name) else os.path.normpath(name)
+            keys.append(name.replace(os.sep, '/').encode(errors='surrogateescape'))
+    digests = [blake2b(key, digest_size=8).digest() for key in keys]
+    return torch.tensor([int.from_bytes(digest, 'big', signed=True) for digest in digests])
 
 
 def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool, known: Tensor | None = None) -> None:
@@ -90,19 +94,26 @@ def hold_out(dataset: Any, fraction: float, seed: int, held_out: bool, known: Te
     shown = shown_classes(dataset)
     if shown is None:
         raise ValueError('--val-fraction: this dataset does not tell its labels without reading images')
-    if known is None:
+    digests = name_digests(dataset)
+    found = 0 if known is None else int(torch.isin(known, digests).sum())
+    if known is None or found < len(known) / 2:  # other data: drawn
         chosen = stratify(*shown, len(dataset), fraction, seed)
+        if found:
+            _logger.warning(f'{found} of the images that training held out are here; too few, so others are drawn')
     else:
-        chosen = torch.isin(name_digests(dataset), known).numpy()
-        if chosen.sum() < len(known):
-            lost = len(known) - int(chosen.sum())
-            _logger.warning(f'{lost} of the {len(known)} images that training held out are no longer there')
+        chosen = torch.isin(digests, known).numpy()
+        if found < len(known) and held_out:
+            _logger.warning(
+                f'{len(known) - found} of the {len(known)} images that training held out are no longer there'
+            )
     kept = np.flatnonzero(chosen == held_out)
     if not len(kept):
         raise ValueError(
             f'--val-fraction {fraction:g} of {len(dataset)} images leaves a split without images: the same share of '
             'each class is held out, and the classes are too small; pass a larger fraction'
         )
+    if held_out:
+        dataset.held_out = digests[torch.from_numpy(kept)]  # for the checkpoint
     if isinstance(dataset, MultiLabelDataset):
         dataset.annotations = dataset.annotations.subset(kept)
         return

@@ -2,9 +2,10 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from timm_mldecoder.data.annotations import Annotations
 _logger = logging.getLogger(__name__)
 
 POLICIES = ('error', 'skip')
-SUFFIXES_OF_LISTS = tuple(f'.{suffix}' for suffix in ['jpg', 'png', 'jpeg', 'JPG', 'PNG', 'JPEG', 'webp', 'tif', 'bmp'])
+# what may be missing behind a path, or have another case
+SUFFIXES_OF_LISTS = ('', '.jpg', '.png', '.jpeg', '.JPG', '.PNG', '.JPEG', '.webp', '.tif', '.bmp', '.lower', '.upper')
 CHUNK = 1 << 20  # paths that are Python objects at a time
 
 
@@ -38,36 +40,55 @@ def find_missing(annotations: Annotations, root: str | Path) -> np.ndarray:
     return np.array(missing, dtype=np.int64)
 
 
-def with_paths_on_disk(annotations: Annotations, root: str | Path) -> Annotations:
-    """Return annotations with the paths that the files have, where a list writes them in another way.
+class Spelling(NamedTuple):
+    """How the paths of a list differ from those of the files."""
+
+    folder: str  # in front of the path
+    suffix: str  # behind it; '.lower' and '.upper' change the case of the one that it has
+
+    def __call__(self, path: str) -> str:
+        path = path.replace('\\', '/')
+        stem, dot, end = path.rpartition('.')
+        if self.suffix == '.lower':
+            return f'{self.folder}{stem}{dot}{end.lower()}'
+        return (
+            f'{self.folder}{stem}{dot}{end.upper()}' if self.suffix == '.upper' else f'{self.folder}{path}{self.suffix}'
+        )
+
+
+def paths_on_disk(paths: Sequence[str], root: str | Path) -> Sequence[str]:
+    """Return the paths that the files have, where a list writes them in another way.
 
     Lists name files without their folder or suffix, with the suffix in another case, or with the ``\\`` of Windows. One
     change must lead to all of some files, and is then made to all paths.
+
+    Raises:
+        ValueError: If several changes do, such as to pictures and to their masks.
     """
-    places = np.linspace(0, max(len(annotations) - 1, 0), min(8, len(annotations))).astype(int)
-    some = [annotations.path(index) for index in places]
+    some = [paths[index] for index in np.linspace(0, max(len(paths) - 1, 0), min(8, len(paths))).astype(int)]
     home = Path(root or '.')
     if not some or any((home / path).exists() for path in some):
-        return annotations
+        return paths
     inner = (path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith('.'))
-    folders = ['', *sorted(f'{name}/' for name in inner)]
-    slashes = ('\\', '/') if any('\\' in path for path in some) else ('', '')
-    for folder in folders[:100]:
-        for suffix in ('', *SUFFIXES_OF_LISTS, str.lower, str.upper):
+    folders = ['', *sorted(f'{name}/' for name in inner)][:100]
+    changes = [Spelling(folder, suffix) for folder in folders for suffix in SUFFIXES_OF_LISTS]
+    fitting = {change(some[0]): change for change in changes if all((home / change(path)).is_file() for path in some)}
+    if not fitting:
+        return paths
+    if len(fitting) > 1:
+        raise ValueError(f'{root or "."}: {some[0]} may be {" or ".join([*fitting][:3])}: write the path into the list')
+    ((name, change),) = fitting.items()
+    _logger.warning(f'{root or "."}: {some[0]} and the others are read as {name}')
+    return [change(path) for path in paths]
 
-            def change(path: str, folder: str = folder, suffix: Any = suffix) -> str:
-                path = path.replace(*slashes) if slashes[0] else path
-                if callable(suffix):
-                    stem, dot, end = path.rpartition('.')
-                    path = f'{stem}{dot}{suffix(end)}'
-                else:
-                    path += suffix
-                return folder + path
 
-            if all((home / change(path)).is_file() for path in some):
-                _logger.warning(f'{root or "."}: {some[0]} and the others are read as {change(some[0])}')
-                return annotations.with_paths([change(annotations.path(index)) for index in range(len(annotations))])
-    return annotations
+def with_paths_on_disk(annotations: Annotations, root: str | Path) -> Annotations:
+    """Return annotations with the paths of `paths_on_disk`."""
+    if not len(annotations) or (Path(root or '.') / annotations.path(0)).exists():
+        return annotations
+    paths = [annotations.path(index) for index in range(len(annotations))]
+    found = paths_on_disk(paths, root)
+    return annotations if found is paths else annotations.with_paths(found)
 
 
 def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Annotations:

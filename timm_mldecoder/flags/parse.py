@@ -101,6 +101,8 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
 def same_data(options: Options, trained: Mapping[str, Any]) -> bool:
     """Whether options name the dataset of a training run, by the file or folder that both mean."""
     given, then = options.data_dir or '', trained.get('data_dir') or ''
+    if not (given or then):  # records that have their path in their name
+        return bool(options.dataset) and options.dataset == trained.get('dataset')
     return bool(given and then) and os.path.realpath(given) == os.path.realpath(then)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data import (
     FORMATS,
     TIMM_FOLDERS,
@@ -36,7 +35,6 @@ from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options, scores_both
-from timm_mldecoder.flags.parse import same_data
 from timm_mldecoder.loading.loader import strict
 
 _logger = logging.getLogger(__name__)
@@ -196,6 +194,8 @@ def _check_one_class(name: str, dataset: MultiLabelDataset) -> None:
 
 def _forgotten_dataset(root: Path) -> str:
     """Return what to add where files of another format are in place of class folders; empty if there are none."""
+    if root.suffix.lower() == '.json' and root.is_file() and b'"categories"' in root.read_bytes():
+        return 'annotations in COCO format: add --dataset coco'
     if root.suffix.lower() in ('.csv', '.json') and root.is_file():
         return f'a list of images: add --dataset {root.suffix[1:].lower()}'
     if not root.is_dir():
@@ -225,20 +225,6 @@ def _lists_beside(root: Path, split: str, any_table: bool = True) -> str:
     return ''
 
 
-def held_out_before(options: Options, content: Mapping[str, Any]) -> Tensor | None:
-    """Return the digests of what a training run held out, if the options divide the same data in the same way.
-
-    Args:
-        options: Options of validate.py.
-        content: What the checkpoint holds.
-    """
-    if RUN not in content:
-        return None
-    trained = vars(content['args'])
-    same = all(options[name] == trained.get(name) for name in ('val_fraction', 'split_seed'))
-    return content[RUN].get('held_out') if same and same_data(options, trained) else None
-
-
 def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     """Return the split that is read for a split, and which part of it `--val-fraction` makes it, if any.
 
@@ -249,7 +235,13 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     train, validation = settings.get('train_split', 'train'), settings.get('val_split', 'validation')
     root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
     kind = dataset_kind(options.dataset)
-    if not (options.val_fraction and validation) or split not in (train, validation, 'validation'):
+    divided = bool(options.val_fraction and validation)
+    if divided and split in (*SPELLINGS['validation'], *EVALUATION, 'dev'):
+        split = validation
+    whole = root.is_file() or (options.dataset in TIMM_FOLDERS and split_folder(str(root), split) == str(root))
+    if divided and split not in (train, validation) and whole:
+        raise ValueError(f'{root} has no split {split!r}: {flag} divides it into {train} and {validation}')
+    if not divided or split not in (train, validation):
         if 'train_split' not in settings and kind in ONE_FILE and root.is_file() and not options.split_column:
             _logger.info(f'{root}: all of its images')
             return 'train', None  # nothing is trained on here
@@ -265,7 +257,8 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
         own = []
     elif kind == 'coco':
         own = [layout.format(name) for name in SPELLINGS['validation'] for layout in LAYOUTS]
-    if found := next((name for name in own if name and (root / name).exists()), None):
+    names = {path.relative_to(root).as_posix().lower(): path for path in [*root.glob('*'), *root.glob('*/*.json')]}
+    if found := next((names[name.lower()].relative_to(root) for name in own if name and name.lower() in names), None):
         raise ValueError(f'{flag}: {root / found} is there, which is a validation split; leave one of them out')
     return train, split != train
 
@@ -414,7 +407,11 @@ def check_same_classes(train: Any, validation: Any) -> None:
 def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
     """Number the classes of a dataset as in the checkpoint if all of them are there: some may have no image here."""
     present = list(class_to_index(dataset) or ())
-    if not present or present == list(trained) or not set(present) <= set(trained):
+    if not present or not trained or present == list(trained):
+        return
+    shown = shown_classes(dataset) if isinstance(dataset, MultiLabelDataset) else None
+    needed = present if shown is None else [present[index] for index in np.unique(shown[1]).tolist()]
+    if not {*needed} <= {*trained}:
         return
     reader: Any = getattr(dataset, 'reader', None)
     numbers = {name: number for number, name in enumerate(trained)}
@@ -442,9 +439,12 @@ def check_class_names(dataset: Any, trained: list[str] | None) -> None:
     differ = (index for index, pair in enumerate(zip(present, trained, strict=False)) if pair[0] != pair[1])
     index = next(differ, min(len(present), len(trained)))
     ours, theirs = (repr(names[index]) if index < len(names) else 'missing' for names in (present, trained))
+    unknown = [name for name in present if name not in trained]
+    remedy = 'pass the names in the order of the checkpoint, one per line, as --class-map'
+    if unknown:
+        remedy = f'the model was not trained on {_shown(unknown)}; leave these labels out, or train again with them'
     raise ValueError(
-        f'class {index} is {ours} in the data and {theirs} in the checkpoint, so labels differ in meaning: pass the '
-        'names in the order of the checkpoint, one per line, as --class-map'
+        f'class {index} is {ours} in the data and {theirs} in the checkpoint, so labels differ in meaning: {remedy}'
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
+from timm_mldecoder.checkpoint.resume import held_out_before
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data import FORMATS, create_dataset
 from timm_mldecoder.data.class_files import read_implications
@@ -31,7 +32,7 @@ from timm_mldecoder.flags import validate_options
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.flags.parse import inherit
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.datasets import create_split, held_out_before
+from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import Placement
 from timm_mldecoder.loading.ranks import check_rank_names
 from timm_mldecoder.modeling.classes import set_classes
@@ -109,6 +110,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
         if errors == len(dataset):
+            arguments.out.unlink(missing_ok=True)  # for the corrected command
             raise RunFailed(
                 f'none of the {errors} images could be read, such as {dataset.filename(0)}: {parts.errors} says why. '
                 'Paths of a list are relative to its folder, with /; --path-column names their column'

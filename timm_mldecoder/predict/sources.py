@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.data.formats.csv_list import DELIMITERS
 from timm_mldecoder.data.images import Reading, find_images, is_image
+from timm_mldecoder.data.missing_images import paths_on_disk
 from timm_mldecoder.data.text_files import normalize_name, read_rows
 
 
@@ -95,9 +96,12 @@ def open_source(path: Path, exclude: Sequence[Path] = (), path_column: str = '')
     """
     lists = {'.csv': _read_csv, '.parquet': _read_parquet}
     if path.is_file() and path.suffix.lower() in lists:
-        names = lists[path.suffix.lower()](path, path_column)
+        names = paths_on_disk(lists[path.suffix.lower()](path, path_column), path.parent)
         if len(set(names)) < len(names):
-            raise ValueError(f'{path} lists an image twice: every path must be unique')
+            raise ValueError(
+                f'{path} lists {names[0]} and others more than once: every path must be unique, and --path-column '
+                'names the column of paths'
+            )
         source = Files(path.parent, names)
     elif path.is_file():
         source = Shards([path]) if path.suffix.lower() == '.tar' else Files(path.parent, [path.name])

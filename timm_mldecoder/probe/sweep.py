@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset
 
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.schema import RUN
-from timm_mldecoder.data.hold_out import name_digests
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
@@ -159,7 +158,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
                 config=config,
                 class_names=names,
                 words=words if choice.spec.name in TEXT_HEADS else {},
-                held_out=name_digests(splits['validation']) if train.val_fraction else None,
+                held_out=getattr(splits['validation'], 'held_out', None),
             )
     world.barrier()
     if not world.primary:

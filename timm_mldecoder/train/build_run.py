@@ -18,12 +18,11 @@ from timm_mldecoder.checkpoint.early_stop import EarlyStop
 from timm_mldecoder.checkpoint.files import LAST, LOCK, CheckpointFolder, checkpoints_in, lock
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.resume import resume
+from timm_mldecoder.checkpoint.resume import held_out_to_resume, resume
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
 from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.data.crops import image_sizes, lost_share
-from timm_mldecoder.data.hold_out import name_digests
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
@@ -116,7 +115,8 @@ def build_run(options: Options, world: World) -> Run:
     options = options.replace(lr=learning_rate(options, world))
 
     # data, then the model: random draws begin with the model's initialization, as in timm's script
-    data = _create_splits(options, world)
+    known = held_out_to_resume(options, world, Path(options.output or DEFAULT_OUTPUT))
+    data = _create_splits(options, world, known)
     options = with_classes(options, data.train)
     model = _create_model(options, given, data, layout, world)
     loaders = _create_loaders(options, data, model, world)
@@ -316,11 +316,11 @@ def _create_state(
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model.stored,
         train_data=describe(data.train),
-        held_out=name_digests(data.validation) if options.val_fraction and data.validation is not None else None,
+        held_out=getattr(data.validation, 'held_out', None),
     )
 
 
-def _create_splits(options: Options, world: World) -> Data:
+def _create_splits(options: Options, world: World, known: Tensor | None = None) -> Data:
     train = create_split(
         options,
         options.train_split,
@@ -328,13 +328,14 @@ def _create_splits(options: Options, world: World) -> Data:
         num_samples=options.train_num_samples,
         repeats=options.epoch_repeats,
         missing=options.missing_images,
+        known=known,
     )
     log_summary(options.train_split, train, training=True)
     if not options.val_split:
         check_ranks(world, {options.train_split: train})
         return Data(train, None)
     validation = create_split(
-        options, options.val_split, num_samples=options.val_num_samples, missing=options.missing_images
+        options, options.val_split, num_samples=options.val_num_samples, missing=options.missing_images, known=known
     )
     log_summary(options.val_split, validation)
     check_ranks(world, {options.train_split: train, options.val_split: validation})

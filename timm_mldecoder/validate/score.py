@@ -12,6 +12,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoint.resume import held_out_before
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
@@ -31,7 +32,6 @@ from timm_mldecoder.loading.datasets import (
     check_classes,
     class_to_index,
     create_split,
-    held_out_before,
     use_classes_of,
 )
 from timm_mldecoder.loading.naflex import patch_format
@@ -129,6 +129,7 @@ def score_model(options: Options, world: World) -> Result:
     if options.write_thresholds:  # all that is written and shown is then at these
         evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed, options.threshold_metric, categories))
         metrics.update(evaluator.compute(world.distributed))
+        _warn_of_precision(options.threshold_metric, evaluator, labels, world)
         operating_point = 'thresholds tuned on this split'
     named = {'operating_point': operating_point} if options.task == 'multilabel' else {}
     for output in outputs:
@@ -142,6 +143,16 @@ def score_model(options: Options, world: World) -> Result:
         shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
         _logger.info(f' * {shown}' + (f' (at {operating_point})' if named else ''))
     return _describe(options, metrics | named, model, config)
+
+
+def _warn_of_precision(metric: str, evaluator: Any, labels: list[str], world: World) -> None:
+    """Name the classes that reach the precision of `--threshold-metric precision=P` at no threshold."""
+    least = read_threshold_metric(metric)
+    right, predicted, positive = evaluator.class_counts(distributed=world.distributed)
+    short = (positive > 0) & (right < (least or 0) * predicted)
+    if short.any() and world.primary:
+        names = [name for name, missed in zip(labels, short.tolist(), strict=True) if missed]
+        _logger.warning(f'no threshold reaches {metric} for {", ".join(names[:10])}: their highest precision was taken')
 
 
 def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

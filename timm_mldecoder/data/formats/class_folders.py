@@ -31,7 +31,7 @@ SPLITS = (*TRAINING, *EVALUATION, 'test', 'testing')
 def split_folder(root: str, split: str) -> str:
     """Return the folder of a split as timm finds it, or else in any case (`Train`, `VAL`); the root without one."""
     found = _search_split(root, split)
-    if found != root:
+    if found != root or not os.path.isdir(root):
         return found
     names = next((names for names in (TRAINING, EVALUATION) if split in names), (split.lower(),))
     for path in sorted(Path(root).iterdir()):

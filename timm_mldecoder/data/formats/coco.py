@@ -38,7 +38,10 @@ def find_annotations(root: Path, split: str) -> Path:
         ValueError: If there is none, or one file for all splits and another split than `train`.
     """
     names = SPELLINGS.get(split, (split,))
-    tried = [root / layout.format(name) for name in names for layout in LAYOUTS]
+    inside = [*root.glob('*.json'), *root.glob('*/*.json')]
+    there = {path.relative_to(root).as_posix().lower(): path for path in sorted(inside, reverse=True)}  # in any case
+    wanted = [layout.format(name) for name in names for layout in LAYOUTS]
+    tried = [there.get(name.lower(), root / name) for name in wanted]
     dated = [path for name in names for path in root.glob(f'annotations/instances_{name}20??.json')]  # COCO's own
     found = [path for path in tried if path.is_file()] or dated
     if found:
@@ -48,8 +51,11 @@ def find_annotations(root: Path, split: str) -> Path:
         return files[0]
     if len(files) == 1:
         raise ValueError(f'{files[0]} is one file for all splits: pass --val-fraction 0.2')
-    shown = ', '.join(path.relative_to(root).as_posix() for path in tried[: len(LAYOUTS)])
-    raise ValueError(f'{root} has no annotations of split {split!r} in COCO format; looked for {shown}')
+    shown = ', '.join(wanted[: len(LAYOUTS)])
+    raise ValueError(
+        f'{root} has no annotations of split {split!r} in COCO format; looked for {shown}. --val-fraction 0.2 holds a '
+        'part of the training split out'
+    )
 
 
 def _find_images(path: Path, names: Sequence[str], first: str) -> Path:
@@ -57,7 +63,8 @@ def _find_images(path: Path, names: Sequence[str], first: str) -> Path:
     names = (*names, path.stem.removeprefix('instances_'))
     bases = [base for parent in (path.parent, path.parent.parent) for base in (parent, parent / 'images')]
     folders = [*bases, *(base / name for base in bases for name in names)]
-    if found := next((folder for folder in folders if (folder / first).is_file()), None):
+    spellings = (first, first.replace('\\', '/'))  # the latter of Windows
+    if found := next((folder for folder in folders for name in spellings if (folder / name).is_file()), None):
         return found
     raise ValueError(f'{path}: its first image, {first}, is in none of {", ".join(map(str, folders[:6]))}, ...')
 
@@ -104,7 +111,7 @@ def _read(home: Path, path: Path, folder: str, names: Sequence[str], instances: 
         content = json.loads(path.read_bytes())
         categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
         parents = {c.get('supercategory') for c in content['categories'] if c.get('supercategory') != c['name']}
-        files = {image['id']: image['file_name'].replace('\\', '/') for image in content['images']}  # of Windows
+        files = {image['id']: image['file_name'] for image in content['images']}
         objects = [(entry['id'], entry['image_id'], entry['category_id']) for entry in content['annotations']]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
