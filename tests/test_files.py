@@ -413,6 +413,20 @@ def test_split_folders_count_in_any_case_and_are_no_classes(tmp_path, caplog):
     assert 'cat/old is a folder within a class, and a class of its own' in caplog.text
 
 
+def test_the_classes_of_lists_are_those_of_the_training_list_whatever_its_name(tmp_path):
+    write_table(tmp_path, 'path,labels\nx/0.png,cat\nx/1.png,dog\n', 'training.csv')
+    write_table(tmp_path, 'path,labels\nx/2.png,dog\n', 'validation.csv')
+    assert create_dataset('csv', str(tmp_path), 'validation').class_names == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('name', ['Dev', 'evaluation', 'valid'])
+def test_folders_of_a_split_have_the_names_that_lists_have(name, tmp_path):
+    for split in ('training', name):
+        write(tmp_path / split / 'cat' / 'x.png', Image.new('RGB', (8, 8)))
+        assert create_dataset('', str(tmp_path), 'train').reader.root == str(tmp_path / 'training')
+    assert create_dataset('', str(tmp_path), 'validation').reader.root == str(tmp_path / name)
+
+
 @pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'dev'])
 def test_the_validation_split_of_lists_has_any_of_its_names(name, tmp_path):
     write_table(tmp_path, 'path,labels\nx/0.png,cat\n')

@@ -161,9 +161,11 @@ def test_what_cannot_be_divided_is_one_line(flags, message, tmp_path):
 
 def test_a_validation_split_of_its_own_is_not_divided(tmp_path):
     table = write_table(tmp_path / 'data', ['cat', 'dog'] * 4, name='train.csv')
-    (table.parent / 'val.csv').write_text(table.read_text())
-    with pytest.raises(ValueError, match=r'val\.csv is there'):
-        splits_of(table.parent, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.5')
+    for name in ('val.csv', 'Dev.csv'):
+        (table.parent / name).write_text(table.read_text())
+        with pytest.raises(ValueError, match=rf'{name} is there'):
+            splits_of(table.parent, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.5')
+        (table.parent / name).unlink()
     write_images(tmp_path / 'folders', train=4, validation=2)
     with pytest.raises(ValueError, match=r'folders/validation is there'):
         splits_of(tmp_path / 'folders', '--val-fraction', '0.5')

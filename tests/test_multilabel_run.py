@@ -181,7 +181,7 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
     assert '--loss csl selects among labels to ignore' in caplog.text
 
 
-def test_thresholds_of_categories_by_another_metric(scenes):
+def test_thresholds_of_categories_by_another_metric(scenes, caplog):
     train_scenes(scenes)
     # as taggers keep their tags
     rows = ''.join(f'{index},{name},{index // 5},17\n' for index, name in enumerate(NAMES))
@@ -192,6 +192,12 @@ def test_thresholds_of_categories_by_another_metric(scenes):
     assert len(set(thresholds[:5])) == len(set(thresholds[5:])) == 1 and thresholds[0] != thresholds[5]
     validate(base)
     assert len(set(load(CHECKPOINT)['thresholds'].values())) > 2
+    precise = [*base[:-1], 'precision=1']
+    validate(precise)
+    assert 'no threshold reaches precision=1 for ' in caplog.text
+    caplog.clear()
+    validate([*precise, '--threshold-categories', 'tags.csv'])  # which count their classes together
+    assert 'no threshold reaches' not in caplog.text
     Path('tags.csv').write_text('\n'.join(f'{name},a' for name in NAMES[1:]))
     for flags, message in (
         (['--threshold-categories', 'tags.csv'], f"tags.csv: no category of class '{NAMES[0]}'"),

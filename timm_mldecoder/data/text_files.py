@@ -14,6 +14,12 @@ _logger = logging.getLogger(__name__)
 _INVISIBLE = dict.fromkeys(map(ord, '\u200b\u2060\ufeff'))  # zero-width characters that no script needs
 _CONTROL = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 
+SPLITS = {
+    'train': ('train', 'training'),
+    'validation': ('validation', 'val', 'valid', 'dev', 'eval', 'evaluation'),
+    'test': ('test', 'testing'),
+}
+
 
 def normalize_name(name: str) -> str:
     """A class name without surrounding blanks and zero-width characters, in NFC: both ways to encode an accent."""
@@ -46,6 +52,17 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
+
+
+def split_name(text: str) -> str:
+    """Name of a split as people write it: `Val`, `valid` and `dev` are `validation`."""
+    name = normalize_name(text).lower()
+    return next((split for split, names in SPLITS.items() if name in names), name)
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Names that files and folders of a split may have, the given one first."""
+    return tuple(dict.fromkeys((split, *SPLITS.get(split_name(split), ()))))
 
 
 def read_rows(path: Path, delimiter: str = ',', skip: int = 0) -> Iterator[tuple[int, list[str]]]:

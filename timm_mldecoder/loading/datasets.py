@@ -26,13 +26,14 @@ from timm_mldecoder.data import (
 from timm_mldecoder.data.annotations import POSITIVE, ClassIndex
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
-from timm_mldecoder.data.formats.class_folders import EVALUATION, TRAINING, class_name, split_folder
-from timm_mldecoder.data.formats.coco import LAYOUTS, SPELLINGS
+from timm_mldecoder.data.formats.class_folders import class_name, split_folder
+from timm_mldecoder.data.formats.coco import LAYOUTS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
 from timm_mldecoder.data.images import Reading, is_clutter
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.summary import shown_classes
+from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options, scores_both
 from timm_mldecoder.loading.loader import strict
@@ -236,7 +237,7 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
     kind = dataset_kind(options.dataset)
     divided = bool(options.val_fraction and validation)
-    if divided and split in (*SPELLINGS['validation'], *EVALUATION, 'dev'):
+    if divided and split_name(split) == 'validation':
         split = validation
     whole = root.is_file() or (options.dataset in TIMM_FOLDERS and split_folder(str(root), split) == str(root))
     if divided and split not in (train, validation) and whole:
@@ -252,11 +253,13 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
         )
     if kind == 'csv' and options.split_column:
         raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
-    own = [name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *EVALUATION)]
+    own = [
+        name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *split_names('validation'))
+    ]
     if kind == 'hfds':
         own = []
     elif kind == 'coco':
-        own = [layout.format(name) for name in SPELLINGS['validation'] for layout in LAYOUTS]
+        own = [layout.format(name) for name in split_names('validation') for layout in LAYOUTS]
     names = {path.relative_to(root).as_posix().lower(): path for path in [*root.glob('*'), *root.glob('*/*.json')]}
     if found := next((names[name.lower()].relative_to(root) for name in own if name and name.lower() in names), None):
         raise ValueError(f'{flag}: {root / found} is there, which is a validation split; leave one of them out')
@@ -473,7 +476,7 @@ def _check_folder(dataset: str, root: str | None, split: str) -> None:
     if path.is_file():
         return
     present = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
-    splits = [name for name in present if name.lower() in (*TRAINING, *EVALUATION, 'test', 'testing')]
+    splits = [name for name in present if split_name(name) in SPLITS]
     if splits and split_folder(root, split) == root:
         raise ValueError(
             f'{root} has no folder {split!r}; it has {", ".join(splits)}. --val-fraction 0.2 holds a part out for '

@@ -110,7 +110,8 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         found = f'{parts.labels} labels of {len(dataset) - errors} images in {arguments.out}'
         print(found + (f', {errors} unreadable ones in {parts.errors}' if errors else ''))
         if errors == len(dataset):
-            arguments.out.unlink(missing_ok=True)  # for the corrected command
+            for path in (arguments.out, *arrays.values()):
+                path.unlink(missing_ok=True)  # for the corrected command
             raise RunFailed(
                 f'none of the {errors} images could be read, such as {dataset.filename(0)}: {parts.errors} says why. '
                 'Paths of a list are relative to its folder, with /; --path-column names their column'

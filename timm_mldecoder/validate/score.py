@@ -129,7 +129,8 @@ def score_model(options: Options, world: World) -> Result:
     if options.write_thresholds:  # all that is written and shown is then at these
         evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed, options.threshold_metric, categories))
         metrics.update(evaluator.compute(world.distributed))
-        _warn_of_precision(options.threshold_metric, evaluator, labels, world)
+        if categories is None:  # whose classes are counted together
+            _warn_of_precision(options.threshold_metric, evaluator, labels, world)
         operating_point = 'thresholds tuned on this split'
     named = {'operating_point': operating_point} if options.task == 'multilabel' else {}
     for output in outputs:
@@ -148,8 +149,10 @@ def score_model(options: Options, world: World) -> Result:
 def _warn_of_precision(metric: str, evaluator: Any, labels: list[str], world: World) -> None:
     """Name the classes that reach the precision of `--threshold-metric precision=P` at no threshold."""
     least = read_threshold_metric(metric)
-    right, predicted, positive = evaluator.class_counts(distributed=world.distributed)
-    short = (positive > 0) & (right < (least or 0) * predicted)
+    if least is None:
+        return
+    right, predicted, positive = evaluator.class_counts(distributed=world.distributed).double()
+    short = (positive > 0) & (right / predicted.clamp(min=1) < least)
     if short.any() and world.primary:
         names = [name for name, missed in zip(labels, short.tolist(), strict=True) if missed]
         _logger.warning(f'no threshold reaches {metric} for {", ".join(names[:10])}: their highest precision was taken')

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from timm.data import ImageDataset
-from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
+from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -20,12 +20,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_mldecoder.data.class_order import sort_key
 from timm_mldecoder.data.images import SUFFIXES, find_images, is_image, log_ignored
-from timm_mldecoder.data.text_files import normalize_name
+from timm_mldecoder.data.text_files import SPLITS, normalize_name, split_name, split_names
 
 _logger = logging.getLogger(__name__)
-
-TRAINING, EVALUATION = tuple(_TRAIN_SYNONYM), tuple(_EVAL_SYNONYM)  # names of folders of a split, in timm
-SPLITS = (*TRAINING, *EVALUATION, 'test', 'testing')
 
 
 def split_folder(root: str, split: str) -> str:
@@ -33,7 +30,7 @@ def split_folder(root: str, split: str) -> str:
     found = _search_split(root, split)
     if found != root or not os.path.isdir(root):
         return found
-    names = next((names for names in (TRAINING, EVALUATION) if split in names), (split.lower(),))
+    names = [name.lower() for name in split_names(split)]
     for path in sorted(Path(root).iterdir()):
         if path.name.lower() in names and path.is_dir():
             return os.path.join(root, path.name)
@@ -52,7 +49,7 @@ def check_leaves(where: str | os.PathLike, folders: Iterable[str]) -> None:
     folders = sorted(folders)
     for depth in (0, 1):
         splits = {parts[depth] for folder in folders if len(parts := folder.split('/')) > depth + 1}
-        if len(splits) > 1 and all(name.lower() in SPLITS for name in splits):
+        if len(splits) > 1 and all(split_name(name) in SPLITS for name in splits):
             inner = os.path.join(where, folders[0].split('/')[0]) if depth else ''
             remedy = f'give {inner}' if depth else 'name the folder that has them, or --train-split and --val-split'
             raise ValueError(f'{where}: the folders {", ".join(sorted(splits))} are splits, not classes: {remedy}')

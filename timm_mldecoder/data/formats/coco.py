@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
-from timm_mldecoder.data.text_files import normalize_name, normalize_path, warn_about_case
+from timm_mldecoder.data.text_files import normalize_name, normalize_path, split_names, warn_about_case
 
 _logger = logging.getLogger(__name__)
 
 UNANNOTATED = ('keep', 'drop')
 SPLITS = {'train': 'train', 'validation': 'val'}
-SPELLINGS = {'train': ('train', 'training'), 'validation': ('validation', 'valid', 'val')}
 LAYOUTS = (  # where tools put the annotations of a split
     '{}/_annotations.coco.json', '{}/annotations.json', 'annotations/instances_{}.json', 'annotations/{}.json',
     'instances_{}.json', '{}.json',
@@ -37,7 +36,7 @@ def find_annotations(root: Path, split: str) -> Path:
     Raises:
         ValueError: If there is none, or one file for all splits and another split than `train`.
     """
-    names = SPELLINGS.get(split, (split,))
+    names = split_names(split)
     inside = [*root.glob('*.json'), *root.glob('*/*.json')]
     there = {path.relative_to(root).as_posix().lower(): path for path in sorted(inside, reverse=True)}  # in any case
     wanted = [layout.format(name) for name in names for layout in LAYOUTS]
@@ -99,7 +98,7 @@ def read_coco(
     home = root if root.is_dir() else root.parent
 
     def build() -> Annotations:
-        return _read(home, path, folder, SPELLINGS.get(split, (split,)), instances, unannotated)
+        return _read(home, path, folder, split_names(split), instances, unannotated)
 
     flags = [path.relative_to(home).as_posix(), folder, instances, unannotated]
     return cached_annotations(home, 'coco', flags, [path], build)

@@ -30,6 +30,8 @@ from timm_mldecoder.data.text_files import (
     normalize_path,
     read_names,
     read_rows,
+    split_name,
+    split_names,
     warn_about_case,
 )
 
@@ -39,11 +41,6 @@ SEPARATOR = ';'
 LIST = 'list'  # in place of a separator
 EMPTY_CELLS = {'nan', 'NaN', '<NA>'}  # what pandas writes for them
 DELIMITERS = (',', ';', '\t')
-SPLITS = {
-    'train': ('train', 'training'),
-    'validation': ('validation', 'val', 'valid', 'dev', 'eval', 'evaluation'),
-    'test': ('test', 'testing'),
-}
 ONE_HOT = {
     **dict.fromkeys(('0', '0.0', 'false', 'no'), NEGATIVE),
     **dict.fromkeys(('1', '1.0', 'true', 'yes'), POSITIVE),
@@ -73,12 +70,6 @@ def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
         except (ValueError, SyntaxError, TypeError) as error:
             raise ValueError(f'{field!r} is not a list; --label-separator names what is between labels') from error
     return [name for part in field.split(separator) if (name := normalize_name(part))]
-
-
-def split_name(text: str) -> str:
-    """Name of a split as people write it: `Val`, `valid` and `dev` are `validation`."""
-    name = normalize_name(text).lower()
-    return next((split for split, names in SPLITS.items() if name in names), name)
 
 
 def _open_table(path: Path, path_column: str, label_column: str, split_column: str) -> Table:
@@ -266,7 +257,7 @@ def _find_table(root: Path, split: str, split_column: str) -> Path:
             names = [file.name for file in found]
             raise ValueError(f'--split-column {split_column}: give the file in place of {root}, which has {names}')
         return found[0]
-    spelled = [root / f'{name}.csv' for name in SPLITS.get(split, (split,))]
+    spelled = [root / f'{name}.csv' for name in split_names(split)]
     path = next((path for path in spelled if path.is_file()), root / f'{split}.csv')
     if not path.is_file():
         raise ValueError(
@@ -296,8 +287,9 @@ def read_csv(
     source = Path(class_map) if class_map else path.parent / 'classes.txt'
     listed = bool(class_map) or source.is_file()
     if not listed:
-        given = path if split_column or root.is_file() else root / 'train.csv'
-        source = given if given.is_file() else path
+        alone = split_column or root.is_file()
+        trained = () if alone else (root / f'{name}.csv' for name in split_names('train'))
+        source = next((file for file in trained if file.is_file()), path)
 
     def build() -> Annotations:
         plain = _read_plain(root, path, source, listed, split_column, columns)

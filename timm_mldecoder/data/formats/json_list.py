@@ -13,8 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
-from timm_mldecoder.data.formats.csv_list import SPLITS
-from timm_mldecoder.data.text_files import normalize_name, normalize_path, read_text, warn_about_case
+from timm_mldecoder.data.text_files import normalize_name, normalize_path, read_text, split_names, warn_about_case
 
 
 def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
@@ -32,7 +31,7 @@ def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
         if split != 'train':
             raise ValueError(f'{root} is one file for all splits: pass --val-fraction 0.2')
         return cached_annotations(root.parent, 'json', [root.name, instances], [root], lambda: _read(root, instances))
-    candidates = [root / f'{name}.json' for name in SPLITS.get(split, (split,))]
+    candidates = [root / f'{name}.json' for name in split_names(split)]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         found = sorted(file.stem for file in root.glob('*.json'))
