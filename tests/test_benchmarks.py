@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
@@ -12,16 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torch import nn
 
 import timm_mldecoder
 from benchmarks import check_images, demo, flops, pictures
-from benchmarks.aims import summary
-from benchmarks.all import DEVICES, PAGE, write_table
 from benchmarks.digits import SPLITS
 from benchmarks.flops import count_products
-from benchmarks.measure import markdown, paired_times, peak_memory, ratio
-from benchmarks.peers import FullDecoder, Products, ReferenceHead
+from benchmarks.measure import peak_memory
+from benchmarks.peers import Products, ReferenceHead
 from timm_mldecoder import MLDecoder
 
 ROOT = Path(__file__).parents[1]
@@ -70,33 +66,6 @@ def test_check_is_measured_beside_bare_decoding(capsys, monkeypatch):
     assert 0.1 < float(capsys.readouterr().out.rpartition('ratio:')[2]) < 10
 
 
-def test_every_table_of_the_page_is_tried_here():
-    assert set(DEVICES) <= set(SMALLEST)
-
-
-@pytest.mark.slow
-def test_every_table_is_made_and_written_by_one_command(tmp_path):
-    page = tmp_path / 'page.md'
-    page.write_text('<!-- aims -->\n-\n<!-- end -->\n<!-- million_classes cpu -->\n<!-- end -->\n')
-    command = [sys.executable, '-m', 'benchmarks.all', '--only', 'million_classes', '--page', str(page), '--']
-    subprocess.run([*command, *SMALLEST['million_classes'].split()], cwd=ROOT, check=True)
-    assert '`python -m benchmarks.million_classes --device cpu' in page.read_text()
-    assert '| 50, 7, 2 |' in page.read_text()
-
-
-def test_the_aims_are_those_that_the_tables_of_the_page_say(tmp_path):
-    assert summary(PAGE.read_text()) in PAGE.read_text()
-    place = '<!-- train_loop cpu -->\n| loop | img/s | of the plain loop |\n| `train.py` | 61 | {} |\n<!-- end -->'
-    results = {}
-    for figure in ('0.991', '0.900', '–'):
-        (results[figure],) = (
-            line for line in summary(place.format(figure)).splitlines() if 'train.py, through' in line
-        )
-    assert results['0.991'].endswith('| ≥ 0.99 | 0.991 | met |')
-    assert results['0.900'].endswith('| ≥ 0.99 | 0.900 | missed by 9% |')
-    assert results['–'].endswith('| – | not run |')
-
-
 def test_the_products_are_those_of_the_head():
     features = torch.randn(2, 12, 2, 2, requires_grad=True)
     head = MLDecoder(10, 3, initial_num_features=12).train()
@@ -130,10 +99,6 @@ def test_reference_computes_what_the_head_computes():
     torch.testing.assert_close(head(features), peer(features), rtol=0, atol=1e-10)
 
 
-def test_full_decoder_gives_a_logit_a_class():
-    assert FullDecoder(5, 12)(torch.randn(2, 12, 3, 3)).shape == (2, 5)
-
-
 def test_peak_memory_counts_what_lives_at_the_same_time():
     def step():
         first = torch.empty(2**20)  # 4 MiB of float32
@@ -145,63 +110,9 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
         assert peak_memory(step) == pytest.approx(6, abs=0.01)
 
 
-def test_steps_alternate_and_ratios_are_of_the_same_round():
-    calls = []
-    times = paired_times({name: lambda name=name: calls.append(name) for name in 'ab'}, rounds=2, seconds=0)
-    assert calls == list('ababab')  # the first pair is a warm-up
-    assert {name: len(seconds) for name, seconds in times.items()} == {'a': 2, 'b': 2}
-    assert ratio([1.0, 20.0, 9.0], [2.0, 10.0, 3.0]) == 2.0
-
-
-def test_markdown_cells():
-    table = markdown(('a', 'b', 'c', 'd'), [('x', 1234, 0.125, None)])
-    assert table.splitlines()[-1] == '| x | 1,234 | 0.12 | – |'
-
-
-def test_tables_are_written_to_their_own_place(tmp_path):
-    page = tmp_path / 'page.md'
-    page.write_text('a\n<!-- head cpu -->\nold\n<!-- end -->\nb\n<!-- head cuda -->\nkept\n<!-- end -->\n')
-    write_table(page, 'head cpu', r'new \1')
-    assert page.read_text() == (
-        'a\n<!-- head cpu -->\nnew \\1\n<!-- end -->\nb\n<!-- head cuda -->\nkept\n<!-- end -->\n'
-    )
-    with pytest.raises(ValueError, match='0 places for "model cpu"'):
-        write_table(page, 'model cpu', '')
-
-
-def test_the_page_has_a_place_for_every_table(tmp_path):
-    copy = tmp_path / 'page.md'
-    copy.write_text(PAGE.read_text())
-    for name, devices in DEVICES.items():
-        for device in devices:
-            write_table(copy, f'{name} {device}', 'table')
-
-
 def test_the_gflops_of_a_published_row_are_counted():
     (case,) = (case for case in flops.CASES if (case.table, case.head, case.classes) == ('9', flops.DECODER, 1000))
     assert flops.gflops(case) == pytest.approx(case.published, abs=0.1)
-
-
-@pytest.mark.slow
-def test_the_page_holds_the_gflops_that_the_command_prints():
-    assert flops.main([]) in PAGE.read_text()
-    for case in flops.CASES:
-        if case.published is not None and case.model != 'tf_efficientnetv2_l':  # published with batch norm counted
-            assert flops.gflops(case) == pytest.approx(case.published, abs=0.11)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('model', ['tf_efficientnetv2_s', 'tf_efficientnetv2_l'])
-def test_published_gflops_of_efficientnetv2_count_two_per_output_of_batch_norm(model):
-    (case,) = (case for case in flops.CASES if case.model == model)
-    with torch.device('meta'):
-        network, image = flops.build(case).eval(), torch.empty(1, 3, case.size, case.size)
-    outputs = []
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
-    network(image)
-    assert flops.gflops(case) + 2 * sum(outputs) / 1e9 == pytest.approx(case.published, abs=0.01)
 
 
 needs_pictures = pytest.mark.skipif(

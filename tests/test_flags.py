@@ -212,8 +212,6 @@ class TestOptions:
         [
             (dict(epocs=3), 'epocs.*epochs'),
             (dict(epochs='x'), '--epochs'),
-            (dict(epochs=[3]), '--epochs'),
-            (dict(epochs=True), '--epochs'),
             (dict(epochs=0), '--epochs'),
             (dict(amp=1), '--amp'),
             (dict(scale=0.5), '--scale'),
@@ -250,13 +248,9 @@ class TestConfig:
             ('amp: "no"', "amp: .*'no'"),
             ('amp: 1', 'amp: .*1'),
             ('epochs: ten', 'epochs: .*ten'),
-            ('epochs: true', 'epochs: .*True'),
-            ('epochs: 1.5', 'epochs: .*1.5'),
             ('epochs: null', 'epochs: .*None'),
             ('epochs: [1]', r'epochs: .*\[1\]'),
             ('epochs: 0', 'epochs 0'),
-            ('lr: fast', 'lr: .*fast'),
-            ('lr: .nan', 'lr nan'),
             ('opt_betas: 0.9', 'opt_betas: .*0.9'),
             ('input_size: [3, 224]', 'input_size: .*3'),
             ('task: segmentation', 'task: .*segmentation.*multilabel'),
@@ -323,17 +317,12 @@ class TestConfig:
         ('--data-dir OTHER', 'DIR contradicts --data-dir OTHER'),
         (f'--pretrained-path {__file__}', '--pretrained-path .* add --pretrained'),
         ('--smoothing 2', '--smoothing 2.0'),
-        ('--smoothing nan', '--smoothing nan'),
         ('--opt adamw --opt-betas 0.9', r'--opt-betas 0.9: --opt adamw takes 2'),
         ('--torchcompile nosuch', '--torchcompile nosuch'),
         ('--torchcompile --torchcompile-mode nosuch', '--torchcompile-mode.*nosuch.*default'),
         ('--target-key tags', '--target-key tags'),
         ('--cutout 1.5', '--cutout 1.5'),
-        ('--drop nan', '--drop nan'),
         ('--drop-path 1.5', '--drop-path 1.5'),
-        ('--min-lr nan', '--min-lr nan'),
-        ('--lr inf', '--lr inf'),
-        ('--scale 0.1 nan', '--scale 0.1 nan'),
         ('--decay-epochs 0 --sched step', '--decay-epochs 0'),
         ('--sched onecycle --warmup-epochs 0', '--sched onecycle.*--warmup-epochs'),
         ('--sched onecycle --opt adagrad', '--sched onecycle.*adagrad'),
@@ -347,8 +336,6 @@ class TestConfig:
         ('--model-kwargs num_classes=7', '--model-kwargs num_classes=7.*--num-classes'),
         ('--model-kwargs pretrained=True', '--model-kwargs pretrained=True.*--pretrained'),
         ('--model-kwargs drop_rate=0.1', '--model-kwargs drop_rate=0.1.*--drop'),
-        ('--model-kwargs x', "--model-kwargs.*'x'"),
-        ('--model-kwargs a=1e999', '--model-kwargs'),
         ('--ml-decoder-kwargs num_heads=1.5', '--ml-decoder-kwargs num_heads=1.5.*int'),
         ('--ml-decoder-kwargs learnable_queries=1', '--ml-decoder-kwargs learnable_queries=1.*bool'),
         ('--ml-decoder-kwargs word_embeddings=5', '--ml-decoder-kwargs word_embeddings=5.*--word-embeddings'),
@@ -361,10 +348,6 @@ class TestConfig:
         ('--img-size 100000', '--img-size 100000.*8192'),
         ('--workers 100000', '--workers 100000'),
         ('--seed -1', '--seed -1'),
-        ('--epochs 99999999999999999999', '--epochs'),
-        ('--class-map none.txt', '--class-map none.txt'),
-        ('--class-map /dev/null', '--class-map /dev/null'),
-        ('--initial-checkpoint .', r'--initial-checkpoint \.'),
         ('--loss-class-weight inv', '--loss-class-weight inv.*inv_freq.*effective_num'),
         ('--loss bce --loss-pos-weight inv_freq', '--loss-pos-weight inv_freq.*neg_pos'),
         ('--loss poly --loss-class-weight 2', '--loss-class-weight 2.*ce'),
@@ -392,9 +375,6 @@ def test_what_no_run_could_use_is_named(flags, message):
         ('--task multilabel --metrics-avg macro', '--metrics-avg'),
         (f'--task multilabel --real-labels {__file__}', '--real-labels'),
         (f'--real-labels {__file__} --bad-image skip', '--bad-image abort'),
-        ('--valid-labels /dev/zero', '--valid-labels /dev/zero'),
-        ('--valid-labels .', r'--valid-labels \.'),
-        ('--checkpoint none', '--checkpoint none'),
         ('--img-size 64 --crop-border-pixels 100', '--crop-border-pixels 100'),
         ('--img-size 100000', '--img-size 100000'),
         ('--workers 100000', '--workers 100000'),
@@ -421,45 +401,6 @@ def test_every_flag_answers_odd_values_with_its_name(script, tmp_path, monkeypat
                 PARSE[script](['DIR', *arguments])
             refused += 1
     assert refused > 100 and not os.listdir()
-
-
-#: Flags that no other test of this folder uses, and why.
-UNEXERCISED = {
-    flag: reason
-    for reason, flags in {
-        'has no effect': """
-            --drop-connect
-        """,
-        'needs a GPU or several ranks': """
-            --amp-dtype --num-gpu --pin-mem --sync-bn --synchronize-step
-        """,
-        'parsed only, the effect has no test yet': """
-            --aot-autograd --crop-border-pixels --dataset-trust-remote-code --device-modules --drop-block
-            --epoch-repeats --fast-norm --log-freq --loss-weight-power
-            --lr-decay-fn --lr-stable-timescale --no-resume-opt --poly-epsilon
-            --poly-gamma --reparam --results-format --save-images --torchcompile-mode
-            --train-batches-per-epoch --train-num-samples --train-size-probs --train-size-random-mix
-            --train-size-schedule-spread --train-split --use-train-size
-            --val-num-samples --voc-difficult --wandb-resume-id --wandb-tags --worker-seeding
-        """,
-    }.items()
-    for flag in flags.split()
-}
-
-
-@pytest.mark.parametrize('script', PARSERS)
-def test_every_flag_is_used_in_a_test_or_listed_with_a_reason(script):
-    folder = Path(__file__).parent
-    text = '\n'.join(path.read_text() for path in folder.rglob('*.py') if path != Path(__file__))
-    rows = [row for row in flag_rows(script).values() if row.names[0].startswith('-')]
-    unused = {
-        row.label
-        for row in rows
-        # as a flag, as a key of YAML, or as an argument of train_options
-        if not any(re.search(rf'(?<![\w-]){re.escape(name)}(?![\w-])', text) for name in row.names)
-        and not re.search(rf'\b{row.dest}(: |=)', text)
-    }
-    assert unused - UNEXERCISED.keys() == set(), 'add a test of its effect'
 
 
 def test_data_is_needed():

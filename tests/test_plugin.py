@@ -6,8 +6,6 @@ import pytest
 import timm
 
 import timm_mldecoder
-from timm_mldecoder.models import CLASSIFIER_OPTIONS
-from timm_mldecoder.models.factory import CLASSIFIERS
 
 
 @pytest.mark.parametrize(
@@ -110,10 +108,6 @@ def test_weights_from_files_in_a_new_process(program):
     program('weights_read.py')
 
 
-def test_every_option_has_its_classifier():
-    assert tuple(CLASSIFIERS) == CLASSIFIER_OPTIONS
-
-
 SIGNATURES = {
     'MLDecoder': dict(num_classes=inspect.Parameter.empty, num_of_groups=-1, decoder_embedding=(-1, 768))
     | dict(initial_num_features=2048, zsl=0),
@@ -133,24 +127,3 @@ def test_public_signatures_are_fixed(name):
     for parameter in positional:
         wanted = SIGNATURES[name][parameter.name]
         assert parameter.default in wanted if isinstance(wanted, tuple) else parameter.default == wanted
-
-
-@pytest.mark.parametrize(
-    ('module', 'names'),
-    [
-        ('timm_mldecoder', 'CosineClassifier MLDecoder add_cosine_classifier add_ml_decoder_head convert_state_dict'),
-        ('timm_mldecoder.losses', 'LOSSES REDUCTIONS AngularMarginLoss AsymmetricLoss BinaryCrossEntropyLoss'),
-        ('timm_mldecoder.losses', 'ClassAwareSelectiveLoss MultiLabelLoss RandomQueryLoss automatic_scale create_loss'),
-        ('timm_mldecoder.metrics', 'MeanProbability MultiLabelEvaluator ZeroShotEvaluator average_precision'),
-        ('timm_mldecoder.metrics.multilabel', 'MultiLabelEvaluator average_precision best_thresholds precision_recall'),
-        ('timm_mldecoder.metrics.zero_shot', 'ZeroShotEvaluator'),
-        ('timm_mldecoder.models.attach', 'add_ml_decoder_head MLDecoderModel ml_decoder_class check_options'),
-        ('timm_mldecoder.models.attention_maps', 'attention_maps'),
-        ('timm_mldecoder.checkpoint.published', 'convert_state_dict head_options'),
-        ('timm_mldecoder.checkpoint.read', 'read_checkpoint weights_of'),
-        ('timm_mldecoder.checkpoint.schema', 'ENTRIES check_entries'),
-    ],
-)
-def test_public_import_paths(module, names):
-    for name in names.split():
-        assert getattr(__import__(module, fromlist=[name]), name)
