@@ -8,6 +8,7 @@ import time
 import pytest
 import timm
 import torch
+from marks import few
 from runs import (
     BATCHES,
     assert_same,
@@ -89,7 +90,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize('flags', WEIGHTS)
+@pytest.mark.parametrize('flags', few(WEIGHTS, ['', '--distill-loss-weight 5']))
 @pytest.mark.parametrize('student', [[], HEAD], ids=['gap', 'head'])
 def test_the_loss_of_logits_is_that_of_the_paper(data, tmp_path, checkpoint, student, flags):
     flags = shlex.split(f'{flags} --kd-temperature 3 --mean 0.5 0.45 0.4 --std 0.2')
@@ -106,7 +107,7 @@ def test_the_loss_of_logits_is_that_of_the_paper(data, tmp_path, checkpoint, stu
 
 
 @pytest.mark.parametrize('student', [[], HEAD], ids=['gap', 'head'])
-@pytest.mark.parametrize('head', [True, False], ids=['of head', 'of gap'])
+@pytest.mark.parametrize('head', few([False, True], 1))
 def test_the_loss_of_features_compares_pooled_ones(data, tmp_path, checkpoint, folder, student, head):
     teacher = ['--kd-checkpoint', checkpoint] if head else ['--kd-model-name', folder]
     run = build(data, tmp_path, *student, *teacher, *FEATURE, '--distill-loss-weight', '2', '--mean', '0.4')
@@ -158,7 +159,7 @@ def test_beside_a_head_a_linear_classifier_learns_from_the_teacher(data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    'flags', [[], FEATURE, [*HEAD, '--channels-last'], ['--model-dtype', 'bfloat16'], ['--amp']], ids=' '.join
+    'flags', few([FEATURE, ['--amp'], [], [*HEAD, '--channels-last'], ['--model-dtype', 'bfloat16']], 2), ids=' '.join
 )
 def test_a_teacher_stays_as_it_is_and_out_of_checkpoints(data, tmp_path, folder, flags):
     run = build(data, tmp_path, '--epochs', '1', '--lr', '0.05', '--kd-model-name', folder, *flags)
@@ -328,20 +329,8 @@ def test_two_ranks_train_as_one_and_resume_after_a_kill(data, tmp_path, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [HEAD, FEATURE, DISTILLED, [*DISTILLED, *HEAD]], ids=' '.join)
 def test_compiled_runs_have_the_losses_of_others(data, tmp_path, folder, flags):
-    flags = [
-        '--epochs',
-        '2',
-        '--opt',
-        'sgd',
-        '--lr',
-        '0.01',
-        '--model-ema',
-        '--model-ema-decay',
-        '0.9998',
-        '--kd-model-name',
-        folder,
-        *flags,
-    ]
+    plain = '--epochs 2 --opt sgd --lr 0.01 --model-ema --model-ema-decay 0.9998 --kd-model-name'
+    flags = [*plain.split(), folder, *flags]
     plain = summary(train(data, tmp_path / 'plain', *flags))
     run = build(data, tmp_path, *flags, '--torchcompile', 'aot_eager')
     fit(run)

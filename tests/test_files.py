@@ -32,33 +32,6 @@ def read_folder(path: Path, mode: str) -> Image.Image:
     return strict(create_dataset('', str(path.parent.parent.parent), 'train', input_img_mode=mode))[0][0]
 
 
-def read_csv(path: Path, mode: str) -> Image.Image:
-    root = path.parent.parent.parent
-    (root / 'train.csv').write_text(f'path,labels\n{path.relative_to(root)},a\n')
-    return create_dataset('csv', str(root), 'train', input_img_mode=mode)[0][0]
-
-
-def read_json(path: Path, mode: str) -> Image.Image:
-    root = path.parent.parent.parent
-    (root / 'train.json').write_text(json.dumps({'classes': ['a'], 'images': [[str(path.relative_to(root)), ['a']]]}))
-    return create_dataset('json', str(root), 'train', input_img_mode=mode)[0][0]
-
-
-def read_tar(path: Path, mode: str) -> Image.Image:
-    root = path.parent.parent.parent
-    with tarfile.open(root / 'all.tar', 'w') as tar:
-        tar.add(path, f'a/{path.name}')
-    return strict(create_dataset('', str(root / 'all.tar'), 'train', input_img_mode=mode))[0][0]
-
-
-def read_prediction(path: Path, mode: str) -> Image.Image:
-    return SourceDataset(open_source(path.parent), lambda image: image, mode)[0][0]
-
-
-READERS = [read_folder, read_csv, read_json, read_tar, read_prediction]
-
-
-@pytest.mark.parametrize('read', READERS)
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
 @pytest.mark.parametrize(
     ('name', 'pixels'),
@@ -70,8 +43,8 @@ READERS = [read_folder, read_csv, read_json, read_tar, read_prediction]
         ('float.tif', RAMP.astype(np.float32)),
     ],
 )
-def test_deep_images_are_scaled_by_their_range(read, mode, name, pixels, tmp_path):
-    image = read(write(tmp_path / 'train' / 'a' / name, pixels), mode)
+def test_deep_images_are_scaled_by_their_range(mode, name, pixels, tmp_path):
+    image = Reading().open(write(tmp_path / 'train' / 'a' / name, pixels), mode)
     assert image.mode == mode
     values = np.asarray(image, dtype=float).reshape(*GREY.shape, -1)
     assert np.abs(values - GREY[..., None]).max() <= 1
@@ -90,10 +63,9 @@ def transparent(mode: str) -> Image.Image:
     return image if mode in ('P', 'tRNS') else image.convert(mode)
 
 
-@pytest.mark.parametrize('read', READERS)
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'tRNS'])
-def test_transparent_pixels_are_white(read, mode, tmp_path):
-    image = np.asarray(read(write(tmp_path / 'train' / 'a' / 'x.png', transparent(mode)), 'RGB'))
+def test_transparent_pixels_are_white(mode, tmp_path):
+    image = np.asarray(Reading().open(write(tmp_path / 'x.png', transparent(mode)), 'RGB'))
     assert (image[:, :4] == 0).all()
     assert (image[:, 4:] == 255).all()
 
@@ -110,15 +82,14 @@ def test_reading_of_flags(tmp_path):
         Reading(background='nocolour')
 
 
-@pytest.mark.parametrize('read', READERS)
-def test_first_frame_cmyk_and_palette(read, tmp_path):
+def test_first_frame_and_cmyk(tmp_path):
     frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
     path = tmp_path / 'train' / 'a' / 'x.gif'
     path.parent.mkdir(parents=True)
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert read(path, 'RGB').getpixel((0, 0)) == (255, 0, 0)
+    assert Reading().open(path, 'RGB').getpixel((0, 0)) == (255, 0, 0)
     path.unlink()
-    image = read(write(path.with_suffix('.jpg'), Image.new('CMYK', (8, 8), (0, 255, 255, 0))), 'RGB')
+    image = Reading().open(write(path.with_suffix('.jpg'), Image.new('CMYK', (8, 8), (0, 255, 255, 0))), 'RGB')
     assert image.getpixel((0, 0))[0] > 200
 
 
@@ -285,13 +256,6 @@ def test_commas_within_class_names_are_kept(tmp_path):
     assert labels_of(tmp_path) == {'x/0.png': {'tench, Tinca tinca'}, 'x/1.png': {'ray, manta'}}
 
 
-@pytest.mark.parametrize('split', ['validation', 'val'])
-def test_val_csv_is_the_validation_split(split, tmp_path):
-    write_table(tmp_path, 'path,labels\n' + rows())
-    write_table(tmp_path, 'path,labels\nx/3.png,dog\n', 'val.csv')
-    assert labels_of(tmp_path, split) == {'x/3.png': {'dog'}}
-
-
 def test_leaks_are_found_in_any_spelling(tmp_path):
     write_table(tmp_path, 'path,labels\n' + rows())
     write_table(tmp_path, 'path,labels\n./x/1.png,cat\nx//2.png,dog\n', 'validation.csv')
@@ -338,11 +302,6 @@ def test_a_path_that_may_be_two_files_is_refused(tmp_path):
     (tmp_path / 'train.csv').write_text('path,labels\n0,cat\n')
     with pytest.raises(ValueError, match='0 may be images/0.jpg or masks/0.png: write the path into the list'):
         create_dataset('csv', str(tmp_path), 'train')
-
-
-def test_a_list_of_a_prediction_leads_to_files_by_the_same_rule(tmp_path):
-    write_table(tmp_path, 'path\nx\\1.png\nx\\2.png\n', 'new.csv')
-    assert open_source(tmp_path / 'new.csv').names.tolist() == [b'x/1.png', b'x/2.png']
 
 
 @pytest.mark.parametrize(

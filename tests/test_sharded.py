@@ -34,7 +34,7 @@ from timm_mldecoder.modeling.load import load_trained
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # Rounding in float32 moves activations across the zero of a ReLU, and what follows amplifies that: two DDP runs of
 # ResNet-50 whose weights differ by 1e-7 were 5e-4 apart after 24 steps at a rate of 1e-3, 3e-6 at 1e-4.
-WITHIN = {'float64': 1e-13, 'float32': 1e-5, 'bfloat16': 1e-5}
+WITHIN = {'float64': 1e-12, 'float32': 1e-5}
 # no draws, no BatchNorm: the same for any number of ranks
 VIT = (
     f'{COMMON} --model test_vit --img-size 160 --opt adamw --lr 1e-4 --smoothing 0 --use-ml-decoder-head 1 '
@@ -314,44 +314,17 @@ def fall(losses):
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('model', MODELS)
-def test_two_ranks_follow_ddp(large_data, tmp_path, model, loss):
-    """Over 24 steps."""
-    flags = f'{MODELS[model]} {LOSSES[loss]} -b 4 --epochs 1'
-    assert len(compare(large_data, tmp_path, flags, dtype='float32')) == 24
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('loss', LOSSES)
-def test_resnet50_follows_ddp_at_a_large_learning_rate(large_data, tmp_path, loss):
-    flags = f'{MODELS["resnet50"]} {LOSSES[loss]} -b 4 --epochs 1 --lr 1e-2'
-    assert len(compare(large_data, tmp_path, flags)) == 24
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('loss', LOSSES)
-@pytest.mark.parametrize('model', MODELS)
 def test_four_ranks_follow_ddp(large_data, tmp_path, model, loss):
     """Over 24 steps, with one copy of the model and with two."""
     flags = f'{MODELS[model]} {LOSSES[loss]} -b 2 --epochs 1'
-    assert (
-        len(
-            compare(
-                large_data, tmp_path, flags, '--parallel fsdp', '--parallel fsdp --hsdp 2', ranks=4, dtype='float32'
-            )
-        )
-        == 24
-    )
+    ways = ('--parallel fsdp', '--parallel fsdp --hsdp 2')
+    assert len(compare(large_data, tmp_path, flags, *ways, ranks=4, dtype='float32')) == 24
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_a_sharded_model_follows_ddp(data, tmp_path, name):
     assert fall(compare(data, tmp_path, FOLLOWED[name].replace('WORDS', str(data / 'words.safetensors'))))
-
-
-@pytest.mark.slow
-def test_weights_in_bfloat16_follow_ddp(data, tmp_path):
-    assert fall(compare(data, tmp_path, f'{VIT} -b 4 --epochs 2', dtype='bfloat16'))
 
 
 @pytest.mark.slow

@@ -248,38 +248,12 @@ def test_args_yaml_repeats_the_run(images, tmp_path, capsys):
     assert json.loads(results[1]) == json.loads(results[2])
 
 
-def test_val_interval_skips_scores_and_checkpoints(images, tmp_path):
-    assert [row['epoch'] for row in run_train(images, tmp_path, '--val-interval', '2')] == ['1', '2']
-
-
 def test_without_a_validation_split_the_loss_ranks(images, tmp_path):
     train.main([images, *SMALL, '--epochs', '2', '--val-split', '', '--output', str(tmp_path), '--experiment', 'run'])
     rows = summary(tmp_path / 'run')
     assert list(rows[0]) == ['epoch', 'train_loss', 'lr']
     best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=False)
     assert best['metric'] == min(float(row['train_loss']) for row in rows)
-
-
-@pytest.mark.parametrize(
-    'flags',
-    [
-        ['--sched', 'plateau', '--patience-epochs', '0'],
-        ['--sched', 'none'],
-        ['--sched-on-updates', '--warmup-epochs', '1'],
-        ['--model-ema', '--drop-path', '0.2', '--mixup', '0.2', '-j', '2'],
-    ],
-)
-def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(images, tmp_path, flags):
-    run = [images, *SMALL, *HEAD, *flags, '--output', str(tmp_path)]
-    train.main([*run, '--experiment', 'whole'])
-    train.main([*run, '--experiment', 'parts', '--resume', 'auto', '--stop-epoch', '1'])
-    train.main([*run, '--experiment', 'parts', '--resume', 'auto'])
-    assert summary(tmp_path / 'parts') == summary(tmp_path / 'whole')
-    whole, parts = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('whole', 'parts'))
-    for key in ('state_dict', 'state_dict_ema'):
-        assert all(torch.equal(value, parts[key][name]) for name, value in whole.get(key, {}).items())
-    train.main([*run, '--experiment', 'parts', '--resume', 'auto'])  # complete: nothing left to do
-    assert summary(tmp_path / 'parts') == summary(tmp_path / 'whole')
 
 
 def test_image_sizes_change_within_an_epoch(images, tmp_path):

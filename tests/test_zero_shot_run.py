@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import math
 import shlex
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
+from marks import few
 from sklearn.metrics import average_precision_score
 from timm.models import save_for_hf
 from torch import distributed as dist
@@ -22,14 +21,12 @@ from benchmarks import zero_shot as benchmark
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.evaluation.evaluate import evaluate
-from timm_mldecoder.flags import parse_train
 from timm_mldecoder.losses import RandomQueryLoss, create_loss
 from timm_mldecoder.metrics.zero_shot import ZeroShotEvaluator
 from timm_mldecoder.runtime.log import EvalLog
 from train import main as train
 from validate import main as validate
 
-HPARAMS = Path(__file__).resolve().parents[1] / 'hparams' / 'nus_wide'
 TRAIN = shlex.split("""
     data --dataset csv --task multilabel --model test_byobnet --img-size 48 --device cpu -j 0 -b 16 --no-aug
     --use-ml-decoder-head 1 --decoder-embedding 32 --ml-decoder-kwargs num_heads=4 dim_feedforward=64
@@ -55,7 +52,7 @@ def scores(capsys, *arguments: str) -> dict[str, float]:
     return json.loads(capsys.readouterr().out.partition('--result')[2])
 
 
-@pytest.mark.parametrize('way', ['', '--num-of-groups 12', '--random-queries 4 --query-noise 0.1 --model-ema'])
+@pytest.mark.parametrize('way', few(['--random-queries 4 --query-noise 0.1 --model-ema', '', '--num-of-groups 12'], 1))
 def test_train_then_score_unseen_and_changed_classes(data, capsys, way):
     train([*TRAIN, *way.split()])
     with open('out/run/summary.csv') as file:
@@ -90,37 +87,6 @@ def test_a_saved_folder_is_scored_on_classes_of_its_own_or_other_ones(data, caps
     assert json.loads(capsys.readouterr().out.partition('--result')[2])['map'] == own['map']
 
 
-def test_nus_wide_recipes_parse_and_train_on_files_as_distributed(caplog):
-    lines = ['path,labels,split']
-    for number in range(12):
-        Image.new('RGB', (32, 32), (20 * number, 0, 0)).save(f'{number}.jpg')
-        labels = ', '.join(['sky', 'zebra', 'tram'][number % 3 :][:2])
-        lines.append(f'{number}.jpg,"[{labels}]",{"val" if number % 4 == 0 else "train"}')
-    Path('data.csv').write_text('\n'.join(lines) + '\n')
-    Path('benchmark_81_v0.json').write_text('{"train class": ["sky", "tram"], "test class": ["zebra"]}')
-    write_word_embeddings('words.safetensors', torch.randn(3, 300), ['sky', 'tram', 'zebra'])
-    recipes = {
-        'tresnet_m_224_full': (-1, 1e-4, 'bce'),
-        'tresnet_m_224_groups': (100, 1e-4, 'bce'),
-        'tresnet_l_224_full_script': (-1, 1e-2, 'asl'),
-    }
-    for name, (groups, weight_decay, loss) in recipes.items():
-        recipe = ['.', '--config', str(HPARAMS / f'{name}.yaml'), '--device', 'cpu', '--word-embeddings',
-                  'words.safetensors', '--class-split', 'benchmark_81_v0.json']  # fmt: skip
-        with caplog.at_level(logging.WARNING):
-            options = parse_train(recipe)
-        assert not [record for record in caplog.records if 'No effect' in record.message]
-        assert (options.num_of_groups, options.weight_decay, options.loss) == (groups, weight_decay, loss)
-        assert options.eval_metric == 'zsl_map' and options.random_queries and options.query_noise
-        smaller = '--model test_byobnet --img-size 32 -b 2 -j 0 --epochs 2 --warmup-epochs 1 --experiment'
-        few = ['--decoder-embedding', '32', '--num-of-groups', '1' if groups > 0 else '-1']
-        train([*recipe, *smaller.split(), name, *few])
-        with open(f'output/train/{name}/summary.csv') as file:
-            row = next(csv.DictReader(file))
-        assert float(row['eval_zsl_map']) == 100  # the images that show the one unseen class all show it
-        assert float(row['eval_gzsl_map']) > 0
-
-
 @pytest.mark.parametrize('flags, message', [
     ('--dataset csv --class-split none.json', 'none.json'),
     ('--dataset csv --word-embeddings none.safetensors', 'none.safetensors'),
@@ -135,6 +101,7 @@ def test_mistakes_are_named(data, flags, message):
         train([*TRAIN, *flags.split()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', ['', '--ablations'])
 def test_the_benchmark_prints_a_row_a_way(flags, capsys):
     benchmark.main(f'--seeds 2 --scenes 32 --epochs 1 --validation-scenes 20 {flags}'.split())
