@@ -20,9 +20,9 @@ from timm.task import ClassificationEvaluator
 from timm_mldecoder.data import TIMM_FOLDERS
 from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.flags.flag import Flag, show
-from timm_mldecoder.flags.needs import loss_name, optimizer_info
-from timm_mldecoder.flags.optimization import LOSS_NAMES
-from timm_mldecoder.flags.options import Options, closest
+from timm_mldecoder.flags.group import closest
+from timm_mldecoder.flags.optimization import LOSS_NAMES, loss_name, optimizer_info
+from timm_mldecoder.flags.options import Options
 from timm_mldecoder.flags.sharded import problems_of_sharded
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.losses import LOSSES
@@ -121,7 +121,7 @@ def check_task(options: Options) -> None:
 
 def _problems_of_overlay(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     """What is wrong with entries of `--pretrained-cfg-overlay` that have a flag of their own; timm takes any."""
-    for name, value in o.to_dict().get('pretrained_cfg_overlay', {}).items():
+    for name, value in o.pretrained_cfg_overlay.items():
         row = rows.get(name)
         if row is None or name in _MODEL_ARGUMENTS:
             continue
@@ -154,7 +154,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
         if values is not None and len(values) not in (1, channels):
             yield f'--{name} {show(values)}: give one value, or one for each of {channels} channels'
     if o.torchscript:
-        if o.torchcompile or o.to_dict().get('aot_autograd'):
+        if o.torchcompile or o.aot_autograd:
             yield '--torchscript contradicts --torchcompile and --aot-autograd; give one of them'
         if o.use_ml_decoder_head or o.model_kwargs.get('ml_decoder'):
             yield '--torchscript cannot compile an ML-Decoder head: use --torchcompile'
@@ -164,7 +164,7 @@ def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
         if _MODEL_ARGUMENTS.get(name, '').lstrip('-').replace('-', '_') in rows:
             yield f'--model-kwargs {name}={o.model_kwargs[name]}: use {_MODEL_ARGUMENTS[name]}'
     for name, (package, remedy) in _PACKAGES.items():
-        if name in rows and o[name] and importlib.util.find_spec(package) is None:
+        if o[name] and importlib.util.find_spec(package) is None:
             yield f'{o.flag(name)} needs the package {package}: {remedy}'
     yield from _problems_of_heads(o)
 
@@ -183,7 +183,7 @@ def _problems_of_heads(o: Options) -> Iterator[str]:
     if o.graph:
         if o.use_ml_decoder_head:
             yield f'--graph {o.graph} contradicts --use-ml-decoder-head 1; give one of them'
-        if not o.word_embeddings and 'checkpoint' not in o.to_dict():
+        if not o.word_embeddings and o.script == 'train':
             yield f'--graph {o.graph} needs --word-embeddings'
     yield from head_problems(o.ml_decoder_kwargs)
 
@@ -217,7 +217,7 @@ def _problems_of_train(o: Options) -> Iterator[str]:
     name = o.opt.lower().removeprefix('lookahead_')
     if name not in list_optimizers():
         yield f'--opt {o.opt}: no such optimizer; choose from {", ".join(map(str, list_optimizers()))}'
-    info = optimizer_info(o)
+    info = optimizer_info(o.opt)
     if o.opt_betas and info.has_betas and len(o.opt_betas) != info.num_betas:
         yield f'--opt-betas {show(o.opt_betas)}: --opt {o.opt} takes {info.num_betas} values'
     for flag in ('model', 'kd_model_name'):
@@ -311,7 +311,7 @@ def _problems_of_images(o: Options) -> Iterator[str]:
 def _problems_of_splits(o: Options) -> Iterator[str]:
     if o.aug_splits == 1:
         yield '--aug-splits 1: must be 0 or at least 2'
-    if loss_name(o) == 'jsd' and not o.aug_splits:
+    if loss_name(o, o.task) == 'jsd' and not o.aug_splits:
         yield f'{"--jsd-loss" if o.jsd_loss else "--loss jsd"} needs --aug-splits of at least 2'
     for name in ('no_aug', 'no_prefetcher', 'mixup', 'cutmix', 'cutmix_minmax', 'train_img_sizes'):
         if o.aug_splits and o[name]:
@@ -338,7 +338,7 @@ def _problems_of_schedule(o: Options, info: Any) -> Iterator[str]:
 
 
 def _problems_of_loss(o: Options) -> Iterator[str]:
-    loss = loss_name(o)
+    loss = loss_name(o, o.task)
     if loss not in LOSS_NAMES and not re.fullmatch(r'[\w.]+:\w+', loss):
         yield f'--loss {loss}: choose from {", ".join(LOSS_NAMES)}, or a class of your own, package.module:Class'
     if o.bce_loss and o.loss not in (None, 'bce'):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from timm_mldecoder.flags.flag import Flag, Parser
-from timm_mldecoder.flags.options import REMOVED, closest
+from timm_mldecoder.flags.group import REMOVED, closest
 
 _logger = logging.getLogger(__name__)
 

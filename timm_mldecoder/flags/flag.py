@@ -1,17 +1,21 @@
-"""One row per flag: its names, type, default, values allowed, conditions, scripts and help."""
+"""One row per flag: a field of a group, with its default, help, values allowed, conditions and scripts."""
 
 import argparse
 import math
 import os
 import re
+import types
+import typing
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import Field, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from timm.utils import ParseKwargs
+from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.flags.options import REMOVED, Options, closest
+from timm_mldecoder.flags.group import REMOVED, closest
 
 _LARGEST_INT = 2**53
 _METAVARS = {int: 'N', float: 'X', str: 'NAME', dict: 'KEY=VALUE'}
@@ -58,18 +62,26 @@ def number(kind: type, interval: str) -> Callable[[str], Any]:
 class Need(NamedTuple):
     """The condition under which a flag has an effect, and its wording: what the flag needs."""
 
-    holds: Callable[[Options], bool]
+    holds: Callable[[Any], bool]  # of all options: their class is made of the rows, and so is none of their types
     text: str
+
+
+def given(*names: str) -> Need:
+    """Need one of several options to be set."""
+    text = ' or '.join(f'--{name.replace("_", "-")}' for name in names)
+    return Need(lambda options: any(options[name] for name in names), text)
 
 
 @dataclass(frozen=True)
 class Flag:
     """One flag of train.py, validate.py or both."""
 
-    names: tuple[str, ...]  # names on the command line; a name without dashes is a positional argument
-    type: type  # `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs)
     default: Any  # value of the option where the flag is not given
     help: str
+    names: tuple[str, ...] = ()  # names on the command line; a name without dashes is a positional argument
+    dest: str = ''  # name of the option: the field of its group and the key of a YAML file
+    # of the field: `str`, `int`, `float`, `bool` (a switch, which also gets a `--no-` form) or `dict` (KEY=VALUE pairs)
+    type: type = str
     nargs: str | int | None = None  # as in argparse
     const: Any = None  # value of a flag with `nargs='?'` that is given without one
     metavar: str | None = None  # placeholder of the value in `--help`
@@ -89,14 +101,18 @@ class Flag:
         """The first long name, as messages show it."""
         return next((name for name in self.names if name.startswith('--')), self.names[0])
 
-    @property
-    def dest(self) -> str:
-        """Name of the option: the attribute of `Options` and the key of a YAML file."""
-        return self.label.lstrip('-').replace('-', '_')
-
-    def of(self, script: str) -> 'Flag':
-        """The row as it holds in a script."""
-        return replace(self, **self.in_validate) if script == 'validate' else self
+    def of(self, entry: Field, script: str) -> 'Flag':
+        """The row of a field as it holds in a script: name, type and number of values are those of the field."""
+        hint: Any = typing.get_args(entry.type)[0] if isinstance(entry.type, types.UnionType) else entry.type
+        origin = typing.get_origin(hint)
+        return replace(
+            self,
+            names=self.names or (f'--{entry.name.replace("_", "-")}',),
+            dest=entry.name,
+            type=typing.get_args(hint)[0] if origin is list else origin or hint,
+            nargs=self.nargs or {list: '+', dict: '*'}.get(origin),
+            **(self.in_validate if script == 'validate' else {}),
+        )
 
     def add_to(self, parser: Any) -> None:
         """Add the flag to an argparse parser or group."""
@@ -156,19 +172,29 @@ class Flag:
             raise ValueError(f'{label} {path}: not a regular file')
 
 
-def flag(names: str, type: type, default: Any, help: str, *, range: str = '(-inf, inf)', needs: Any = (), **row: Any):
-    """One row; see `Flag`. `names` are separated by spaces, `range` is text, `needs` is one `Need` or several."""
+def flag(default: Any, help: str, *, names: str = '', range: str = '(-inf, inf)', needs: Any = (), **row: Any) -> Any:
+    """A field of a group, and its flag; see `Flag`.
+
+    The names of the flag, separated by spaces, are given where they are more than that of the field. `range` is text,
+    `needs` is one `Need` or several.
+    """
     needs = (needs,) if isinstance(needs, Need) else tuple(needs)
-    return Flag(tuple(names.split()), type, default, help, range=Range(range), needs=needs, **row)
+    described = Flag(default, help, tuple(names.split()), range=Range(range), needs=needs, **row)
+    return field(default_factory=partial(copy, default), metadata={'flag': described})
 
 
-#: The rows of a table begin with the scripts that have the flag.
+#: A row begins with the scripts that have the flag.
 train = partial(flag, scripts=('train',))
 validate = partial(flag, scripts=('validate',))
 both = partial(flag, scripts=('train', 'validate'))
 
-#: Title of a group of flags in `--help`, and its rows.
-Group = tuple[str, list[Flag]]
+# fmt: off
+#: Conditions of flags in several groups.
+DISTRIBUTED = Need(lambda o: world_info_from_env()[2] > 1, 'more than one rank')
+ON_ACCELERATOR = Need(lambda o: not o.device.startswith('cpu'), 'a device other than the CPU')
+VALIDATES = Need(lambda o: bool(o.val_split), 'a validation split: --val-split')
+NO_HEAD = Need(lambda o: not o.use_ml_decoder_head, '--use-ml-decoder-head 0')
+# fmt: on
 
 
 class _Switch(argparse.Action):
@@ -226,13 +252,13 @@ class BaseParser(argparse.ArgumentParser):
 class Parser(BaseParser):
     """A parser of rows: `--help` shows the `common` flags, `--help-all` every one."""
 
-    def __init__(self, description: str, groups: Iterable[Group], common: Container[str]) -> None:
+    def __init__(self, description: str, groups: Mapping[str, list[Flag]], common: Container[str]) -> None:
         super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]', add_help=False)
         self._common = common
         self.add_argument('-h', '--help', action=_Help, help='show the flags that most runs need and exit')
         self.add_argument('--help-all', action='help', help='show all flags and exit')
         self._negative_number_matcher = re.compile(r'^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # argparse's lacks -1e-3
-        for title, rows in groups:
+        for title, rows in groups.items():
             group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)

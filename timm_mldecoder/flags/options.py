@@ -1,74 +1,63 @@
-"""The options of a run: immutable, and aware of which of them the user gave."""
+"""All options of train.py and of validate.py, and their flags."""
 
 import copy
-import difflib
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+from timm_mldecoder.flags.augmentation import AugmentationOptions, RegularizationOptions
+from timm_mldecoder.flags.data import (
+    ClassesOptions,
+    DatasetOptions,
+    ImageOptions,
+    LoadingOptions,
+    NaflexOptions,
+    SizeOptions,
+)
+from timm_mldecoder.flags.flag import Flag
+from timm_mldecoder.flags.model import BatchNormOptions, DeviceOptions, EmaOptions, HeadOptions, ModelOptions
+from timm_mldecoder.flags.optimization import DistillationOptions, LossOptions, OptimizerOptions, ScheduleOptions
+from timm_mldecoder.flags.run import ResultOptions, RunOptions, TrackerOptions
 
 
-class Options:
-    """The effective options of a script, read as attributes; nothing can write to them.
+@dataclass(frozen=True)
+class Options(
+    DatasetOptions,
+    ModelOptions,
+    HeadOptions,
+    ClassesOptions,
+    ImageOptions,
+    LoadingOptions,
+    LossOptions,
+    DistillationOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    AugmentationOptions,
+    RegularizationOptions,
+    SizeOptions,
+    NaflexOptions,
+    BatchNormOptions,
+    EmaOptions,
+    DeviceOptions,
+    RunOptions,
+    TrackerOptions,
+    ResultOptions,
+):
+    """The effective options of a script, for the functions that build its parts; a part gets its group of them.
 
-    Args:
-        values: The value of every option.
-        spelled: The flag that gave each option the user gave, as the user spelled it.
-
-    Attributes:
-        given: Names of the options that the user gave, on the command line or in a YAML file.
+    An option that the other script alone has a flag for keeps its default.
     """
 
-    __slots__ = ('_spelled', '_values')
-    __hash__ = None  # type: ignore[assignment]  # as of other mappings
-
-    def __init__(self, values: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> None:
-        object.__setattr__(self, '_values', copy.deepcopy(dict(values)))
-        object.__setattr__(self, '_spelled', dict(spelled or {}))
-
-    @property
-    def given(self) -> frozenset[str]:
-        return frozenset(self._spelled)
-
-    def flag(self, name: str) -> str:
-        """The flag of an option as the user spelled it, else its name with dashes."""
-        return self._spelled.get(name) or f'--{name.replace("_", "-")}'
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith('_') and name in self._values:
-            return self._values[name]
-        raise AttributeError(f'there is no option {name!r}')
+    script: str = field(default='train', kw_only=True)  # or `validate`
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f'cannot set {name}: options are immutable, use options.replace({name}=...)')
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f'cannot delete {name}: options are immutable')
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._values]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Options) and self._values == other._values
-
-    def __repr__(self) -> str:
-        return f'Options({", ".join(f"{name}={value!r}" for name, value in self._values.items())})'
-
-    def __reduce__(self) -> tuple:
-        return Options, (self._values, self._spelled)
-
-    def replace(self, **changes: Any) -> 'Options':
-        """A copy with other values, a ValueError for an unknown option; `given` is unchanged."""
-        for name in changes.keys() - self._values.keys():
-            raise ValueError(f'there is no option {name!r}{closest(name, self._values)}')
-        return Options({**self._values, **changes}, self._spelled)
+        return getattr(self, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of all options, which the caller may change."""
-        return copy.deepcopy(self._values)
+        """A dictionary of the options that the script has a flag for, which the caller may change."""
+        return {name: copy.deepcopy(self[name]) for name in flags(self.script)}
 
     def with_data_path(self) -> 'Options':
         """The options with the full path of the dataset, as checkpoints and `args.yaml` keep it."""
@@ -79,11 +68,18 @@ class Options:
         return Namespace(**self.to_dict())
 
 
-#: Flags of earlier versions, and what to do instead.
-REMOVED = {'--head-parallel': 'shard the head with --parallel fsdp'}
+@cache
+def groups(script: str) -> dict[str, list[Flag]]:
+    """The flags of a script, `train` or `validate`, by the titles of their groups."""
+    found = {}
+    for group in Options.__bases__:
+        rows = [(entry, entry.metadata['flag']) for entry in fields(group) if 'flag' in entry.metadata]  # type: ignore[arg-type]
+        title = str(group.__doc__).partition('\n')[0].rstrip('.')
+        found[title] = [row.of(entry, script) for entry, row in rows if script in row.scripts]
+    return found
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the closest known one, if any is close."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f', did you mean {close[0]}?' if close else ''
+@cache
+def flags(script: str) -> dict[str, Flag]:
+    """The flags of a script by the name of their option."""
+    return {row.dest: row for rows in groups(script).values() for row in rows}

@@ -1,5 +1,6 @@
 """From a command line and a YAML file, or from values, to the checked options of a script."""
 
+import copy
 import logging
 import os
 import sys
@@ -10,36 +11,14 @@ from typing import Any
 import torch
 from timm.utils.distributed import world_info_from_env
 
-from timm_mldecoder.flags import augmentation, data, model, optimization, run
 from timm_mldecoder.flags.checks import check, check_patches, check_task, default_metric
 from timm_mldecoder.flags.config import FOLDER, as_arguments, find_recipe, read_config, read_resumed
-from timm_mldecoder.flags.flag import Flag, Group, Parser, show
-from timm_mldecoder.flags.options import Options, closest
+from timm_mldecoder.flags.flag import Flag, Parser, show
+from timm_mldecoder.flags.group import closest
+from timm_mldecoder.flags.options import Options, flags, groups
 
 _logger = logging.getLogger(__name__)
 
-GROUPS = (
-    data.DATASET,
-    model.MODEL,
-    model.HEAD,
-    data.CLASSES,
-    data.IMAGES,
-    data.LOADING,
-    optimization.LOSS,
-    optimization.DISTILLATION,
-    optimization.OPTIMIZER,
-    optimization.SCHEDULE,
-    augmentation.AUGMENTATION,
-    augmentation.REGULARIZATION,
-    data.SIZES,
-    data.NAFLEX,
-    model.BATCH_NORM,
-    model.EMA,
-    model.DEVICE,
-    run.RUN,
-    run.TRACKERS,
-    run.RESULTS,
-)
 # what `--help` shows
 _COMMON = """
     help help_all data_dir dataset config task model pretrained initial_checkpoint use_ml_decoder_head num_of_groups
@@ -48,16 +27,6 @@ _COMMON = """
     checkpoint use_ema split test_split write_thresholds class_report report results_file
 """
 _PRECISION = {'amp', 'amp_dtype', 'model_dtype'}
-
-
-def groups(script: str) -> list[Group]:
-    """The groups of flags of a script, `train` or `validate`."""
-    return [(title, [row.of(script) for row in rows if script in row.scripts]) for title, rows in GROUPS]
-
-
-def flags(script: str) -> dict[str, Flag]:
-    """The flags of a script by the name of their option."""
-    return {row.dest: row for _, rows in groups(script) for row in rows}
 
 
 def _parser(script: str) -> Parser:
@@ -110,9 +79,8 @@ def warn_no_effect(options: Options, script: str) -> None:
     """Warn about each flag that the user gave and that has no effect given the other options."""
     if world_info_from_env()[1] != 0:  # rank
         return
-    values = options.to_dict()
     for name, row in flags(script).items():
-        value = values[name]
+        value = options[name]
         if name not in options.given or value == row.default:
             continue
         failed = next((need for need in row.needs if not need.holds(options)), None)
@@ -182,7 +150,7 @@ def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelle
     if values['data'] and values['data_dir'] and values['data'] != values['data_dir']:
         raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
     values['data'] = values['data_dir'] = values['data'] or values['data_dir']
-    options = Options(values, spelled)
+    options = Options(**copy.deepcopy(values), spelled=spelled, script=script)
     options = options.replace(**_dependent_defaults(options, script, given))
     check(options, rows, script)
     if script == 'train':

@@ -175,7 +175,7 @@ def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | 
     """Create mixup and CutMix, in the collate function where batches are prefetched; None if both are off."""
     if not mixes(options):
         return None
-    settings = dict(
+    settings: dict[str, Any] = dict(
         mixup_alpha=options.mixup,
         cutmix_alpha=options.cutmix,
         prob=options.mixup_prob,

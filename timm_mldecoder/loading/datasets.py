@@ -95,7 +95,7 @@ def create_split(
         ValueError: If the data is missing, or does not fit the task.
     """
     mode = image_mode(options)
-    kind = dataset_kind(options.dataset)
+    kind, root = dataset_kind(options.dataset), Path(options.data_dir or '')
     source, held_out = _source_of(options, split)
     _check_folder(options.dataset, options.data_dir, source)
     _check_image_mode(options.dataset, mode, image_channels(options))
@@ -121,7 +121,7 @@ def create_split(
         settings['difficult'] = options.voc_difficult
     if kind.startswith('coco'):
         settings['unannotated'] = options.coco_unannotated
-    if not kind and (forgotten := _forgotten_dataset(Path(options.data_dir))):
+    if not kind and (forgotten := _forgotten_dataset(root)):
         raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
         dataset: Any = create_dataset(
@@ -131,7 +131,7 @@ def create_split(
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except ValueError as error:
         nothing = not kind and 'no images in' in str(error)
-        raise ValueError(f'{error}{_lists_beside(Path(options.data_dir), source) if nothing else ""}') from error
+        raise ValueError(f'{error}{_lists_beside(root, source) if nothing else ""}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)
@@ -141,12 +141,12 @@ def create_split(
         read_by_rule(dataset, reading, mode)
     names = None if kind else list(class_to_index(dataset) or ())
     if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
-        beside = _lists_beside(Path(options.data_dir), source, any_table=names == [''])
+        beside = _lists_beside(root, source, any_table=names == [''])
         if beside or names == ['']:
             beside = beside or '; --dataset names another format'
             raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
     if multilabel and options.dataset in TIMM_FOLDERS:
-        if beside := _lists_beside(Path(options.data_dir), source):
+        if beside := _lists_beside(root, source):
             raise ValueError(f'{options.data_dir}: class folders have one class per image{beside}')
         if training:
             _logger.warning(f'{options.data_dir}: --task multilabel, and class folders have one class per image')

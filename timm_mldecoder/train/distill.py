@@ -120,7 +120,7 @@ def create_distillation_task(
 
 def _create_teacher(options: Options, student: Any, dataset: Dataset, images: DataConfig) -> Teacher:
     """Load the teacher, in the precision of the run, and check that it fits."""
-    source = options.kd_checkpoint or options.kd_model_name
+    source = options.kd_checkpoint or options.kd_model_name or ''
     like = next(student.parameters())
     try:
         trained = _load(options, student)

@@ -201,7 +201,7 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
         skip_step(run, trained, scale_too_large=state.scaler.is_enabled() and not loss)
     else:
         if options.clip_grad is not None:
-            clip_gradients(run)
+            clip_gradients(run, options.clip_grad)
         state.optimizer.step()  # the scaler's own step would wait for the device to know what is known
         update_ema(run)
         buffers.save()
@@ -213,9 +213,9 @@ def step_optimizer(run: Run, trained: list[TrainedBatch], buffers: Buffers) -> i
     return stop
 
 
-def clip_gradients(run: Run) -> None:
+def clip_gradients(run: Run, limit: float) -> None:
     """Clip the gradients as timm does, and keep their norm before it, which timm's function computes and drops."""
-    parameters, limit = run.clip_parameters(), run.options.clip_grad
+    parameters = run.clip_parameters()
     if run.options.clip_mode != 'norm':
         dispatch_clip_grad(parameters, limit, run.options.clip_mode)
         return

@@ -18,7 +18,7 @@ from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import multilabel_evaluator
 from timm_mldecoder.flags import Options, scores_both
-from timm_mldecoder.flags.needs import loss_name
+from timm_mldecoder.flags.optimization import loss_name
 from timm_mldecoder.head.layers import CosineGroupFullyConnected
 from timm_mldecoder.loading.create_loaders import DataConfig, mixes, model_dtype
 from timm_mldecoder.loading.datasets import has_ignored
@@ -87,8 +87,8 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: If an option does not go with the loss, or the labels to ignore do not.
     """
-    if ':' in (options.loss or ''):
-        return _create_users_loss(options)
+    if options.loss and ':' in options.loss:
+        return _create_users_loss(options.loss, options.loss_kwargs)
     try:
         if options.task == 'multilabel' and _is_own(options, dataset):
             return _create_own_loss(options, dataset)
@@ -97,25 +97,25 @@ def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
         raise ValueError(f'--loss-kwargs {options.loss_kwargs}: {error}') from error
 
 
-def _create_users_loss(options: Options) -> nn.Module:
+def _create_users_loss(name: str, settings: dict[str, Any]) -> nn.Module:
     """Create the loss of a class that the user names: called with logits [B, C] and the targets of the data."""
-    module, _, name = options.loss.partition(':')
+    module, _, attribute = name.partition(':')
     sys.path.insert(0, os.getcwd())
     try:
-        loss = getattr(importlib.import_module(module), name)(**options.loss_kwargs)
+        loss = getattr(importlib.import_module(module), attribute)(**settings)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'--loss {options.loss}: {error}') from error
+        raise ValueError(f'--loss {name}: {error}') from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(loss, nn.Module):
-        raise ValueError(f'--loss {options.loss} is not a torch.nn.Module')
+        raise ValueError(f'--loss {name} is not a torch.nn.Module')
     return loss
 
 
 def _is_own(options: Options, dataset: Dataset) -> bool:
     """Return whether a multi-label loss is this package's rather than timm's."""
     name = options.loss or 'bce'
-    timm_only = [f'--{option.replace("_", "-")}' for option in TIMM_ONLY if options.to_dict()[option]]
+    timm_only = [f'--{option.replace("_", "-")}' for option in TIMM_ONLY if getattr(options, option)]
     if has_ignored(dataset):
         if name not in LOSSES:
             raise ValueError(f'--loss {name} would learn from labels to ignore: choose from {sorted(LOSSES)}')
@@ -138,7 +138,7 @@ def _create_own_loss(options: Options, dataset: Any) -> nn.Module:
 
 def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     multilabel = options.task == 'multilabel'
-    name = loss_name(options)
+    name = loss_name(options, options.task)
     stats = _class_stats(options, dataset)
     class_weight = _loss_weight(options, 'class_weight', options.loss_class_weight, stats)
     pos_weight = _loss_weight(options, 'pos_weight', options.loss_pos_weight, stats)
@@ -187,7 +187,7 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
 
 def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
     flag = f'--loss-{kind.replace("_", "-")} {value}'
-    settings = dict(
+    settings: dict[str, Any] = dict(
         kind=kind, power=options.loss_weight_power, beta=options.loss_weight_beta, max_weight=options.loss_weight_max
     )
     try:

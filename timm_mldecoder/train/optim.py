@@ -51,7 +51,7 @@ def create_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimize
 def timm_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
     """Create timm's optimizer without a log line; for arguments and errors see `create_optimizer`."""
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(cfg=options.to_namespace()), **options.opt_kwargs)
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
     except (TypeError, ImportError, AssertionError, ValueError) as error:
         given = ' '.join(f'{name}={value}' for name, value in options.opt_kwargs.items())
         raise ValueError(f'--opt {options.opt}{" --opt-kwargs " * bool(given)}{given}: {error}') from error
@@ -77,18 +77,18 @@ def create_schedule(
         The schedule, None for `--sched none`, and the number of epochs that it takes.
     """
     if options.sched == 'onecycle':
-        epochs = options.epochs
+        epochs, lr = options.epochs, optimizer.defaults['lr']
         schedule = OneCycleScheduler(
             optimizer,
             num_steps=epochs * steps_per_epoch,
             warmup_fraction=options.warmup_epochs / epochs,
-            div_factor=options.lr / options.warmup_lr if options.warmup_lr else math.inf,
+            div_factor=lr / options.warmup_lr if options.warmup_lr else math.inf,
             final_div_factor=options.warmup_lr / options.min_lr if options.min_lr else math.inf,
         )
     else:
         schedule, epochs = create_scheduler_v2(
             optimizer,
-            **scheduler_kwargs(options.to_namespace(), decreasing_metric=decreasing),
+            **scheduler_kwargs(options, decreasing_metric=decreasing),
             updates_per_epoch=steps_per_epoch,
         )
     unit = 'epoch' if schedule is None or schedule.t_in_epochs else 'update'
