@@ -96,6 +96,7 @@ def run_train(flags, folder):
 PLAIN_KERNELS = {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41', 'MKL_CBWR': 'COMPATIBLE'}
 
 
+@pytest.mark.slow
 def test_a_run_follows_that_of_timms_script(images, few_images, tmp_path, monkeypatch):
     for name, value in PLAIN_KERNELS.items():  # read when a process imports torch
         monkeypatch.setenv(name, value)
@@ -109,7 +110,8 @@ def test_a_run_follows_that_of_timms_script(images, few_images, tmp_path, monkey
     # one image of 45 may be on the other side of the boundary on a CPU with other kernels
     assert float(row['eval_top1']) == pytest.approx(RECORDED['first']['eval_top1'], abs=100 / 45 + 1e-2)
     # the schedule of all epochs does not depend on model and data
-    rows = run_train(shlex.split(f'--data-dir {few_images} --model test_resnet --img-size 32 -j 0 {common}'), tmp_path)
+    small = shlex.split(f'--data-dir {few_images} --model test_resnet --img-size 32 -j 0 {common}')
+    rows = run_train(small, tmp_path / 'small')
     assert [float(row['lr']) for row in rows] == pytest.approx(RECORDED['rates'], rel=1e-9)
 
 
