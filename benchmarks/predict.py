@@ -16,16 +16,16 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import Step, markdown, paired_times, parser, ratio
 from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.loading.loader import Placement
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import LoadedModel, load
 from timm_mldecoder.predict.parts import Parts
-from timm_mldecoder.predict.predictor import Predictor, predict
+from timm_mldecoder.predict.predict import predict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 
 HEADER = ('loop', 'seconds', 'img/s', 'of the plain loop')
@@ -47,13 +47,12 @@ def main(argv: list[str] | None = None) -> str:
         save_folder(model, folder / 'model', data_config=config)
         _write_images(folder / 'images', args)
         start = time.perf_counter()
-        predictor = Predictor(load_trained(str(folder / 'model'), device=args.device))
-        transform = create_transform(**predictor.data_config, is_training=False)
-        dataset = SourceDataset(open_source(folder / 'images'), transform)
+        loaded = load(str(folder / 'model'), device=args.device)
+        dataset = SourceDataset(open_source(folder / 'images'), loaded.transform)
         startup = time.perf_counter() - start
         loops = {
-            'plain': _plain(folder / 'images', predictor.model, transform, args),
-            'predict': _predict(folder / 'labels.csv', predictor, dataset, args),
+            'plain': _plain(folder / 'images', loaded.model, loaded.transform, args),
+            'predict': _predict(folder / 'labels.csv', loaded, dataset, args),
         }
         times = paired_times(loops, args.rounds, args.device, workers=args.workers)
     best = {loop: min(found) for loop, found in times.items()}
@@ -87,14 +86,14 @@ def _plain(folder: Path, model: torch.nn.Module, transform, args: Namespace) -> 
     return step
 
 
-def _predict(out: Path, predictor: Predictor, dataset: SourceDataset, args: Namespace) -> Step:
+def _predict(out: Path, loaded: LoadedModel, dataset: SourceDataset, args: Namespace) -> Step:
     world = World(torch.device(args.device))
 
     def step() -> None:
         out.unlink(missing_ok=True)
-        parts = Parts(out, len(dataset), args.part_size, {'classes': predictor.class_names}, {})
+        parts = Parts(out, len(dataset), args.part_size, {'classes': loaded.class_names}, {})
         settings = dict(batch_size=args.batch_size, workers=args.workers, placement=Placement(world.device))
-        predict(predictor, dataset, parts, world, **settings)
+        predict(loaded, dataset, parts, world, **settings)
         parts.finish()
 
     return step

@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_models_and_typed_classes_replace_them_for_one_i
         found = text.score(image, 'tram,  lamp\ntram')
         assert found.names == MORE and found.scores == pytest.approx(expected(folder, 'text', MORE), rel=1e-5)
         assert text.attention(image, MORE, 1).size == (app.SIDE, app.SIDE)
-        assert text.score(image).names == NAMES and len(text.predictor.model.get_classifier().class_names) == 3
+        assert text.score(image).names == NAMES and len(text.loaded.model.get_classifier().class_names) == 3
         with pytest.raises(ValueError, match='balloon'):
             text.score(image, 'tram, balloon')
     assert set(text.vocabulary) == {*NAMES, *MORE} and not linear.vocabulary
@@ -98,7 +98,7 @@ def test_the_threshold_moves_the_list_and_names_are_escaped(models):
 
 
 def test_names_of_models_and_of_uploads_stay_text(models, tmp_path):
-    shown = app.Shown('<b>x</b>/../"y"\n', models[0].predictor, True, None)
+    shown = app.Shown('<b>x</b>/../"y"\n', models[0].loaded, None)
     assert '<b>' not in shown.about() and '&quot;y&quot;' in shown.about()
     (tmp_path / 'x.jpg').write_text('not an image')
     upload = argparse.Namespace(path=str(tmp_path / 'x.jpg'), orig_name='../../<script>=1.jpg')
@@ -146,7 +146,7 @@ def test_without_a_threshold_the_list_has_the_labels_that_predict_gives(models):
     text, linear = models
     found = app.Scores(NAMES, [0.3, 0.4, 0.55])  # tuned: 0.2, 0.5, 0.6
     assert text.rows(found, None).count('<button') == 1 and 'sky' in text.rows(found, None)
-    given = text.predictor.labels(torch.tensor([found.scores]))[0]
+    given = text.loaded.labels(torch.tensor([found.scores]))[0]
     assert [label.name for label in given] == ['sky']
     assert linear.rows(app.Scores(['cat', 'dog'], [0.96, 0.04]), None).count('<button') == 1
 

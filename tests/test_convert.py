@@ -17,9 +17,8 @@ from timm_mldecoder.checkpoint import folders
 from timm_mldecoder.checkpoint.folders import folder_settings, save_folder
 from timm_mldecoder.convert import main as convert
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load
 from timm_mldecoder.predict.__main__ import main as predict
-from timm_mldecoder.predict.predictor import Predictor
 from timm_mldecoder.probe.__main__ import main as probe
 from train import main as train
 from validate import main as validate
@@ -47,7 +46,7 @@ def scores(capsys, *flags):
 def check_folder(capsys, *flags):
     """The folder of the checkpoint has its logits, its scores, and its settings; also for transformers."""
     convert([CHECKPOINT, 'folder'])
-    trained = load_trained(CHECKPOINT)
+    trained = load(CHECKPOINT)
     model = timm.create_model('local-dir:folder', pretrained=True).eval()
     config = resolve_model_data_config(model)
     assert config.keys() == trained.data_config.keys()
@@ -85,12 +84,12 @@ def check_pipeline(transformers, model):
     config = resolve_model_data_config(model)
     pixels = torch.randint(256, (40, 40, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
-    predictor = Predictor(load_trained('folder'))
+    loaded = load('folder')
     with torch.no_grad():
-        expected, _ = predictor(timm.data.create_transform(**config, is_training=False)(image)[None])
-    found = transformers.pipeline('image-classification', 'folder')(image, top_k=len(predictor.class_names))
+        expected = loaded.scores(loaded.model(timm.data.create_transform(**config, is_training=False)(image)[None]))
+    found = transformers.pipeline('image-classification', 'folder')(image, top_k=len(loaded.class_names))
     found = {entry['label']: entry['score'] for entry in found}
-    assert [found[name] for name in predictor.class_names] == pytest.approx(expected[0].tolist(), abs=1e-4)
+    assert [found[name] for name in loaded.class_names] == pytest.approx(expected[0].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_the_weights_of_a_folder_are_those_that_the_flag_names():
     for flag, ema in (('--use-ema', True), ('--no-use-ema', False)):
         convert([CHECKPOINT, f'folder{flag}', flag])
         state = timm.create_model(f'local-dir:folder{flag}', pretrained=True).state_dict()
-        expected = load_trained(CHECKPOINT, use_ema=ema).model.state_dict()
+        expected = load(CHECKPOINT, use_ema=ema).model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
@@ -167,7 +166,7 @@ def test_the_model_card_has_tags_labels_metrics_and_a_training_command_that_pars
     assert {'- timm', '- transformers', '- ml-decoder'} <= set(metadata.splitlines())
     assert 'class_0, class_1, class_2' in card and 'top1 ' in card
     command = next(line for line in card.splitlines() if line.startswith('`train.py')).strip('`')
-    options, trained = parse_train(shlex.split(command)[1:]).to_dict(), load_trained(CHECKPOINT).content['args']
+    options, trained = parse_train(shlex.split(command)[1:]).to_dict(), load(CHECKPOINT).content['args']
     for name in ('model', 'img_size', 'lr', 'model_ema', 'mean', 'ml_decoder_kwargs', 'decoder_embedding'):
         assert options[name] == vars(trained)[name], name
 
@@ -201,7 +200,7 @@ def test_a_folder_that_fails_midway_leaves_nothing(exists, monkeypatch):
 def test_a_run_that_scores_raw_weights_alone_gives_those(capsys):
     write_images(Path('data'), train=8, validation=5)
     train([*SINGLE, *RUN, '--model-ema', '--model-ema-decay', '0.5', '--model-ema-force-cpu'])
-    taken, raw = (load_trained(CHECKPOINT, use_ema=ema).model.state_dict() for ema in (None, False))
+    taken, raw = (load(CHECKPOINT, use_ema=ema).model.state_dict() for ema in (None, False))
     assert all(torch.equal(taken[name], tensor) for name, tensor in raw.items())
 
 
@@ -220,12 +219,12 @@ def test_a_run_from_a_folder_needs_the_folder_no_more(program, tmp_path, monkeyp
         probe([*flags, '--heads', 'attention_pool', '--lrs', '1e-3', '--seeds', '1'])
         made = next(Path('out/second').rglob('*.pth.tar')).resolve()
     images = torch.randn(2, 3, 32, 32)
-    expected = load_trained(str(made)).model(images)
+    expected = load(str(made)).model(images)
     shutil.rmtree('start')
     (tmp_path / 'elsewhere').mkdir()
     data = Path('data').resolve()
     monkeypatch.chdir(tmp_path / 'elsewhere')
-    assert torch.equal(load_trained(str(made)).model(images), expected)
+    assert torch.equal(load(str(made)).model(images), expected)
     convert([str(made), 'converted'])
     assert torch.equal(timm.create_model('local-dir:converted', pretrained=True).eval()(images), expected)
     assert scores_of(data, made)
@@ -233,7 +232,7 @@ def test_a_run_from_a_folder_needs_the_folder_no_more(program, tmp_path, monkeyp
         flags[0], flags[flags.index('--epochs') + 1] = str(data), '2'
         flags[flags.index('--output') + 1] = str(made.parent.parent)
         train([*flags, '--warmup-epochs', '0', '--resume', 'auto'])
-        assert load_trained(str(made)).content['epoch'] == 1
+        assert load(str(made)).content['epoch'] == 1
 
 
 def scores_of(data, checkpoint):

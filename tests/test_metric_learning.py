@@ -20,7 +20,7 @@ from benchmarks.digits import write_digit_scenes
 from timm_mldecoder import CosineClassifier, MLDecoder, add_cosine_classifier
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.loading.datasets import create_split
-from timm_mldecoder.modeling.load import create_train_model
+from timm_mldecoder.modeling.create import create_train_model
 from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.train.optim import create_optimizer, create_schedule
 from train import main as train

@@ -28,10 +28,10 @@ from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.export.__main__ import main as export
 from timm_mldecoder.export.__main__ import read_metadata
 from timm_mldecoder.flags import validate_options
-from timm_mldecoder.modeling.load import load_model, load_trained
+from timm_mldecoder.modeling.load import load as load_source
+from timm_mldecoder.modeling.load import load_model
 from timm_mldecoder.models.attention_maps import attention_maps
 from timm_mldecoder.predict.__main__ import main as predict
-from timm_mldecoder.predict.predictor import Predictor
 from train import main as train
 from validate import main as validate
 
@@ -451,7 +451,7 @@ def test_no_other_way_loads_a_file_that_does_not_show_its_logits(family, setting
     with pytest.raises(RuntimeError, match='embed'):
         model.get_classifier().load_state_dict(client.head.state_dict())
     with pytest.raises(ValueError, match='does not say which model'):
-        load_trained(path)
+        load_source(path)
     command = [path, str(tmp_path / 'out'), '--model', name, '--input-size', str(size)]
     if 'head_norm=False' in message:  # which convert finds itself
         convert.main(command)
@@ -663,7 +663,7 @@ def test_a_converted_folder_works_in_transformers_predict_and_export(family, tmp
     says = ['--ml-decoder-kwargs', 'prefix_tokens=True'] if family in TOKENS else []
     convert.main([write(tmp_path, client), folder, *flags, *says])
     assert_same_logits(transformers.TimmWrapperForImageClassification.from_pretrained(folder).timm_model, client)
-    assert_same_logits(load_trained(folder).model, client)
+    assert_same_logits(load_source(folder).model, client)
     data = write_images(tmp_path / 'data', train=1, validation=1)
     export([folder, str(tmp_path / 'model.pt2'), '--format', 'torch-export', '--images', str(data)])  # which verifies
     predict([str(data), '--model', f'local-dir:{folder}', '--out', str(tmp_path / 'x.csv'), '-j', '0'])
@@ -765,7 +765,7 @@ def test_a_tagger_with_names_task_and_thresholds(names, tmp_path):
         csv.writer(file).writerows([['class', 'ap', 'threshold'], *zip(NAMES, [1] * CLASSES, thresholds, strict=True)])
     flags = f'--model test_resnet --input-size 64 --class-names {named} --thresholds {table}'
     convert.main([write(tmp_path, client), str(tmp_path / 'folder'), *flags.split()])
-    predictor = Predictor(load_trained(str(tmp_path / 'folder')))
+    predictor = load_source(str(tmp_path / 'folder'))
     assert predictor.class_names == NAMES
     assert predictor.thresholds.tolist() == pytest.approx(thresholds)
     config = json.loads((tmp_path / 'folder/config.json').read_text())

@@ -29,7 +29,7 @@ from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.distributed.world import World, join_world
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, ClassAwareSelectiveLoss
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.train.build_run import build_run
 from timm_mldecoder.train.loop import fit
 from timm_mldecoder.train.loss import create_task, create_train_loss
@@ -262,7 +262,7 @@ def test_the_class_report_has_the_scores_of_each_class_over_its_annotated_images
     # images have the size of the model, pixels go in as 0..1
     pixels = [torch.from_numpy(np.array(Image.open(f'data/{row["path"]}').convert('RGB'))) for row in rows]
     with torch.inference_mode():
-        scores = load_trained(CHECKPOINT).model(torch.stack(pixels).permute(0, 3, 1, 2) / 255).sigmoid()
+        scores = load_model(CHECKPOINT).model(torch.stack(pixels).permute(0, 3, 1, 2) / 255).sigmoid()
     for name, found, column in zip(NAMES, report, scores.T.tolist(), strict=True):
         annotated = [(score, row) for score, row in zip(column, rows, strict=True) if row['ignored'] != name]
         pairs = [(name in row['labels'], score) for score, row in annotated]

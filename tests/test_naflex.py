@@ -27,7 +27,7 @@ from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import KeyedSamples
 from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.loading.randomness import BATCH, key, seed_cpu
-from timm_mldecoder.modeling.load import script
+from timm_mldecoder.modeling.create import script
 from validate import main as validate
 
 SMALL = dict(embed_dim=48, depth=1, num_heads=3)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -28,12 +29,11 @@ from torch._dynamo.testing import CompileCounter
 from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load
 from timm_mldecoder.predict import parts as parts_module
 from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.predict.parts import Label, Parts, Prediction
 from timm_mldecoder.predict.pictures import picture_path
-from timm_mldecoder.predict.predictor import Predictor
 from timm_mldecoder.runtime.errors import RunFailed
 from timm_mldecoder.runtime.files import harmless
 from train import main as train
@@ -115,7 +115,7 @@ def test_labels_by_threshold_and_by_rank(images, capsys):
 
 def test_top_k_and_threshold_both_apply():
     save_model(thresholds=dict(zip(NAMES, [0.5, 0.5, 0.8], strict=True)))
-    predictor = Predictor(load_trained('folder'), top_k=2)
+    predictor = load('folder', top_k=2)
     for scores, expected in [
         ([0.9, 0.6, 0.85], [0, 2]),
         ([0.9, 0.6, 0.7], [0, 1]),
@@ -431,7 +431,7 @@ def test_images_are_read_in_the_mode_of_the_training_run(images):
         --experiment run --input-img-mode YCbCr"""
     train(shlex.split(flags))
     predict(['images', '--checkpoint', 'out/run/last.pth.tar', *SMALL, '--threshold', '0', '--out', 'labels.csv'])
-    trained = load_trained('out/run/last.pth.tar')
+    trained = load('out/run/last.pth.tar')
     transform = create_transform(**{**trained.data_config, 'is_training': False})
     with torch.no_grad():
         expected = trained.model(transform(Image.open('images/a.jpg').convert('YCbCr'))[None])[0].sigmoid()
@@ -485,11 +485,8 @@ def test_labels_are_closed_under_implications(tmp_path):
     (tmp_path / 'implications.txt').write_text('cat -> animal\n\nkitten -> cat\na -> b -> car\nkitten -> kitten\n')
     model = timm.create_model('test_resnet', num_classes=5, ml_decoder=True)
     save_folder(model, tmp_path / 'folder', class_names=names, task='multilabel')
-    predictor = Predictor(
-        load_trained(str(tmp_path / 'folder')),
-        threshold=0.5,
-        implications=read_implications(tmp_path / 'implications.txt', names),
-    )
+    implications = read_implications(tmp_path / 'implications.txt', names)
+    predictor = replace(load(tmp_path / 'folder', threshold=0.5), implications=implications)
     scores = torch.tensor([[0.1, 0.2, 0.9, 0.3, 0.2], [0.7, 0.6, 0.1, 0.0, 0.0], [0.0, 0.0, 0.0, 0.8, 0.9], [0.0] * 5])
     found = [{label.name: round(label.score, 3) for label in labels} for labels in predictor.labels(scores)]
     assert found == [
@@ -512,13 +509,13 @@ def test_implications_that_do_not_fit_are_refused(line, message, tmp_path):
 def test_implications_of_a_single_label_model_or_under_a_limit_are_refused(tmp_path):
     for settings, message in ((dict(task='classification'), 'multi-label'), (dict(top_k=2), '--top-k')):
         with pytest.raises(ValueError, match=message):
-            Predictor(trained_multilabel(tmp_path), **settings, implications=torch.zeros(2, 0, dtype=torch.long))
+            replace(trained_multilabel(tmp_path), **settings, implications=torch.zeros(2, 0, dtype=torch.long))
 
 
 def trained_multilabel(folder):
     if not (folder / 'folder').exists():
         save_folder(timm.create_model('test_resnet', num_classes=2), folder / 'folder', task='multilabel')
-    return load_trained(str(folder / 'folder'))
+    return load(str(folder / 'folder'))
 
 
 @pytest.mark.parametrize('suffix', few(['.csv', '.jsonl', '.parquet'], 1))

@@ -20,7 +20,7 @@ import validate
 from benchmarks.digits import write_digit_scenes
 from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.probes import PROBES
 from timm_mldecoder.probe import report
 from timm_mldecoder.probe.__main__ import main
@@ -180,7 +180,7 @@ def test_saved_models_have_the_logits_of_the_probe_and_its_very_backbone(backbon
     run(*multilabel(scenes, *flags.split(), '--heads', text, *settings), output=tmp_path)
     assert len(seen) == len(heads)
     for path, (logits, weights) in seen.items():
-        trained = load_trained(path)
+        trained = load_model(path)
         with torch.no_grad():
             torch.testing.assert_close(trained.model(x), logits, rtol=1e-4, atol=1e-5)
         stored = trained.model.state_dict()
@@ -461,7 +461,7 @@ def test_backbones_from_files(scenes, images, tmp_path, monkeypatch):
     flags = ['--heads', ','.join(heads), '--lrs', '1e-2', '--seeds', '1', '--test-split', 'test']
     run(images, *SMALL, *flags[:-2], '--model-kwargs', 'output_stride=16', output=tmp_path, name='first')
     first = tmp_path / 'first' / 'linear.pth.tar'
-    weights = load_trained(first).model.state_dict()
+    weights = load_model(first).model.state_dict()
     stored = {name: tensor for name, tensor in weights.items() if not name.startswith('fc.')}
     model = timm.create_model('test_resnet', num_classes=3, output_stride=16)
     model.load_state_dict(stored, strict=False)
@@ -484,7 +484,7 @@ def test_backbones_from_files(scenes, images, tmp_path, monkeypatch):
         losses[name] = results['runs'][0]['loss'][0]
         assert read.count(str(first)) == (name == 'train.py'), 'a checkpoint is read once'
         for head in results['heads'].values():
-            trained = load_trained(tmp_path / name / head['checkpoint'])
+            trained = load_model(tmp_path / name / head['checkpoint'])
             assert all(torch.equal(trained.model.state_dict()[key], tensor) for key, tensor in stored.items()), name
         read.clear()
     assert losses['train.py'] == losses['folder'] == losses['file']

@@ -29,7 +29,7 @@ from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.flags.sharded import SHARDABLE_OPTIMIZERS
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load
 
 COMMON = '--num-classes 3 --device cpu -j 0 --no-aug --warmup-epochs 0'
 # Rounding in float32 moves activations across the zero of a ReLU, and what follows amplifies that: two DDP runs of
@@ -126,7 +126,7 @@ def test_two_ranks_with_half_a_model_each_train_as_with_all_of_it(data, tmp_path
     folder = tmp_path / '1'
     assert {shards_of(path) for path in folder.glob('*.pth.tar')} == set(folder.glob(f'{PREFIX}*'))
 
-    trained = load_trained(str(folder / 'last.pth.tar'))
+    trained = load(str(folder / 'last.pth.tar'))
     for name, value in read_checkpoint(folder / 'last.pth.tar')['state_dict_ema'].items():
         assert torch.equal(trained.model.state_dict()[name], value)
     single = tmp_path / 'single.pth.tar'

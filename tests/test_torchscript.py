@@ -10,7 +10,7 @@ from runs import assert_same_run, build, last, summary, train
 
 import validate
 from timm_mldecoder.flags import parse_train, parse_validate
-from timm_mldecoder.modeling.load import script
+from timm_mldecoder.modeling.create import script
 
 FLAGS = shlex.split("""
     --epochs 2 --opt sgd --lr 0.01 --warmup-epochs 0 --model-ema --model-ema-decay 0.8 --grad-accum-steps 2

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
@@ -32,9 +31,9 @@ from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.modeling.classes import other_classes
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import LoadedModel
+from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
-from timm_mldecoder.predict.predictor import Predictor
 from timm_mldecoder.runtime.errors import run_command
 
 LABELS = 30  # rows of a list
@@ -86,17 +85,16 @@ class Shown:
     Classes may be typed from `more` label embeddings beside the model's own.
     """
 
-    def __init__(self, name: str, predictor: Predictor, tuned: bool, more: Classes | None) -> None:
+    def __init__(self, name: str, loaded: LoadedModel, more: Classes | None) -> None:
         self.name = name
-        self.predictor = predictor
-        self.multilabel = predictor.thresholds is not None
+        self.loaded = loaded
+        self.multilabel = loaded.thresholds is not None
         self._tuned: dict[str, float] = {}
-        if tuned and predictor.thresholds is not None:
-            self._tuned = dict(zip(predictor.class_names, predictor.thresholds.tolist(), strict=True))
-        head = predictor.model.get_classifier()
+        if loaded.content.get('thresholds') and loaded.thresholds is not None:
+            self._tuned = dict(zip(loaded.class_names, loaded.thresholds.tolist(), strict=True))
+        head = loaded.model.get_classifier()
         self.attends = isinstance(head, MLDecoder)
-        self._transform = create_transform(**{**predictor.data_config, 'is_training': False})
-        self._device = next(predictor.model.parameters()).device
+        self._device = next(loaded.model.parameters()).device
         self._lock = threading.Lock()  # classes of a model are changed for a while, and the page has several users
         self._rows: dict[str, Tensor] = {}
         if self.attends and head.vocabulary is not None:
@@ -114,8 +112,8 @@ class Shown:
     def about(self) -> str:
         """Return the title of the model as HTML."""
         kind = 'multi-label' if self.multilabel else 'single-label'
-        size = ' x '.join(map(str, self.predictor.data_config['input_size'][1:]))
-        text = f'{len(self.predictor.class_names)} classes, {kind}, {size} pixels'
+        size = ' x '.join(map(str, self.loaded.data_config['input_size'][1:]))
+        text = f'{len(self.loaded.class_names)} classes, {kind}, {size} pixels'
         return f'<div class="title"><h3 title="{escape(self.name)}">{escape(self.name)}</h3><p>{escape(text)}</p></div>'
 
     def classes(self, typed: str | None) -> Classes | None:
@@ -147,9 +145,9 @@ class Shown:
             ValueError: If a class is unknown.
         """
         classes = self.classes(typed)
-        with self._lock, other_classes(self.predictor.model, classes):
-            scores, _ = self.predictor(self._images(image))
-        return Scores((classes and classes.names) or self.predictor.class_names, scores[0].tolist())
+        with self._lock, other_classes(self.loaded.model, classes):
+            scores = self.loaded.scores(self.loaded.model(self._images(image)))
+        return Scores((classes and classes.names) or self.loaded.class_names, scores[0].tolist())
 
     @torch.inference_mode()
     def attention(self, image: Image.Image, names: Sequence[str], index: int) -> Image.Image:
@@ -158,16 +156,16 @@ class Shown:
         Raises:
             ValueError: If the head gives no map.
         """
-        typed = list(names) != self.predictor.class_names
+        typed = list(names) != self.loaded.class_names
         classes = Classes(torch.stack([self._rows[name] for name in names]), list(names)) if typed else None
-        images, config = self._images(image), self.predictor.data_config
-        with self._lock, other_classes(self.predictor.model, classes):
-            maps = attention_maps(self.predictor.model, images, torch.tensor([index], device=self._device))
+        images, config = self._images(image), self.loaded.data_config
+        with self._lock, other_classes(self.loaded.model, classes):
+            maps = attention_maps(self.loaded.model, images, torch.tensor([index], device=self._device))
         pixels = denormalise(images[0].float().cpu(), config['mean'], config['std'])
         return attention_overlay(pixels, maps[0].float().cpu(), SIDE)
 
     def _images(self, image: Image.Image) -> Tensor:
-        return self._transform(self.predictor.reading.convert(image, self.predictor.image_mode))[None].to(self._device)
+        return self.loaded.prepare(image)[None].to(self._device)
 
     @property
     def tuned(self) -> bool:
@@ -211,11 +209,10 @@ def load(place: str, arguments: argparse.Namespace, more: Classes | None) -> Sho
     Raises:
         ValueError: If there is no model.
     """
-    trained = load_trained(place, device=arguments.device)
-    predictor = Predictor(trained, task=arguments.task)
+    loaded = load_model(place, arguments.device, task=arguments.task)
     path = Path(place).resolve()
     name = f'{path.parent.name}/{path.name}' if path.is_file() else path.name
-    return Shown(name.lstrip('/'), predictor, bool(trained.content.get('thresholds')), more)
+    return Shown(name.lstrip('/'), loaded, more)
 
 
 def build(models: Sequence[Shown], max_size: int) -> Any:

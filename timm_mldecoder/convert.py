@@ -38,7 +38,7 @@ from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.flags.flag import Pairs
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load
 from timm_mldecoder.runtime.errors import run_command
 from timm_mldecoder.runtime.files import write_atomically
 
@@ -119,22 +119,22 @@ def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: b
     given = [f'--{name.replace("_", "-")}' for name, value in others.items() if value is not None]
     if given:
         raise ValueError(f'{", ".join(given)}: {file} is a checkpoint of train.py, which says this itself')
-    trained = load_trained(str(file), use_ema=use_ema)
-    trained.model.pretrained_cfg = {**trained.model.pretrained_cfg, **NOT_OF_TIMM}
+    loaded = load(file, use_ema=use_ema, content=dict(content))
+    loaded.model.pretrained_cfg = {**loaded.model.pretrained_cfg, **NOT_OF_TIMM}
     save_folder(
-        trained.model,
+        loaded.model,
         folder,
-        class_names=trained.class_names,
-        data_config=trained.data_config,
-        task=trained.task,
+        class_names=loaded.known_names,
+        data_config=loaded.data_config,
+        task=loaded.task,
         thresholds=content.get('thresholds'),
         facts=run_facts(content, use_ema),
     )
     return [
         f'architecture  {content["arch"]}',
-        f'classes       {trained.model.num_classes}, {_describe_names(trained.class_names, content)}',
-        f'task          {trained.task}',
-        'images        ' + ', '.join(f'{key} {value}' for key, value in trained.data_config.items()),
+        f'classes       {loaded.model.num_classes}, {_describe_names(loaded.known_names, content)}',
+        f'task          {loaded.task}',
+        'images        ' + ', '.join(f'{key} {value}' for key, value in loaded.data_config.items()),
         f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
     ]
 

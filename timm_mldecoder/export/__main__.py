@@ -36,7 +36,7 @@ from timm_mldecoder.export.formats import FORMATS, Job, preprocessing, read_meta
 from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.modeling.load import load_trained
+from timm_mldecoder.modeling.load import load
 from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
 
 __all__ = ['load_source', 'main', 'read_metadata']
@@ -119,27 +119,25 @@ def load_source(source: str, use_ema: bool | None = None) -> Source:
     """Load a model to export.
 
     Args:
-        source: As `load_trained` takes it: checkpoint of train.py, folder, or name of a pretrained timm model.
+        source: As `load` takes it: checkpoint of train.py, folder, or name of a pretrained timm model.
         use_ema: Whether to take the EMA weights of a checkpoint; None takes those that it was ranked by.
 
     Raises:
         ValueError: If there is no such model, or it does not load.
     """
-    trained = load_trained(source, use_ema=use_ema)
-    names = [str(name) for name in trained.class_names] if trained.class_names else None
-    thresholds = trained.thresholds(names)
+    loaded = load(source, use_ema=use_ema)
+    names = loaded.known_names
+    tuned = bool(loaded.content.get('thresholds') and names) and loaded.thresholds is not None
     return Source(
-        trained.model.float(),
+        loaded.model.float(),
         {
-            'architecture': trained.model.pretrained_cfg['architecture'],
-            'task': trained.task,
+            'architecture': loaded.model.pretrained_cfg['architecture'],
+            'task': loaded.task,
             'class_names': names,
-            'thresholds': {n: trained.content['thresholds'][n] for n in names}
-            if names and thresholds is not None
-            else None,
-            'preprocessing': preprocessing(trained.data_config),
+            'thresholds': {n: loaded.content['thresholds'][n] for n in names} if names and tuned else None,
+            'preprocessing': preprocessing(loaded.data_config),
         },
-        run_facts(trained.content, use_ema) if RUN in trained.content else {},
+        run_facts(loaded.content, use_ema) if RUN in loaded.content else {},
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from timm_mldecoder.checkpoint.read import ranked_by_ema
 from timm_mldecoder.checkpoint.schema import RUN
-from timm_mldecoder.flags import train_options
 from timm_mldecoder.flags.config import as_arguments
 from timm_mldecoder.flags.parse import flags
 
@@ -35,9 +34,9 @@ def run_facts(content: Mapping[str, Any], use_ema: bool | None = None) -> dict[s
 def chosen_flags(options: Mapping[str, Any]) -> list[str]:
     """Return the flags of a run that decide its result and differ from the defaults."""
     where = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'workers', 'device', 'log_interval'}
-    defaults, rows = train_options(data_dir='.').to_dict(), flags('train')
+    rows = flags('train')
     arguments = []
     for name, row in rows.items():
-        if name not in where and name in options and options[name] != defaults[name]:
+        if name not in where and name in options and options[name] != row.default:
             arguments += as_arguments(row, options[name])
     return arguments

@@ -124,6 +124,13 @@ def _from_values(script: str, /, **values: Any) -> Options:
     return _finish(script, rows, given | pairs, spelled | labels)  # pairs may hold what has no literal, such as a class
 
 
+def unchecked_options(script: str, /, **values: Any) -> Options:
+    """The options of a script with these values given, about no data and without checks: of a model that is loaded."""
+    rows = flags(script)
+    defaults = {name: row.default for name, row in rows.items()}
+    return Options(defaults, {name: rows[name].label for name in values}).replace(**values)
+
+
 def _read(script: str, rows: Mapping[str, Flag], argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The options that arguments and the files they name give, and how each was spelled."""
     parser = _parser(script)

@@ -1,170 +1,111 @@
-"""The model that the options of either script describe, with the weights that they name."""
+"""A model with weights: a checkpoint, a folder, or a pretrained timm model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import resolve_data_config
-from timm.layers import set_fast_norm
-from timm.models import load_checkpoint
-from timm.utils import set_jit_fuser
-from torch import Tensor, nn
-from torch.jit.frontend import FrontendError
-from torch.utils.data import Dataset
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
 
+from timm_mldecoder.checkpoint.files import BEST, LAST
 from timm_mldecoder.checkpoint.folders import folder_channels, folder_settings, stored_folder
 from timm_mldecoder.checkpoint.published import convert_state_dict
-from timm_mldecoder.checkpoint.read import ranked_by_ema, read_checkpoint, weights_of, without_split_bn
+from timm_mldecoder.checkpoint.read import ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.schema import RUN
-from timm_mldecoder.data.label_graph import read_label_graph
-from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.flags import Options, validate_options
+from timm_mldecoder.data.images import Reading
+from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.flags import inherit as inherit_flags
 from timm_mldecoder.flags.checks import check_task
 from timm_mldecoder.flags.flag import show
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.datasets import image_channels
-from timm_mldecoder.modeling.classes import (
-    class_names_of,
-    stored_embeddings,
-    stored_words,
-    thresholds_for,
-    training_words,
-)
-from timm_mldecoder.modeling.errors import check_loaded, refuse
-from timm_mldecoder.models.cosine import add_cosine_classifier
-from timm_mldecoder.models.fusion import fuse_batch_norm
-from timm_mldecoder.models.graph import add_graph_classifier, empty_graph_classifier
+from timm_mldecoder.modeling.classes import stored_embeddings, stored_words, thresholds_for
+from timm_mldecoder.modeling.create import create_model, graph_settings
+from timm_mldecoder.models.graph import empty_graph_classifier
 from timm_mldecoder.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
-BEST = ('model_best.pth.tar', 'last.pth.tar')  # of the folder of a run
-HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
+ImageOrPath = Image.Image | str | os.PathLike[str]
 
 
-def create_model(
-    options: Options,
-    *,
-    words: Mapping[str, Any] | None = None,
-    pretrained: bool,
-    fresh_head: bool = False,
-    **settings: Any,
-) -> Any:
-    """Create the model with the classifier that the options request.
+class Label(NamedTuple):
+    """A label of an image, and its probability."""
 
-    Args:
-        words: Options of `MLDecoder` for text queries, if the head has any.
-        pretrained: Whether to load pretrained weights.
-        fresh_head: Whether to leave stored weights of an ML-Decoder head out.
-        **settings: Further arguments of `timm.create_model`.
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    name: str
+    score: float
+
+
+@dataclass
+class LoadedModel:
+    """A model with weights, what its outputs mean, and how images become its inputs; see `load`.
 
     Raises:
-        ValueError: If the model does not take the options.
+        ValueError: If there is a threshold or there are implications for a single-label model, or implications with a
+            largest number of labels.
     """
-    if options.fast_norm:
-        set_fast_norm()
-    if options.fuser:
-        set_jit_fuser(options.fuser)
-    head: dict[str, Any] = {}
-    if options.use_ml_decoder_head:
-        sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
-        # sizes that were not given leave those of a stored head alone
-        sizes = {name: size for name, size in sizes.items() if size != HEAD_DEFAULTS[name] or name in options.given}
-        fresh = {'fresh_head': True} if fresh_head else {}
-        head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs, **fresh}}
-    elif 'use_ml_decoder_head' in options.given:
-        head = {'ml_decoder': False}  # also where the stored model has one
-    with refuse(options):
-        model = timm.create_model(
-            options.model,
-            pretrained=pretrained,
-            num_classes=options.num_classes,
-            in_chans=image_channels(options),
-            global_pool=None if options.use_ml_decoder_head else options.gp,
-            scriptable=options.torchscript,
-            **head,
-            **options.model_kwargs,
-            **settings,
-        )
-        if options.cosine_classifier and not options.graph:
-            try:
-                add_cosine_classifier(model, options.cosine_classifier)
-            except ValueError as error:
-                raise ValueError(f'--cosine-classifier {options.cosine_classifier:g}: {error}') from error
-    return model
-
-
-def script(model: nn.Module) -> nn.Module:
-    """Compile a model with torch.jit.script; a ValueError if that cannot be, as with an ML-Decoder head."""
-    try:
-        return torch.jit.script(model)
-    except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
-        raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
-
-
-def create_train_model(options: Options, dataset: Dataset | None) -> Any:
-    """Create the model to train, with the label embeddings of the training classes and the weights to start from.
-
-    Args:
-        options: Options of train.py.
-        dataset: Training split.
-
-    Raises:
-        ValueError: If the options do not fit the model, the classes, or a file of weights.
-    """
-    # num_classes -1: adapt the head, whatever the file holds
-    overlay = dict(file=options.pretrained_path, num_classes=-1) if options.pretrained_path else {}
-    overlay |= options.pretrained_cfg_overlay
-    model = create_model(
-        options,
-        words=training_words(options, dataset),
-        pretrained=options.pretrained,
-        fresh_head=options.fresh_head,
-        drop_rate=options.drop,
-        drop_path_rate=options.drop_path,
-        drop_block_rate=options.drop_block,
-        bn_momentum=options.bn_momentum,
-        bn_eps=options.bn_eps,
-        **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
-    )
-    check_loaded(options, model)
-    with refuse(options):
-        if options.graph:
-            names = class_names_of(dataset)
-            adjacency, _ = read_label_graph(options.graph, names)
-            words, _ = read_word_embeddings(options.word_embeddings, names)
-            add_graph_classifier(model, adjacency, words, **_graph_settings(options))
-        if options.initial_checkpoint:
-            load_checkpoint(model, options.initial_checkpoint, filter_fn=without_split_bn)
-        if options.grad_checkpointing:
-            model.set_grad_checkpointing(enable=True)
-    if not (options.cosine_classifier or options.graph):
-        _scale_head(model, options.head_init_scale, options.head_init_bias)
-    _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count_parameters(model)}')
-    return model
-
-
-def _graph_settings(options: Options) -> dict[str, Any]:
-    """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
-    if not options.cosine_classifier:
-        return dict(layer=options.graph_layer, classifier='linear')
-    return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
-
-
-class Trained(NamedTuple):
-    """A model with weights, and what they bring along."""
 
     model: Any  # timm model
     # options that built it: those of the checkpoint, but for the ones that the user gave. None for a pretrained model
-    # that `load_trained` took from elsewhere
+    # that `load` took from elsewhere
     options: Options | None
-    data_config: dict[str, Any]  # timm's data configuration, as far as a checkpoint holds it
+    # timm's data configuration; of `load_model` as far as a checkpoint holds it
+    data_config: dict[str, Any]
     content: dict[str, Any]  # what the checkpoint holds; without one, task and thresholds of a model folder
+    task: str  # 'classification' or 'multilabel'
+    threshold: float | None = None  # probability of a label of a multi-label model; None: the tuned ones, else 0.5
+    top_k: int | None = None  # largest number of labels per image; None: no limit, or one of a single-label model
+    # which classes imply which, [2, E] of `read_implications`: with a label, those that it implies are given, with a
+    # score as high at least
+    implications: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        multilabel = self.task == 'multilabel'
+        if self.threshold is not None and not multilabel:
+            raise ValueError('--threshold is for multi-label models: pass --task multilabel if this is one')
+        if self.implications is not None and (self.top_k or not multilabel):
+            raise ValueError('--implications are for multi-label models, without --top-k, which could cut implied ones')
+
+    @property
+    def known_names(self) -> list[str] | None:
+        """Class names in the order of the outputs, None if they are not known."""
+        head = self.model.get_classifier()
+        own = head.class_names if isinstance(head, MLDecoder) else None
+        names = own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
+        return [str(name) for name in names] if names else None
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Class names in the order of the outputs; their numbers if they are not known."""
+        return self.known_names or [str(number) for number in range(self.model.num_classes)]
+
+    @cached_property
+    def thresholds(self) -> Tensor | None:
+        """Probability from which each label is given, [C]; None for a single-label model, which gives the best.
+
+        Raises:
+            ValueError: If some classes have a tuned threshold, and others do not.
+        """
+        if self.task != 'multilabel':
+            return None
+        tuned = None
+        if self.threshold is None:
+            tuned = thresholds_for(self.content, self.class_names)
+            if tuned is None and (stored := self.content.get('thresholds')):
+                missing = next(name for name in self.class_names if name not in stored)
+                raise ValueError(
+                    f'class {missing!r} has no tuned threshold: run validate.py --write-thresholds, or pass --threshold'
+                )
+        default = torch.full((len(self.class_names),), 0.5 if self.threshold is None else self.threshold)
+        return default if tuned is None else tuned
 
     @property
     def image_mode(self) -> str:
@@ -172,30 +113,128 @@ class Trained(NamedTuple):
         channels = self.data_config.get('input_size', self.model.pretrained_cfg['input_size'])[0]
         return (self.options and self.options.input_img_mode) or IMAGE_MODES.get(channels, 'RGB')
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """Class names in the order of the outputs, if they are known."""
-        head = self.model.get_classifier()
-        own = head.class_names if isinstance(head, MLDecoder) else None
-        return own or self.content.get('class_names') or self.model.pretrained_cfg.get('label_names')
+    @cached_property
+    def reading(self) -> Reading:
+        """How image files become images of `image_mode`."""
+        return Reading.of(self.options)
 
-    @property
-    def task(self) -> str:
-        """'classification' or 'multilabel'; the first for a model that does not know."""
-        return self.options.task if self.options else self.content.get('task', 'classification')
+    @cached_property
+    def transform(self) -> Any:
+        """From an image of `image_mode` to an input [channels, height, width], as in evaluation."""
+        return create_transform(**{**self.data_config, 'is_training': False})
 
-    def thresholds(self, names: list[str] | None) -> Tensor | None:
-        """Return the tuned thresholds of these classes, [C], None without any; a ValueError for other classes."""
-        tuned = thresholds_for(self.content, names)
-        if tuned is None and self.content.get('thresholds'):
-            missing = next((name for name in names or () if name not in self.content['thresholds']), 'without a name')
-            raise ValueError(
-                f'class {missing!r} has no tuned threshold: run validate.py --write-thresholds, or pass --threshold'
-            )
-        return tuned
+    def scores(self, outputs: Any) -> Tensor:
+        """Return the probabilities [B, C] of the outputs of the model, float32 on the CPU."""
+        logits = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs).float()
+        return (logits.sigmoid() if self.task == 'multilabel' else logits.softmax(dim=1)).cpu()
+
+    def labels(self, scores: Tensor) -> list[list[Label]]:
+        """Return the labels of each image from its scores [B, C], the likeliest first.
+
+        Those are the labels that reach their threshold, at most `top_k`, and those that they imply.
+        """
+        if self.thresholds is not None:
+            scores = scores.masked_fill(scores < self.thresholds, -1)
+        if self.implications is not None:
+            implying, implied = self.implications
+            scores = scores.scatter_reduce(1, implied.expand(len(scores), -1), scores[:, implying], 'amax')
+        most = int((scores >= 0).sum(dim=1).max())
+        top_k = self.top_k or (1 if self.thresholds is None else len(self.class_names))
+        values, indices = (found.tolist() for found in scores.topk(min(top_k, most)))
+        return [
+            [Label(index, self.class_names[index], score) for index, score in zip(*found, strict=True) if score >= 0]
+            for found in zip(indices, values, strict=True)
+        ]
+
+    def predict(self, images: ImageOrPath | Iterable[ImageOrPath], batch_size: int = 64) -> list[list[Label]]:
+        """Return the labels of each image with index, name and score, the likeliest first, as the command does.
+
+        Raises:
+            OSError: If an image cannot be read.
+        """
+        items = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
+        device = next(self.model.parameters()).device
+        found: list[list[Label]] = []
+        with torch.inference_mode():
+            for start in range(0, len(items), batch_size):
+                batch = torch.stack([self.prepare(item) for item in items[start : start + batch_size]])
+                found += self.labels(self.scores(self.model(batch.to(device))))
+        return found
+
+    def prepare(self, image: ImageOrPath) -> Tensor:
+        """Return an image as an input [channels, height, width]; an OSError if it cannot be read."""
+        read: Any = self.reading.convert if isinstance(image, Image.Image) else self.reading.open
+        return self.transform(read(image, self.image_mode))
 
 
-def load_model(options: Options, content: dict[str, Any] | None = None) -> Trained:
+def load(
+    source: str | os.PathLike[str],
+    device: str = 'cpu',
+    *,
+    use_ema: bool | None = None,
+    task: str | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    content: dict[str, Any] | None = None,
+) -> LoadedModel:
+    """Load a model for use, in eval mode.
+
+    Args:
+        source: Checkpoint of train.py, which is loaded as it was trained; folder of a run, for its best checkpoint;
+            folder of convert; or name of a pretrained timm model.
+        device: Name of the device to put the model on.
+        use_ema: Whether to take the EMA weights of a checkpoint; None takes those that training ranked it by.
+        task: 'classification' or 'multilabel'; None for the model's own, the first if it does not know.
+        threshold: Probability of a label of a multi-label model; None for the tuned ones, else 0.5.
+        top_k: Largest number of labels per image; None for no limit, or one of a single-label model.
+        content: What `read_checkpoint` read from a checkpoint; None reads it.
+
+    Raises:
+        ValueError: If there is no such model, it does not load, or a threshold is given for a single-label model.
+    """
+    path = Path(source)
+    checkpoint = next((path / name for name in (BEST, LAST) if (path / name).is_file()), path)
+    labels: dict[str, Any] = dict(threshold=threshold, top_k=top_k)
+    if not checkpoint.is_file():
+        model, settings = _load_pretrained(str(source), device, use_ema)
+        task = task or settings.get('task', 'classification')
+        return LoadedModel(model, None, resolve_data_config({}, model=model), settings, task, **labels)
+    options = unchecked_options('validate', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
+    loaded = load_model(options, content)
+    loaded.model.eval().to(device)
+    config = {**resolve_data_config({}, model=loaded.model), **loaded.data_config}
+    for name in ('mean', 'std'):
+        if len(config[name]) > 1:
+            config[name] = per_channel(config[name], config['input_size'][0])
+    return replace(loaded, data_config=config, task=task or loaded.task, **labels)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return mean or standard deviation of each channel, as timm's loader takes them: the average for other numbers."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _load_pretrained(source: str, device: str, use_ema: bool | None) -> tuple[Any, dict[str, Any]]:
+    """Load a model folder or a pretrained timm model, and the settings of the folder."""
+    name = f'local-dir:{source}' if Path(source).is_dir() else source
+    if ':' not in name and not timm.is_model(name):
+        raise ValueError(f'{source}: no such checkpoint, folder or timm model')
+    folder = Path(source)
+    if folder.is_dir() and not (folder / 'config.json').is_file():
+        found = ', '.join(sorted(path.name for path in folder.glob('*.pth.tar'))) or 'none'
+        raise ValueError(
+            f'{source} has no model_best.pth.tar and no config.json: name one of its checkpoints ({found})'
+        )
+    if use_ema is not None:
+        raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
+    try:
+        model = timm.create_model(name, pretrained=True).eval().to(device)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
+    return model, folder_settings(name)
+
+
+def load_model(options: Options, content: dict[str, Any] | None = None) -> LoadedModel:
     """Create the model of `--checkpoint` as train.py built it, or the pretrained one of `--model`.
 
     Options that the user gave (`options.given`) win over those of the checkpoint. `content` is what `read_checkpoint`
@@ -211,7 +250,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
         check_task(options)
         if options.in_chans is None and options.input_size is None:
             options = options.replace(in_chans=folder_channels(options.model))
-        return Trained(create_model(options, pretrained=True), options, {}, settings)
+        return LoadedModel(create_model(options, pretrained=True), options, {}, settings, options.task)
     content = read_checkpoint(options.checkpoint) if content is None else content
     config: dict[str, Any] = {}
     if RUN in content:
@@ -237,7 +276,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
     if options.graph:
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
         sizes = dict(num_classes=words.shape[0], width=words.shape[1])
-        empty_graph_classifier(model, **sizes, **_graph_settings(options))
+        empty_graph_classifier(model, **sizes, **graph_settings(options))
     if options.use_ml_decoder_head and RUN not in content:
         try:
             weights = convert_state_dict(weights, model, num_heads=options.ml_decoder_kwargs.get('num_heads'))
@@ -256,62 +295,7 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Train
             f'--checkpoint {options.checkpoint} holds another model{f" than {given}" * bool(given)}: '
             f'{one_line(error, 300)}'
         ) from error
-    return Trained(model, options, config, content)
-
-
-def load_trained(
-    source: str, *, device: str = 'cpu', use_ema: bool | None = None, content: dict[str, Any] | None = None
-) -> Trained:
-    """Load a model for use, in eval mode: the entry for other programs.
-
-    Args:
-        source: Checkpoint of train.py, which is loaded as it was trained; folder of a run, for its best checkpoint;
-            folder of convert; or name of a pretrained timm model.
-        device: Name of the device to put the model on.
-        use_ema: Whether to take the EMA weights of a checkpoint; None takes those that training ranked it by.
-        content: What `read_checkpoint` read from a checkpoint; None reads it.
-
-    Raises:
-        ValueError: If there is no such model, or it does not load.
-    """
-    path = Path(source)
-    checkpoint = next((path / name for name in BEST if (path / name).is_file()), path)
-    if not checkpoint.is_file():
-        return _load_pretrained(str(source), device, use_ema)
-    options = validate_options(data_dir='.', checkpoint=str(checkpoint), device=device, use_ema=use_ema)
-    options = options.replace(data_dir='')  # no data is read
-    trained = load_model(options, content)
-    trained.model.eval().to(device)
-    config = {**resolve_data_config({}, model=trained.model), **trained.data_config}
-    for name in ('mean', 'std'):
-        if len(config[name]) > 1:
-            config[name] = per_channel(config[name], config['input_size'][0])
-    return trained._replace(data_config=config)
-
-
-def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return mean or standard deviation of each channel, as timm's loader takes them: the average for other numbers."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _load_pretrained(source: str, device: str, use_ema: bool | None) -> Trained:
-    """Load a model folder, or a pretrained timm model."""
-    name = f'local-dir:{source}' if Path(source).is_dir() else source
-    if ':' not in name and not timm.is_model(name):
-        raise ValueError(f'{source}: no such checkpoint, folder or timm model')
-    folder = Path(source)
-    if folder.is_dir() and not (folder / 'config.json').is_file():
-        found = ', '.join(sorted(path.name for path in folder.glob('*.pth.tar'))) or 'none'
-        raise ValueError(
-            f'{source} has no model_best.pth.tar and no config.json: name one of its checkpoints ({found})'
-        )
-    if use_ema is not None:
-        raise ValueError(f'--use-ema and --no-use-ema choose weights of a checkpoint; {source} is no such file')
-    try:
-        model = timm.create_model(name, pretrained=True).eval().to(device)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f'{source} does not load: {one_line(error, 300)}') from error
-    return Trained(model, None, resolve_data_config({}, model=model), folder_settings(name))
+    return LoadedModel(model, options, config, content, options.task)
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -326,29 +310,3 @@ def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict
     shown = ', '.join(f'{name} {value}' for name, value in {**taken, **config}.items())
     _logger.info(f'Evaluated as trained, except for flags given here: {shown}')
     return updated, config
-
-
-def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Fold BatchNorm layers into the convolutions before them, in place; a ValueError if that changes the logits."""
-    weight = next(model.parameters())
-    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
-    try:
-        fused = fuse_batch_norm(model.eval(), image.to(weight))
-    except ValueError as error:
-        raise ValueError(f'--fuse-bn: {error}') from error
-    _logger.info(f'--fuse-bn: {fused} BatchNorm layers are part of convolutions now')
-
-
-@torch.no_grad()
-def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
-    found = model.get_classifier()
-    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
-        if scale is not None:
-            classifier.weight.mul_(scale)
-            classifier.bias.mul_(scale)
-        if bias is not None:
-            classifier.bias.fill_(bias)
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -15,11 +15,11 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoint.resume import held_out_before
@@ -36,10 +36,11 @@ from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import Placement
 from timm_mldecoder.loading.ranks import check_rank_names
 from timm_mldecoder.modeling.classes import set_classes
-from timm_mldecoder.modeling.load import fuse_model, load_trained
+from timm_mldecoder.modeling.create import fuse_model
+from timm_mldecoder.modeling.load import LoadedModel, load
 from timm_mldecoder.predict.parts import Parts, fingerprint
 from timm_mldecoder.predict.pictures import draw_pictures
-from timm_mldecoder.predict.predictor import Predictor, predict
+from timm_mldecoder.predict.predict import predict
 from timm_mldecoder.predict.sources import SourceDataset, dataset_source, open_source
 from timm_mldecoder.runtime.errors import RunFailed, run_command
 
@@ -59,26 +60,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _predict(arguments: argparse.Namespace, world: World) -> None:
-    predictor = load_predictor(arguments, world.device)
+    loaded = _load(arguments, world.device)
     outputs = [path for path in (arguments.pictures, arguments.out.with_name(f'{arguments.out.name}.parts')) if path]
     if arguments.dataset:
-        source = dataset_source(_open_dataset(arguments, predictor.content), arguments.images)
+        source = dataset_source(_open_dataset(arguments, loaded.content), arguments.images)
     else:
         source = open_source(arguments.images, outputs, arguments.path_column or '')
-    check_rank_names(world, source.names, predictor.class_names)
-    transform = create_transform(**{**predictor.data_config, 'is_training': False})
-    dataset = SourceDataset(source, transform, predictor.image_mode, predictor.reading)
+    check_rank_names(world, source.names, loaded.class_names)
+    dataset = SourceDataset(source, loaded.transform, loaded.image_mode, loaded.reading)
+    features = arguments.feature_kind if arguments.features else ''
     amp_dtype = arguments.amp_dtype if arguments.amp else None
-    weights = predictor.model.state_dict().values()
+    weights = loaded.model.state_dict().values()
     setup = dict(
         weights=fingerprint(tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in weights),
         source=fingerprint([source.names]),
-        preprocessing=[predictor.data_config, predictor.image_mode, str(predictor.reading)],
-        classes=predictor.class_names,
-        thresholds=None if predictor.thresholds is None else predictor.thresholds.tolist(),
+        preprocessing=[loaded.data_config, loaded.image_mode, str(loaded.reading)],
+        classes=loaded.class_names,
+        thresholds=None if loaded.thresholds is None else loaded.thresholds.tolist(),
         top_k=arguments.top_k,
-        **({} if predictor.implications is None else {'implications': predictor.implications.tolist()}),
-        features=predictor.features,
+        **({} if loaded.implications is None else {'implications': loaded.implications.tolist()}),
+        features=features,
         amp=amp_dtype,
         scores_dtype=arguments.scores_dtype,
     )
@@ -91,7 +92,7 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
             raise ValueError(f'--pictures {arguments.pictures}: {error.strerror}') from error
     autocast = autocast_context(world.device, amp_dtype)
     predict(
-        predictor,
+        loaded,
         dataset,
         parts,
         world,
@@ -100,10 +101,12 @@ def _predict(arguments: argparse.Namespace, world: World) -> None:
         autocast=autocast,
         placement=Placement(world.device, channels_last=arguments.channels_last),
         bad_image=arguments.bad_image,
+        features=features,
+        compiled=arguments.torchcompile,
     )
     if arguments.pictures:  # before the parts are joined: a kill meanwhile leaves a prediction to resume
         with autocast():
-            draw_pictures(predictor, dataset, range(world.rank, len(dataset), world.size), arguments.pictures)
+            draw_pictures(loaded, dataset, range(world.rank, len(dataset), world.size), arguments.pictures)
         world.barrier()
     if world.primary:
         errors = parts.finish()
@@ -134,11 +137,11 @@ def _open_dataset(arguments: argparse.Namespace, content: Mapping[str, Any]) -> 
     return create_split(options, arguments.split, known=held_out_before(options, content))
 
 
-def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predictor:
+def _load(arguments: argparse.Namespace, device: torch.device) -> LoadedModel:
     """Load the model that the arguments name, with the classes that they name."""
-    source = arguments.model or str(arguments.checkpoint)
-    trained = load_trained(source, device=str(device), use_ema=arguments.use_ema)
-    model, names = trained.model, None
+    labels = {name: getattr(arguments, name) for name in ('use_ema', 'task', 'threshold', 'top_k')}
+    loaded = load(arguments.model or arguments.checkpoint, str(device), **labels)
+    model = loaded.model
     head = model.get_classifier()
     if arguments.pictures and not isinstance(head, MLDecoder):
         raise ValueError('--pictures draws the attention of an ML-Decoder head, which this model does not have')
@@ -146,22 +149,15 @@ def load_predictor(arguments: argparse.Namespace, device: torch.device) -> Predi
         if not isinstance(head, MLDecoder) or head.vocabulary is None:
             raise ValueError('--classes and --word-embeddings need text queries; the classes of this model are fixed')
         set_classes(model, _read_classes(arguments.classes), str(arguments.word_embeddings or ''))
-        names = head.class_names or [str(number) for number in range(model.num_classes)]
+        if not head.class_names:  # the names of the training run are of other classes
+            head.set_word_embeddings(head.vocabulary.embeddings, [str(number) for number in range(model.num_classes)])
     if arguments.fuse_bn:
-        fuse_model(model, trained.data_config['input_size'])
+        fuse_model(model, loaded.data_config['input_size'])
     if arguments.channels_last:
         model.to(memory_format=torch.channels_last)
-    own = [str(name) for name in names or trained.class_names or range(model.num_classes)]
-    return Predictor(
-        trained,
-        names,
-        implications=read_implications(arguments.implications, own) if arguments.implications else None,
-        task=arguments.task,
-        threshold=arguments.threshold,
-        top_k=arguments.top_k,
-        features=arguments.feature_kind if arguments.features else '',
-        compiled=arguments.torchcompile,
-    )
+    if arguments.implications:
+        loaded = replace(loaded, implications=read_implications(arguments.implications, loaded.class_names))
+    return loaded
 
 
 def _read_classes(classes: str | None) -> list[str] | None:

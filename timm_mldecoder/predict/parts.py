@@ -17,20 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from timm_mldecoder.modeling.load import Label
 from timm_mldecoder.predict.sources import parquet_module
 from timm_mldecoder.runtime.files import TEMPORARY, utf8, write_atomically, write_csv
 
 SETUP = 'setup.json'
 CHUNK = 65_536  # rows to write at a time
 FORMATS = ('.csv', '.jsonl', '.parquet')
-
-
-class Label(NamedTuple):
-    """A label of an image, and its probability."""
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    name: str
-    score: float
 
 
 class Prediction(NamedTuple):

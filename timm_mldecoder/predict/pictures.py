@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from timm_mldecoder.modeling.load import LoadedModel
 from timm_mldecoder.models.attention_maps import attention_maps, denormalise
-from timm_mldecoder.predict.predictor import Predictor
 from timm_mldecoder.predict.sources import SourceDataset
 
 MAPS = 4  # attention maps per picture
 
 
 @torch.inference_mode()
-def draw_pictures(predictor: Predictor, dataset: SourceDataset, indices: Iterable[int], folder: Path) -> None:
+def draw_pictures(loaded: LoadedModel, dataset: SourceDataset, indices: Iterable[int], folder: Path) -> None:
     """Draw images, with the attention map of their labels beside them; unreadable ones are left out.
 
     Raises:
@@ -24,14 +24,14 @@ def draw_pictures(predictor: Predictor, dataset: SourceDataset, indices: Iterabl
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--pictures needs matplotlib: pip install 'timm-mldecoder[demo]'") from error
-    config, device = predictor.data_config, next(predictor.model.parameters()).device
+    config, device = loaded.data_config, next(loaded.model.parameters()).device
     for index in indices:
         try:
             image, _ = dataset[index]
         except OSError:
             continue  # listed beside the output
         images = image[None].to(device)
-        labels = predictor.labels(predictor(images)[0])[0][:MAPS]
+        labels = loaded.labels(loaded.scores(loaded.model(images)))[0][:MAPS]
         figure = Figure(figsize=(3 * (1 + len(labels)), 3.3), layout='constrained')
         axes = figure.subplots(1, 1 + len(labels), squeeze=False)[0]
         seen = denormalise(image, config['mean'], config['std']).numpy()
@@ -39,7 +39,7 @@ def draw_pictures(predictor: Predictor, dataset: SourceDataset, indices: Iterabl
         axes[0].set_title(escape(dataset.filename(index)))
         classes = torch.tensor([label.index for label in labels], device=device)
         repeated = images.expand(len(labels), -1, -1, -1)
-        maps: Any = attention_maps(predictor.model, repeated, classes).float().cpu().numpy() if labels else []
+        maps: Any = attention_maps(loaded.model, repeated, classes).float().cpu().numpy() if labels else []
         for axis, label, attention in zip(axes[1:], labels, maps, strict=True):
             axis.imshow(seen.mean(axis=-1) if seen.ndim == 3 else seen, cmap='gray')
             # one scale for all maps: 0 to the largest share that a token may have beside an even spread

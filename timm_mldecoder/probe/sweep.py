@@ -31,8 +31,9 @@ from timm_mldecoder.loading.datasets import (
 )
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, training_words
+from timm_mldecoder.modeling.create import create_train_model
 from timm_mldecoder.modeling.errors import refuse
-from timm_mldecoder.modeling.load import create_train_model, load_trained
+from timm_mldecoder.modeling.load import load
 from timm_mldecoder.models.factory import CLASSIFIERS
 from timm_mldecoder.models.probe_model import build_probe, remove_head
 from timm_mldecoder.probe import report
@@ -174,15 +175,15 @@ def _create_backbone(options: Options) -> tuple[Any, Options, DataConfig]:
     stored: DataConfig = {}
     content = read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else {}
     if RUN in content:
-        trained = load_trained(options.initial_checkpoint, content=content)
-        assert trained.options is not None  # of a checkpoint
-        if 'model' in options.given and options.model != trained.options.model:
-            raise ValueError(f'--model {options.model} contradicts --initial-checkpoint of {trained.options.model}')
-        changes = {name: getattr(trained.options, name) for name in _OF_BACKBONE if name not in options.given}
+        loaded = load(options.initial_checkpoint, content=content)
+        assert loaded.options is not None  # of a checkpoint
+        if 'model' in options.given and options.model != loaded.options.model:
+            raise ValueError(f'--model {options.model} contradicts --initial-checkpoint of {loaded.options.model}')
+        changes = {name: getattr(loaded.options, name) for name in _OF_BACKBONE if name not in options.given}
         options = options.replace(**changes)
         given = {'input_size' if name == 'img_size' else name for name in options.given}
-        stored = {name: value for name, value in trained.data_config.items() if name not in given}
-        model = trained.model
+        stored = {name: value for name, value in loaded.data_config.items() if name not in given}
+        model = loaded.model
     else:
         model = create_train_model(plain, None)
         if content:

@@ -51,7 +51,7 @@ from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
-from timm_mldecoder.modeling.load import create_train_model, script
+from timm_mldecoder.modeling.create import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder, write_atomically
 from timm_mldecoder.train.ema import choose_ema_warmup
 from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters

@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.checkpoint.schema import RUN
-from timm_mldecoder.flags import Options, validate_options
+from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig
 from timm_mldecoder.loading.datasets import check_class_names, image_channels
-from timm_mldecoder.modeling.load import Trained, count_parameters, load_model, per_channel
+from timm_mldecoder.modeling.create import count_parameters
+from timm_mldecoder.modeling.load import LoadedModel, load_model, per_channel
 from timm_mldecoder.runtime.errors import one_line
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class HeadTokenTask(FeatureDistillationTask):
     """Token distillation of a student with an ML-Decoder head, which has no second classifier.
 
     A linear classifier on the mean image token is added for training. It has the place of the projection in feature
-    distillation: it is trained with the student, and kept out of its weights.
+    distillation: it is loaded with the student, and kept out of its weights.
 
     Args:
         distill_type: 'soft' or 'hard', see `TokenDistillationTask`.
@@ -123,8 +124,8 @@ def _create_teacher(options: Options, student: Any, dataset: Dataset, images: Da
     source = options.kd_checkpoint or options.kd_model_name or ''
     like = next(student.parameters())
     try:
-        trained = _load(options, student)
-        model = trained.model.eval().to(device=like.device, dtype=like.dtype)
+        loaded = _load(options, student)
+        model = loaded.model.eval().to(device=like.device, dtype=like.dtype)
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
         for batch in _image_sizes(options, images, like):
@@ -132,19 +133,19 @@ def _create_teacher(options: Options, student: Any, dataset: Dataset, images: Da
         # models of a hub may name their classes otherwise than folders do
         named = options.kd_checkpoint or source.startswith('local-dir:')
         if named and options.kd_distill_type != 'feature':
-            check_class_names(dataset, trained.class_names)
+            check_class_names(dataset, loaded.known_names)
     except ValueError as error:
         reason = str(error).removeprefix(f'--model {source}: ').removeprefix(f'--checkpoint {source}: ')
         flag = '--kd-checkpoint' if options.kd_checkpoint else '--kd-model-name'
         raise ValueError(f'{flag} {source}: {reason}') from error
-    own = {name: trained.data_config.get(name, model.pretrained_cfg[name]) for name in ('mean', 'std')}
+    own = {name: loaded.data_config.get(name, model.preloaded_cfg[name]) for name in ('mean', 'std')}
     _logger.info(f'Teacher {source} created, param count:{count_parameters(model)}')
     return Teacher(model, own, images)
 
 
-def _load(options: Options, student: nn.Module) -> Trained:
-    """Load the teacher that the options name; a ValueError if it was trained for another task."""
-    settings: dict[str, Any] = dict(data_dir='.', device=options.device, in_chans=image_channels(options))
+def _load(options: Options, student: nn.Module) -> LoadedModel:
+    """Load the teacher that the options name; a ValueError if it was loaded for another task."""
+    settings: dict[str, Any] = dict(device=options.device, in_chans=image_channels(options))
     if options.kd_model_name:
         settings['model'] = options.kd_model_name
     if options.kd_checkpoint:
@@ -153,14 +154,14 @@ def _load(options: Options, student: nn.Module) -> Trained:
             if not options.kd_model_name:
                 raise ValueError('the file holds weights only: add --kd-model-name, their model')
             settings['num_classes'] = student.num_classes
-    trained = load_model(validate_options(**settings))
-    if trained.task != options.task:
-        raise ValueError(f'the teacher was trained for --task {trained.task}, this run is for {options.task}')
-    return trained
+    loaded = load_model(unchecked_options('validate', **settings))
+    if loaded.task != options.task:
+        raise ValueError(f'the teacher was trained for --task {loaded.task}, this run is for {options.task}')
+    return loaded
 
 
 def _image_sizes(options: Options, images: DataConfig, like: Tensor) -> list[Tensor]:
-    """Return a black image [1, C, H, W] of each size that the student is trained with."""
+    """Return a black image [1, C, H, W] of each size that the student is loaded with."""
     channels, *size = images['input_size']
     sizes = [(side, side) for side in options.train_img_sizes or ()] or [size]
     return [torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype) for size in sizes]

@@ -38,7 +38,8 @@ from timm_mldecoder.loading.naflex import patch_format
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.metrics.multilabel import read_threshold_metric
 from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, set_classes, thresholds_for
-from timm_mldecoder.modeling.load import count_parameters, fuse_model, load_model, script
+from timm_mldecoder.modeling.create import count_parameters, fuse_model, script
+from timm_mldecoder.modeling.load import load_model
 from timm_mldecoder.runtime.log import EvalLog
 from timm_mldecoder.validate.outputs import MultiLabelOutputs
 from timm_mldecoder.validate.report import Report
@@ -51,8 +52,8 @@ Result = dict[str, Any]
 def score_model(options: Options, world: World) -> Result:
     """Score one model on a split; return its metrics in percent, unrounded, and how, under timm's names."""
     random_seed(options.seed, 0)
-    model, loaded, config, content = load_model(options)
-    options = loaded or options
+    loaded = load_model(options)
+    model, content, options = loaded.model, loaded.content, loaded.options or options
     if options.write_thresholds and options.checkpoint and RUN not in content:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     read_threshold_metric(options.threshold_metric)
@@ -74,7 +75,7 @@ def score_model(options: Options, world: World) -> Result:
     num_classes = options.num_classes or model.num_classes
     if has_text_queries(options):
         num_classes = model.num_classes
-    config = resolve_config(options, model, stored=config, use_test_size=not options.use_train_size)
+    config = resolve_config(options, model, stored=loaded.data_config, use_test_size=not options.use_train_size)
     model, config = _test_pool(options, model, config)
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:

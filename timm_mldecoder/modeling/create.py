@@ -1,0 +1,165 @@
+"""The model that the options of either script describe."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import set_fast_norm
+from timm.models import load_checkpoint
+from timm.utils import set_jit_fuser
+from torch import nn
+from torch.jit.frontend import FrontendError
+from torch.utils.data import Dataset
+
+from timm_mldecoder.checkpoint.read import without_split_bn
+from timm_mldecoder.data.label_graph import read_label_graph
+from timm_mldecoder.data.word_embeddings import read_word_embeddings
+from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.datasets import image_channels
+from timm_mldecoder.modeling.classes import class_names_of, training_words
+from timm_mldecoder.modeling.errors import check_loaded, refuse
+from timm_mldecoder.models.cosine import add_cosine_classifier
+from timm_mldecoder.models.fusion import fuse_batch_norm
+from timm_mldecoder.models.graph import add_graph_classifier
+from timm_mldecoder.runtime.errors import one_line
+
+_logger = logging.getLogger(__name__)
+
+HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
+
+
+def create_model(
+    options: Options,
+    *,
+    words: Mapping[str, Any] | None = None,
+    pretrained: bool,
+    fresh_head: bool = False,
+    **settings: Any,
+) -> Any:
+    """Create the model with the classifier that the options request.
+
+    Args:
+        words: Options of `MLDecoder` for text queries, if the head has any.
+        pretrained: Whether to load pretrained weights.
+        fresh_head: Whether to leave stored weights of an ML-Decoder head out.
+        **settings: Further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: If the model does not take the options.
+    """
+    if options.fast_norm:
+        set_fast_norm()
+    if options.fuser:
+        set_jit_fuser(options.fuser)
+    head: dict[str, Any] = {}
+    if options.use_ml_decoder_head:
+        sizes = dict(num_of_groups=options.num_of_groups, decoder_embedding=options.decoder_embedding)
+        # sizes that were not given leave those of a stored head alone
+        sizes = {name: size for name, size in sizes.items() if size != HEAD_DEFAULTS[name] or name in options.given}
+        fresh = {'fresh_head': True} if fresh_head else {}
+        head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs, **fresh}}
+    elif 'use_ml_decoder_head' in options.given:
+        head = {'ml_decoder': False}  # also where the stored model has one
+    with refuse(options):
+        model = timm.create_model(
+            options.model,
+            pretrained=pretrained,
+            num_classes=options.num_classes,
+            in_chans=image_channels(options),
+            global_pool=None if options.use_ml_decoder_head else options.gp,
+            scriptable=options.torchscript,
+            **head,
+            **options.model_kwargs,
+            **settings,
+        )
+        if options.cosine_classifier and not options.graph:
+            try:
+                add_cosine_classifier(model, options.cosine_classifier)
+            except ValueError as error:
+                raise ValueError(f'--cosine-classifier {options.cosine_classifier:g}: {error}') from error
+    return model
+
+
+def script(model: nn.Module) -> nn.Module:
+    """Compile a model with torch.jit.script; a ValueError if that cannot be, as with an ML-Decoder head."""
+    try:
+        return torch.jit.script(model)
+    except (ValueError, RuntimeError, FrontendError) as error:  # torch's are the latter two
+        raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
+
+
+def create_train_model(options: Options, dataset: Dataset | None) -> Any:
+    """Create the model to train, with the label embeddings of the training classes and the weights to start from.
+
+    Args:
+        options: Options of train.py.
+        dataset: Training split.
+
+    Raises:
+        ValueError: If the options do not fit the model, the classes, or a file of weights.
+    """
+    # num_classes -1: adapt the head, whatever the file holds
+    overlay = dict(file=options.pretrained_path, num_classes=-1) if options.pretrained_path else {}
+    overlay |= options.pretrained_cfg_overlay
+    model = create_model(
+        options,
+        words=training_words(options, dataset),
+        pretrained=options.pretrained,
+        fresh_head=options.fresh_head,
+        drop_rate=options.drop,
+        drop_path_rate=options.drop_path,
+        drop_block_rate=options.drop_block,
+        bn_momentum=options.bn_momentum,
+        bn_eps=options.bn_eps,
+        **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
+    )
+    check_loaded(options, model)
+    with refuse(options):
+        if options.graph:
+            names = class_names_of(dataset)
+            adjacency, _ = read_label_graph(options.graph, names)
+            words, _ = read_word_embeddings(options.word_embeddings, names)
+            add_graph_classifier(model, adjacency, words, **graph_settings(options))
+        if options.initial_checkpoint:
+            load_checkpoint(model, options.initial_checkpoint, filter_fn=without_split_bn)
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+    if not (options.cosine_classifier or options.graph):
+        _scale_head(model, options.head_init_scale, options.head_init_bias)
+    _logger.info(f'Model {timm.models.safe_model_name(options.model)} created, param count:{count_parameters(model)}')
+    return model
+
+
+def graph_settings(options: Options) -> dict[str, Any]:
+    """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
+    if not options.cosine_classifier:
+        return dict(layer=options.graph_layer, classifier='linear')
+    return dict(layer=options.graph_layer, classifier='cosine', scale=options.cosine_classifier)
+
+
+def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Fold BatchNorm layers into the convolutions before them, in place; a ValueError if that changes the logits."""
+    weight = next(model.parameters())
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))  # leaves the global RNG state alone
+    try:
+        fused = fuse_batch_norm(model.eval(), image.to(weight))
+    except ValueError as error:
+        raise ValueError(f'--fuse-bn: {error}') from error
+    _logger.info(f'--fuse-bn: {fused} BatchNorm layers are part of convolutions now')
+
+
+@torch.no_grad()
+def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
+    found = model.get_classifier()
+    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
+        if scale is not None:
+            classifier.weight.mul_(scale)
+            classifier.bias.mul_(scale)
+        if bias is not None:
+            classifier.bias.fill_(bias)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
