@@ -15,7 +15,7 @@ from timm.data import create_transform
 from timm_mldecoder import app
 from timm_mldecoder.checkpoint.folders import save_folder
 from timm_mldecoder.data.word_embeddings import read_word_embeddings, write_word_embeddings
-from timm_mldecoder.loading.datasets import Classes
+from timm_mldecoder.modeling.classes import Classes
 
 HEAD = dict(decoder_embedding=32, num_heads=4, dim_feedforward=64)
 NAMES = ['sky', 'zebra', '<script>document.title = "taken over"</script> ${1+1} {{names}}']

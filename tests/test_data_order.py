@@ -20,7 +20,7 @@ from timm_mldecoder.data import Annotations, MultiLabelDataset, class_to_index, 
 from timm_mldecoder.data.class_order import alike, sort_key
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.loading.datasets import likely_causes, use_classes_of
+from timm_mldecoder.loading.compare_classes import likely_causes, use_classes_of
 from timm_mldecoder.loading.ranks import _describe
 from timm_mldecoder.train.build_run import build_run
 from timm_mldecoder.train.loss import _weights_of_counts

@@ -14,7 +14,8 @@ from PIL import Image
 from timm_mldecoder.data import class_to_index, create_dataset, overlap
 from timm_mldecoder.data.images import Reading, find_images
 from timm_mldecoder.flags.parse import parse_train
-from timm_mldecoder.loading.datasets import check_classes, create_split
+from timm_mldecoder.loading.compare_classes import check_classes
+from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.loader import strict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 

@@ -19,7 +19,7 @@ from timm_mldecoder.data import MultiLabelDataset
 from timm_mldecoder.data.annotations import Annotations
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.loading.datasets import balanced_weights
+from timm_mldecoder.loading.create_loaders import balanced_weights
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart, Order
 from timm_mldecoder.train.build_run import build_run
 

@@ -29,8 +29,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.distributed.world import check_device
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.datasets import Classes
-from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.modeling.load import LoadedModel
 from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise

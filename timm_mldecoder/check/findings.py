@@ -11,7 +11,7 @@ from timm_mldecoder.check.duplicates import equal_content, near
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.crops import lost_share
 from timm_mldecoder.data.summary import shown_classes
-from timm_mldecoder.loading.datasets import likely_causes
+from timm_mldecoder.loading.compare_classes import likely_causes
 from timm_mldecoder.loading.scan import ImageFacts
 
 RARE = 5  # images of a class in the validation split, below which a threshold is noise

@@ -24,7 +24,7 @@ from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.read_sharded import SHARDS
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.datasets import check_class_names
+from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.loader import TrainLoader
 
 _logger = logging.getLogger(__name__)

@@ -17,10 +17,9 @@ from timm_mldecoder.evaluation.precision import float32_logits
 from timm_mldecoder.flags import Options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig
-from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.loader import EvalLoader
 from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
-from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.runtime.log import EvalLog
 
 Metrics = OrderedDict[str, float]

@@ -7,6 +7,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import FastCollateMixup, Mixup, NaFlexMixup, create_transform, resolve_data_config
 from timm.data.distributed_sampler import OrderedDistributedSampler
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import Compose
 
+from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.datasets import STREAMS, balanced_weights, check_image_size, dataset_kind
+from timm_mldecoder.loading.datasets import STREAMS, dataset_kind
 from timm_mldecoder.loading.loader import EvalLoader, Placement, SplitDataset, TrainLoader, init_worker
 from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.loading.randomness import EpochBatches, Order
@@ -42,7 +44,7 @@ def resolve_config(
     """
     config = resolve_data_config(options.to_dict(), model=model, use_test_size=use_test_size)
     config = {**config, **(stored or {})}
-    check_image_size(model, config['input_size'])
+    _check_image_size(model, config['input_size'])
     lines = ''.join(f'\n\t{name}: {value}' for name, value in config.items())
     _logger.info(f'Data processing configuration for current model + dataset:{lines}')
     return config
@@ -300,3 +302,32 @@ def _worker_server() -> BaseContext:
     with signals.ignored():
         forkserver.ensure_running()
     return context
+
+
+def _check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
+    """Raise ValueError if images [C, H, W] do not have the one size that a model is built for."""
+    patches = getattr(model, 'patch_embed', None)
+    size = getattr(patches, 'img_size', None)
+    if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
+        raise ValueError(
+            f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x {input_size[2]}: pass '
+            f'--img-size {size[0]}, or --model-kwargs img_size={input_size[1]}'
+        )
+
+
+def balanced_weights(dataset: Any) -> Tensor:
+    """Return weights of the samples by which each class is drawn equally often, [N], without reading an image.
+
+    A sample of several classes has the sum of their weights; samples without a class count as one more class.
+
+    Raises:
+        ValueError: If the dataset does not report its labels.
+    """
+    shown = shown_classes(dataset)
+    if shown is None:
+        raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
+    image, label = shown
+    weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
+    without = weights == 0
+    weights[without] = 1 / max(without.sum(), 1)
+    return torch.from_numpy(weights)

@@ -1,16 +1,13 @@
-"""The dataset of a split, and checks for mistakes that would otherwise train or score the wrong thing."""
+"""The dataset of a split: opened as the options say, checked against what its folder holds, and summarized."""
 
 import logging
 import pickle
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import MultiLabelTarget
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,17 +21,14 @@ from timm_mldecoder.data import (
     summarize,
 )
 from timm_mldecoder.data.annotations import POSITIVE, ClassIndex
-from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.class_split import read_class_split, select_classes
-from timm_mldecoder.data.formats.class_folders import class_name, split_folder
+from timm_mldecoder.data.formats.class_folders import split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
-from timm_mldecoder.data.images import Reading, is_clutter
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.partial import leave_out_labels
-from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
-from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options, scores_both
 from timm_mldecoder.loading.loader import strict
 
@@ -43,15 +37,6 @@ _logger = logging.getLogger(__name__)
 ONE_FILE = ('csv', 'json', 'coco')  # formats of which one file may hold all images
 RECORDS = ('hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')
-HIDDEN = ('__MACOSX', '__pycache__', '@eaDir', 'lost+found')  # folders that systems leave behind
-SEPARATORS = (',', '|', '/', '\t', ' ')  # of labels, elsewhere
-
-
-class Classes(NamedTuple):
-    """Classes of a head with text queries: label embeddings [C, E], and their names if they have any."""
-
-    embeddings: Tensor
-    names: list[str] | None
 
 
 def dataset_kind(name: str) -> str:
@@ -301,167 +286,6 @@ def warn_about_overlap(train: Any, other: Dataset) -> None:
         _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high{remedy}')
 
 
-def read_classes(path: str, dataset: Dataset) -> Classes:
-    """Return the label embeddings of the classes of a dataset, in its order.
-
-    Raises:
-        ValueError: If the dataset does not name its classes, or the file has not all of them.
-    """
-    names = class_to_index(dataset)
-    if names is None:
-        raise ValueError('--word-embeddings needs the names of the classes, which this dataset does not report')
-    return Classes(*read_word_embeddings(path, list(names)))
-
-
-def has_ignored(dataset: Dataset) -> bool:
-    """Return whether some labels of a dataset are to be ignored."""
-    return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored
-
-
-def balanced_weights(dataset: Any) -> Tensor:
-    """Return weights of the samples by which each class is drawn equally often, [N], without reading an image.
-
-    A sample of several classes has the sum of their weights; samples without a class count as one more class.
-
-    Raises:
-        ValueError: If the dataset does not report its labels.
-    """
-    shown = shown_classes(dataset)
-    if shown is None:
-        raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
-    image, label = shown
-    weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
-    without = weights == 0
-    weights[without] = 1 / max(without.sum(), 1)
-    return torch.from_numpy(weights)
-
-
-def with_classes(options: Options, dataset: Dataset) -> Options:
-    """Return the options of train.py with the number of classes of the data, unless it is given or unknown."""
-    classes = class_to_index(dataset)
-    if options.num_classes is not None or not classes:
-        return options
-    return options.replace(num_classes=len(classes))
-
-
-def check_classes(dataset: Any, num_classes: int, given: bool) -> None:
-    """Compare the number of classes of a dataset with the model's.
-
-    One that the user has not `given`, such as a model's own 1000, may exceed the data's.
-
-    Raises:
-        ValueError: If the numbers differ.
-    """
-    classes = class_to_index(dataset)
-    if not classes:
-        return
-    empty = ', '.join(_folders_without_images(dataset))
-    if len(classes) == num_classes:
-        if empty:
-            _logger.warning(f'ignoring class folders without images: {empty}')
-        return
-    message = f'the data has {len(classes)} classes ({_shown(classes)}), the model {num_classes}'
-    causes = [*likely_causes(list(classes)), *([f'no images are in {empty}'] if empty else [])]
-    if causes:
-        message += f': {"; ".join(causes)}'
-    else:
-        message += ': compare these names with those you expect; without --num-classes, train.py reads their number'
-    if given or len(classes) > num_classes or isinstance(dataset, MultiLabelDataset):
-        raise ValueError(message)
-    _logger.warning(message)
-
-
-def likely_causes(names: Sequence[str]) -> list[str]:
-    """Return what class names tell about mistakes in the data: hidden folders, stray quotes, separators, case."""
-    causes = []
-    hidden = [name for name in names if name.startswith('.') or name in HIDDEN]
-    if hidden:
-        causes.append(f'{_shown(hidden)} is no class but a hidden folder: remove it')
-    quoted = [name for name in names if '\n' in name or name.count('"') % 2]
-    if quoted:
-        causes.append(f'a stray quote in the file joins lines into the label {_shown(quoted[:1])}')
-    for separator in SEPARATORS:
-        parts = {name: [part.strip(' \'"[]') for part in name.split(separator)] for name in names if separator in name}
-        joined = [name for name, split in parts.items() if len(split) > 1 and set(split) & ({*names} - {name})]
-        if joined:
-            causes.append(f'{_shown(joined[:1])} looks like several labels with {separator!r} between: separate by ;')
-    if groups := alike(names):
-        causes.append(f'names differ only in case or leading zeros: {_shown(groups[0])}')
-    return causes
-
-
-def _shown(names: Iterable[str]) -> str:
-    names = [repr(name if len(name) <= 40 else f'{name[:40]}...') for name in names]
-    return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
-
-
-def check_same_classes(train: Any, validation: Any) -> None:
-    """Raise ValueError if two splits number their classes differently."""
-    ours, theirs = class_to_index(train), class_to_index(validation)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    odd = sorted(set(ours) ^ set(theirs)) or sorted(name for name in ours if ours[name] != theirs[name])
-    raise ValueError(
-        f'the training and validation splits differ in their classes ({", ".join(odd[:5])}), so their labels differ in '
-        'meaning: give every class an image in both, or pass --class-map'
-    )
-
-
-def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
-    """Number the classes of a dataset as in the checkpoint if all of them are there: some may have no image here."""
-    present = list(class_to_index(dataset) or ())
-    if not present or not trained or present == list(trained):
-        return
-    shown = shown_classes(dataset) if isinstance(dataset, MultiLabelDataset) else None
-    needed = present if shown is None else [present[index] for index in np.unique(shown[1]).tolist()]
-    if not {*needed} <= {*trained}:
-        return
-    reader: Any = getattr(dataset, 'reader', None)
-    numbers = {name: number for number, name in enumerate(trained)}
-    if isinstance(dataset, MultiLabelDataset):
-        dataset.annotations = dataset.annotations.with_classes(trained)
-    elif isinstance(reader, ReaderImageFolder):
-        reader.samples = [(path, numbers[present[target]]) for path, target in reader.samples]
-        reader.class_to_idx = numbers
-    elif hasattr(reader, 'class_name_to_idx'):  # of tar files
-        reader.targets = np.array([numbers[present[target]] for target in reader.targets.tolist()])
-        reader.class_to_idx = reader.class_name_to_idx = numbers
-        reader.class_idx_to_name = dict(enumerate(trained))
-    else:
-        return
-    without = _shown(name for name in trained if name not in present)
-    _logger.info(f'classes are numbered as in the checkpoint; the data has no {without}' if without else
-                 'classes are numbered as in the checkpoint')  # fmt: skip
-
-
-def check_class_names(dataset: Any, trained: list[str] | None) -> None:
-    """Raise ValueError if a dataset numbers its classes differently from the one that a checkpoint was trained on."""
-    present = list(class_to_index(dataset) or ())
-    if not trained or not present or present == trained:
-        return
-    differ = (index for index, pair in enumerate(zip(present, trained, strict=False)) if pair[0] != pair[1])
-    index = next(differ, min(len(present), len(trained)))
-    ours, theirs = (repr(names[index]) if index < len(names) else 'missing' for names in (present, trained))
-    unknown = [name for name in present if name not in trained]
-    remedy = 'pass the names in the order of the checkpoint, one per line, as --class-map'
-    if unknown:
-        remedy = f'the model was not trained on {_shown(unknown)}; leave these labels out, or train again with them'
-    raise ValueError(
-        f'class {index} is {ours} in the data and {theirs} in the checkpoint, so labels differ in meaning: {remedy}'
-    )
-
-
-def check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
-    """Raise ValueError if images [C, H, W] do not have the one size that a model is built for."""
-    patches = getattr(model, 'patch_embed', None)
-    size = getattr(patches, 'img_size', None)
-    if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
-        raise ValueError(
-            f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x {input_size[2]}: pass '
-            f'--img-size {size[0]}, or --model-kwargs img_size={input_size[1]}'
-        )
-
-
 def _check_folder(dataset: str, root: str | None, split: str) -> None:
     """Raise ValueError if an image folder, or the requested split in it, does not exist.
 
@@ -497,16 +321,3 @@ def _check_image_mode(dataset: str, mode: str, channels: int) -> None:
             f'the model takes {channels} channels, --input-img-mode {mode} has {found}: change it or --in-chans (L has '
             '1 channel, LA 2, RGB 3, RGBA and CMYK 4)'
         )
-
-
-def _folders_without_images(dataset: Any) -> list[str]:
-    """Return the folders beside those of the classes that hold neither images nor folders."""
-    reader = getattr(dataset, 'reader', None)
-    if not isinstance(reader, ReaderImageFolder):
-        return []
-    folders = (path for path in Path(reader.root).iterdir() if path.is_dir() and not is_clutter(path.name))
-    return sorted(
-        path.name
-        for path in folders
-        if class_name(path.name) not in reader.class_to_idx and not any(child.is_dir() for child in path.iterdir())
-    )

@@ -2,15 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.datasets import Classes, class_to_index, read_classes
+
+
+class Classes(NamedTuple):
+    """Classes of a head with text queries: label embeddings [C, E], and their names if they have any."""
+
+    embeddings: Tensor
+    names: list[str] | None
 
 
 def has_text_queries(options: Options) -> bool:
@@ -35,6 +43,18 @@ def training_words(options: Options, dataset: Any) -> dict[str, Any]:
         query_noise=options.query_noise,
         query_cutout=options.query_cutout,
     )
+
+
+def read_classes(path: str, dataset: Dataset) -> Classes:
+    """Return the label embeddings of the classes of a dataset, in its order.
+
+    Raises:
+        ValueError: If the dataset does not name its classes, or the file has not all of them.
+    """
+    names = class_to_index(dataset)
+    if names is None:
+        raise ValueError('--word-embeddings needs the names of the classes, which this dataset does not report')
+    return Classes(*read_word_embeddings(path, list(names)))
 
 
 def stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,18 +19,11 @@ from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
 from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes
 from timm_mldecoder.loading.create_loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
-from timm_mldecoder.loading.datasets import (
-    check_classes,
-    check_same_classes,
-    create_split,
-    image_mode,
-    log_summary,
-    read_classes,
-    warn_about_overlap,
-)
+from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
 from timm_mldecoder.loading.ranks import check_ranks
-from timm_mldecoder.modeling.classes import class_names_of, training_words
+from timm_mldecoder.modeling.classes import class_names_of, read_classes, training_words
 from timm_mldecoder.modeling.create import create_train_model
 from timm_mldecoder.modeling.errors import refuse
 from timm_mldecoder.modeling.load import load

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.losses import RandomQueryLoss
-from timm_mldecoder.modeling.classes import other_classes
+from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.models.probes import NormalizedProbe
 from timm_mldecoder.probe.features import Batch, Source, read_together, scoring_groups, training_groups
 from timm_mldecoder.probe.options import HeadSpec

@@ -29,6 +29,7 @@ from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
 from timm_mldecoder.loading.checked import check_readable
+from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes, with_classes
 from timm_mldecoder.loading.create_loaders import (
     DataConfig,
     create_eval_loader,
@@ -36,21 +37,11 @@ from timm_mldecoder.loading.create_loaders import (
     model_dtype,
     resolve_config,
 )
-from timm_mldecoder.loading.datasets import (
-    Classes,
-    check_classes,
-    check_same_classes,
-    create_split,
-    image_mode,
-    log_summary,
-    read_classes,
-    warn_about_overlap,
-    with_classes,
-)
+from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
-from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, other_classes
+from timm_mldecoder.modeling.classes import Classes, class_names_of, has_text_queries, other_classes, read_classes
 from timm_mldecoder.modeling.create import create_train_model, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder, write_atomically
 from timm_mldecoder.train.ema import choose_ema_warmup

@@ -18,8 +18,9 @@ from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.create_loaders import DataConfig
-from timm_mldecoder.loading.datasets import check_class_names, image_channels
+from timm_mldecoder.loading.datasets import image_channels
 from timm_mldecoder.modeling.create import count_parameters
 from timm_mldecoder.modeling.load import LoadedModel, load_model, per_channel
 from timm_mldecoder.runtime.errors import one_line
@@ -138,7 +139,7 @@ def _create_teacher(options: Options, student: Any, dataset: Dataset, images: Da
         reason = str(error).removeprefix(f'--model {source}: ').removeprefix(f'--checkpoint {source}: ')
         flag = '--kd-checkpoint' if options.kd_checkpoint else '--kd-model-name'
         raise ValueError(f'{flag} {source}: {reason}') from error
-    own = {name: loaded.data_config.get(name, model.preloaded_cfg[name]) for name in ('mean', 'std')}
+    own = {name: loaded.data_config.get(name, model.pretrained_cfg[name]) for name in ('mean', 'std')}
     _logger.info(f'Teacher {source} created, param count:{count_parameters(model)}')
     return Teacher(model, own, images)
 

@@ -13,7 +13,7 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask, Training
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.data import summarize
+from timm_mldecoder.data import MultiLabelDataset, summarize
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import multilabel_evaluator
@@ -21,7 +21,6 @@ from timm_mldecoder.flags import Options, scores_both
 from timm_mldecoder.flags.optimization import loss_name
 from timm_mldecoder.head.layers import CosineGroupFullyConnected
 from timm_mldecoder.loading.create_loaders import DataConfig, mixes, model_dtype
-from timm_mldecoder.loading.datasets import has_ignored
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.models.cosine import CosineClassifier
@@ -65,7 +64,7 @@ def create_task(options: Options, model: nn.Module, dataset: Any, images: DataCo
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
         remedy = '--ml-decoder-kwargs classifier=cosine' if options.use_ml_decoder_head else '--cosine-classifier 1'
         _logger.warning(f'--loss aam takes its logits for cosines, which those of this model are not: add {remedy}')
-    if options.loss == 'csl' and not has_ignored(dataset):
+    if options.loss == 'csl' and not _has_ignored(dataset):
         _logger.warning('--loss csl selects among labels to ignore, of which this dataset has none')
     settings: dict[str, Any] = dict(
         criterion=RandomQueryLoss(loss) if options.random_queries else loss,
@@ -116,7 +115,7 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
     """Return whether a multi-label loss is this package's rather than timm's."""
     name = options.loss or 'bce'
     timm_only = [f'--{option.replace("_", "-")}' for option in TIMM_ONLY if getattr(options, option)]
-    if has_ignored(dataset):
+    if _has_ignored(dataset):
         if name not in LOSSES:
             raise ValueError(f'--loss {name} would learn from labels to ignore: choose from {sorted(LOSSES)}')
         if mixes(options):
@@ -219,3 +218,8 @@ def _weights_of_counts(flag: str, method: str, counts: Tensor, images: int, sett
         shows = 'every image shows' if of_positives else 'no image shows'
         _logger.warning(f'{flag}: weight 1 for {int(without.sum())} classes that {shows} (numbers {shown})')
     return weights
+
+
+def _has_ignored(dataset: Dataset) -> bool:
+    """Return whether some labels of a dataset are to be ignored."""
+    return isinstance(dataset, MultiLabelDataset) and dataset.annotations.has_ignored

@@ -15,8 +15,8 @@ from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.datasets import Classes
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
+from timm_mldecoder.modeling.classes import Classes
 from timm_mldecoder.runtime.signals import Stopped, StopSignals
 from timm_mldecoder.train.freeze import Freezer
 from timm_mldecoder.train.trackers import Tracker

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.resume import held_out_before
 from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import (
@@ -26,14 +27,9 @@ from timm_mldecoder.evaluation.evaluate import (
 from timm_mldecoder.evaluation.extra_metrics import create_extra_metrics
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
+from timm_mldecoder.loading.compare_classes import check_class_names, check_classes, use_classes_of
 from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
-from timm_mldecoder.loading.datasets import (
-    check_class_names,
-    check_classes,
-    class_to_index,
-    create_split,
-    use_classes_of,
-)
+from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.naflex import patch_format
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.metrics.multilabel import read_threshold_metric
