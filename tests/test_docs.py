@@ -19,7 +19,7 @@ from runs import ROOT, environment, summary
 from test_flags import ADDED
 
 from benchmarks.digits import write_digit_scenes
-from timm_mldecoder.checkpoint.schema import ENTRIES, RUN_ENTRIES
+from timm_mldecoder.checkpoint.read import ENTRIES, RUN_ENTRIES
 from timm_mldecoder.flags import train_parser, validate_parser
 from timm_mldecoder.flags.parse import flags
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_mldecoder.checkpoint.early_stop import EarlyStop
+from timm_mldecoder.checkpoint.state import EarlyStop
 
 
 def steps(stop, *metrics, **when):

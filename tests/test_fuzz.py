@@ -24,7 +24,7 @@ from test_reliability_checkpoints import WRONG
 
 from benchmarks import digits, shapes
 from timm_mldecoder import app
-from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.checkpoint.read import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.flags import parse_train, parse_validate
 from timm_mldecoder.flags.parse import flags
 from timm_mldecoder.runtime.errors import run_command

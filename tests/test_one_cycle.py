@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from timm_mldecoder.train.one_cycle import OneCycleScheduler
+from timm_mldecoder.train.optim import OneCycleScheduler
 
 OPTIMIZERS = {
     'adam': lambda parameters: torch.optim.Adam(parameters, lr=1e-4),

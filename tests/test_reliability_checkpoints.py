@@ -13,8 +13,7 @@ import torch
 from marks import few
 from runs import MODEL, build, call, fit, last, train
 
-from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.checkpoint.read import ENTRIES, RUN, RUN_ENTRIES, read_checkpoint
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.runtime.errors import RunFailed
 from validate import main as validate

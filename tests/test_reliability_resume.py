@@ -14,7 +14,7 @@ from marks import few
 from runs import BATCHES, MOVING, assert_same_run, build, fit, fit_until_stopped, last, summary, train
 
 from timm_mldecoder.checkpoint.files import CheckpointFolder
-from timm_mldecoder.checkpoint.schema import ENTRIES, RUN, RUN_ENTRIES
+from timm_mldecoder.checkpoint.read import ENTRIES, RUN, RUN_ENTRIES
 from timm_mldecoder.data import MultiLabelDataset
 from timm_mldecoder.data.annotations import Annotations
 from timm_mldecoder.distributed.world import join_world

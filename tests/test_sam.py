@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.train.loop import fit
-from timm_mldecoder.train.sam import perturbed
+from timm_mldecoder.train.optim import perturbed
 
 RHO, RATE, DECAY = 0.05, 0.02, 0.8
 PLAIN = shlex.split(f"""

@@ -16,7 +16,7 @@ from timm_mldecoder.flags import parse_train
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.probe.options import parse_probe
 from timm_mldecoder.probe.sweep import _create_splits
-from timm_mldecoder.runtime.memory import advise_on_memory
+from timm_mldecoder.runtime.errors import advise_on_memory
 
 
 @pytest.mark.parametrize('mode', ['center', 'squash', 'border'])

@@ -31,9 +31,8 @@ from timm_mldecoder.checkpoint.published import (
     head_options,
     lacks_head_norm,
 )
-from timm_mldecoder.checkpoint.read import has_ema, ranked_by_ema, read_checkpoint, weights_of
+from timm_mldecoder.checkpoint.read import RUN, has_ema, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.repairs import CHOICES
-from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts

@@ -13,7 +13,7 @@ from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
-from timm_mldecoder.checkpoint.summary import Metrics, read_summary
+from timm_mldecoder.checkpoint.files import Metrics, read_summary
 from timm_mldecoder.runtime.errors import run_command
 
 COLUMNS = 4  # of panels; more rows for further metrics

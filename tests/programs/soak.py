@@ -31,9 +31,8 @@ import train
 from benchmarks import shapes
 from timm_mldecoder import label_graph
 from timm_mldecoder.checkpoint.files import shards_of
-from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.resume import newest
-from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.distributed.read_sharded import PREFIX
 from timm_mldecoder.runtime.errors import run_command
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from timm_mldecoder.checkpoint.files import (
     LAST,
+    SUMMARY,
     Progress,
     checkpoints_in,
     numbered,
     progress_by_name,
+    read_summary,
 )
-from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import TrainingState
-from timm_mldecoder.checkpoint.summary import SUMMARY, read_summary
 from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.read_sharded import SHARDS
 from timm_mldecoder.distributed.world import World

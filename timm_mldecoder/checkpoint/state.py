@@ -11,9 +11,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_mldecoder.checkpoint.early_stop import EarlyStop
 from timm_mldecoder.checkpoint.files import CheckpointFolder
-from timm_mldecoder.checkpoint.schema import RUN, VERSION
+from timm_mldecoder.checkpoint.read import RUN, VERSION
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.loader import BadImage, TrainLoader
@@ -25,6 +24,60 @@ _logger = logging.getLogger(__name__)
 SCALER = 'amp_scaler'  # timm's key
 #: Options of the schedule, which a resumed run follows from its beginning to the present epoch.
 SCHEDULE = ('epochs', 'sched', 'lr', 'min_lr', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'decay_epochs')
+
+PERFECT = 1e-4  # this close to 1, there is nothing left to improve
+SMOOTHING = 0.8  # share of a new best metric in the smoothed one
+
+
+@dataclass
+class EarlyStop:
+    """Stop once the metric has not exceeded its smoothed best for some evaluations in a row, or is 1.
+
+    Let m be the larger metric of weights and EMA weights, rounded to 4 decimals. If m is 1 to 1e-4, stop. If m is above
+    the smoothed metric s (0 at the start), s becomes 0.8 m + 0.2 s and the count starts again. Otherwise, after
+    warm-up, the evaluation counts, and `patience` such evaluations in a row stop the run.
+
+    Raises:
+        ValueError: If the patience is below 1.
+    """
+
+    patience: int = 5  # evaluations without an improvement that stop the run, at least 1
+    smoothed: float = 0.0
+    waited: int = 0
+    stopped: bool = False  # whether the run is to stop
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f'the patience of early stop must be at least 1, got {self.patience}')
+
+    def step(self, *metrics: float, warmed_up: bool = True) -> bool:
+        """Take in the metrics of one evaluation, and return `stopped`.
+
+        Args:
+            *metrics: Metric of the weights and, where there are EMA weights, theirs; in [0, 1], or NaN where undefined.
+            warmed_up: Whether the warm-up of the learning rate is over.
+
+        Raises:
+            ValueError: If a metric is outside [0, 1].
+        """
+        if any(metric < 0 or metric > 1 for metric in metrics):
+            raise ValueError(f'metrics of early stop must be in [0, 1], got {metrics}: divide percentages by 100')
+        metric = round(max((metric for metric in metrics if metric == metric), default=0.0), 4)
+        if metric > self.smoothed:
+            self.smoothed = SMOOTHING * metric + (1 - SMOOTHING) * self.smoothed
+            self.waited = 0
+        elif warmed_up:
+            self.waited += 1
+        self.stopped = self.waited >= self.patience or abs(metric - 1) <= PERFECT
+        return self.stopped
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Return smoothed metric, count and result, for a checkpoint; the patience is an option."""
+        return {'smoothed': self.smoothed, 'waited': self.waited, 'stopped': self.stopped}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        self.smoothed, self.waited = float(state['smoothed']), int(state['waited'])
+        self.stopped = bool(state['stopped'])
 
 
 @dataclass
@@ -85,7 +138,7 @@ class TrainingState:
         self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
         class_names: list[str] | None, metric: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Return what a checkpoint holds, see `timm_mldecoder.checkpoint.schema`; a collective call.
+        """Return what a checkpoint holds, see `timm_mldecoder.checkpoint.read`; a collective call.
 
         `metric` is that of the epoch that ended, None within an epoch.
         """

@@ -28,7 +28,7 @@ import torch
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN
 from timm_mldecoder.data.class_files import read_class_names, read_thresholds
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.export.compare import VERIFIED, compare, load_images, quantize, verify, verify_scores

@@ -4,8 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from timm_mldecoder.checkpoint.read import ranked_by_ema
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN, ranked_by_ema
 from timm_mldecoder.flags.config import as_arguments
 from timm_mldecoder.flags.parse import flags
 

@@ -21,30 +21,6 @@ class Classes(NamedTuple):
     names: list[str] | None
 
 
-def has_text_queries(options: Options) -> bool:
-    """Return whether the options request a head with text queries."""
-    return bool(options.use_ml_decoder_head and options.word_embeddings)
-
-
-def training_words(options: Options, dataset: Any) -> dict[str, Any]:
-    """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
-    if not has_text_queries(options):
-        if options.class_split and options.score_classes != 'seen':
-            raise ValueError(
-                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
-                '--use-ml-decoder-head 1, or --score-classes seen'
-            )
-        return {}
-    classes = read_classes(options.word_embeddings, dataset)
-    return dict(
-        word_embeddings=classes.embeddings,
-        class_names=classes.names,
-        random_queries=options.random_queries,
-        query_noise=options.query_noise,
-        query_cutout=options.query_cutout,
-    )
-
-
 def read_classes(path: str, dataset: Dataset) -> Classes:
     """Return the label embeddings of the classes of a dataset, in its order.
 

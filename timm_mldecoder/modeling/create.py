@@ -1,7 +1,9 @@
-"""The model that the options of either script describe."""
+"""The model that options describe; what is wrong with its arguments or weights, in a line that names the flag."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -9,17 +11,16 @@ import torch
 from timm.layers import set_fast_norm
 from timm.models import load_checkpoint
 from timm.utils import set_jit_fuser
-from torch import nn
+from torch import Tensor, nn
 from torch.jit.frontend import FrontendError
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoint.read import without_split_bn
+from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.datasets import image_channels
-from timm_mldecoder.modeling.classes import class_names_of, training_words
-from timm_mldecoder.modeling.errors import check_loaded, refuse
+from timm_mldecoder.modeling.classes import class_names_of, read_classes
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.fusion import fuse_batch_norm
 from timm_mldecoder.models.graph import add_graph_classifier
@@ -28,6 +29,11 @@ from timm_mldecoder.runtime.errors import one_line
 _logger = logging.getLogger(__name__)
 
 HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
+
+
+def has_text_queries(options: Options) -> bool:
+    """Return whether the options request a head with text queries."""
+    return bool(options.use_ml_decoder_head and options.word_embeddings)
 
 
 def create_model(
@@ -132,6 +138,25 @@ def create_train_model(options: Options, dataset: Dataset | None) -> Any:
     return model
 
 
+def training_words(options: Options, dataset: Any) -> dict[str, Any]:
+    """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
+    if not has_text_queries(options):
+        if options.class_split and options.score_classes != 'seen':
+            raise ValueError(
+                '--class-split: only text queries can score unseen classes; pass --word-embeddings with '
+                '--use-ml-decoder-head 1, or --score-classes seen'
+            )
+        return {}
+    classes = read_classes(options.word_embeddings, dataset)
+    return dict(
+        word_embeddings=classes.embeddings,
+        class_names=classes.names,
+        random_queries=options.random_queries,
+        query_noise=options.query_noise,
+        query_cutout=options.query_cutout,
+    )
+
+
 def graph_settings(options: Options) -> dict[str, Any]:
     """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
     if not options.cosine_classifier:
@@ -163,3 +188,102 @@ def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+# What timm's models raise for an argument that they do not have, or for a value that is not what they expect.
+_REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticError)
+
+
+@contextmanager
+def refuse(options: Options) -> Iterator[None]:
+    """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # a file does not load or does not fit, or there are no weights
+        raise _name_file(options, error) from error
+    except _REFUSALS as error:
+        refused = _refused_file(options) if isinstance(error, AttributeError) else None  # timm takes its entries as is
+        if refused:
+            raise refused from error
+        given = _unchecked(options, error)
+        if not (given or isinstance(error, (TypeError, AssertionError))):
+            raise
+        reason = one_line(error, 300) if str(error) and not isinstance(error, LookupError) else repr(error)
+        raise ValueError(f'--model {options.model}: {reason}{given}') from error
+
+
+def check_loaded(options: Options, model: nn.Module) -> None:
+    """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
+
+    The values are compared, since timm renames the tensors of some files.
+    """
+    if not options.pretrained_path:
+        return
+    try:
+        content = read_checkpoint(options.pretrained_path, whole=False)
+    except ValueError:  # a format that only timm reads, such as .npz
+        return
+    stored: dict[torch.Size, list[Tensor]] = {}
+    for tensor in _tensors(content):
+        stored.setdefault(tensor.shape, []).append(tensor)
+    learned = (value for value in model.parameters() if value.numel() and value.min() < value.max())
+    if not any(torch.equal(own, tensor.to(own)) for own in learned for tensor in stored.get(own.shape, ())):
+        raise ValueError(
+            f'--pretrained-path {options.pretrained_path}: holds no weights of --model {options.model}; pass a file of '
+            'that model'
+        )
+
+
+def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in content.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _unchecked(options: Options, error: Exception) -> str:
+    """Return the flags whose values timm's models get unchecked, in parentheses, if there are any."""
+    values = options.to_dict()
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    given = [
+        f'{options.flag(name)} {key}={value}'
+        for name in ('model_kwargs', 'pretrained_cfg_overlay')
+        for key, value in values.get(name, {}).items()
+    ]
+    if found and found[1] in options.given:
+        given = [f'{options.flag(found[1])} {values[found[1]]}']
+    return f' ({", ".join(given)})' if given else ''
+
+
+def _weight_files(options: Options) -> dict[str, str]:
+    """Return the user's files of weights by the flag that names each."""
+    values = options.to_dict()
+    names = ('initial_checkpoint', 'pretrained_path')
+    return {f'--{name.replace("_", "-")}': values[name] for name in names if values.get(name)}
+
+
+def _refused_file(options: Options) -> ValueError | None:
+    """Return the error of the user's first file of weights that has no valid weights, None if all have."""
+    for flag, path in _weight_files(options).items():
+        try:
+            weights_of(read_checkpoint(path))
+        except ValueError as reason:
+            text = str(reason)
+            return ValueError(f'{flag}: {text if path in text else f"{path}: {text}"}')
+    return None
+
+
+def _name_file(options: Options, error: Exception) -> ValueError:
+    """Return an error that names the user's file of weights, if there is one."""
+    files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
+    source = files or f'--model {options.model}'
+    text = f'{source}: {one_line(error, 300)}{_unchecked(options, error)}'
+    if isinstance(error, RuntimeError) and '--initial-checkpoint' in _weight_files(options):
+        path = options.initial_checkpoint
+        text += (
+            f'. --initial-checkpoint takes all weights of the same model. For other classes or another head pass '
+            f'--pretrained --pretrained-path {path} (the backbone), or make a folder of it with python -m '
+            'timm_mldecoder.convert and pass --pretrained --model local-dir:FOLDER'
+        )
+    return _refused_file(options) or ValueError(text)

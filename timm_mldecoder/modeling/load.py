@@ -17,8 +17,7 @@ from torch import Tensor
 from timm_mldecoder.checkpoint.files import BEST, LAST
 from timm_mldecoder.checkpoint.folders import folder_channels, folder_settings, stored_folder
 from timm_mldecoder.checkpoint.published import convert_state_dict
-from timm_mldecoder.checkpoint.read import ranked_by_ema, read_checkpoint, weights_of
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.flags import inherit as inherit_flags

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from timm_mldecoder.checkpoint.folders import folder_config
-from timm_mldecoder.checkpoint.schema import RUN, VERSION, check_entries
+from timm_mldecoder.checkpoint.read import RUN, VERSION, check_entries
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.create_loaders import DataConfig
 from timm_mldecoder.models.probes import small_ml_decoder_options

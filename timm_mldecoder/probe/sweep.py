@@ -13,8 +13,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint, weights_of
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
@@ -23,9 +22,8 @@ from timm_mldecoder.loading.compare_classes import check_classes, check_same_cla
 from timm_mldecoder.loading.create_loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
 from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
 from timm_mldecoder.loading.ranks import check_ranks
-from timm_mldecoder.modeling.classes import class_names_of, read_classes, training_words
-from timm_mldecoder.modeling.create import create_train_model
-from timm_mldecoder.modeling.errors import refuse
+from timm_mldecoder.modeling.classes import class_names_of, read_classes
+from timm_mldecoder.modeling.create import create_train_model, refuse, training_words
 from timm_mldecoder.modeling.load import load
 from timm_mldecoder.models.factory import CLASSIFIERS
 from timm_mldecoder.models.probe_model import build_probe, remove_head
@@ -34,8 +32,8 @@ from timm_mldecoder.probe.cache import FeatureCache, data_digest, fill
 from timm_mldecoder.probe.features import Backbone, ComputedFeatures, ImageBatches, Source
 from timm_mldecoder.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
 from timm_mldecoder.probe.train import Run, Trainer, choose, further_runs
+from timm_mldecoder.runtime.errors import advise_on_memory
 from timm_mldecoder.runtime.files import choose_folder, create_folder
-from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.train.loss import create_train_loss
 
 _logger = logging.getLogger(__name__)

@@ -1,12 +1,14 @@
-"""Errors that users see in one line, and the exit codes of the commands."""
+"""Errors that users see in one line, out-of-memory ones as advice about the batch size, and exit codes."""
 
 import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from timm.utils import setup_default_logging
 
 from timm_mldecoder.runtime import allocator, signals
@@ -14,6 +16,10 @@ from timm_mldecoder.runtime import allocator, signals
 USER_ERROR = 2  # as argparse exits
 FAILURE = 1
 INTERRUPTED = 130  # Ctrl-C before there is anything to save
+
+# What torch raises on a CPU as a plain RuntimeError; the last is oneDNN's, for its own scratch memory.
+_CPU_MESSAGES = ("can't allocate memory", 'not enough memory', 'could not create a primitive')
+_ONE_VALUE = 'Expected more than 1 value per channel'  # torch's BatchNorm
 
 
 class RunFailed(RuntimeError):
@@ -65,3 +71,36 @@ def _format_warning(message: Warning, category: type, filename: str, lineno: int
 def one_line(error: Exception, limit: int | None = None) -> str:
     """Return the message of an error with its line breaks replaced, cut to `limit` characters."""
     return ' '.join(str(error).split())[:limit]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+
+
+@contextmanager
+def advise_on_memory(batch_size: int, validation_batch_size: int, grad_accum_steps: int) -> Iterator[None]:
+    """Turn out-of-memory errors in training into a RunFailed with advice about the batch size.
+
+    Raises:
+        ValueError: If BatchNorm gets a single value per channel, as of one image of one pixel.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise ValueError(
+            f'--batch-size {batch_size}: BatchNorm needs several values per channel in training: take at least 2 '
+            'images per rank, larger images, or a model without BatchNorm'
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f'out of memory with --batch-size {batch_size} (--validation-batch-size {validation_batch_size}): reduce '
+            f'it and raise --grad-accum-steps (now {grad_accum_steps}) by the same factor, or try --amp or '
+            '--grad-checkpointing'
+        ) from error

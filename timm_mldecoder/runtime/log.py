@@ -11,8 +11,6 @@ import torch
 from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
-from timm_mldecoder.runtime.memory import peak_memory
-
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
 
@@ -72,6 +70,18 @@ def log_above(bar: tqdm, line: str) -> None:
     bar.clear()
     _logger.info(line)
     bar.refresh()
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return the peak of memory so far, in MB: of the device, or of the process on a CPU."""
+    if device.type == 'cuda':
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource  # POSIX only
+
+        unit = 1 if sys.platform == 'darwin' else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f'{used / 2**20:.0f}MB'
 
 
 def train_line(

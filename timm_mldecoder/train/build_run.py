@@ -14,14 +14,11 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoint.early_stop import EarlyStop
-from timm_mldecoder.checkpoint.files import LAST, LOCK, CheckpointFolder, checkpoints_in, lock
+from timm_mldecoder.checkpoint.files import LAST, LOCK, SUMMARY, CheckpointFolder, checkpoints_in, lock, write_summary
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
-from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.resume import held_out_to_resume, resume
-from timm_mldecoder.checkpoint.schema import RUN
-from timm_mldecoder.checkpoint.state import RunningLoss, TrainingState
-from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
+from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState
 from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
@@ -41,13 +38,13 @@ from timm_mldecoder.loading.datasets import create_split, image_mode, log_summar
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
-from timm_mldecoder.modeling.classes import Classes, class_names_of, has_text_queries, other_classes, read_classes
-from timm_mldecoder.modeling.create import create_train_model, script
+from timm_mldecoder.modeling.classes import Classes, class_names_of, other_classes, read_classes
+from timm_mldecoder.modeling.create import create_train_model, has_text_queries, script
 from timm_mldecoder.runtime.files import choose_folder, create_folder, write_atomically
-from timm_mldecoder.train.ema import choose_ema_warmup
 from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters
 from timm_mldecoder.train.loss import create_task
 from timm_mldecoder.train.optim import (
+    choose_ema_warmup,
     create_optimizer,
     create_scaler,
     create_schedule,

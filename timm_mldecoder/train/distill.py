@@ -14,8 +14,7 @@ from timm.task import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_mldecoder.checkpoint.read import read_checkpoint
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.compare_classes import check_class_names

@@ -13,19 +13,18 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_mldecoder.checkpoint.summary import print_result, summary_row
+from timm_mldecoder.checkpoint.files import print_result, summary_row
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.modeling.classes import other_classes
-from timm_mldecoder.runtime.errors import RunFailed
+from timm_mldecoder.runtime.errors import RunFailed, advise_on_memory
 from timm_mldecoder.runtime.log import EvalLog, StepTimer, log_above, progress_bar, train_line
-from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.train import nonfinite
 from timm_mldecoder.train.nonfinite import Buffers, TrainedBatch, nonfinite_gradient, nonfinite_loss
+from timm_mldecoder.train.optim import perturbed
 from timm_mldecoder.train.run import Run
-from timm_mldecoder.train.sam import perturbed
 
 _logger = logging.getLogger(__name__)
 

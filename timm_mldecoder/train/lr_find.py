@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from timm_mldecoder.loading.loader import Batch
+from timm_mldecoder.runtime.errors import advise_on_memory
 from timm_mldecoder.runtime.files import write_csv
-from timm_mldecoder.runtime.memory import advise_on_memory
 from timm_mldecoder.runtime.signals import Stopped
 from timm_mldecoder.train.loop import step_optimizer, train_batch
 from timm_mldecoder.train.nonfinite import Buffers

@@ -10,8 +10,8 @@ from typing import IO, Any, NoReturn
 
 from torch import nn
 
+from timm_mldecoder.checkpoint.files import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.state import TrainingState
-from timm_mldecoder.checkpoint.summary import SUMMARY, write_summary
 from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options

@@ -13,8 +13,7 @@ from timm_mldecoder.checkpoint.files import SUFFIX
 from timm_mldecoder.data.class_order import sort_key
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
-from timm_mldecoder.runtime.errors import RunFailed
-from timm_mldecoder.runtime.memory import is_out_of_memory
+from timm_mldecoder.runtime.errors import RunFailed, is_out_of_memory
 from timm_mldecoder.validate.report import report_folder
 from timm_mldecoder.validate.score import Result, score_model
 

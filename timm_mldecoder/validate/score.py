@@ -12,8 +12,8 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_mldecoder.checkpoint.read import RUN
 from timm_mldecoder.checkpoint.resume import held_out_before
-from timm_mldecoder.checkpoint.schema import RUN
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
@@ -33,8 +33,8 @@ from timm_mldecoder.loading.datasets import create_split
 from timm_mldecoder.loading.naflex import patch_format
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.metrics.multilabel import read_threshold_metric
-from timm_mldecoder.modeling.classes import class_names_of, has_text_queries, set_classes, thresholds_for
-from timm_mldecoder.modeling.create import count_parameters, fuse_model, script
+from timm_mldecoder.modeling.classes import class_names_of, set_classes, thresholds_for
+from timm_mldecoder.modeling.create import count_parameters, fuse_model, has_text_queries, script
 from timm_mldecoder.modeling.load import load_model
 from timm_mldecoder.runtime.log import EvalLog
 from timm_mldecoder.validate.outputs import MultiLabelOutputs
