@@ -133,6 +133,11 @@ class ImageOptions(Group):
     tta: int = both(0, 'test-time augmentation, views per image: 0 or 1 off, 2 horizontal flip, 5 five crops, 10 five '
         'crops and their flips', choices=(0, 1, 2, 5, 10), needs=VALIDATES, in_validate=dict(needs=()))
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return self.in_chans if self.in_chans is not None else self.input_size[0] if self.input_size else 3
+
 
 
 @dataclass(frozen=True)

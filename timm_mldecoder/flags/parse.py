@@ -128,7 +128,7 @@ def unchecked_options(script: str, /, **values: Any) -> Options:
     """The options of a script with these values given, about no data and without checks: of a model that is loaded."""
     rows = flags(script)
     defaults = {name: row.default for name, row in rows.items()}
-    return Options(defaults, {name: rows[name].label for name in values}).replace(**values)
+    return Options(**defaults | values, script=script, spelled={name: rows[name].label for name in values})
 
 
 def _read(script: str, rows: Mapping[str, Flag], argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

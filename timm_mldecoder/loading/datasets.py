@@ -44,15 +44,9 @@ def dataset_kind(name: str) -> str:
     return name.partition('/')[0].lower()
 
 
-def image_channels(options: Options) -> int:
-    if options.in_chans is not None:
-        return options.in_chans
-    return options.input_size[0] if options.input_size is not None else 3
-
-
 def image_mode(options: Options) -> str:
     """Return the PIL mode in which images are read."""
-    return options.input_img_mode or ('RGB' if image_channels(options) == 3 else 'L')
+    return options.input_img_mode or ('RGB' if options.channels == 3 else 'L')
 
 
 def create_split(
@@ -83,7 +77,7 @@ def create_split(
     kind, root = dataset_kind(options.dataset), Path(options.data_dir or '')
     source, held_out = _source_of(options, split)
     _check_folder(options.dataset, options.data_dir, source)
-    _check_image_mode(options.dataset, mode, image_channels(options))
+    _check_image_mode(options.dataset, mode, options.channels)
     reading = Reading.of(options)
     multilabel = options.task == 'multilabel'
     settings = dict(

@@ -19,7 +19,6 @@ from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of, without_
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags import Options
-from timm_mldecoder.loading.datasets import image_channels
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.fusion import fuse_batch_norm
@@ -73,7 +72,7 @@ def create_model(
             options.model,
             pretrained=pretrained,
             num_classes=options.num_classes,
-            in_chans=image_channels(options),
+            in_chans=options.channels,
             global_pool=None if options.use_ml_decoder_head else options.gp,
             scriptable=options.torchscript,
             **head,

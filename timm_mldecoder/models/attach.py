@@ -296,7 +296,8 @@ def feature_widths(model: nn.Module, norm: bool = True):
 
 
 def _number_prefix_tokens(model: Any) -> int:
-    number = family_of(type(model)).prefix_tokens
+    own = isinstance(model, MLDecoderModel)  # whose class has looked it up
+    number = (model.ml_decoder_family if own else family_of(type(model))).prefix_tokens
     return (getattr(model, 'num_prefix_tokens', None) or 0) if number is None else number
 
 

@@ -171,6 +171,8 @@ def _model_config(options: Options) -> dict[str, Any] | None:
 
     The folder may have moved since the run began.
     """
+    if ':' not in options.model:
+        return None
     if config := folder_config(options.model):
         return config
     path = Path(options.resume)
@@ -205,7 +207,7 @@ def _create_module(options: Options, train: Dataset, stored: dict[str, Any] | No
     """Create the model, or what it looks like without weights."""
     if not weights:
         options = options.replace(pretrained=False, pretrained_path=None, initial_checkpoint='')
-    if folder_config(options.model) or not stored:
+    if not stored or folder_config(options.model):
         return create_train_model(options, train)
     with stored_folder(options.model, stored) as name:  # weights come from the checkpoint
         return create_train_model(options.replace(model=name, pretrained=False), train)

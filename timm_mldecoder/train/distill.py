@@ -19,7 +19,6 @@ from timm_mldecoder.flags import Options, unchecked_options
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.create_loaders import DataConfig
-from timm_mldecoder.loading.datasets import image_channels
 from timm_mldecoder.modeling.create import count_parameters
 from timm_mldecoder.modeling.load import LoadedModel, load_model, per_channel
 from timm_mldecoder.runtime.errors import one_line
@@ -145,7 +144,7 @@ def _create_teacher(options: Options, student: Any, dataset: Dataset, images: Da
 
 def _load(options: Options, student: nn.Module) -> LoadedModel:
     """Load the teacher that the options name; a ValueError if it was loaded for another task."""
-    settings: dict[str, Any] = dict(device=options.device, in_chans=image_channels(options))
+    settings: dict[str, Any] = dict(device=options.device, in_chans=options.channels)
     if options.kd_model_name:
         settings['model'] = options.kd_model_name
     if options.kd_checkpoint:
