@@ -1,17 +1,10 @@
-"""Imports run in one direction, without circles, and one image goes from disk to logits through few files."""
+"""Imports run in one direction, without circles."""
 
 import ast
-import sys
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from runs import ROOT, build, write_data
-from torch import Tensor
-
-from timm_mldecoder.train.loop import train_epoch
+from runs import ROOT
 
 PACKAGE = 'timm_mldecoder'
 LIBRARY = {'head', 'models', 'losses', 'metrics'}
@@ -101,52 +94,3 @@ def test_modules_do_not_import_each_other_in_a_circle(graph):
 
     for name in graph:
         visit(name)
-
-
-FILES_OF_AN_IMAGE = {
-    'data/images.py',
-    'loading/loader.py',
-    'train/loop.py',
-    'models/attach.py',
-    'head/ml_decoder.py',
-    'head/layers.py',
-}
-
-
-def is_image(value, depth=0):
-    """Return whether a value is a picture, a batch, features of one, or logits; queries [K, D] and weights are not."""
-    if isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim >= 3):
-        return True
-    return depth < 3 and isinstance(value, (tuple, list)) and any(is_image(item, depth + 1) for item in value)
-
-
-def test_one_image_goes_from_disk_to_logits_through_few_files(tmp_path):
-    """Followed by a profiler: the files whose functions take or return it, from the opened file to the logits."""
-    run = build(write_data(tmp_path / 'data'), tmp_path, '--epochs', '1', '--use-ml-decoder-head', '1', '--no-aug')
-    visits = defaultdict(set)
-    logits = []
-
-    def follow(frame, event, argument):
-        if event not in ('call', 'return') or logits:
-            return
-        code = frame.f_code
-        file = Path(code.co_filename)
-        if PACKAGE not in file.parts or str(ROOT) not in code.co_filename:
-            return
-        if event == 'return':
-            values = [argument]
-        else:
-            values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
-        if any(is_image(value) for value in values) and (visits or file.name == 'loader.py'):
-            visits[str(file.relative_to(ROOT / PACKAGE))].add(code.co_name)
-
-    run.state.task.get_eval_model().register_forward_hook(lambda *_: logits.append(True))
-    previous = sys.getprofile()
-    sys.setprofile(follow)
-    try:
-        train_epoch(run)
-    finally:
-        sys.setprofile(previous)
-    run.close()
-    print({file: sorted(functions) for file, functions in visits.items()})
-    assert visits.keys() == FILES_OF_AN_IMAGE

@@ -56,7 +56,7 @@ def test_names_are_labels(column, labels, flags, tmp_path):
     shown = [[names[index] for index in target.nonzero().flatten()] for target in targets(parts[1])]
     assert shown[0] == shown[3] != shown[1] and all(len(part) == 2 for part in shown)
     run = build(tmp_path / 'cache', tmp_path, *flags, '--epochs', '1')
-    assert run.class_names == names
+    assert run.state.class_names == names
 
 
 def test_a_name_per_image_is_a_class(tmp_path):

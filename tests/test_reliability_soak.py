@@ -12,8 +12,8 @@ import pytest
 from runs import MODEL, MOVING, assert_same_run, command, environment, last, start, train, write_data
 from soak_runs import GROUPS
 
+from timm_mldecoder.checkpoint.files import newest
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
-from timm_mldecoder.checkpoint.resume import newest
 
 KILLS = 50
 LIFE = 2.0  # seconds after the first log line of a step, at most

@@ -19,9 +19,8 @@ from runs import ROOT, call, environment, pid_of_rank, start, summary, wait_for,
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from timm_mldecoder.checkpoint.files import shards_of
+from timm_mldecoder.checkpoint.files import newest, shards_of
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
-from timm_mldecoder.checkpoint.resume import newest
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.distributed import fsdp
 from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS

@@ -30,9 +30,8 @@ from test_train_data import write_shards
 import train
 from benchmarks import shapes
 from timm_mldecoder import label_graph
-from timm_mldecoder.checkpoint.files import shards_of
+from timm_mldecoder.checkpoint.files import newest, shards_of
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
-from timm_mldecoder.checkpoint.resume import newest
 from timm_mldecoder.distributed.read_sharded import PREFIX
 from timm_mldecoder.runtime.errors import run_command
 

@@ -1,4 +1,4 @@
-"""The folder of a run: checkpoints, written completely or not at all and ranked by metric, and `summary.csv`.
+"""The folder of a run: checkpoints, written completely or not at all, ranked, and found again; and `summary.csv`.
 
 timm's saver unlinks the old file before it moves the new one into place, and ranks a NaN first, so it is not used here.
 """
@@ -12,13 +12,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from timm_mldecoder.checkpoint.read import read_checkpoint
+from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.distributed.read_sharded import PREFIX, SHARDS
+from timm_mldecoder.distributed.world import World
 from timm_mldecoder.runtime.files import TEMPORARY, duplicate, sync_folder, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ LAST, BEST = 'last' + SUFFIX, 'model_best' + SUFFIX
 PENDING = 'pending' + SUFFIX
 LOCK = '.lock'
 Progress = tuple[int, int]  # epochs done, and batches of the next
+NOTHING: Progress = (-1, 0)  # less than any checkpoint
 _NUMBERS = {'checkpoint': 1, 'milestone': 1, 'recovery': 2}  # numbers in the names of each kind
 
 
@@ -212,6 +215,75 @@ class CheckpointFolder:
         if math.isnan(metric):
             return True, 0.0
         return False, metric if self.decreasing else -metric
+
+
+def find_checkpoint(source: str, world: World, folder: Path | None, whole: bool) -> tuple[Path | None, dict[str, Any]]:
+    """Return the path and the content of the checkpoint, the same on every rank."""
+    if source != 'auto':
+        return _load_or_suggest(Path(source), whole)
+    path, content = newest(folder, whole) if folder is not None else (None, {})
+    unusable = folder is not None and path is None and bool(numbered(folder))
+    path, unusable = world.broadcast((path, unusable))
+    if unusable:
+        raise ValueError(
+            f'--resume auto: no checkpoint in {folder or "the folder"} loads, and a fresh start would overwrite them: '
+            'move them away, or choose another --experiment'
+        )
+    return path, content or (read_checkpoint(path, whole) if path is not None else {})
+
+
+def newest(folder: Path, whole: bool = True) -> tuple[Path | None, dict[str, Any]]:
+    """Return the checkpoint of a run that is furthest among those that load; (None, {}) if there is none."""
+    path, content = folder / LAST, try_checkpoint(folder / LAST, whole)
+    reached = _progress(content) if content else NOTHING
+    for other in numbered(folder):
+        if (progress_by_name(other) or NOTHING) <= reached:
+            break
+        found = try_checkpoint(other, whole)
+        if found:
+            return other, found
+    return (path, content) if content else (None, {})
+
+
+def try_checkpoint(path: Path, whole: bool) -> dict[str, Any]:
+    """Return what a checkpoint holds, nothing if there is none or it does not load."""
+    if not path.exists():
+        return {}
+    try:
+        return read_checkpoint(path, whole)
+    except ValueError as error:
+        _logger.warning('skipped: %s', error)
+        return {}
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    """Return how far a checkpoint is; timm's know only epochs."""
+    run = content.get(RUN, {})
+    return run.get('epoch', content.get('epoch', -1) + 1), run.get('batch', 0)
+
+
+def _load_or_suggest(path: Path, whole: bool) -> tuple[Path, dict[str, Any]]:
+    try:
+        return path, read_checkpoint(path, whole)
+    except ValueError as error:
+        other, _ = newest(path.parent, whole)
+        remedy = f'; the newest one that loads is {other}' if other else ''
+        raise ValueError(f'--resume: {error}{remedy}') from error
+
+
+def set_aside(folder: Path, reached: Progress, whole: bool) -> None:
+    """Move the checkpoints beyond `reached` away: they are not part of this run, but 'auto' would prefer them."""
+    paths = checkpoints_in(folder)
+    ahead = [path for path in paths if (progress_by_name(path) or _progress(try_checkpoint(path, whole))) > reached]
+    if not ahead:
+        return
+    aside = next(path for path in (folder / f'set-aside-{number}' for number in count(1)) if not path.exists())
+    aside.mkdir()
+    shards = {folder / name for path in ahead if (name := try_checkpoint(path, whole=False).get(SHARDS))}
+    for path in [*shards, *ahead, *folder.glob(SUMMARY)]:
+        path.rename(aside / path.name)
+    names = ', '.join(path.name for path in ahead)
+    _logger.warning(f'moved to {aside}, because this run resumes from before them: {names}')
 
 
 SUMMARY = 'summary.csv'

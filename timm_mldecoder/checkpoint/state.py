@@ -1,7 +1,10 @@
 """What changes while a run trains: collected for a checkpoint, and restored from one."""
 
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +14,21 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_mldecoder.checkpoint.files import CheckpointFolder
+from timm_mldecoder.checkpoint.files import (
+    NOTHING,
+    SUMMARY,
+    CheckpointFolder,
+    find_checkpoint,
+    newest,
+    read_summary,
+    set_aside,
+    try_checkpoint,
+)
 from timm_mldecoder.checkpoint.read import RUN, VERSION
+from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags import Options
+from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.loader import BadImage, TrainLoader
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart
 from timm_mldecoder.runtime.errors import one_line
@@ -118,6 +132,7 @@ class TrainingState:
     skipped: int = 0  # optimizer steps skipped in a row because they were not finite
     # metrics of every epoch so far, the rows of `summary.csv`
     rows: list[dict[str, float]] = field(default_factory=list)
+    class_names: list[str] | None = None  # in the order of the outputs, if the data has any
     model_config: dict[str, Any] | None = None  # of the folder that `--model` names, which may move
     early_stop: EarlyStop | None = None  # rule of `--early-stop`, None without it
     held_out: Tensor | None = None  # digests of the images that `--val-fraction` held out, see `data.hold_out`
@@ -136,14 +151,15 @@ class TrainingState:
 
     def collect(
         self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
-        class_names: list[str] | None, metric: float | None = None,
+        metric: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Return what a checkpoint holds, see `timm_mldecoder.checkpoint.read`; a collective call.
 
         `metric` is that of the epoch that ended, None within an epoch.
         """
         ranks = world.all_gather(self._rank_state(world, loader))
-        restart = loader.batches and loader.batches.restart(self.start, self.batch)
+        within = loader.batches if self.batch else None  # at its beginning there is nothing to continue
+        restart = within and within.restart(self.start, self.batch)
         run = dict(
             epoch=self.epoch,
             batch=self.batch,
@@ -176,7 +192,7 @@ class TrainingState:
             RUN: run,
         }
         scaler = self.scaler.state_dict() if self.scaler.is_enabled() else None
-        optional = {SCALER: scaler, 'class_names': class_names, 'metric': metric}
+        optional = {SCALER: scaler, 'class_names': self.class_names, 'metric': metric}
         return content | {name: value for name, value in optional.items() if value is not None}
 
     def _rank_state(self, world: World, loader: TrainLoader) -> dict[str, Any]:
@@ -323,3 +339,73 @@ def _schedule_state(schedule: Scheduler | None) -> dict[str, Any] | None:
     if not isinstance(schedule, PlateauLRScheduler):
         return None
     return dict(plateau=schedule.lr_scheduler.state_dict(), restore_lr=schedule.restore_lr)
+
+
+def resume(
+    source: str,
+    state: TrainingState,
+    options: Options,
+    world: World,
+    layout: Layout,
+    loader: TrainLoader,
+    folder: Path | None,
+) -> bool:
+    """Resume from a checkpoint, or from the newest one of the run if the source is 'auto'; a collective call.
+
+    `folder` is that of the run, None on all ranks but the first.
+
+    Returns:
+        Whether there was a checkpoint: 'auto' is a fresh start without one.
+
+    Raises:
+        ValueError: If the checkpoint does not load, or does not fit the run.
+    """
+    path, content = find_checkpoint(source, world, folder, whole=layout.reads_whole)
+    if path is None:
+        return False
+    trained = content.get('class_names')
+    if trained != state.class_names:
+        check_class_names(loader.dataset, trained)
+    try:
+        layout.localize(content, path, state.models(), state.optimizer)
+        state.restore(content, options, world, loader)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'{path} does not have the entries of a checkpoint to resume from: {error!r}') from error
+    except ValueError as error:
+        raise ValueError(f'--resume {path}: {error}') from error
+    world.barrier()  # every rank has read the file, which may be moved now
+    if folder is not None:
+        state.rows = state.rows or read_summary(path.parent / SUMMARY, before=state.epoch)
+        if source != 'auto' or options.start_epoch is not None:
+            same_run = path.parent.resolve() == folder.resolve()
+            set_aside(folder, (state.epoch, state.batch) if same_run else NOTHING, whole=layout.reads_whole)
+        state.checkpoints.load_state_dict(content.get('saver', {}), path.parent)
+        _logger.info(f"Resumed from '{path}' at epoch {state.epoch}, batch {state.batch}")
+    return True
+
+
+def held_out_before(options: Options, content: Mapping[str, Any]) -> Tensor | None:
+    """Return the digests of the images that a run held out, if the options divide the data in the same way."""
+    trained = vars(content['args']) if RUN in content else {}
+    same = trained and all(options[name] == trained.get(name) for name in ('val_fraction', 'split_seed'))
+    return content[RUN].get('held_out') if same else None
+
+
+def held_out_to_resume(options: Options, world: World, output: Path) -> Tensor | None:
+    """Return the digests of the images that the run to resume held out, None without one; a collective call.
+
+    Args:
+        options: Options of train.py.
+        world: The ranks.
+        output: Folder of the runs.
+    """
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    if not options.val_fraction or not (options.resume or restarted):
+        return None
+    known = None
+    if world.primary:
+        folder = output / options.experiment if options.experiment else None
+        found = options.resume not in ('', 'auto') and Path(options.resume).is_file()
+        content = try_checkpoint(Path(options.resume), False) if found else newest(folder, False)[1] if folder else {}
+        known = held_out_before(options, content)
+    return world.broadcast(known)

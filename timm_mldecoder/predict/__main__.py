@@ -23,7 +23,7 @@ import torch
 
 import timm_mldecoder  # noqa: F401 - timm then builds models with an ML-Decoder head
 from timm_mldecoder.checkpoint.read import RUN
-from timm_mldecoder.checkpoint.resume import held_out_before
+from timm_mldecoder.checkpoint.state import held_out_before
 from timm_mldecoder.data import FORMATS, create_dataset
 from timm_mldecoder.data.class_files import read_implications
 from timm_mldecoder.distributed.world import World, join_world

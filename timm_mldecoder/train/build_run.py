@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from timm_mldecoder.checkpoint.files import LAST, LOCK, SUMMARY, CheckpointFolder, checkpoints_in, lock, write_summary
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
-from timm_mldecoder.checkpoint.resume import held_out_to_resume, resume
-from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState
+from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
 from timm_mldecoder.data.crops import image_sizes, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
@@ -135,7 +134,6 @@ def build_run(options: Options, world: World) -> Run:
         dist_bn='' if options.sync_bn else options.dist_bn,
         folder=folder,
         data_config=model.images,
-        class_names=class_names_of(data.train),
         folder_lock=lock(folder) if folder else None,
         trackers=[],
         freezer=training.freezer,
@@ -305,6 +303,7 @@ def _create_state(
         epoch=options.start_epoch or 0,
         early_stop=EarlyStop(options.early_stop) if options.early_stop else None,
         model_config=model.stored,
+        class_names=class_names_of(data.train),
         train_data=describe(data.train),
         held_out=getattr(data.validation, 'held_out', None),
     )

@@ -276,7 +276,7 @@ def score(run: Run, ema: bool) -> Metrics:
     evaluator = run.state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     measures = []
     if run.state.epoch + 1 >= run.epochs:
-        names = None if run.eval_classes else run.class_names
+        names = None if run.eval_classes else run.state.class_names
         measures = [PredictedClasses(evaluator, names, evaluation_sample_limit(loader), run.world)]
     with other_classes(model, run.eval_classes):
         metrics = evaluate(

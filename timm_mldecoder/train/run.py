@@ -43,7 +43,6 @@ class Run:
     dist_bn: str  # how ranks share BatchNorm statistics; empty for not at all
     folder: Path | None  # folder of the run; None on all ranks but the first
     data_config: dict[str, Any]  # size, crop and normalization of evaluation images
-    class_names: list[str] | None  # class names in the order of the outputs, if the data has any
     freezer: Freezer
     folder_lock: IO | None  # lock of the folder, held as long as the run lives
     trackers: list[Tracker]  # called with the metrics of each epoch
@@ -139,6 +138,4 @@ class Run:
             self.eval_loader.close()
 
     def _content(self, metric: float | None = None) -> dict[str, Any]:
-        return self.state.collect(
-            self.options, self.world, self.train_loader, self.data_config, self.class_names, metric
-        )
+        return self.state.collect(self.options, self.world, self.train_loader, self.data_config, metric)

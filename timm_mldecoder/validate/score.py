@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.read import RUN
-from timm_mldecoder.checkpoint.resume import held_out_before
+from timm_mldecoder.checkpoint.state import held_out_before
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
