@@ -16,7 +16,7 @@ import yaml
 from runs import assert_same, last, summary, train
 
 import timm_mldecoder
-from timm_mldecoder.checkpoint.schema import RUN
+from timm_mldecoder.checkpoint.read import RUN
 from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.probe.__main__ import main as probe
 from train import main as train_main
