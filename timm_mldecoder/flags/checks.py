@@ -22,7 +22,7 @@ from timm_mldecoder.data.partial import parse_partial
 from timm_mldecoder.flags.flag import Flag, show
 from timm_mldecoder.flags.group import closest
 from timm_mldecoder.flags.optimization import LOSS_NAMES, loss_name, optimizer_info
-from timm_mldecoder.flags.options import Options
+from timm_mldecoder.flags.options import Options, flags
 from timm_mldecoder.flags.sharded import problems_of_sharded
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.losses import LOSSES
@@ -78,29 +78,33 @@ def scores_both(options: Options) -> bool:
     return bool(options.class_split) and options.score_classes == 'all'
 
 
-def check(options: Options, rows: Mapping[str, Flag], script: str) -> None:
+def check(options: Options) -> None:
     """Check every option against its row, and the options against each other.
 
     Raises:
         ValueError: For values that are not allowed, and options that contradict each other.
     """
+    rows = flags(options.script)
     for name, row in rows.items():
         row.check(options[name], options.flag(name), options.data_dir)
-    check_patches(options, rows)
+    check_patches(options)
+    of_script = _problems_of_train if options.script == 'train' else _problems_of_validate
     for problem in chain(
-        _problems_of_overlay(options, rows), _problems_of_both(options, rows), _problems_of_size(options)
+        _problems_of_overlay(options, rows),
+        _problems_of_both(options, rows),
+        _problems_of_size(options),
+        of_script(options),
     ):
         raise ValueError(problem)
-    for problem in _problems_of_train(options) if script == 'train' else _problems_of_validate(options):
-        raise ValueError(problem)
 
 
-def check_patches(options: Options, rows: Mapping[str, Flag]) -> None:
+def check_patches(options: Options) -> None:
     """Check that the flags go with sequences of patches, which a checkpoint may bring.
 
     Raises:
         ValueError: For flags that are for images of one size.
     """
+    rows = flags(options.script)
     for name in _NOT_WITH_PATCHES:
         if options.naflex_loader and name in rows and options[name] != rows[name].default:
             raise ValueError(f'{options.flag(name)} does not work with --naflex-loader; give one of them')

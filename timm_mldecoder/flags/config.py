@@ -37,25 +37,25 @@ def find_recipe(name: str | None) -> str | None:
 _NOT_RESUMED = {'config', 'experiment', 'lr_find', 'no_resume_opt', 'output', 'resume', 'start_epoch', 'stop_epoch'}
 
 
-def read_resumed(given: Mapping[str, Any], rows: Mapping[str, Flag], parser: Parser) -> dict[str, list[str]]:
-    """Return the options, as arguments, of the run that `--resume auto --experiment NAME` continues, if it is there."""
+def read_resumed(given: Mapping[str, Any], rows: Mapping[str, Flag], parser: Parser) -> dict[str, Any]:
+    """Return the options of the run that `--resume auto --experiment NAME` continues, if it is there."""
     path = Path(given.get('output') or DEFAULT_OUTPUT) / (given.get('experiment') or '') / ARGS
     if given.get('resume') != 'auto' or not given.get('experiment') or not path.is_file():
         return {}
     skip = _NOT_RESUMED | (FOLDER if given.keys() & FOLDER else set())
-    arguments = read_config(str(path), rows, parser, skip)
+    values = read_config(str(path), rows, parser, skip)
     _logger.info(f'flags that are not given are those of {path}')
-    return arguments
+    return values
 
 
-def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, list[str]]:
-    """The options of a YAML file, but for those to `skip`, as the arguments of each.
+def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Container[str]) -> dict[str, Any]:
+    """The options that a YAML file gives, but for those to `skip`, converted as arguments are.
 
     Raises:
         ValueError: If the file cannot be read, is not a mapping or is nested too deeply; if a key is not an option, or
             its value not one that the option takes.
     """
-    arguments = {}
+    values: dict[str, Any] = {}
     for key, value in _read(path).items():
         if (flag := f'--{key.replace("_", "-")}') in REMOVED:
             if value:
@@ -68,11 +68,10 @@ def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Conta
         if key in skip:
             continue
         try:
-            arguments[key] = as_arguments(rows[key], value)
-            parser.read(arguments[key])
+            values |= parser.read(as_arguments(rows[key], value))[0]
         except ValueError as error:
             raise ValueError(f'--config {path}: {key}: {error}') from error
-    return arguments
+    return values
 
 
 def as_arguments(row: Flag, value: Any) -> list[str]:

@@ -232,7 +232,10 @@ class _Help(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **settings)
 
     def __call__(self, parser: Any, *_: Any) -> None:
-        parser.print_common()
+        for action in parser._actions:
+            if action.option_strings and action.dest not in parser.common:
+                action.help = argparse.SUPPRESS  # argparse leaves groups of such flags out
+        parser.print_help()
         parser.exit()
 
 
@@ -254,7 +257,7 @@ class Parser(BaseParser):
 
     def __init__(self, description: str, groups: Mapping[str, list[Flag]], common: Container[str]) -> None:
         super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]', add_help=False)
-        self._common = common
+        self.common = common
         self.add_argument('-h', '--help', action=_Help, help='show the flags that most runs need and exit')
         self.add_argument('--help-all', action='help', help='show all flags and exit')
         self._negative_number_matcher = re.compile(r'^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # argparse's lacks -1e-3
@@ -262,22 +265,6 @@ class Parser(BaseParser):
             group = self.add_argument_group(title)
             for row in rows:
                 row.add_to(group if row.names[0].startswith('-') else self)
-
-    def print_common(self) -> None:
-        """Print the help without the flags that are not common."""
-        shown = {action: action.help for action in self._actions}
-        for action in shown:
-            if action.option_strings and action.dest not in self._common:
-                action.help = argparse.SUPPRESS
-        groups, self._action_groups = self._action_groups, [g for g in self._action_groups if self._shows(g)]
-        self.print_help()
-        self._action_groups = groups
-        for action, text in shown.items():
-            action.help = text
-
-    @staticmethod
-    def _shows(group: Any) -> bool:
-        return any(action.help != argparse.SUPPRESS for action in group._group_actions)
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The options that `argv` gives, without defaults, and the flag that gave each, as it was spelled."""

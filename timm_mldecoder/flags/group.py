@@ -19,6 +19,8 @@ class Group:
 
     #: The flag that gave each option the user gave, as the user spelled it.
     spelled: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+    #: The script that they are of, `train` or `validate`.
+    script: str = field(default='train', repr=False, kw_only=True)
 
     @property
     def given(self) -> frozenset[str]:

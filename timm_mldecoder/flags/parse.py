@@ -13,7 +13,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.flags.checks import check, check_patches, check_task, default_metric
 from timm_mldecoder.flags.config import FOLDER, as_arguments, find_recipe, read_config, read_resumed
-from timm_mldecoder.flags.flag import Flag, Parser, show
+from timm_mldecoder.flags.flag import Parser, show
 from timm_mldecoder.flags.group import closest
 from timm_mldecoder.flags.options import Options, flags, groups
 
@@ -62,7 +62,7 @@ def inherit(options: Options, trained: Mapping[str, Any]) -> Options:
         options = options.replace(split=trained['val_split'])
     options = options.replace(**{name: trained[name] for name in names})
     check_task(options)
-    check_patches(options, rows)
+    check_patches(options)
     trained_on_cpu = trained.get('device', '').startswith('cpu')
     return options if trained_on_cpu else options.replace(**_amp_default(options, options.device))
 
@@ -97,9 +97,8 @@ def _parse(script: str, argv: Sequence[str] | None = None) -> Options:
     Raises:
         ValueError: For an unknown flag, a value that is not allowed, or options that contradict each other.
     """
-    rows = flags(script)
-    given, spelled = _read(script, rows, list(sys.argv[1:] if argv is None else argv))
-    return _finish(script, rows, given, spelled)
+    parser = _parser(script)
+    return _finish(script, parser, *parser.read(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _from_values(script: str, /, **values: Any) -> Options:
@@ -108,20 +107,18 @@ def _from_values(script: str, /, **values: Any) -> Options:
     Raises:
         ValueError: For an unknown name, and as in `_parse`.
     """
-    rows, parser, argv = flags(script), _parser(script), []
+    rows, parser = flags(script), _parser(script)
+    given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in rows:
             raise ValueError(f'there is no option {name!r}{closest(name, rows)}')
         try:
-            arguments = as_arguments(rows[name], value)
-            parser.read(arguments)
+            given |= parser.read(as_arguments(rows[name], value))[0]
         except ValueError as error:
             raise ValueError(f'{rows[name].label}: {error}') from error
-        argv += arguments
-    given, spelled = _read(script, rows, argv)
-    pairs = {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
-    labels = {name: rows[name].label for name in given.keys() & values.keys() | pairs.keys()}
-    return _finish(script, rows, given | pairs, spelled | labels)  # pairs may hold what has no literal, such as a class
+        if isinstance(value, Mapping):  # may hold what has no literal, such as a class
+            given[name] = dict(value)
+    return _finish(script, parser, given, {name: rows[name].label for name in given})
 
 
 def unchecked_options(script: str, /, **values: Any) -> Options:
@@ -131,35 +128,30 @@ def unchecked_options(script: str, /, **values: Any) -> Options:
     return Options(**defaults | values, script=script, spelled={name: rows[name].label for name in values})
 
 
-def _read(script: str, rows: Mapping[str, Flag], argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options that arguments and the files they name give, and how each was spelled."""
-    parser = _parser(script)
-    given, spelled = parser.read(argv)
-    arguments = read_resumed(given, rows, parser) if script == 'train' else {}
-    values, _ = parser.read([text for texts in arguments.values() for text in texts])
-    changed = {name for name, value in values.items() if value != rows[name].default}
-    values |= {name: rows[name].default for name in values.keys() - changed}  # 0 where argparse reads 0.0
-    spelled = {name: rows[name].label for name in changed} | spelled
-    path = find_recipe(given.get('config'))
-    if path:
+def _finish(script: str, parser: Parser, given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
+    """The options that were given, by a flag that was spelled so, with those of files and defaults, and checked."""
+    rows = flags(script)
+    resumed = read_resumed(given, rows, parser) if script == 'train' else {}
+    changed = {name for name, value in resumed.items() if value != rows[name].default}
+    resumed |= {name: rows[name].default for name in resumed.keys() - changed}  # 0 where argparse reads 0.0
+    recipe: dict[str, Any] = {}
+    if path := find_recipe(given.get('config')):
         rows['config'].check(path, '--config', None)
         recipe = read_config(path, rows, parser, skip=FOLDER if given.keys() & FOLDER else ())
-        spelled |= {name: f'--config {path}: {name}' for name, texts in recipe.items() if texts and name not in given}
-        # --config again: a list before the command line must not take in its folder
-        argv = [*(text for texts in recipe.values() for text in texts), f'--config={path}', *argv]
-    given = values | parser.read(argv)[0] | ({'config': path} if path else {})  # argv may have the name of a recipe
-    return given, spelled
-
-
-def _finish(script: str, rows: Mapping[str, Flag], given: dict[str, Any], spelled: Mapping[str, str]) -> Options:
-    given = {name: _expand(value) for name, value in given.items()}
+        given['config'] = path  # its name may have been given
+    spelled = (
+        {name: rows[name].label for name in changed}
+        | {name: f'--config {path}: {name}' for name in recipe}
+        | dict(spelled)
+    )
+    given = {name: _expand(value) for name, value in (resumed | recipe | given).items()}
     values = {name: row.default for name, row in rows.items()} | given
     if values['data'] and values['data_dir'] and values['data'] != values['data_dir']:
         raise ValueError(f'{values["data"]} contradicts --data-dir {values["data_dir"]}; give one of them')
     values['data'] = values['data_dir'] = values['data'] or values['data_dir']
     options = Options(**copy.deepcopy(values), spelled=spelled, script=script)
-    options = options.replace(**_dependent_defaults(options, script, given))
-    check(options, rows, script)
+    options = options.replace(**_dependent_defaults(options, given))
+    check(options)
     if script == 'train':
         warn_no_effect(options, script)
         _name_recipes(options)
@@ -197,20 +189,20 @@ def _expand(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and (value == '~' or value.startswith('~/')) else value
 
 
-def _dependent_defaults(options: Options, script: str, known: Container[str]) -> dict[str, Any]:
+def _dependent_defaults(options: Options, known: Container[str]) -> dict[str, Any]:
     """The defaults that depend on other options, but for those whose values are known."""
     defaults: dict[str, Any] = {}
     if 'device' not in options.given and not torch.cuda.is_available():
         defaults['device'] = 'cpu'
         _logger.warning('no CUDA device found: running on the CPU; --device cuda makes that an error')
     defaults |= _amp_default(options, defaults.get('device', options.device))
-    if script == 'train':
+    if options.script == 'train':
         if options.task == 'multilabel':
             defaults |= dict(smoothing=0.0, eval_metric=default_metric(options))
         if options.sched in ('wsd', 'rsqrt'):
             defaults['decay_epochs'] = 0.2  # a share of the schedule; 90 epochs are the default of step
     changes = {name: value for name, value in defaults.items() if name not in known}
-    return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if script == 'train' else {})
+    return changes | ({'grad_accum_steps': max(1, options.grad_accum_steps)} if options.script == 'train' else {})
 
 
 def _amp_default(options: Options, device: str) -> dict[str, str]:
