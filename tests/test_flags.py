@@ -145,7 +145,7 @@ def test_the_short_help_has_what_most_runs_need_and_names_the_long_one(script, c
     assert flags >= {'--help-all', '--model', '--use-ml-decoder-head', *needed[script].split()}
     assert '--naflex-loader' not in shown and shown.count('\n') < 150
     with pytest.raises(SystemExit):
-        parser.parse_args(['--help-all'])
+        PARSERS[script]().parse_args(['--help-all'])
     assert '--naflex-loader' in capsys.readouterr().out
 
 
