@@ -80,12 +80,12 @@ def write_fashion(root: Path) -> None:
             Image.fromarray(image).save(path)
 
 
-def write_fashion_scenes(root: Path) -> None:
+def write_fashion_scenes(root: Path, options: SceneOptions = FASHION_SCENES) -> None:
     def scenes(split: str):
         images, classes = garments(split)
         rng = np.random.default_rng(SPLITS.index(split))
         for _ in range(COUNTS[split]):
-            scene, placed = compose_scene(images, classes, rng, FASHION_SCENES)
+            scene, placed = compose_scene(images, classes, rng, options)
             yield scene, [GARMENTS[label] for label in sorted({int(classes[index]) for index in placed})]
 
     write_csv(root, GARMENTS, {split: scenes(split) for split in COUNTS})
