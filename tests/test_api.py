@@ -35,7 +35,11 @@ def test_a_whole_life(tmp_path):
     paths = sorted(path for path in data.rglob('*') if path.is_file())[:5]
     labels = loaded.predict(paths, batch_size=2)
     assert len(labels) == 5 and all(len(found) == 1 for found in labels)
-    assert loaded.predict(Image.open(paths[0]))[0][0][:2] == labels[0][0][:2]
+    image = Image.open(paths[0])
+    for given in (image, np.asarray(image), np.asarray(image)[None]):
+        assert loaded.predict(given)[0][0][:2] == labels[0][0][:2]
+    again = timm_mldecoder.train(output=tmp_path, experiment='run', resume='auto')  # its options know the data
+    assert again.rows == result.rows
 
 
 @pytest.mark.parametrize('kind', ['rgb', 'transparent', '16 bit', 'float', 'palette'])

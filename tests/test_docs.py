@@ -14,7 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 from image_folders import write_images
+from PIL import Image
 from runs import ROOT, environment, summary
 from test_flags import ADDED
 
@@ -284,6 +286,23 @@ def test_the_commands_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
     exec(code, {})
     score, *labels = capsys.readouterr().out.splitlines()[-3:]
     assert float(score) > 0 and [line[0] for line in labels] == ['[', '[']
+
+
+def test_the_code_of_the_page_for_python_runs(tmp_path, monkeypatch):
+    """One after the other, with a smaller model, and what the page has from elsewhere: pictures and a loader."""
+    monkeypatch.chdir(tmp_path)
+    paths = sorted(write_images(tmp_path / 'data', train=12, validation=4).glob('train/*/*.png'))
+    for name, path in zip(('one.jpg', 'two.jpg'), paths, strict=False):
+        Image.open(path).save(name)
+    batch = torch.randn(2, 3, 64, 64), torch.randint(2, (2, 80)).float()
+    names = dict(image=Image.open(paths[0]), loader=[batch])
+    for code in fences(TEXTS['docs/python.md'], 'python'):
+        if 'transformers' in code:
+            pytest.importorskip('transformers')
+        short = "model='test_resnet', pretrained=False, epochs=1, warmup_epochs=0, img_size=64, device='cpu', workers=0"
+        code = code.replace("model='resnet50'", short).replace("'resnet50'", "'test_resnet'")
+        exec(code.replace('checkpoint=result.best', "checkpoint=result.best, device='cpu', workers=0"), names)
+    assert 0 <= names['metrics']['top1'] <= 100 and (tmp_path / 'attention.png').is_file()
 
 
 @pytest.mark.slow

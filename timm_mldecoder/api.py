@@ -26,17 +26,19 @@ class TrainResult:
     rows: list[dict[str, float]]  # rows of summary.csv, one per validated epoch
 
 
-def train(data: str | os.PathLike[str], **flags: Any) -> TrainResult:
+def train(data: str | os.PathLike[str] | None = None, **flags: Any) -> TrainResult:
     """Train a model as `timm-mldecoder train` does.
 
     Args:
-        data: Dataset folder.
+        data: Dataset folder; a run that is resumed by its name, `experiment=..., resume='auto'`, knows its own.
         **flags: Flags of the command with underscores for dashes: `use_ml_decoder_head=1`.
 
     Raises:
         ValueError: If a flag does not exist or its value is not allowed, or the data does not fit.
     """
-    options = train_options(data=str(data), **{name: _plain(value) for name, value in flags.items()})
+    if data is not None:
+        flags['data'] = data
+    options = train_options(**{name: _plain(value) for name, value in flags.items()})
     if options.lr_find:
         raise ValueError('lr_find trains no model: use the command, timm-mldecoder train --lr-find')
     with join_world(options.device, options.device_modules or ()) as world:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ from timm_mldecoder.runtime.errors import one_line
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}  # PIL mode by number of channels
-ImageOrPath = Image.Image | str | os.PathLike[str]
+ImageOrPath = Image.Image | np.ndarray | str | os.PathLike[str]
 
 
 class Label(NamedTuple):
@@ -148,10 +149,18 @@ class LoadedModel:
     def predict(self, images: ImageOrPath | Iterable[ImageOrPath], batch_size: int = 64) -> list[list[Label]]:
         """Return the labels of each image with index, name and score, the likeliest first, as the command does.
 
+        Args:
+            images: One image or several: paths, PIL images, or arrays as PIL takes them, uint8 [H, W] or [H, W, 3].
+            batch_size: Images that the model takes at once.
+
         Raises:
             OSError: If an image cannot be read.
+            TypeError: If PIL knows no image of an array's shape and type.
         """
-        items = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
+        one = isinstance(images, (Image.Image, str, os.PathLike)) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        )
+        items: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
         device = next(self.model.parameters()).device
         found: list[list[Label]] = []
         with torch.inference_mode():
@@ -162,6 +171,8 @@ class LoadedModel:
 
     def prepare(self, image: ImageOrPath) -> Tensor:
         """Return an image as an input [channels, height, width]; an OSError if it cannot be read."""
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
         read: Any = self.reading.convert if isinstance(image, Image.Image) else self.reading.open
         return self.transform(read(image, self.image_mode))
 

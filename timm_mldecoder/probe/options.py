@@ -83,8 +83,11 @@ def parse_probe(description: str, argv: Sequence[str] | None = None) -> ProbeOpt
     if repeated := {spec.label for spec in heads if heads.count(spec) > 1}:
         raise ValueError(f'--heads: {", ".join(sorted(repeated))} is listed more than once')
     defaults = [text for name, value in _DEFAULTS.items() for text in (f'--{name.replace("_", "-")}', value)]
-    train = parse_train([*defaults, *([] if own.augment else ['--no-aug']), *others])
-    for name in sorted(train.given - {'no_aug'}):
+    added = {} if own.augment else {'no_aug': '--no-aug'}
+    if any(flag.partition('=')[0] == '--word-embeddings' for flag in others):  # of a head with queries
+        added['use_ml_decoder_head'] = '--use-ml-decoder-head=1'
+    train = parse_train([*defaults, *added.values(), *others])
+    for name in sorted(train.given - added.keys()):
         if name not in _TAKEN:
             raise ValueError(f'{train.flag(name)} has no effect in a probe: {_INSTEAD.get(name, "leave it out")}')
         if name in AUGMENTATION and not own.augment:

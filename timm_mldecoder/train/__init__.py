@@ -9,7 +9,7 @@ from typing import Any
 class _Callable(ModuleType):
     """`timm_mldecoder.train` names this package and a public function, whichever is imported first."""
 
-    def __call__(self, data: Any, **flags: Any) -> Any:
+    def __call__(self, data: Any = None, **flags: Any) -> Any:
         return import_module('timm_mldecoder.api').train(data, **flags)
 
 
