@@ -2,12 +2,12 @@
 
     python -m benchmarks.probe_runs [--heads linear,efficient_probing] [--tokens 196] [--width 384] [--batch-size 32]
 
-A step reads a batch from the cache, converts it to float32, and trains every run. The floor are the matrix products
-of the steps of all runs alone, of the same shapes. Each cell is a median, ratios are medians of the ratios round by
-round. Page faults are those of a step of all runs.
+A step reads a batch from the cache, converts it to float32, and trains every run. What no step of 12 runs can do
+without: the floor, which are their matrix products alone, of the same shapes, with those inside torch's fused
+attention; one reading of the batch; the optimizer steps. Each cell is a median, ratios are medians of the ratios round
+by round.
 """
 
-import resource
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.measure import markdown, paired_times, parser, ratio
 from timm_mldecoder.distributed.world import World
@@ -31,9 +32,12 @@ from timm_mldecoder.runtime.allocator import keep_freed_memory
 HEADS = 'linear,max,logsumexp,efficient_probing,attention_pool,ml_decoder_small'
 RATES, SEEDS = (1e-3, 3e-3, 1e-2, 3e-2), 3
 CLASSES = 80
-HEADER = ('head', 'one run, ms', '12 runs, ms', '12 / one', 'floor, ms', '12 / floor', 'page faults')
-aten = torch.ops.aten
-PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+HEADER = (
+    *('head', 'one run, ms', '12 runs, ms', '12 / one', 'floor, ms', 'reading, ms', 'optimizer, ms'),
+    *('floor / one', 'all three / one', '12 / all three'),
+)
+# `_scaled_dot_product_...` are the fused kernels of the attention, forward and backward
+PRODUCTS = ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm', 'aten::_scaled_dot_product_')
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -55,13 +59,18 @@ def _row(name: str, args, cache: FeatureCache) -> list[object]:
     with _Products() as products:
         _train(several, cache, args.batch_size)
     steps = {1: partial(_train, one, cache, args.batch_size), 12: partial(_train, several, cache, args.batch_size)}
-    times = paired_times({**steps, 'floor': products.replay}, args.rounds, args.device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    steps[12]()
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // args.steps
+    parts = dict(
+        floor=products.replay, reading=partial(_read, one, cache, args.batch_size), optimizer=partial(_update, several)
+    )
+    times = paired_times({**steps, **parts}, args.rounds, args.device)
     in_ms = {key: 1e3 * median(several) / args.steps for key, several in times.items()}
-    of_one, of_floor = ratio(times[12], times[1]), ratio(times[12], times['floor'])
-    return [name, in_ms[1], in_ms[12], of_one, in_ms['floor'], of_floor, faults]
+    in_ms['optimizer'] *= args.steps  # `_update` is one step
+    needed = [
+        floor + reading + args.steps * optimizer
+        for floor, reading, optimizer in zip(*(times[part] for part in parts), strict=True)
+    ]
+    ratios = ratio(times['floor'], times[1]), ratio(needed, times[1]), ratio(times[12], needed)
+    return [name, in_ms[1], in_ms[12], ratio(times[12], times[1]), *(in_ms[part] for part in parts), *ratios]
 
 
 def _trainer(name: str, args, rates: tuple[float, ...], seeds: int) -> Trainer:
@@ -76,6 +85,16 @@ def _train(trainer: Trainer, cache: FeatureCache, batch_size: int) -> None:
     groups = training_groups(cache.number, batch_size, 0, 0)
     for step, batch in enumerate(read_together(cache, groups, trainer.world)):
         trainer.step(batch, step, 1.0)
+
+
+def _read(trainer: Trainer, cache: FeatureCache, batch_size: int) -> None:
+    for _ in read_together(cache, training_groups(cache.number, batch_size, 0, 0), trainer.world):
+        pass
+
+
+def _update(trainer: Trainer) -> None:
+    for run in trainer.runs:
+        run.optimizer.step()
 
 
 def _write_cache(args, folder: Path) -> FeatureCache:
@@ -93,26 +112,29 @@ def _random_features(shape: tuple[int, int], groups: list) -> Iterator[tuple[Ten
 
 
 class _Products(TorchDispatchMode):
-    """Records the factors of matrix products, one pair of tensors for all of the same shapes and strides."""
+    """Records calls of matrix products, with one tensor for all arguments of the same shape and strides."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._factors: list[tuple] = []
+        self._calls: list[tuple] = []
         self._tensors: dict[tuple, Tensor] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in PRODUCTS:
-            keys = [(factor.shape, factor.stride()) for factor in args[-2:]]
-            self._factors.append(tuple(keys))
-            for key, factor in zip(keys, args[-2:], strict=True):
-                if key not in self._tensors:
-                    self._tensors[key] = torch.empty_strided(*key, device=factor.device).normal_()
+        if function.name().startswith(PRODUCTS):
+            self._calls.append((function, *tree_map_only(Tensor, self._like, (args, kwargs or {}))))
         return function(*args, **(kwargs or {}))
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        key = tensor.shape, tensor.stride()
+        if key not in self._tensors:
+            size = 1 + sum((length - 1) * stride for length, stride in zip(*key, strict=True))  # expanded ones share
+            self._tensors[key] = torch.randn(size, device=tensor.device).as_strided(*key)
+        return self._tensors[key]
 
     @torch.no_grad()
     def replay(self) -> None:
-        for left, right in self._factors:
-            torch.matmul(self._tensors[left], self._tensors[right])
+        for function, args, kwargs in self._calls:
+            function(*args, **kwargs)
 
 
 if __name__ == '__main__':

@@ -39,6 +39,7 @@ SMALLEST = {
     'annotations': '--images 30 --classes 3',
     'probe_runs': '--rounds 1 --tokens 4 --width 32 --batch-size 2 --steps 1 --heads linear',
     'allocator': '--rounds 1 --cases probe inference --model test_resnet --img-size 32 --batch-size 2',
+    'decode': '--rounds 1 --images 2 --batch-size 2',
     'freeze': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',
     'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
 }

@@ -21,7 +21,7 @@ FLAGS = {
         | --smoothing 0.3 | --validation-batch-size 3 | --drop 0.2 | --drop-path 0.2
         | --weight-decay 0.3 | --momentum 0.5 | --opt lamb | --sched step | --warmup-epochs 2 | --warmup-lr 1e-3
         | --cooldown-epochs 3 | --min-lr 1e-2 | --epochs 5 | --aa rand-m5 | --mixup 0.2 | --cutmix 1 | --reprob 0.3
-        | --model-ema | --no-aug | --cutout 0.5 | --gp max | --head-init-bias 0.5 | --head-lr-scale 3
+        | --model-ema | --no-aug | --decode fast | --cutout 0.5 | --gp max | --head-init-bias 0.5 | --head-lr-scale 3
     """,
     '--opt adamw': '--opt-betas 0.5 0.6 | --opt-eps 1e-3 | --opt-kwargs amsgrad=True | --layer-decay 0.5',
     '--opt adamw --layer-decay 0.5': '--layer-decay-min-scale 0.5 | --layer-decay-no-opt-scale 0.9',

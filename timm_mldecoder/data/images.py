@@ -1,11 +1,12 @@
 """Images as people have them: which files are images, and what their pixels become. Every reader uses this module."""
 
+import io
 import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
@@ -90,6 +91,8 @@ class Reading:
     background: str = 'white'  # colour under transparent pixels, unless the mode has transparency itself
     image_range: tuple[float, float] | None = None  # values that become black and white in images of more than 8 bits
     exif_rotate: bool = False  # turn images as the EXIF tag of the camera says
+    # leave JPEG files undecoded, for a transform of `decode_fast`; not among what a cache or a prediction is kept for
+    fast: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -109,6 +112,12 @@ class Reading:
 
     def open(self, file: str | os.PathLike | IO[bytes], mode: str | None) -> Image.Image:
         """Read an image file in a PIL mode; None keeps that of the file."""
+        if self.fast:
+            file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
+            image = Image.open(file)
+            if image.format == 'JPEG' and image.mode == mode and not self.exif_rotate:
+                return image  # PIL decodes it when its pixels are needed
+            return self.convert(image, mode)
         with Image.open(file) as image:
             return self.convert(image, mode)
 

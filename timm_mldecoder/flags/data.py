@@ -28,6 +28,7 @@ WORKERS = Need(lambda o: o.workers > 0, '--workers above 0')
 MULTILABEL = Need(lambda o: o.task == 'multilabel', '--task multilabel')
 PROGRESSIVE = Need(lambda o: o.train_size_schedule == 'progressive', '--train-size-schedule progressive')
 TEXT_QUERIES = Need(lambda o: bool(o.use_ml_decoder_head or o.graph), '--use-ml-decoder-head 1 or --graph')
+FILES = Need(lambda o: not o.dataset.lower().startswith((*_STREAMED_KINDS, 'hfds/', 'torch/')), 'image files')
 PILLOW = Need(lambda o: not o.tf_preprocessing, 'no --tf-preprocessing, which has its own crop')
 NO_INPUT_SIZE = Need(lambda o: not o.input_size, 'no --input-size, which replaces it')
 
@@ -163,6 +164,9 @@ class LoadingOptions(Group):
         needs=(VALIDATES, NOT_STREAMED))
     check_images: bool = train(False, 'decode the validation images before the first epoch, but for those that '
         '`check` has read', needs=(VALIDATES, NOT_STREAMED))
+    decode: str = both('exact', 'fast: decode JPEG files at 1/2, 1/4 or 1/8 where crop and resize leave fewer pixels '
+        'anyway; faster with photographs, pixels differ a little (docs/performance.md)', choices=('exact', 'fast'),
+        needs=(FILES, IMAGES_OF_ONE_SIZE), in_validate=dict(needs=(FILES, PILLOW, IMAGES_OF_ONE_SIZE)))
     no_prefetcher: bool = both(False, 'normalize images in the data loader workers, not on the device')
     pin_mem: bool = both(False, 'pin the memory of batches', needs=ON_ACCELERATOR)
     worker_seeding: str = train('all', 'random generators that workers seed', choices=('all', 'part'), needs=WORKERS)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import Compose
 
+from timm_mldecoder.data.fast_decode import decode_fast
 from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.distributed.world import World
@@ -164,13 +165,14 @@ def set_eval_transform(
     if patches is not None:
         form |= dict(naflex=True, patchify=True, max_seq_len=options.naflex_max_seq_len, patch_size=patches.size)
         form |= dict(patchify_channels_last=patches.channels_last)
-    dataset.transform = create_transform(
+    transform = create_transform(
         config['input_size'],
         use_prefetcher=not options.no_prefetcher,
         crop_border_pixels=crop_border_pixels,
         tf_preprocessing=tf_preprocessing,
         **form,
     )
+    dataset.transform = decode_fast(transform) if options.decode == 'fast' else transform
 
 
 def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | None:
@@ -225,13 +227,16 @@ def set_train_transform(options: Options, dataset: Any, config: DataConfig) -> t
         if isinstance(dataset, IterableDataset):
             raise ValueError(f'--aug-splits does not work with the stream --dataset {options.dataset}')
         dataset = SplitDataset(dataset, options.aug_splits)
-        dataset.transform = _separate(options, transforms[0], interpolation)
+        shared, *views = _separate(options, transforms[0], interpolation)
+        dataset.transform = (decode_fast(shared) if options.decode == 'fast' else shared, *views)
         return dataset, None
     if options.train_crop_mode == 'squash' and not options.no_aug:
         transforms = [squash(transform, interpolation) for transform in transforms]
     if options.cutout and not options.no_aug:
         cutout = Cutout(options.cutout, options.cutout_prob)
         transforms = [cut_out(transform, cutout, options.cutout_place) for transform in transforms]
+    if options.decode == 'fast':
+        transforms = [decode_fast(transform) for transform in transforms]
     if not sizes:
         dataset.transform = transforms[0]
         return dataset, None

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def create_split(
     source, held_out = _source_of(options, split)
     _check_folder(options.dataset, options.data_dir, source)
     _check_image_mode(options.dataset, mode, options.channels)
-    reading = Reading.of(options)
+    reading = replace(Reading.of(options), fast=options.decode == 'fast')
     multilabel = options.task == 'multilabel'
     settings = dict(
         **{name: options[name] for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
