@@ -18,7 +18,8 @@ def decode_fast(transform: Compose) -> Compose:
     if type(first) is RandomResizedCropAndInterpolation:
         return Compose([_SmallCrop(first), *rest])
     resize = first.transforms[0] if isinstance(first, RandomChoice) else first
-    size = resize.size if isinstance(resize, (Resize, ResizeKeepRatio)) else None
+    fixed = isinstance(resize, Resize) or (isinstance(resize, ResizeKeepRatio) and not resize.random_scale_prob)
+    size = resize.size if fixed else None  # a random resize may need more pixels than its size
     return Compose([_Decode(size), first, *rest])
 
 
