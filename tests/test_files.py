@@ -74,7 +74,7 @@ def test_transparent_pixels_are_white(mode, tmp_path):
 def test_reading_of_flags(tmp_path):
     path = write(tmp_path / 'x.tif', np.array([[-1000, 0, 1000]], dtype=np.int32))
     assert np.asarray(Reading(image_range=(-1000, 1000)).open(path, 'L')).tolist() == [[0, 128, 255]]
-    with pytest.raises(ValueError, match=r'-1000 to 1000 .* --image-range'):
+    with pytest.raises(OSError, match=r'-1000 to 1000 .* --image-range'):
         Reading().open(path, 'L')
     image = Reading(background='#0000ff').convert(transparent('RGBA'), 'RGB')
     assert image.getpixel((7, 0)) == (0, 0, 255)

@@ -14,7 +14,8 @@ ALLOWED = {
     'losses': set(),
     'metrics': set(),
     'models': {'head', 'checkpoint', 'data'},  # files of label embeddings
-    'data': {'head'},  # the checks of label embeddings
+    'runtime': set(),
+    'data': {'head', 'runtime'},  # the checks of label embeddings, atomic files
 }
 # The rooms that know flags, each of which may import those before it.
 ROOMS = ['flags', 'runtime', 'distributed', 'loading', 'checkpoint', 'modeling']

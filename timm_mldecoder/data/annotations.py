@@ -285,7 +285,7 @@ class MultiLabelDataset(Dataset):
     def _load(self, path: str) -> Image.Image:
         try:
             return self.reading.open(path, self.input_img_mode)
-        except Exception as error:  # decoders raise many types of exceptions on damaged files
+        except OSError as error:
             raise OSError(f'cannot read the image {path}: {error}') from error  # PIL's own message may lack the path
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:

@@ -1,14 +1,8 @@
 """How much of an image an evaluation transform of timm shows."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
-
-import numpy as np
-from PIL import Image
-
-LOOKED_AT = 200  # headers that are read
 
 
 def shown_share(width: int, height: int, size: Sequence[int], crop_pct: float, crop_mode: str | None) -> float:
@@ -30,18 +24,6 @@ def shown_share(width: int, height: int, size: Sequence[int], crop_pct: float, c
     else:
         factors = [max(ratios)] * 2
     return min(1, size[1] / (width * factors[0])) * min(1, size[0] / (height * factors[1]))
-
-
-def image_sizes(dataset: Any) -> Iterator[tuple[int, int]]:
-    """Width and height of some images of a dataset of files, by their headers; none of other datasets."""
-    if not hasattr(dataset, 'filename') or not hasattr(dataset, '__getitem__'):
-        return
-    for index in np.unique(np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset)), dtype=int)).tolist():
-        try:
-            with Image.open(os.fspath(dataset.filename(index, absolute=True))) as image:
-                yield image.size
-        except Exception:  # damaged bytes make PIL raise anything; the loader reports the file
-            continue
 
 
 def lost_share(sizes: Iterable[tuple[int, int]], config: dict[str, Any]) -> float:

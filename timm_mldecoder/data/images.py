@@ -4,7 +4,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Any
@@ -20,7 +20,7 @@ _CLUTTER_FOLDERS = {'__macosx', '@eadir'}
 _CLUTTER_FILES = {'thumbs.db', 'desktop.ini'}
 _HIGH = 65535  # of 16-bit images
 _ORIENTATION = 0x0112  # EXIF tag
-_LOOKED_AT = 200  # headers that `Reading.describe` reads
+_LOOKED_AT = 200  # headers that `some_headers` reads
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -81,6 +81,22 @@ def log_ignored(where: str | os.PathLike, names: Sequence[str]) -> None:
         _logger.info(f'{where}: ignored files that are no images: {shown}')
 
 
+def some_headers(dataset: Any) -> Iterator[Image.Image]:
+    """Yield some images of a dataset of files, spread over it, not decoded; none of other datasets.
+
+    Those that cannot be read are left out: the loader reports them.
+    """
+    if not hasattr(dataset, 'filename') or not hasattr(dataset, '__getitem__'):
+        return
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset)), dtype=int)).tolist():
+        try:
+            with Image.open(os.fspath(dataset.filename(index, absolute=True))) as image:
+                image.getexif()
+                yield image
+        except Exception:  # damaged bytes make PIL raise anything
+            continue
+
+
 @dataclass(frozen=True)
 class Reading:
     """How an image file becomes an image of a PIL mode: one rule for training, evaluation, prediction and the page.
@@ -111,15 +127,24 @@ class Reading:
         return cls(options.background, image_range, options.exif_rotate)
 
     def open(self, file: str | os.PathLike | IO[bytes], mode: str | None) -> Image.Image:
-        """Read an image file in a PIL mode; None keeps that of the file."""
-        if self.fast:
-            file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
-            image = Image.open(file)
-            if image.format == 'JPEG' and image.mode == mode and not self.exif_rotate:
-                return image  # PIL decodes it when its pixels are needed
-            return self.convert(image, mode)
-        with Image.open(file) as image:
-            return self.convert(image, mode)
+        """Read an image file in a PIL mode; None keeps that of the file.
+
+        Raises:
+            OSError: If it is missing or damaged, or its values are in no known range.
+        """
+        try:
+            if self.fast:
+                file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
+                image = Image.open(file)
+                if image.format == 'JPEG' and image.mode == mode and not self.exif_rotate:
+                    return image  # PIL decodes it when its pixels are needed
+                return self.convert(image, mode)
+            with Image.open(file) as image:
+                return self.convert(image, mode)
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes make PIL's decoders raise anything
+            raise OSError(str(error)) from error
 
     def convert(self, image: Image.Image, mode: str | None) -> Image.Image:
         """Convert an image to a PIL mode; None keeps its own.
@@ -140,18 +165,12 @@ class Reading:
 
     def describe(self, name: str, dataset: Any) -> list[str]:
         """What to log of the images of a split, by the headers of some of its files: deep modes, EXIF rotation."""
-        if not hasattr(dataset, 'filename') or not hasattr(dataset, '__getitem__'):
-            return []
         modes: Counter[str] = Counter()
-        rotated = looked_at = 0
-        for index in np.unique(np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset)), dtype=int)).tolist():
-            try:
-                with Image.open(dataset.filename(index, absolute=True)) as image:
-                    modes[image.mode] += 1
-                    rotated += image.getexif().get(_ORIENTATION, 1) != 1
-            except Exception:  # damaged bytes make PIL raise anything; the loader reports the file when it reads it
-                continue
-            looked_at += 1
+        rotated = 0
+        for image in some_headers(dataset):
+            modes[image.mode] += 1
+            rotated += image.getexif().get(_ORIENTATION, 1) != 1
+        looked_at = modes.total()
         lines = []
         if deep := {mode: count for mode, count in modes.items() if _is_deep(mode)}:
             shown = ', '.join(f'{count} of mode {mode}' for mode, count in sorted(deep.items()))

@@ -1,17 +1,17 @@
 """Files of label embeddings: tensors [C, E] with the names of the classes."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from timm_mldecoder.data.text_files import normalize_name
 from timm_mldecoder.head.vocabulary import check_embeddings
+from timm_mldecoder.runtime.files import write_atomically
 
 
 def read_word_embeddings(path: str | Path, class_names: Sequence[str] | None = None) -> tuple[Tensor, list[str] | None]:
@@ -67,14 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OSError: If the file cannot be written.
     """
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        save_file(dict(tensors), part, metadata=dict(metadata))
-        os.replace(part, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f'cannot write {path}: {error}') from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(save(dict(tensors), metadata=dict(metadata))))
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, list[str] | None]:

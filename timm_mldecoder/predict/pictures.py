@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from timm_mldecoder.modeling.load import LoadedModel
-from timm_mldecoder.models.attention_maps import attention_maps, denormalise
+from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
 from timm_mldecoder.predict.sources import SourceDataset
 
 MAPS = 4  # attention maps per picture
+SIDE = 240  # of each, in pixels
 
 
 @torch.inference_mode()
@@ -34,17 +35,14 @@ def draw_pictures(loaded: LoadedModel, dataset: SourceDataset, indices: Iterable
         labels = loaded.labels(loaded.scores(loaded.model(images)))[0][:MAPS]
         figure = Figure(figsize=(3 * (1 + len(labels)), 3.3), layout='constrained')
         axes = figure.subplots(1, 1 + len(labels), squeeze=False)[0]
-        seen = denormalise(image, config['mean'], config['std']).numpy()
-        axes[0].imshow(seen, cmap='gray')
+        seen = denormalise(image, config['mean'], config['std'])
+        axes[0].imshow(seen.numpy(), cmap='gray')
         axes[0].set_title(escape(dataset.filename(index)))
         classes = torch.tensor([label.index for label in labels], device=device)
         repeated = images.expand(len(labels), -1, -1, -1)
-        maps: Any = attention_maps(loaded.model, repeated, classes).float().cpu().numpy() if labels else []
+        maps: Any = attention_maps(loaded.model, repeated, classes).float().cpu() if labels else []
         for axis, label, attention in zip(axes[1:], labels, maps, strict=True):
-            axis.imshow(seen.mean(axis=-1) if seen.ndim == 3 else seen, cmap='gray')
-            # one scale for all maps: 0 to the largest share that a token may have beside an even spread
-            axis.imshow(attention, cmap='inferno', alpha=0.6, vmin=0, vmax=max(attention.max(), 4 / attention.size),
-                        extent=(-0.5, seen.shape[1] - 0.5, seen.shape[0] - 0.5, -0.5))  # fmt: skip
+            axis.imshow(attention_overlay(seen, attention, SIDE))
             axis.set_title(f'{escape(label.name)} {label.score:.2f}')
         for axis in axes:
             axis.set_axis_off()

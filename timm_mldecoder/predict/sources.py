@@ -72,11 +72,8 @@ class SourceDataset(Dataset):
 
     def read(self, index: int) -> Image.Image:
         """Read an image in the mode of the model; an OSError if it cannot be read."""
-        try:
-            with self.source.open(index) as file:
-                return self.reading.open(file, self.mode)
-        except Exception as error:  # damaged bytes make PIL's decoders raise anything
-            raise OSError(str(error)) from error
+        with self.source.open(index) as file:
+            return self.reading.open(file, self.mode)
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """Return the name of an image."""

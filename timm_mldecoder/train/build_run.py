@@ -18,7 +18,8 @@ from timm_mldecoder.checkpoint.files import LAST, LOCK, SUMMARY, CheckpointFolde
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
-from timm_mldecoder.data.crops import image_sizes, lost_share
+from timm_mldecoder.data.crops import lost_share
+from timm_mldecoder.data.images import some_headers
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
@@ -251,7 +252,7 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
 
 
 def _warn_about_crop(validation: Dataset, images: DataConfig) -> None:
-    lost = lost_share(image_sizes(validation), images)
+    lost = lost_share((image.size for image in some_headers(validation)), images)
     if lost > CUT:
         _logger.warning(
             f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
