@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.measure import Step, inference, markdown, parser, ratio, training
 from timm_mldecoder.models.probes import PROBES
-from timm_mldecoder.runtime.allocator import keep_freed_memory
+from timm_mldecoder.runtime.errors import keep_freed_memory
 
 HEADER = (
     'step',

@@ -27,7 +27,7 @@ from timm_mldecoder.probe.cache import FeatureCache
 from timm_mldecoder.probe.features import read_together, training_groups
 from timm_mldecoder.probe.options import HeadSpec
 from timm_mldecoder.probe.train import Run, Trainer
-from timm_mldecoder.runtime.allocator import keep_freed_memory
+from timm_mldecoder.runtime.errors import keep_freed_memory
 
 HEADS = 'linear,max,logsumexp,efficient_probing,attention_pool,ml_decoder_small'
 RATES, SEEDS = (1e-3, 3e-3, 1e-2, 3e-2), 3

@@ -9,7 +9,7 @@ import torch
 from runs import train
 
 import timm_mldecoder  # noqa: F401
-from timm_mldecoder.evaluation.precision import float32_logits
+from timm_mldecoder.evaluation.evaluate import float32_logits
 
 
 @pytest.mark.parametrize('head', [{}, {'ml_decoder': True}, {'ml_decoder': {'num_of_groups': 5}}])

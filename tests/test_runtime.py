@@ -7,7 +7,7 @@ import sys
 import pytest
 from runs import ROOT
 
-from timm_mldecoder.runtime import allocator
+from timm_mldecoder.runtime import errors
 from timm_mldecoder.runtime.log import logged
 
 
@@ -23,7 +23,7 @@ def test_progress_is_logged_every_few_seconds(caplog):
 
 ALLOCATE = """
 import resource, sys
-from timm_mldecoder.runtime.allocator import keep_freed_memory
+from timm_mldecoder.runtime.errors import keep_freed_memory
 if sys.argv[1] == 'kept':
     keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -34,7 +34,7 @@ print(faults() - start)
 """
 
 
-@pytest.mark.skipif(allocator.platform.libc_ver()[0] != 'glibc', reason='malloc of another library')
+@pytest.mark.skipif(errors.platform.libc_ver()[0] != 'glibc', reason='malloc of another library')
 def test_freed_memory_is_kept_without_new_page_faults():
     faults = {}
     for kind, environment in (('kept', {}), ('default', {}), ('set up', {'MALLOC_ARENA_MAX': '2'})):

@@ -9,7 +9,7 @@ from runs import MODEL, build
 from timm.data import create_transform
 from timm.task import ClassificationEvaluator
 
-from timm_mldecoder.data.crops import lost_share, shown_share
+from timm_mldecoder.data.transforms import lost_share, shown_share
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import parse_train

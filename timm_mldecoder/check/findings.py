@@ -9,8 +9,8 @@ import numpy as np
 
 from timm_mldecoder.check.duplicates import equal_content, near
 from timm_mldecoder.data import class_to_index
-from timm_mldecoder.data.crops import lost_share
 from timm_mldecoder.data.summary import shown_classes
+from timm_mldecoder.data.transforms import lost_share
 from timm_mldecoder.loading.compare_classes import likely_causes
 from timm_mldecoder.loading.scan import ImageFacts
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.evaluation.precision import float32_logits
+from timm_mldecoder.evaluation.evaluate import float32_logits
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import worker_options
 from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement, shut_down

@@ -1,8 +1,10 @@
 """Errors that users see in one line, out-of-memory ones as advice about the batch size, and exit codes."""
 
+import ctypes
 import io
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from timm.utils import setup_default_logging
 
-from timm_mldecoder.runtime import allocator, signals
+from timm_mldecoder.runtime import signals
 
 USER_ERROR = 2  # as argparse exits
 FAILURE = 1
@@ -40,7 +42,7 @@ def run_command(main: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid Unicode
             stream.reconfigure(errors='backslashreplace')
-    allocator.keep_freed_memory()
+    keep_freed_memory()
     try:
         main()
     except signals.Stopped:
@@ -104,3 +106,22 @@ def advise_on_memory(batch_size: int, validation_batch_size: int, grad_accum_ste
             f'it and raise --grad-accum-steps (now {grad_accum_steps}) by the same factor, or try --amp or '
             '--grad-checkpointing'
         ) from error
+
+
+# parameters of mallopt: size from which malloc maps memory anew, free memory that it returns to the system
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+_SETTINGS = ('MALLOC_', 'GLIBC_TUNABLES')  # environment variables of glibc's malloc
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep freed memory for the next step, instead of returning it and faulting in new pages.
+
+    Only on Linux with glibc, whose malloc otherwise maps every tensor above 32 MiB at most anew, and not where
+    environment variables set malloc up. See `man mallopt`.
+    """
+    if platform.libc_ver()[0] != 'glibc' or any(name.startswith(_SETTINGS) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if not libc.mallopt(_M_MMAP_THRESHOLD, 2**30):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -18,8 +18,8 @@ from timm_mldecoder.checkpoint.files import LAST, LOCK, SUMMARY, CheckpointFolde
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
-from timm_mldecoder.data.crops import lost_share
 from timm_mldecoder.data.images import some_headers
+from timm_mldecoder.data.transforms import lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen

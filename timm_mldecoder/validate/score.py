@@ -24,7 +24,6 @@ from timm_mldecoder.evaluation.evaluate import (
     test_time_views,
     widen,
 )
-from timm_mldecoder.evaluation.extra_metrics import create_extra_metrics
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.loading.compare_classes import check_class_names, check_classes, use_classes_of
@@ -37,7 +36,7 @@ from timm_mldecoder.modeling.classes import class_names_of, set_classes, thresho
 from timm_mldecoder.modeling.create import count_parameters, fuse_model, has_text_queries, script
 from timm_mldecoder.modeling.load import load_model
 from timm_mldecoder.runtime.log import EvalLog
-from timm_mldecoder.validate.outputs import MultiLabelOutputs
+from timm_mldecoder.validate.outputs import MultiLabelOutputs, create_extra_metrics
 from timm_mldecoder.validate.report import Report
 
 _logger = logging.getLogger(__name__)
