@@ -17,7 +17,7 @@ from timm_mldecoder.checkpoint.read import weights_of
 from timm_mldecoder.checkpoint.repairs import repair_attention
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.attach import MLDecoderModel
-from timm_mldecoder.models.classifier_model import misfits, shorten
+from timm_mldecoder.models.classifier_model import shorten, state_dict_mismatches
 from timm_mldecoder.models.graph import convert_backbone, convert_graph_state_dict
 
 OURS = 'timm_mldecoder'
@@ -117,7 +117,7 @@ def convert_state_dict(
             )
         converted = {**convert_backbone(backbone, model), **converted}
     # a head with text queries loads label embeddings from a file only if they fit
-    if lines := misfits(converted, model, any_shape=f'{slot}vocabulary.'):
+    if lines := state_dict_mismatches(converted, model, any_shape=f'{slot}vocabulary.'):
         options = ', '.join(f'{option}={value}' for option, value in _options_of_shapes(own).items())
         lines += [f'its head was built with {options}']
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}'[:LONGEST])
@@ -142,7 +142,7 @@ def _convert_several(
         converted |= {prefix + name: tensor for name, tensor in own.items()}
     prefix, others = _find_prefix(converted, model, '/', Head(OURS, ''), several=False)  # no name begins with a slash
     names = {name.removeprefix(prefix): tensor for name, tensor in converted.items() if name not in others}
-    if lines := misfits(names | {name: converted[name] for name in others}, model):
+    if lines := state_dict_mismatches(names | {name: converted[name] for name in others}, model):
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}'[:LONGEST])
     return names
 

@@ -67,7 +67,7 @@ def create_model(
         head = {'ml_decoder': {**sizes, **(words or {}), **options.ml_decoder_kwargs, **fresh}}
     elif 'use_ml_decoder_head' in options.given:
         head = {'ml_decoder': False}  # also where the stored model has one
-    with refuse(options):
+    with errors_naming_flags(options):
         model = timm.create_model(
             options.model,
             pretrained=pretrained,
@@ -121,7 +121,7 @@ def create_train_model(options: Options, dataset: Dataset | None) -> Any:
         **(dict(pretrained_cfg_overlay=overlay) if overlay else {}),
     )
     check_loaded(options, model)
-    with refuse(options):
+    with errors_naming_flags(options):
         if options.graph:
             names = class_names_of(dataset)
             adjacency, _ = read_label_graph(options.graph, names)
@@ -194,7 +194,7 @@ _REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticE
 
 
 @contextmanager
-def refuse(options: Options) -> Iterator[None]:
+def errors_naming_flags(options: Options) -> Iterator[None]:
     """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield

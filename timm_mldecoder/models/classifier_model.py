@@ -93,7 +93,7 @@ def linear_classifier(model: Any, new: str) -> nn.Linear:
     return classifier
 
 
-def misfits(tensors: Mapping[str, Tensor], model: nn.Module, any_shape: str | None = None) -> list[str]:
+def state_dict_mismatches(tensors: Mapping[str, Tensor], model: nn.Module, any_shape: str | None = None) -> list[str]:
     """Return a line each about tensors that a model misses, does not expect, or has in another shape.
 
     Args:

@@ -14,8 +14,8 @@ from timm_mldecoder.models.classifier_model import (
     ClassifierModel,
     change_class,
     linear_classifier,
-    misfits,
     module_path,
+    state_dict_mismatches,
 )
 from timm_mldecoder.models.cosine import CosineClassifier
 
@@ -410,7 +410,7 @@ def convert_graph_state_dict(
     slot = module_path(model, graph)
     converted = _backbone_tensors(state_dict, slot, model)
     converted |= {f'{slot}.{name}': tensor for name, tensor in _branch_tensors(state_dict, graph, class_names).items()}
-    if lines := misfits(converted, model):
+    if lines := state_dict_mismatches(converted, model):
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}')
     return converted
 

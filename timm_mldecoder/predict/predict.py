@@ -63,18 +63,7 @@ def predict(
 ) -> None:
     """Predict every image of the missing parts; a collective call, after which the first rank joins the parts.
 
-    Args:
-        loaded: The model, in eval mode on the device of the rank.
-        dataset: The images.
-        parts: Where the predictions go.
-        world: The ranks, which share the parts.
-        features: 'pooled' or 'queries' to store features too, as `parts` is prepared for; '' for none.
-        compiled: Whether to compile the model.
-        batch_size: Number of images per batch and rank.
-        workers: Data loader workers per rank.
-        autocast: Context of the model's forward pass.
-        placement: Device and memory layout of the batches.
-        bad_image: 'skip' or 'abort' at an image that cannot be read.
+    `features` are 'pooled' or 'queries' to store those too, as `parts` is prepared for; '' for none.
 
     Raises:
         RunFailed: If an image cannot be read and `bad_image` is 'abort'.

@@ -23,7 +23,7 @@ from timm_mldecoder.loading.create_loaders import DataConfig, resolve_config, se
 from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
-from timm_mldecoder.modeling.create import create_train_model, refuse, training_words
+from timm_mldecoder.modeling.create import create_train_model, errors_naming_flags, training_words
 from timm_mldecoder.modeling.load import load
 from timm_mldecoder.models.factory import CLASSIFIERS
 from timm_mldecoder.models.probe_model import build_probe, remove_head
@@ -178,11 +178,11 @@ def _create_backbone(options: Options) -> tuple[Any, Options, DataConfig]:
     else:
         model = create_train_model(plain, None)
         if content:
-            with refuse(options):
+            with errors_naming_flags(options):
                 model.load_state_dict(weights_of(content))
     # the classifier is removed, so the options that build it must go too
     kept = {name: value for name, value in options.model_kwargs.items() if name not in CLASSIFIERS}
-    with refuse(options):
+    with errors_naming_flags(options):
         return remove_head(model), options.replace(model_kwargs=kept), stored
 
 

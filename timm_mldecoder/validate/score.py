@@ -27,14 +27,15 @@ from timm_mldecoder.evaluation.evaluate import (
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.loading.compare_classes import check_class_names, check_classes, use_classes_of
-from timm_mldecoder.loading.create_loaders import create_eval_loader, model_dtype, resolve_config
+from timm_mldecoder.loading.create_loaders import DataConfig, create_eval_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import create_split
-from timm_mldecoder.loading.naflex import patch_format
+from timm_mldecoder.loading.loader import EvalLoader
+from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.metrics.multilabel import read_threshold_metric
 from timm_mldecoder.modeling.classes import class_names_of, set_classes, thresholds_for
 from timm_mldecoder.modeling.create import count_parameters, fuse_model, has_text_queries, script
-from timm_mldecoder.modeling.load import load_model
+from timm_mldecoder.modeling.load import LoadedModel, load_model
 from timm_mldecoder.runtime.log import EvalLog
 from timm_mldecoder.validate.outputs import MultiLabelOutputs, create_extra_metrics
 from timm_mldecoder.validate.report import Report
@@ -53,23 +54,9 @@ def score_model(options: Options, world: World) -> Result:
         raise ValueError(f'--write-thresholds needs a checkpoint of train.py; {options.checkpoint} is not one')
     read_threshold_metric(options.threshold_metric)
     warn_no_effect(options, 'validate')
-    dataset = create_split(
-        options,
-        options.split,
-        num_samples=options.num_samples,
-        load_bytes=options.tf_preprocessing,
-        known=held_out_before(options, content),
-    )
-    own_names = options.class_map or options.valid_labels or has_text_queries(options)
-    trained = [] if own_names else content.get('class_names') or []
-    use_classes_of(dataset, trained)
-    check_ranks(world, {options.split: dataset})
+    dataset = _open_split(options, loaded, world)
     names = class_names_of(dataset)
-    set_classes(model, names, options.word_embeddings)
-    check_class_names(dataset, trained)
-    num_classes = options.num_classes or model.num_classes
-    if has_text_queries(options):
-        num_classes = model.num_classes
+    num_classes = (not has_text_queries(options) and options.num_classes) or model.num_classes
     config = resolve_config(options, model, stored=loaded.data_config, use_test_size=not options.use_train_size)
     model, config = _test_pool(options, model, config)
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
@@ -80,18 +67,7 @@ def score_model(options: Options, world: World) -> Result:
     plain, patches = model, patch_format(options, model)
     model = _prepare(options, model, world)
 
-    loader = create_eval_loader(
-        options,
-        dataset,
-        widen(config, options.tta),
-        world,
-        batch_size=options.batch_size,
-        bad_image=options.bad_image,
-        remedy='--bad-image skip',
-        crop_border_pixels=options.crop_border_pixels,
-        patches=patches,
-        tf_preprocessing=options.tf_preprocessing,
-    )
+    loader = _create_loader(options, dataset, config, patches, world)
     limit = evaluation_sample_limit(loader)
     tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
     if tuned is not None:
@@ -100,11 +76,10 @@ def score_model(options: Options, world: World) -> Result:
     evaluator: Any = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
-    outputs, labels = [], names or [str(index) for index in range(num_classes)]
-    if options.task == 'multilabel':
-        outputs = [MultiLabelOutputs(options, evaluator, labels, limit, world)]
-    file = options.threshold_categories
-    categories = read_categories(Path(file), labels) if file else None
+    labels = names or [str(index) for index in range(num_classes)]
+    multilabel = options.task == 'multilabel'
+    outputs = [MultiLabelOutputs(options, evaluator, labels, limit, world)] if multilabel else []
+    categories = read_categories(Path(file), labels) if (file := options.threshold_categories) else None
     report = Report(options, dataset, names, evaluator, loader, limit, world) if options.report else None
     try:
         metrics = evaluate(
@@ -123,29 +98,70 @@ def score_model(options: Options, world: World) -> Result:
     for measure in extra:
         metrics.update(measure.compute())
     if options.write_thresholds:  # all that is written and shown is then at these
-        evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed, options.threshold_metric, categories))
+        _tune_thresholds(options, evaluator, labels, categories, world)
         metrics.update(evaluator.compute(world.distributed))
-        if categories is None:  # whose classes are counted together
-            _warn_of_precision(options.threshold_metric, evaluator, labels, world)
         operating_point = 'thresholds tuned on this split'
-    named = {'operating_point': operating_point} if options.task == 'multilabel' else {}
+    named = {'operating_point': operating_point} if multilabel else {}
     for output in outputs:
         output.write(content)
     if report:
         report.write(plain, config, metrics | named)
+    _log_result(metrics, operating_point if named else '', predicted, world)
+    return _describe(options, metrics | named, model, config)
+
+
+def _open_split(options: Options, loaded: LoadedModel, world: World) -> Any:
+    """Open the split as the training run did, and give it the classes of the model, or the model those of the split."""
+    dataset = create_split(
+        options,
+        options.split,
+        num_samples=options.num_samples,
+        load_bytes=options.tf_preprocessing,
+        known=held_out_before(options, loaded.content),
+    )
+    own_names = options.class_map or options.valid_labels or has_text_queries(options)
+    trained = [] if own_names else loaded.content.get('class_names') or []
+    use_classes_of(dataset, trained)
+    check_ranks(world, {options.split: dataset})
+    set_classes(loaded.model, class_names_of(dataset), options.word_embeddings)
+    check_class_names(dataset, trained)
+    return dataset
+
+
+def _create_loader(
+    options: Options, dataset: Any, config: DataConfig, patches: PatchFormat | None, world: World
+) -> EvalLoader:
+    return create_eval_loader(
+        options,
+        dataset,
+        widen(config, options.tta),
+        world,
+        batch_size=options.batch_size,
+        bad_image=options.bad_image,
+        remedy='--bad-image skip',
+        crop_border_pixels=options.crop_border_pixels,
+        patches=patches,
+        tf_preprocessing=options.tf_preprocessing,
+    )
+
+
+def _log_result(metrics: dict[str, Any], operating_point: str, predicted: PredictedClasses, world: World) -> None:
     for line in predicted.lines():
         if world.primary:
             _logger.warning(line)
     if world.primary:
         shown = ' '.join(f'{EvalLog.NAMES.get(name, name)} {value:.3f}' for name, value in metrics.items())
-        _logger.info(f' * {shown}' + (f' (at {operating_point})' if named else ''))
-    return _describe(options, metrics | named, model, config)
+        _logger.info(f' * {shown}' + (f' (at {operating_point})' if operating_point else ''))
 
 
-def _warn_of_precision(metric: str, evaluator: Any, labels: list[str], world: World) -> None:
-    """Name the classes that reach the precision of `--threshold-metric precision=P` at no threshold."""
+def _tune_thresholds(
+    options: Options, evaluator: Any, labels: list[str], categories: Tensor | None, world: World
+) -> None:
+    """Give the evaluator the best thresholds; warn of classes that reach the precision that is requested at none."""
+    metric = options.threshold_metric
+    evaluator.use_thresholds(evaluator.tune_thresholds(world.distributed, metric, categories))
     least = read_threshold_metric(metric)
-    if least is None:
+    if least is None or categories is not None:  # whose classes are counted together
         return
     right, predicted, positive = evaluator.class_counts(distributed=world.distributed).double()
     short = (positive > 0) & (right / predicted.clamp(min=1) < least)
