@@ -1,15 +1,19 @@
 """Heads for frozen backbones: each against its formula."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks import probing
 from timm_mldecoder.head import MLDecoder
+from timm_mldecoder.models.probe_model import remove_head
 from timm_mldecoder.models.probes import PROBES, SMALL_ML_DECODER, EfficientProbe
+from timm_mldecoder.probe.features import Backbone
 
 F, C = 32, 5
 
@@ -152,3 +156,24 @@ def test_wrong_pooling_is_named(tokens):
         PROBES['linear'](F, C, pool='sum')
     with pytest.raises(ValueError, match='class_token'):
         PROBES['class_token'](F, C)(tokens)
+
+
+def test_features_are_computed_with_batch_norm_folded_and_the_model_stays_as_it_is():
+    model = remove_head(timm.create_model('test_resnet', num_classes=3).eval())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(2, 3, 32, 32)
+    plain, folded = (Backbone(model, nullcontext, image) for image in (None, torch.randn(1, 3, 32, 32)))
+    calls = {}
+    for name, backbone in {'plain': plain, 'folded': folded}.items():
+        called = []
+        with register_module_forward_hook(lambda module, *_, called=called: called.append(type(module))):
+            calls[name] = called, backbone(images)[0]
+    assert calls['plain'][0].count(nn.BatchNorm2d) == len(norms) and nn.BatchNorm2d not in calls['folded'][0]
+    tokens = calls['folded'][1]
+    torch.testing.assert_close(tokens, calls['plain'][1], rtol=1e-4, atol=1e-4 * float(tokens.abs().max()))
+    assert folded.digest() == plain.digest()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,6 +1,8 @@
 """Features of a frozen backbone: from lists of draws to batches of tokens, which every rank gets whole."""
 
+import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +18,10 @@ from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
 from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
 from timm_mldecoder.loading.randomness import ORDER, Draw, key
+from timm_mldecoder.models.fusion import NORMS, fuse_batch_norm
 from timm_mldecoder.runtime.errors import RunFailed
+
+_logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -39,17 +44,19 @@ class Backbone:
     Args:
         model: The model; its parameters need no gradients from now on.
         autocast: Context of the forward pass.
+        image: An image [1, C, H, W], to compute features by a copy in which BatchNorm is folded into the convolutions.
     """
 
-    def __init__(self, model: Any, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, model: Any, autocast: Callable[[], AbstractContextManager], image: Tensor | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self._autocast = autocast
+        self._computed = self.model if image is None else _folded(self.model, image)
 
     @torch.no_grad()  # features of inference mode could not be trained on
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens [B, N, F] and the class token [B, F] of images, float32."""
         with self._autocast():
-            tokens, class_token = self.model.read_tokens(images)
+            tokens, class_token = self._computed.read_tokens(images)
         return tokens.float(), None if class_token is None else class_token.float()
 
     def digest(self) -> str:
@@ -59,6 +66,18 @@ class Backbone:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _folded(model: Any, image: Tensor) -> Any:
+    """A copy with BatchNorm folded into convolutions; the model where there is none to fold, or not exactly enough."""
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return model
+    folded = copy.deepcopy(model)
+    try:
+        return folded if fuse_batch_norm(folded, image, tolerance=1e-4) else model
+    except ValueError as error:
+        _logger.info(f'features with BatchNorm as it is: {error}')
+        return model
 
 
 class _Groups(Sampler[list[Draw]]):

@@ -1,6 +1,7 @@
 """One probe from its options to its table."""
 
 import logging
+import math
 import os
 from contextlib import ExitStack
 from functools import partial
@@ -90,7 +91,9 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     model.to(world.device)
     if train.channels_last:
         model.to(memory_format=torch.channels_last)
-    backbone = Backbone(model, create_autocast(train, world.device))
+    image = None if train.amp else torch.linspace(-2, 2, math.prod(config['input_size']), device=world.device)
+    image = image if image is None else image.view(1, *config['input_size'])
+    backbone = Backbone(model, create_autocast(train, world.device), image)
     words = training_words(train, splits['train']) if train.word_embeddings else {}
 
     tuning = range(options.tuning_seeds)
