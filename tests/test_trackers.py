@@ -77,6 +77,16 @@ def test_a_missing_tracker_is_named_with_the_remedy(tmp_path, monkeypatch, packa
         create_trackers(options, tmp_path)
 
 
+def test_wandb_gets_its_flags(tmp_path, monkeypatch):
+    seen = {}
+    wandb = SimpleNamespace(init=lambda **settings: seen.update(settings) or SimpleNamespace(log=None))
+    flags = f'--log-wandb --wandb-project p --wandb-tags a b --wandb-resume-id 7 --resume {__file__}'
+    options = parse_train(['data', *flags.split()])
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    create_trackers(options, tmp_path)
+    assert seen.items() >= dict(project='p', tags=['a', 'b'], id='7', resume='must').items()
+
+
 def test_a_tracker_that_does_not_start_is_named(tmp_path, monkeypatch):
     def init(**_):
         raise RuntimeError('no key')
