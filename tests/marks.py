@@ -15,9 +15,10 @@ def few(cases: Iterable, fast: int | Iterable) -> list[Any]:
     """
     cases = list(cases)
     chosen = range(fast) if isinstance(fast, int) else [number for number, case in enumerate(cases) if case in fast]
-    return [
-        case
-        if number in chosen
-        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
-        for number, case in enumerate(cases)
-    ]
+    return [case if number in chosen else _slow(case) for number, case in enumerate(cases)]
+
+
+def _slow(case: Any) -> Any:
+    if hasattr(case, 'marks'):  # of pytest.param
+        return pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)

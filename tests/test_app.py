@@ -243,35 +243,3 @@ def test_the_page_in_a_browser(browser, folder, address, tmp_path):
     sent = [m['params']['request']['url'] for m in requests if m['method'] == 'Network.requestWillBeSent']
     outside = [url for url in sent if url.startswith(('http', 'ws')) and not url.startswith(address)]
     assert sent and not outside, 'nothing is loaded from elsewhere'
-
-
-@pytest.mark.parametrize('kind', ['multi-label', 'single-label', 'pooling', 'two models'])
-def test_models_without_text_queries_label_an_image_in_a_browser(kind, browser, folder, tmp_path):
-    """The box of classes is hidden there, and the browser sends no text for it."""
-    names = ['red', 'blue', 'round']
-    head = {} if kind == 'pooling' else {'ml_decoder': HEAD}
-    torch.manual_seed(0)
-    task, tuned = 'classification', {}
-    if kind == 'multi-label':
-        task, tuned = 'multilabel', {'thresholds': {'red': 0.99, 'blue': 0.01, 'round': 0.01}}
-    save(tmp_path / 'own', timm.create_model('test_resnet', num_classes=3, **head), names, task=task, **tuned)
-    places = [tmp_path / 'own', *([folder / 'linear'] if kind == 'two models' else [])]
-    shown = [app.load(str(place), argparse.Namespace(device='cpu', task=None), None) for place in places]
-    page = app.build(shown, MAX_SIZE)
-    try:
-        browser.get(app.launch(page, argparse.Namespace(host='127.0.0.1', port=None, max_size=MAX_SIZE), block=False))
-        field = wait(lambda: browser.find_elements('css selector', '#image input[type=file]'))[0]
-        field.send_keys(str(folder / 'image.png'))
-
-        def labels(number):
-            return {span.text for span in browser.find_elements('css selector', f'#labels-{number} button span')}
-
-        with Image.open(folder / 'image.png') as image:
-            for number, one in enumerate(shown):
-                found = one.score(image)
-                limit = {'red': 0.99, 'blue': 0.01, 'round': 0.01} if tuned else dict.fromkeys(found.names, 0.05)
-                reached = {n for n, score in zip(found.names, found.scores, strict=True) if score >= limit[n]}
-                wait(lambda number=number, reached=reached: labels(number) == reached)
-        assert 'Error' not in browser.find_element('css selector', 'body').text
-    finally:
-        page.close()

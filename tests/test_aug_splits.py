@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from marks import few
 from runs import BATCHES, assert_same_run, build, call, fit_until_stopped, last, summary, train, write_data
 from timm.data import AugMixDataset, ImageDataset, create_transform
 from timm.data.loader import fast_collate
@@ -44,7 +45,7 @@ def plain_loss(logits, target, smoothing):
     return F.cross_entropy(logits[:SIZE].double(), target[:SIZE], label_smoothing=smoothing) + 12 * divergence
 
 
-@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+@pytest.mark.parametrize('smoothing', few([0.1, 0.0], 1))
 @pytest.mark.parametrize(
     'flags', [['--jsd-loss'], ['--loss', 'jsd'], ['--jsd-loss', *HEAD]], ids=['flag', 'name', 'head']
 )
@@ -144,9 +145,7 @@ def test_erasing_and_cutout_spare_the_first_view(data, tmp_path):
 
 
 def test_workers_change_nothing(data, tmp_path):
-    runs = [train(data, tmp_path / workers, *MOVING, '-j', workers) for workers in ('0', '1', '2')]
-    assert_same_run(runs[0], runs[1])
-    assert_same_run(runs[0], runs[2])
+    assert_same_run(*(train(data, tmp_path / workers, *MOVING, '-j', workers) for workers in ('0', '2')))
 
 
 def test_a_run_that_is_stopped_within_an_epoch_resumes_to_the_last_bit(data, tmp_path):
@@ -163,7 +162,7 @@ def test_a_run_that_is_stopped_within_an_epoch_resumes_to_the_last_bit(data, tmp
     assert_same_run(train(data, tmp_path, *MOVING, '--resume', 'auto'), whole)
 
 
-@pytest.mark.parametrize('flags', ['', '--no-use-ema'])
+@pytest.mark.parametrize('flags', few(['', '--no-use-ema'], 1))
 def test_a_checkpoint_with_split_batch_norm_is_scored_as_in_training(data, tmp_path, capsys, flags):
     folder = train(data, tmp_path, *MOVING, '--epochs', '2', *(['--no-model-ema'] if flags else []))
     assert any('.aux_bn.' in name for name in last(folder)['state_dict'])

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from marks import few
 from PIL import Image
 from timm.data import resolve_model_data_config
 
@@ -94,16 +95,17 @@ def check_pipeline(transformers, model):
 
 @pytest.mark.parametrize(
     'flags',
-    [
-        HEAD,
-        '',
-        '--cosine-classifier 5',
-        f'{HEAD} --ml-decoder-kwargs num_heads=2 memory_activation=leaky_relu learnable_queries=True num_layers=2',
-        f'{HEAD} --ml-decoder-kwargs num_heads=4 classifier=cosine cosine_scale=4.0',
-        '--model-kwargs output_stride=16 --crop-pct 0.8 --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2 --interpolation bicubic',
-        f'{HEAD} --model-ema --model-ema-decay 0.5',
-    ],
-    ids=['ml-decoder', 'pooling', 'cosine', 'head-options', 'cosine-head', 'model-kwargs', 'ema'],
+    few(
+        [
+            f'{HEAD} --ml-decoder-kwargs num_heads=2 memory_activation=leaky_relu learnable_queries=True num_layers=2',
+            '--model-kwargs output_stride=16 --crop-pct 0.8 --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2',
+            '--cosine-classifier 5',
+            f'{HEAD} --ml-decoder-kwargs num_heads=4 classifier=cosine cosine_scale=4.0',
+            f'{HEAD} --model-ema --model-ema-decay 0.5',
+        ],
+        2,
+    ),
+    ids=['head', 'model-kwargs', 'cosine', 'cosine-head', 'ema'],
 )
 def test_a_folder_scores_what_its_checkpoint_scores(flags, capsys):
     write_images(Path('data'), train=8, validation=5)
@@ -112,13 +114,7 @@ def test_a_folder_scores_what_its_checkpoint_scores(flags, capsys):
     assert folder_settings('local-dir:folder') == {'task': 'classification'}
 
 
-def test_a_folder_of_one_channel_scores_what_its_checkpoint_scores(capsys):
-    write_images(Path('data'), train=8, validation=5)
-    train([*SINGLE, *RUN, *HEAD.split(), '--in-chans', '1'])
-    check_transformers(check_folder(capsys))
-
-
-@pytest.mark.parametrize('words', [False, True], ids=['fixed', 'text-queries'])
+@pytest.mark.parametrize('words', few([True, False], 1))
 def test_a_multilabel_folder_has_task_and_thresholds(words, capsys):
     shapes.write_shapes('data', 32, 32)
     extra = ['--word-embeddings', 'data/words.safetensors'] if words else []
@@ -204,7 +200,7 @@ def test_a_run_that_scores_raw_weights_alone_gives_those(capsys):
     assert all(torch.equal(taken[name], tensor) for name, tensor in raw.items())
 
 
-@pytest.mark.parametrize('program', ['train', 'probe'])
+@pytest.mark.parametrize('program', few(['train', 'probe'], 1))
 def test_a_run_from_a_folder_needs_the_folder_no_more(program, tmp_path, monkeypatch):
     """Loaded, converted, predicted with and resumed from another working directory, after the folder is gone."""
     write_images(Path('data'), train=8, validation=5)

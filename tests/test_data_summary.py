@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from multilabel_data import write_coco, write_csv, write_image, write_open_images, write_text, write_voc
+from multilabel_data import write_image, write_open_images, write_text
 from torchvision.datasets import CIFAR100, FakeData, ImageFolder
 
 from timm_mldecoder.data import (
@@ -151,24 +151,6 @@ def test_classes_are_in_the_order_of_their_indices():
     assert class_to_index([]) is None
 
 
-def test_cooccurrence_equals_a_count_by_hand(tmp_path):
-    # Image 11: 2 dogs; 12: 2 cats (VOC: one difficult) and 2 dogs; 13: 3 difficult birds in VOC, else nothing.
-    write_coco(tmp_path)
-    dataset = create_dataset('coco2014', str(tmp_path), 'train', instances=True)
-    matrix, names = cooccurrence(dataset)
-    assert names == ['dog', 'cat'] and matrix.dtype == np.float64
-    assert matrix.tolist() == [[0, 1 / 4], [1 / 2, 0]]
-    assert cooccurrence(dataset, counts='images')[0].tolist() == [[0, 1 / 2], [1, 0]]
-
-    write_voc(tmp_path)
-    for difficult, cats in (('positive', 2), ('negative', 1)):
-        dataset = create_dataset('voc2007', str(tmp_path), 'trainval', difficult=difficult, instances=True)
-        matrix, names = cooccurrence(dataset.annotations)
-        cat, dog = names.index('cat'), names.index('dog')
-        assert (matrix[cat, dog], matrix[dog, cat]) == (1 / cats, 1 / 4)
-        assert matrix.sum() == 1 / cats + 1 / 4, 'rows of classes without occurrences are 0'
-
-
 def test_cooccurrence_equals_a_dense_computation(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     counts = random.poisson(0.5, size=(50, 6))
@@ -185,16 +167,6 @@ def test_cooccurrence_equals_a_dense_computation(tmp_path, monkeypatch):
     part = dataset.annotations.subset(np.arange(0, 50, 3))
     expected = shown[::3].T @ shown[::3] * (1 - np.eye(6)) / counts[::3].sum(0)[:, None]
     np.testing.assert_allclose(cooccurrence(part)[0], expected, rtol=1e-12)
-
-
-def test_cooccurrence_needs_objects_to_count_objects(tmp_path):
-    write_csv(tmp_path)
-    dataset = create_dataset('csv', str(tmp_path), 'train')
-    with pytest.raises(ValueError, match='images'):
-        cooccurrence(dataset)
-    with pytest.raises(ValueError, match="'objects'"):
-        cooccurrence(dataset, 'objects')
-    assert cooccurrence(dataset, 'images')[0].tolist() == [[0, 1], [0.5, 0]]
 
 
 def test_targets_are_tensors_of_float32(scenes):

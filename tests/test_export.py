@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from marks import few
 from PIL import Image
 from runs import ROOT, environment
 from test_head_inference import computed_constants
@@ -326,7 +327,7 @@ def test_files_of_others_have_no_metadata(name):
 
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
 @pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
-@pytest.mark.parametrize('size, crop_pct', [((64, 64), 0.875), ((64, 48), 0.9), ((48, 64), 1.0)])
+@pytest.mark.parametrize('size, crop_pct', few([((64, 48), 0.9), ((64, 64), 0.875), ((48, 64), 1.0)], 1))
 def test_an_onnx_file_prepares_images_as_timm_does(crop_mode, interpolation, size, crop_pct):
     onnxruntime = pytest.importorskip('onnxruntime')
     config = dict(input_size=[3, *size], interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode)
@@ -354,7 +355,7 @@ def write_identity(path, size):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9), path)
 
 
-@pytest.mark.parametrize('task', ['multilabel', 'classification'])
+@pytest.mark.parametrize('task', few(['multilabel', 'classification'], 1))
 def test_the_program_of_the_page_labels_images_as_predict_does(task, capsys):
     pytest.importorskip('onnxruntime')
     save(create(), task=task, thresholds=dict.fromkeys(NAMES, 0.4) if task == 'multilabel' else None)
@@ -400,7 +401,7 @@ def test_images_that_a_graph_cannot_prepare_are_refused(change):
 
 
 @pytest.mark.parametrize('features', ['pooled', 'queries'])
-@pytest.mark.parametrize('pixels', [False, True])
+@pytest.mark.parametrize('pixels', few([True, False], 1))
 def test_an_onnx_file_with_features(features, pixels):
     onnxruntime = pytest.importorskip('onnxruntime')
     model, flags = save(create('vit', 'text-grouped'), task='multilabel'), ['--with-preprocessing'] * pixels

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from marks import few
 
 from timm_mldecoder import add_ml_decoder_head
 
@@ -106,7 +107,7 @@ def test_a_saved_folder_without_its_weights_or_its_classifier(folder):
     dict(num_classes=0), dict(num_classes=0, global_pool=''), dict(features_only=True),
     dict(features_only=True, out_indices=(1, 2)),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext'])
+@pytest.mark.parametrize('name', few(['test_vit', 'test_resnet', 'test_convnext'], 1))
 def test_a_backbone_is_timms_own_from_every_source(name, arguments, tmp_path):
     plain = timm.create_model(name, num_classes=7).eval()
     timm.models.save_for_hf(plain, tmp_path / 'plain')
@@ -215,7 +216,7 @@ def stored_models(tmp_path):
     return {f'local-dir:{tmp_path / name}': model.state_dict() for name, model in models.items()}
 
 
-@pytest.mark.parametrize('seconds', [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('seconds', few([1, 20], 1))
 @pytest.mark.parametrize('in_asyncio', [False, True])
 def test_threads_that_load_at_the_same_time_get_their_own_weights(seconds, in_asyncio, stored_models):
     timm.create_model('test_resnet', ml_decoder=True)

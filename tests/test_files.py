@@ -1,8 +1,6 @@
 """Files as people have them: every reader follows one set of rules, which docs/data.md has."""
 
 import json
-import logging
-import os
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 from PIL import Image
 
 from timm_mldecoder.data import class_to_index, create_dataset, overlap
-from timm_mldecoder.data.images import Reading, find_images
+from timm_mldecoder.data.images import Reading
 from timm_mldecoder.flags.parse import parse_train
 from timm_mldecoder.loading.compare_classes import check_classes
 from timm_mldecoder.loading.datasets import create_split
@@ -111,44 +109,6 @@ def test_exif_rotation_is_off_and_told(tmp_path):
     assert '1 of 1' in line
     assert '--exif-rotate' in line
     assert not Reading(exif_rotate=True).describe('train', dataset)
-
-
-SUFFIXES = ['.png', '.JPG', '.jfif', '.webp', '.bmp', '.tif', '.gif', '.ppm', '.jp2', '.tga']
-CLUTTER = ['.ipynb_checkpoints/x.png', '__MACOSX/x.png', '@eaDir/x.png', '._x.png', 'Thumbs.db', '.hidden/y/x.png']
-
-
-def write_odd_folder(root: Path) -> None:
-    for name in 'ab':
-        for suffix in SUFFIXES:
-            write(root / name / f'x{suffix}', Image.new('RGB', (8, 8)))
-        for clutter in CLUTTER:
-            (root / name / clutter).parent.mkdir(parents=True, exist_ok=True)
-            (root / name / clutter).write_bytes(b'x')
-        (root / name / 'notes.txt').write_text('x')
-
-
-def test_one_rule_for_what_is_an_image(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    write_odd_folder(tmp_path / 'train')
-    expected = sorted(f'{name}/x{suffix}' for name in 'ab' for suffix in SUFFIXES)
-    assert find_images(tmp_path / 'train') == expected
-    assert '2 .txt' in caplog.text
-    dataset = create_dataset('', str(tmp_path), 'train')
-    assert class_to_index(dataset) == {'a': 0, 'b': 1}
-    assert sorted(dataset.filenames()) == expected
-    source = open_source(tmp_path / 'train')
-    assert sorted(map(os.fsdecode, source.names)) == expected
-    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
-        tar.add(tmp_path / 'train', '')
-    packed = create_dataset('', str(tmp_path / 'all.tar'), 'train')
-    assert sorted(packed.filenames()) == expected
-    assert sorted(packed.reader.class_name_to_idx) == ['a', 'b']
-    assert len(open_source(tmp_path / 'all.tar').names) == len(expected)
-    (tmp_path / 'train' / 'c').mkdir()
-    (tmp_path / 'train' / '@eaDir').mkdir()
-    check_classes(create_dataset('', str(tmp_path), 'train'), 2, given=True)
-    assert caplog.messages[-1] == 'ignoring class folders without images: c'
-    assert strict(packed)[len(packed) - 1][1] == 1
 
 
 def test_one_leaf_name_in_two_places_is_an_error(tmp_path):

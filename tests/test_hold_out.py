@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from image_folders import write_images
+from marks import few
 from multilabel_data import write_coco, write_image
 from runs import MODEL, build, call, summary
 
@@ -195,7 +196,7 @@ def test_validation_of_a_checkpoint_uses_the_images_that_were_held_out(tmp_path)
         assert {line['image'] for line in csv.DictReader(file)} == set(held_out)
 
 
-@pytest.mark.parametrize('change', ['appended', 'sorted', 'corrected', 'deleted'])
+@pytest.mark.parametrize('change', few(['appended', 'deleted', 'sorted', 'corrected'], 2))
 def test_what_was_held_out_stays_held_out_when_the_table_changes(change, tmp_path, monkeypatch, caplog):
     table = write_table(tmp_path / 'data', ['cat', 'dog', 'cat;dog'] * 8)
     monkeypatch.chdir(tmp_path)

@@ -242,15 +242,3 @@ def test_biases_have_their_own_rate_and_nothing_short_decays():
 def test_mistakes_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_train(['DIR', '--task', 'multilabel', *flags.split()])
-
-
-@pytest.mark.parametrize(
-    ('flags', 'message'),
-    [
-        ('--bias-lr-scale 2 --sched none', 'needs a schedule'),
-        ('--cosine-classifier 1 --head-init-scale 2', '--head-init-scale 2.0.*--cosine-classifier'),
-    ],
-)
-def test_a_flag_without_effect_is_warned_about(caplog, flags, message):
-    parse_train(['DIR', '--device', 'cpu', *flags.split()])
-    assert [bool(re.search(message, record.getMessage())) for record in caplog.records] == [True]

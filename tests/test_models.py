@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from marks import few
 
 from benchmarks.survey import attach
 
@@ -36,12 +37,7 @@ def test_every_module_has_its_model_here():
     assert {timm.model_entrypoint(name).__module__ for name in SMALLEST} == modules
 
 
-SLOWEST = ('sequencer2d_s',)  # half a minute
-
-
-@pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOWEST)) for name in SMALLEST]
-)
+@pytest.mark.parametrize('name', few(SMALLEST, SMALLEST[::8]))
 def test_the_smallest_of_its_module(name):
     result = attach(name)
     assert result['outcome'] == 'attached', result['detail']

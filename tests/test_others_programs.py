@@ -8,6 +8,7 @@ import json
 import pytest
 import timm
 import torch
+from marks import few
 from timm.models import load_checkpoint, save_for_hf
 from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2
@@ -38,7 +39,7 @@ def test_model_kwargs_of_timms_scripts(program):
     assert error == 'ValueError' and 'ml_decoder' in message and "'yes'" in message
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', few(NAMES, 1))
 def test_train_then_validate(name, tmp_path):
     """The order of timm's train.py, then what its validate.py and inference.py load."""
     torch.manual_seed(0)
@@ -83,7 +84,7 @@ def test_benchmark(training):
         assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize('use_dynamo', [False, True])
+@pytest.mark.parametrize('use_dynamo', few([True, False], 1))
 @pytest.mark.filterwarnings('ignore')  # the exporters warn about themselves
 def test_onnx_export(use_dynamo, tmp_path):
     pytest.importorskip('onnxruntime')
@@ -147,14 +148,17 @@ class TestTransformers:
 
     @pytest.mark.parametrize(
         'args',
-        [
-            {'ml_decoder': True},
-            {'ml_decoder': {'classifier': 'cosine', 'num_of_groups': 3}},
-            {'ml_decoder': {'learnable_queries': True, 'num_layers': 2}},
-            {'ml_decoder': {'word_embeddings': 16}},
-            {'ml_decoder': {'word_embeddings': 16, 'group_size': 3}},
-            {'cosine_classifier': 5.0},
-        ],
+        few(
+            [
+                {'ml_decoder': True},
+                {'ml_decoder': {'classifier': 'cosine', 'num_of_groups': 3}},
+                {'ml_decoder': {'learnable_queries': True, 'num_layers': 2}},
+                {'ml_decoder': {'word_embeddings': 16}},
+                {'ml_decoder': {'word_embeddings': 16, 'group_size': 3}},
+                {'cosine_classifier': 5.0},
+            ],
+            2,
+        ),
         ids=str,
     )
     def test_a_fresh_classifier_on_a_plain_folder_is_initialised(self, args, tmp_path):

@@ -4,25 +4,24 @@ import inspect
 
 import pytest
 import timm
+from marks import few
 
 import timm_mldecoder
 
 
 @pytest.mark.parametrize(
     'imports',
-    [
-        'timm',
-        'timm_mldecoder timm',
-        *(
-            pytest.param(imports, marks=pytest.mark.slow)
-            for imports in (
-                'torch timm',
-                'timm timm_mldecoder timm_mldecoder.plugin',
-                'timm.models._factory timm',
-                'timm.layers torchvision timm',
-            )
-        ),
-    ],
+    few(
+        [
+            'timm',
+            'timm_mldecoder timm',
+            'torch timm',
+            'timm timm_mldecoder timm_mldecoder.plugin',
+            'timm.models._factory timm',
+            'timm.layers torchvision timm',
+        ],
+        1,
+    ),
 )
 def test_create_model_takes_the_option_after(imports, program):
     assert program('plugin_imports.py', *imports.split()).stdout == 'MLDecoder\n'
@@ -59,7 +58,7 @@ def test_timms_deprecated_factory_module_takes_the_option(program):
     assert program('plugin_shim.py').stdout == 'MLDecoder\n'
 
 
-@pytest.mark.parametrize('option', ['', 'null', pytest.param('false', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('option', few(['null', '', 'false'], 1))
 def test_without_the_option_timm_is_as_it_was(option, program):
     plain = program('plugin_plain.py', TIMM_MLDECODER_AUTOLOAD='0').stdout
     assert program('plugin_plain.py', *option.split()).stdout == plain
@@ -102,6 +101,7 @@ def test_a_wrong_option_is_named(option, named):
         timm.create_model('test_resnet', ml_decoder=option)
 
 
+@pytest.mark.slow
 def test_weights_from_files_in_a_new_process(program):
     """`checkpoint_path=` gives the trained model; `pretrained=True` its backbone and a fresh head, for any classes."""
     program('weights_write.py')

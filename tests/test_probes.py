@@ -1,6 +1,5 @@
 """Heads for frozen backbones: each against its formula."""
 
-import json
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import probing
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.probe_model import remove_head
 from timm_mldecoder.models.probes import PROBES, SMALL_ML_DECODER, EfficientProbe
@@ -104,37 +102,6 @@ def test_probes_have_the_documented_number_of_parameters(num_features, num_class
     }
     for name, count in expected.items():
         assert sum(p.numel() for p in PROBES[name](num_features, num_classes).parameters()) == count, name
-
-
-@pytest.mark.slow
-def test_the_benchmark_prints_a_row_per_head_and_writes_plot_and_results(tmp_path, capsys):
-    probing.main([str(tmp_path), '--quick', '--tables', 'digits,objects', '--heads', 'mean,ml_decoder_small'])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('| mean', '| ml_decoder_small'))]
-    assert len(rows) == 4
-    results = json.loads((tmp_path / 'probing.json').read_text())
-    assert list(results) == ['digits', 'objects'] and list(results['objects']) == ['2', '6', '10']
-    for column in (*results['digits'].values(), *results['objects'].values()):
-        for head in column.values():
-            for steps in (12, 24):
-                assert len([rate for each, rate, _ in head['tried'] if each == steps]) >= len(probing.LEARNING_RATES)
-            best = max(head['tried'], key=lambda row: row[-1])
-            assert best[:2] == [head['steps'], head['rate']]
-            assert 0 <= head['mean'] <= 100
-    assert (tmp_path / 'probing.png').stat().st_size
-
-
-@pytest.mark.parametrize('backbone, heads', [('resnet', ['max']), ('vit', ['max', 'class_token'])])
-def test_heads_of_the_benchmark_get_image_tokens_and_the_class_token(backbone, heads):
-    model = probing.BACKBONES[backbone][0]().eval()
-    setting = probing.Setting('digits', probing.DIGITS)
-    with torch.no_grad():
-        features = probing.tokens(model, torch.randint(256, (2, 64, 64), dtype=torch.uint8))
-    patches, first = (features[:, 1:], features[:, 0]) if backbone == 'vit' else (features, None)
-    assert patches.shape == (2, 64, 96)
-    for name in heads:
-        run = probing.Run(probing.Trial(name, 1e-3, 1), probing.HEADS[name], model, setting)
-        run.train(False)
-        assert torch.equal(run.logits(features), run.head(patches, first))
 
 
 @pytest.mark.parametrize('name', PROBES)

@@ -5,9 +5,7 @@ import fnmatch
 import logging
 import re
 import shlex
-import shutil
 import subprocess
-import tarfile
 from dataclasses import dataclass
 
 import pytest
@@ -20,8 +18,6 @@ from runs import ROOT, command, environment
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
-import validate
-from benchmarks.digits import write_digit_scenes
 from timm_mldecoder.flags import parse_train
 
 HPARAMS = ROOT / 'hparams'
@@ -70,13 +66,9 @@ ROWS, SETTINGS = read_page()
 RUNS = {str(row): row for row in ROWS}  # rows of several tables that are one run
 # one of each kind: heads, losses, optimizers, datasets
 FAST = {
-    'coco/tresnet_m_448_mldecoder ',
-    'coco/tresnet_m_448_mldecoder --use-ml-decoder-head 0',
     'coco/tresnet_l_448_mldecoder_aam ',
     'nus_wide/tresnet_m_224_full ',
-    'nus_wide/tresnet_l_448_mldecoder_aam ',
     'voc/efficientnetv2_s_448_graph_aam ',
-    'openimages/tresnet_m_224_mldecoder ',
     'imagenet/resnet50_mldecoder_a2_authors ',
 }
 
@@ -141,6 +133,7 @@ for _row in RUNS.values():
     MODELS.setdefault((_values['model'], str(_values.get('model_kwargs')), *_chosen), _row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('row', MODELS.values(), ids=[' '.join(key) for key in MODELS])
 def test_the_model_of_a_recipe_exists_in_timm(row, data):
     options = parse(data, row.recipe, row.flags)
@@ -222,57 +215,3 @@ def test_a_recipe_runs_an_epoch_on_two_ranks(name, data, tmp_path):
     # three images in two shares of two
     rows = run_on_two(tmp_path, own[0], '--config', RECIPES[name], *own[1:], *SMALL, '-b', '2')
     assert all(float(row['train_loss']) > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_the_angular_margin_recipe_trains(tmp_path, monkeypatch):
-    """All of its options at once, on scenes of digits, a small model and a short run; seconds on one core."""
-    monkeypatch.chdir(tmp_path)
-    write_digit_scenes('scenes', num_train=64, num_validation=32, size=32, sides=(10, 16))
-    flags = (
-        '--dataset csv --num-classes 10 --model test_resnet --img-size 32 --decoder-embedding 32 -b 8 --epochs 15 '
-        '--warmup-epochs 3 --model-ema-decay 0.9 --val-interval 5 --device cpu -j 0 --hflip 0 '
-        '--output . --experiment run'
-    )
-    recipe = RECIPES['coco/tresnet_l_448_mldecoder_aam.yaml']
-    train.main(['scenes', '--config', str(recipe), *flags.split(), '--aa', ''])
-    with open('run/summary.csv', newline='') as file:
-        early, _, late = (float(row['train_loss']) for row in csv.DictReader(file))
-    assert late < 0.9 * early
-
-
-@pytest.mark.parametrize(
-    ('folder', 'missing', 'flags', 'message'),
-    [
-        ('cifar100', 'cifar-100-python/train', '--dataset torch/cifar100', '100-python/train is missing'),
-        (
-            'stanford_cars',
-            'stanford_cars/cars_test_annos_withlabels.mat',
-            '--dataset torch/stanford_cars',
-            'cars_test_annos_withlabels.mat is missing',
-        ),
-        ('imagenet', 'train', '', "'train'"),
-    ],
-)
-def test_a_missing_file_is_named(data, tmp_path, folder, missing, flags, message):
-    copy = tmp_path / 'data'
-    shutil.copytree(data / folder, copy)
-    path = copy / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    small = f'-b 4 --num-classes 2 --output {tmp_path / "out"}'
-    with pytest.raises(ValueError, match=message):
-        train.main([str(copy), *SMALL, *small.split(), *flags.split()])
-
-
-def test_tars_hold_what_folders_hold(data, tmp_path, capsys):
-    """One tar per split, as ImageNet is often kept."""
-    with tarfile.open(tmp_path / 'validation.tar', 'w') as tar:
-        tar.add(data / 'imagenet' / 'validation', arcname='validation')
-    flags = ['--model', 'test_resnet', '--num-classes', '2', '--img-size', '32', '-j', '0', '--device', 'cpu']
-    checkpoint = tmp_path / 'weights.pth'
-    torch.manual_seed(0)
-    torch.save(timm.create_model('test_resnet', num_classes=2).state_dict(), checkpoint)
-    for source in (data / 'imagenet', tmp_path / 'validation.tar'):
-        validate.main([str(source), *flags, '--checkpoint', str(checkpoint)])
-    folder, tar = capsys.readouterr().out.split('--result\n')[1:]
-    assert folder == tar

@@ -8,7 +8,6 @@ import shutil
 from argparse import Namespace
 
 import pytest
-import system_calls
 import torch
 from marks import few
 from runs import MODEL, build, call, fit, last, train
@@ -25,7 +24,6 @@ def test_no_kill_while_saving_loses_a_checkpoint(tmp_path):
     assert int(process.stdout) > 25, 'it was killed before it could save'
 
 
-@system_calls.needed
 def test_a_step_of_saving_that_fails_loses_no_checkpoint(tmp_path):
     process = call('tests/programs/saving.py', 'fail', folder=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -42,7 +40,6 @@ def folder(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / 'run')
 
 
-@system_calls.needed
 def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_stays(data, folder):
     flags = [
         data,

@@ -8,6 +8,7 @@ import signal
 import pytest
 import timm
 import torch
+from marks import few
 from runs import BATCHES, MOVING, assert_same_run, build, call, fit_until_stopped, train
 from torch import nn
 
@@ -84,7 +85,7 @@ def test_both_passes_are_in_mixed_precision(data, tmp_path):
     assert model.fc.weight.dtype == torch.float32 and not torch.equal(model.fc.weight, before)
 
 
-@pytest.mark.parametrize('nonfinite', ['first loss', 'second loss', 'first gradient', 'second gradient'])
+@pytest.mark.parametrize('nonfinite', few(['second loss', 'first gradient', 'first loss', 'second gradient'], 2))
 def test_a_skipped_step_leaves_no_trace(data, tmp_path, nonfinite):
     run = build(data, tmp_path, *PLAIN)
     task, model, states = run.state.task, run.state.task.get_trainable_module(), []

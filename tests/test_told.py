@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from image_folders import write_images
+from marks import few
 from PIL import Image
 from runs import MODEL, build
 from timm.data import create_transform
@@ -20,9 +21,9 @@ from timm_mldecoder.runtime.errors import advise_on_memory
 
 
 @pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
-@pytest.mark.parametrize('pct', [1.0, 0.875])
+@pytest.mark.parametrize('pct', few([0.875, 1.0], 1))
 @pytest.mark.parametrize('shape', [(240, 120), (100, 200), (160, 160)])
-@pytest.mark.parametrize('size', [(80, 80), (60, 90)])
+@pytest.mark.parametrize('size', [pytest.param((80, 80), marks=pytest.mark.slow), (60, 90)])
 def test_the_share_is_that_of_the_transform_of_timm(mode, pct, shape, size):
     width, height = shape
     x, y = np.meshgrid(np.arange(width), np.arange(height))

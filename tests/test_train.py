@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 
-import matplotlib.figure
 import pytest
 import timm
 import torch
@@ -296,29 +295,6 @@ def test_compiled_and_plain_training_agree(images, tmp_path):
     assert float(compiled) == pytest.approx(float(plain), rel=1e-3)
     saved = torch.load(tmp_path / 'compiled' / 'last.pth.tar', weights_only=False)
     assert not any('_orig_mod' in name for name in (*saved['state_dict'], *saved['state_dict_ema']))
-
-
-def test_the_curves_of_runs_are_drawn(finished, tmp_path, monkeypatch):
-    from timm_mldecoder import plot
-
-    figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
-    plot.main([str(finished), str(finished / 'summary.csv'), '--output', str(tmp_path / 'curves.png')])
-    (figure,) = figures
-    rows = summary(finished)
-    drawn = [list(map(float, line.get_ydata())) for axes in figure.axes for line in axes.get_lines()]
-    for column in ('train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'):
-        values = [float(row[column]) for row in rows]
-        assert sum(curve == pytest.approx(values) for curve in drawn) >= 2, f'{column} of both runs'
-
-    lone = tmp_path / 'lone.csv'
-    lone.write_text('epoch,' + ','.join(f'eval_metric_{number}' for number in range(18)) + '\n0' + ',1' * 18 + '\n')
-    plot.main([str(lone)])
-    assert max(figures[1].get_size_inches()) < 20, 'a page of panels, not a row'
-    assert all(line.get_marker() == 'o' for axes in figures[1].axes for line in axes.get_lines())
-    (tmp_path / 'nothing').mkdir()
-    with pytest.raises(ValueError, match='nothing/summary.csv'):
-        plot.main([str(tmp_path / 'nothing')])
 
 
 def test_flags_that_need_more_than_bare_weights(images, tmp_path):

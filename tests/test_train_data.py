@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from image_folders import write_images
+from marks import few
 from PIL import Image
 from runs import build, call, fit, last, summary
 from torch.utils.data import default_collate
@@ -59,7 +60,7 @@ def write_shards(folder, labels):
     return folder
 
 
-@pytest.mark.parametrize('workers', ['0', '1'])
+@pytest.mark.parametrize('workers', few(['1', '0'], 1))
 def test_webdataset_shards_train_resume_and_score(workers, tmp_path, capsys):
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda index: {'cls': str(index % 3).encode()})
@@ -176,6 +177,7 @@ def test_entries_of_the_pretrained_configuration_are_replaced(tmp_path):
         assert torch.equal(found.fc.weight, model.fc.weight) == same, 'without the entry the classifier is new'
 
 
+@pytest.mark.slow
 def test_streams_have_workers_on_several_ranks_too(tmp_path):
     pytest.importorskip('webdataset')
     shards = write_shards(tmp_path / 'shards', lambda index: {'cls': str(index % 3).encode()})

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -290,16 +288,3 @@ def select_targets(dataset, names):
     return torch.stack([dataset[index][1] for index in range(len(dataset))])[
         :, [dataset.class_names.index(name) for name in names]
     ]
-
-
-@pytest.mark.slow
-def test_the_command_runs_as_a_module(tmp_path):
-    (tmp_path / 'vectors.txt').write_text(VECTORS)
-    (tmp_path / 'names.txt').write_text('zebra\n')
-    arguments = ['names.txt', 'out.safetensors', '--text-vectors', 'vectors.txt']
-    process = subprocess.run(
-        [sys.executable, '-m', 'timm_mldecoder.data.embed', *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0 and process.stderr == '', process.stderr
-    assert process.stdout == 'wrote 1 embeddings of width 2 to out.safetensors\n'

@@ -17,7 +17,6 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from benchmarks import shapes
-from benchmarks import zero_shot as benchmark
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.evaluation.evaluate import evaluate
@@ -99,17 +98,6 @@ def test_mistakes_are_named(data, flags, message):
     write_word_embeddings('few.safetensors', torch.randn(1, 4), ['plain red square'])
     with pytest.raises(ValueError, match=message):
         train([*TRAIN, *flags.split()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('flags', ['', '--ablations'])
-def test_the_benchmark_prints_a_row_a_way(flags, capsys):
-    benchmark.main(f'--seeds 2 --scenes 32 --epochs 1 --validation-scenes 20 {flags}'.split())
-    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
-    ways = benchmark.ABLATIONS if flags else benchmark.WAYS
-    assert [row[0].strip() for row in rows[2:]] == [*ways, 'chance']
-    assert {len(row) for row in rows} == {3 if flags else 5}
-    assert all(0 <= float(cell.split('±')[0]) <= 100 for row in rows[2:-1] for cell in row[1:])
 
 
 def zero_shot_data() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Save small checkpoints into the working folder, while something fails: `saving.py {kill,fail}`."""
 
+import errno
 import os
 import random
 import resource
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from system_calls import fail
 
 from timm_mldecoder.checkpoint.files import CheckpointFolder
 from timm_mldecoder.checkpoint.read import read_checkpoint
@@ -52,6 +52,15 @@ def kill() -> None:
     print(reached)
 
 
+def fail(name: str) -> None:
+    """From now on, let a function of `os` fail in this process."""
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    setattr(os, name, full)
+
+
 def attempt(checkpoints: CheckpointFolder, fault: Callable[[], None]) -> str:
     """Save in a process of its own in which something fails; return the error, empty for none."""
     report = Path('report')
@@ -76,7 +85,7 @@ def fail_steps() -> None:
     save(checkpoints, 5)
     names = ['checkpoint-5.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
     faults = {
-        'No space left': (lambda: fail('fsync'), lambda: fail('rename')),
+        'No space left': (lambda: fail('fsync'), lambda: fail('replace')),
         '': (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),),
     }
     for reason, steps in faults.items():
