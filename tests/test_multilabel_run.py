@@ -73,6 +73,22 @@ def train_scenes(scenes: str, *more: str) -> None:
            '--val-interval', '2', *more])  # fmt: skip
 
 
+@pytest.fixture(scope='module')
+def trained(scenes, tmp_path_factory) -> Path:
+    """What a run on the scenes wrote, for tests that need one of any kind."""
+    folder = tmp_path_factory.mktemp('trained')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_scenes(scenes)
+    return folder / 'output'
+
+
+@pytest.fixture
+def run(trained, _in_an_own_folder) -> None:
+    """A copy of it in the working folder."""
+    shutil.copytree(trained, 'output')
+
+
 def last_row() -> dict[str, str]:
     with open('output/run/summary.csv') as file:
         return list(csv.DictReader(file))[-1]
@@ -143,8 +159,7 @@ def test_the_better_of_raw_and_ema_weights_ranks_an_epoch_and_is_what_validate_s
     assert scores[''] == scores['--use-ema' if row['eval_ema'] == '1' else '--no-use-ema']
 
 
-def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(scenes, capsys, caplog):
-    train_scenes(scenes)
+def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(run, scenes, capsys, caplog):
     capsys.readouterr()
     base = [scenes, *SCORE, '--checkpoint', CHECKPOINT]
     validate([*base, '--write-thresholds', '--write-class-priors', 'priors.csv'])
@@ -172,8 +187,7 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
     assert '--loss csl selects among labels to ignore' in caplog.text
 
 
-def test_thresholds_of_categories_by_another_metric(scenes, caplog):
-    train_scenes(scenes)
+def test_thresholds_of_categories_by_another_metric(run, scenes, caplog):
     # as taggers keep their tags
     rows = ''.join(f'{index},{name},{index // 5},17\n' for index, name in enumerate(NAMES))
     Path('tags.csv').write_text(f'tag_id,name,category,count\n{rows}')
@@ -198,8 +212,7 @@ def test_thresholds_of_categories_by_another_metric(scenes, caplog):
             validate([*base, *flags])
 
 
-def test_all_that_validate_writes_is_at_one_operating_point(scenes, capsys, caplog):
-    train_scenes(scenes)
+def test_all_that_validate_writes_is_at_one_operating_point(run, scenes, capsys, caplog):
     caplog.set_level(logging.INFO)
     tuning = {}
     base = [scenes, *SCORE, '--checkpoint', CHECKPOINT, '--class-report', 'classes.csv', '--report']
@@ -242,8 +255,7 @@ def test_the_loss_for_cosines_warns_about_other_logits(scenes, caplog):
         assert ('--loss aam' in caplog.text) == warned, head
 
 
-def test_the_class_report_has_the_scores_of_each_class_over_its_annotated_images(scenes):
-    train_scenes(scenes)
+def test_the_class_report_has_the_scores_of_each_class_over_its_annotated_images(run, scenes):
     shutil.copytree(scenes, 'data')
     with open('data/validation.csv') as file:
         rows = list(csv.DictReader(file))
