@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
+from timm_mldecoder.flags.options import GROUPS, Options, flags
+
 PACKAGE = 'timm_mldecoder'
 LIBRARY = {'head', 'models', 'losses', 'metrics'}
 # What the files of each room may import of ours, beside the room itself.
@@ -94,3 +96,45 @@ def test_modules_do_not_import_each_other_in_a_circle(graph):
 
     for name in graph:
         visit(name)
+
+
+# The modules whose functions see all options of a script: the commands', which build its parts, and the loading of a
+# model as it was trained. Any other function takes the groups that it uses, or values.
+DOORS = {
+    *('check.__main__', 'modeling.load'),
+    *('probe.options', 'probe.report', 'probe.sweep'),
+    *('train.build_run', 'validate.checkpoints', 'validate.score'),
+}
+
+
+def test_all_options_are_seen_by_the_functions_that_build_a_command_alone():
+    """By annotations, of arguments, fields and results; mypy checks that a function uses its own groups only."""
+    whole = set()
+    for name, path in modules().items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        hints = [node.annotation for node in nodes if isinstance(node, (ast.arg, ast.AnnAssign))]
+        hints += [node.returns for node in nodes if isinstance(node, ast.FunctionDef)]
+        parts = [part for hint in hints if hint for part in ast.walk(hint)]
+        if subpackage(name) != 'flags' and any(isinstance(part, ast.Name) and part.id == 'Options' for part in parts):
+            whole.add(name.removeprefix(f'{PACKAGE}.'))
+    assert whole == DOORS
+
+
+def test_rooms_of_the_library_import_groups_of_options_and_no_parsing(graph):
+    """What loads data and reads checkpoints knows the types of its options only."""
+    parsing = {f'{PACKAGE}.flags.{name}' for name in ('parse', 'config')}
+    for name, others in graph.items():
+        if subpackage(name) in ('head', 'models', 'losses', 'metrics', 'data', 'loading', 'checkpoint'):
+            assert not others & parsing, name
+
+
+@pytest.mark.parametrize('script', ['train', 'validate'])
+def test_each_option_is_a_typed_field_of_one_group_with_a_help_text(script):
+    own = [set(group.__annotations__) for group in GROUPS]
+    assert sum(map(len, own)) == len(set().union(*own)) > 200
+    rows, options = flags(script), Options(script=script)
+    for name, row in rows.items():
+        assert row.help, name
+        assert row.type in (str, int, float, bool, dict), name
+        for need in row.needs:  # no condition asks for an option that is not there
+            assert need.holds(options) in (True, False), name

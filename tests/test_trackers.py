@@ -49,7 +49,7 @@ def test_a_missing_tracker_is_named_with_the_remedy(tmp_path, monkeypatch, packa
     options = parse_train(['data', f'--log-{package}'])
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf'--log-{package}.*timm-mldecoder\[trackers\]'):
-        create_trackers(options, tmp_path)
+        create_trackers(options, tmp_path, {})
 
 
 def test_wandb_gets_its_flags(tmp_path, monkeypatch):
@@ -69,4 +69,4 @@ def test_a_tracker_that_does_not_start_is_named(tmp_path, monkeypatch):
     options = parse_train(['data', '--log-wandb'])
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
     with pytest.raises(ValueError, match='--log-wandb: .*no key'):
-        create_trackers(options, tmp_path)
+        create_trackers(options, tmp_path, {})

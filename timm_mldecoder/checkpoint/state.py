@@ -2,6 +2,7 @@
 
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ from timm_mldecoder.checkpoint.files import (
 from timm_mldecoder.checkpoint.read import RUN, VERSION
 from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.data import DatasetOptions
+from timm_mldecoder.flags.options import ResumeOptions
 from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.loader import BadImage, TrainLoader
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart
@@ -150,7 +152,7 @@ class TrainingState:
         return {'state_dict': self.task.get_eval_model(), **average}
 
     def collect(
-        self, options: Options, world: World, loader: TrainLoader, data_config: dict[str, Any],
+        self, args: Namespace, world: World, loader: TrainLoader, data_config: dict[str, Any],
         metric: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Return what a checkpoint holds, see `timm_mldecoder.checkpoint.read`; a collective call.
@@ -171,8 +173,8 @@ class TrainingState:
             schedule=_schedule_state(self.schedule),
             ranks=ranks,
             world_size=world.size,
-            batch_size=options.batch_size,
-            grad_accum_steps=options.grad_accum_steps,
+            batch_size=args.batch_size,
+            grad_accum_steps=args.grad_accum_steps,
             optimizer_generator=_generator_state(self.optimizer),
             early_stop=self.early_stop.state_dict() if self.early_stop else None,
             model_config=self.model_config,
@@ -182,9 +184,9 @@ class TrainingState:
         )
         content = {
             'epoch': self.epoch - 1 if metric is not None else self.epoch,
-            'arch': options.model,
+            'arch': args.model,
             'version': VERSION,
-            'args': options.with_data_path().to_namespace(),
+            'args': args,
             'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
@@ -205,7 +207,7 @@ class TrainingState:
             buffers={bool(ema): _saved_buffers(model) for ema, model in models},
         )
 
-    def restore(self, content: dict[str, Any], options: Options, world: World, loader: TrainLoader) -> None:
+    def restore(self, content: dict[str, Any], options: ResumeOptions, world: World, loader: TrainLoader) -> None:
         """Take over a checkpoint of this package or of timm.
 
         Raises:
@@ -234,8 +236,8 @@ class TrainingState:
             changed.append('the rest of the epoch is divided into other batches')
         changed += [other] if (other := self._other_data(run)) else []
         before = vars(content['args']) if run else {}
-        changed += [f'{name} was {before[name]} and is {options[name]}' for name in SCHEDULE
-                    if name in before and before[name] != options[name]]  # fmt: skip
+        changed += [f'{name} was {before[name]} and is {getattr(options, name)}' for name in SCHEDULE
+                    if name in before and before[name] != getattr(options, name)]  # fmt: skip
         if changed and world.primary:
             _logger.warning(f'resumed with a change: {"; ".join(changed)}')
         self.rows = [dict(row) for row in run.get('rows', []) if row['epoch'] < self.epoch]
@@ -344,7 +346,7 @@ def _schedule_state(schedule: Scheduler | None) -> dict[str, Any] | None:
 def resume(
     source: str,
     state: TrainingState,
-    options: Options,
+    options: ResumeOptions,
     world: World,
     layout: Layout,
     loader: TrainLoader,
@@ -384,14 +386,14 @@ def resume(
     return True
 
 
-def held_out_before(options: Options, content: Mapping[str, Any]) -> Tensor | None:
+def held_out_before(options: DatasetOptions, content: Mapping[str, Any]) -> Tensor | None:
     """Return the digests of the images that a run held out, if the options divide the data in the same way."""
     trained = vars(content['args']) if RUN in content else {}
-    same = trained and all(options[name] == trained.get(name) for name in ('val_fraction', 'split_seed'))
+    same = trained and all(getattr(options, name) == trained.get(name) for name in ('val_fraction', 'split_seed'))
     return content[RUN].get('held_out') if same else None
 
 
-def held_out_to_resume(options: Options, world: World, output: Path) -> Tensor | None:
+def held_out_to_resume(options: ResumeOptions, world: World, output: Path) -> Tensor | None:
     """Return the digests of the images that the run to resume held out, None without one; a collective call.
 
     Args:

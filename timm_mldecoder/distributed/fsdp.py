@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from timm_mldecoder.distributed.world import World, local
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.model import DeviceOptions
+from timm_mldecoder.flags.options import LayoutOptions
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BUCKET_BYTES = 256 * 2**20  # as DistributedDataParallel
 
 
-def create_mesh(options: Options, world: World) -> DeviceMesh:
+def create_mesh(options: DeviceOptions, world: World) -> DeviceMesh:
     """Return all ranks in one dimension, or with `--hsdp N` in two: copies of the model, and the N ranks of a copy.
 
     Raises:
@@ -58,7 +59,7 @@ def create_skeleton(create: Callable[[], nn.Module]) -> nn.Module:
 
 
 def shard(
-    model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options, world: World
+    model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: LayoutOptions, world: World
 ) -> nn.Module | None:
     """Shard a model in place, with the parameters and buffers of rank 0.
 
@@ -150,7 +151,7 @@ def _called(module: nn.Module) -> list[nn.Module]:
     return [called for child in module.children() for called in _called(child)]
 
 
-def _shard_units(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: Options) -> None:
+def _shard_units(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh, options: DeviceOptions) -> None:
     """Apply `fully_shard` to each unit of a model, and to the model."""
     for module in units(model, heads):
         narrow = not any(module is head for head in heads)
@@ -158,7 +159,7 @@ def _shard_units(model: nn.Module, heads: Sequence[nn.Module], mesh: DeviceMesh,
     fully_shard(model, mesh=mesh, mp_policy=precision(options, None))
 
 
-def precision(options: Options, block: nn.Module | None) -> MixedPrecisionPolicy:
+def precision(options: DeviceOptions, block: nn.Module | None) -> MixedPrecisionPolicy:
     """Return the dtypes of a unit: gradients are summed in float32, and with `--amp` blocks are gathered in bfloat16.
 
     Blocks with buffers of floating point (BatchNorm statistics) are gathered in float32: their kernels take parameters

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from timm_mldecoder.distributed.fsdp import ShardedEma, broadcast_buffers, create_mesh, create_skeleton, shard
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.distributed.write_sharded import ShardWriter, localize
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.model import EmaOptions
+from timm_mldecoder.flags.options import LayoutOptions
 from timm_mldecoder.runtime.signals import StopSignals
 
 Content = dict[str, Any]  # of a checkpoint
@@ -30,7 +31,7 @@ class Layout:
 
     reads_whole = True  # whether each rank reads whole checkpoints
 
-    def __init__(self, options: Options, world: World) -> None:
+    def __init__(self, options: LayoutOptions, world: World) -> None:
         self._options = options
         self._world = world
 
@@ -47,7 +48,7 @@ class Layout:
         """
         model.to(self._world.device)
 
-    def setup_ema(self, task: Any, options: Options) -> None:
+    def setup_ema(self, task: Any, options: EmaOptions) -> None:
         """Create the EMA weights of a task, equal to those of the model."""
         self._world.share(task.get_trainable_module())  # else EMA weights start from what each rank has drawn
         task.setup_ema(
@@ -120,7 +121,7 @@ class Sharded(Layout):
     def place(self, model: nn.Module, heads: Sequence[nn.Module]) -> None:
         self._average = shard(model, heads, create_mesh(self._options, self._world), self._options, self._world)
 
-    def setup_ema(self, task: Any, options: Options) -> None:
+    def setup_ema(self, task: Any, options: EmaOptions) -> None:
         assert self._average is not None
         task.trainable_module_ema = ShardedEma(
             self._average, self._world.device, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup
@@ -163,6 +164,6 @@ class Sharded(Layout):
         localize(content, path, models, optimizer)
 
 
-def create_layout(options: Options, world: World) -> Layout:
+def create_layout(options: LayoutOptions, world: World) -> Layout:
     """Return the layout that the options request; a single process holds the whole model."""
     return (Sharded if options.parallel == 'fsdp' and world.distributed else Layout)(options, world)

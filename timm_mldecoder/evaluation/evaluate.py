@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.data import DatasetOptions
+from timm_mldecoder.flags.model import DeviceOptions
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig
 from timm_mldecoder.loading.loader import EvalLoader
@@ -25,7 +26,7 @@ from timm_mldecoder.runtime.log import EvalLog
 Metrics = OrderedDict[str, float]
 
 
-def create_autocast(options: Options, device: torch.device) -> Callable[[], AbstractContextManager]:
+def create_autocast(options: DeviceOptions, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Return the context that the forward passes of a script run in."""
     return autocast_context(device, options.amp_dtype if options.amp else None)
 
@@ -38,7 +39,7 @@ def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], Ab
 
 
 def create_evaluator(
-    options: Options, dataset: Dataset, threshold: float | Tensor | None = None, **settings: Any
+    options: DatasetOptions, dataset: Dataset, threshold: float | Tensor | None = None, **settings: Any
 ) -> ClassificationEvaluator:
     """Return the evaluator of a split; labels are predicted by `--multilabel-threshold` if no threshold is given."""
     if options.task == 'classification':

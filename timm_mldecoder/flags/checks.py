@@ -19,6 +19,7 @@ from timm.task import ClassificationEvaluator
 
 from timm_mldecoder.data import TIMM_FOLDERS
 from timm_mldecoder.data.partial import parse_partial
+from timm_mldecoder.flags.data import ClassesOptions
 from timm_mldecoder.flags.flag import Flag, show
 from timm_mldecoder.flags.group import closest
 from timm_mldecoder.flags.optimization import LOSS_NAMES, loss_name, optimizer_info
@@ -73,7 +74,7 @@ _PACKAGES = {
 }
 
 
-def scores_both(options: Options) -> bool:
+def scores_both(options: ClassesOptions) -> bool:
     """Whether an evaluation scores the unseen classes alone, and together with the seen ones."""
     return bool(options.class_split) and options.score_classes == 'all'
 

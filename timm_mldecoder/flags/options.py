@@ -62,6 +62,10 @@ class UpdateOptions(LoadingOptions, OptimizerOptions, ScheduleOptions):
     """For the optimizer and its learning rate."""
 
 
+class TrialOptions(UpdateOptions, LoadingOptions, ClassesOptions, OptimizerOptions, ScheduleOptions, RunOptions):
+    """For the heads of a probe."""
+
+
 class LayoutOptions(DeviceOptions, EmaOptions):
     """For the model on several ranks."""
 
@@ -80,7 +84,7 @@ class ReportOptions(EvalLoaderOptions, ImageOptions, ResultOptions):
 
 
 @dataclass(frozen=True)
-class Options(SplitOptions, TrainLoaderOptions, CreateTrainOptions, TaskOptions, UpdateOptions, LayoutOptions,
+class Options(SplitOptions, TrainLoaderOptions, CreateTrainOptions, TaskOptions, TrialOptions, LayoutOptions,
               ResumeOptions, LoopOptions, ReportOptions, TrackerOptions):
     """The effective options of a script, for the functions that build its parts; a part gets its groups of them.
 

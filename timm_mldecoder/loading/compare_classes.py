@@ -14,7 +14,6 @@ from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.formats.class_folders import class_name
 from timm_mldecoder.data.images import is_clutter
 from timm_mldecoder.data.summary import shown_classes
-from timm_mldecoder.flags import Options
 
 _logger = logging.getLogger(__name__)
 
@@ -22,12 +21,9 @@ HIDDEN = ('__MACOSX', '__pycache__', '@eaDir', 'lost+found')  # folders that sys
 SEPARATORS = (',', '|', '/', '\t', ' ')  # of labels, elsewhere
 
 
-def with_classes(options: Options, dataset: Dataset) -> Options:
-    """Return the options of train.py with the number of classes of the data, unless it is given or unknown."""
-    classes = class_to_index(dataset)
-    if options.num_classes is not None or not classes:
-        return options
-    return options.replace(num_classes=len(classes))
+def number_of_classes(dataset: Dataset) -> int | None:
+    """Return the number of classes of a dataset, None if it does not report them."""
+    return len(class_to_index(dataset) or ()) or None
 
 
 def check_classes(dataset: Any, num_classes: int, given: bool) -> None:

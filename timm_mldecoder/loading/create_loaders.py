@@ -23,7 +23,10 @@ from timm_mldecoder.data.fast_decode import decode_fast
 from timm_mldecoder.data.summary import shown_classes
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.augmentation import AugmentationOptions
+from timm_mldecoder.flags.data import ImageOptions
+from timm_mldecoder.flags.model import DeviceOptions
+from timm_mldecoder.flags.options import EvalLoaderOptions, TrainLoaderOptions
 from timm_mldecoder.loading.datasets import STREAMS, dataset_kind
 from timm_mldecoder.loading.loader import EvalLoader, Placement, SplitDataset, TrainLoader, init_worker
 from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
@@ -36,14 +39,14 @@ DataConfig = dict[str, Any]  # timm's: input_size, mean, std, interpolation, cro
 
 
 def resolve_config(
-    options: Options, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
+    options: ImageOptions, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
 ) -> DataConfig:
     """Resolve input size, normalization, interpolation and crop; what a checkpoint has `stored` takes precedence.
 
     Raises:
         ValueError: If the model takes images of another size only.
     """
-    config = resolve_data_config(options.to_dict(), model=model, use_test_size=use_test_size)
+    config = resolve_data_config(vars(options), model=model, use_test_size=use_test_size)
     config = {**config, **(stored or {})}
     _check_image_size(model, config['input_size'])
     lines = ''.join(f'\n\t{name}: {value}' for name, value in config.items())
@@ -51,18 +54,18 @@ def resolve_config(
     return config
 
 
-def mixes(options: Options) -> bool:
+def mixes(options: AugmentationOptions) -> bool:
     """Return whether mixup or CutMix is on."""
     return bool(options.mixup or options.cutmix or options.cutmix_minmax)
 
 
-def model_dtype(options: Options) -> torch.dtype | None:
+def model_dtype(options: DeviceOptions) -> torch.dtype | None:
     """Return the dtype of weights and images, None for the default."""
     return getattr(torch, options.model_dtype) if options.model_dtype else None
 
 
 def create_train_loader(
-    options: Options,
+    options: TrainLoaderOptions,
     dataset: Any,
     config: DataConfig,
     world: World,
@@ -100,7 +103,7 @@ def create_train_loader(
         dataset,
         batches,
         mixing if isinstance(mixing, FastCollateMixup) else collate,
-        create_placement(options, config, world, patches, erase=not options.no_aug),
+        create_placement(options, config, world, patches, erase=None if options.no_aug else options),
         mix=None if isinstance(mixing, FastCollateMixup) else mixing,
         mixup_off_epoch=options.mixup_off_epoch,
         bad_image=options.bad_image,
@@ -113,7 +116,7 @@ def create_train_loader(
 
 
 def create_eval_loader(
-    options: Options,
+    options: EvalLoaderOptions,
     dataset: Any,
     config: DataConfig,
     world: World,
@@ -152,7 +155,7 @@ def create_eval_loader(
 
 
 def set_eval_transform(
-    options: Options,
+    options: EvalLoaderOptions,
     dataset: Any,
     config: DataConfig,
     crop_border_pixels: int | None = None,
@@ -175,7 +178,7 @@ def set_eval_transform(
     dataset.transform = decode_fast(transform) if options.decode == 'fast' else transform
 
 
-def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | None:
+def _create_mixing(options: TrainLoaderOptions, num_classes: int) -> Mixup | NaFlexMixup | None:
     """Create mixup and CutMix, in the collate function where batches are prefetched; None if both are off."""
     if not mixes(options):
         return None
@@ -194,12 +197,12 @@ def _create_mixing(options: Options, num_classes: int) -> Mixup | NaFlexMixup | 
     return (Mixup if options.no_prefetcher else FastCollateMixup)(**settings)
 
 
-def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
+def _augmentation(options: TrainLoaderOptions, config: DataConfig) -> dict[str, Any]:
     """Return the options of timm's `create_transform` for training."""
     same = ('no_aug', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob')
     return dict(
         is_training=True,
-        **{name: options[name] for name in (*same, 'gaussian_blur_prob')},
+        **{name: getattr(options, name) for name in (*same, 'gaussian_blur_prob')},
         train_crop_mode=None if options.train_crop_mode == 'squash' else options.train_crop_mode,
         auto_augment=options.aa,
         interpolation=(not options.no_aug and options.train_interpolation) or config['interpolation'],
@@ -214,7 +217,9 @@ def _augmentation(options: Options, config: DataConfig) -> dict[str, Any]:
     )
 
 
-def set_train_transform(options: Options, dataset: Any, config: DataConfig) -> tuple[Any, dict[str, Any] | None]:
+def set_train_transform(
+    options: TrainLoaderOptions, dataset: Any, config: DataConfig
+) -> tuple[Any, dict[str, Any] | None]:
     """Give a dataset its training transform; return it, wrapped for several views or sizes, and their schedule."""
     settings = _augmentation(options, config)
     interpolation = settings['interpolation']
@@ -255,7 +260,7 @@ def set_train_transform(options: Options, dataset: Any, config: DataConfig) -> t
     )
 
 
-def _separate(options: Options, transform: tuple[Compose, ...], interpolation: str) -> tuple[Compose, ...]:
+def _separate(options: AugmentationOptions, transform: tuple[Compose, ...], interpolation: str) -> tuple[Compose, ...]:
     """Add squash-resize to the part of all views, and Cutout to that of the augmented ones."""
     shared, augmentation, final = transform
     if options.train_crop_mode == 'squash':
@@ -266,20 +271,25 @@ def _separate(options: Options, transform: tuple[Compose, ...], interpolation: s
     return shared, augmentation, final
 
 
-def _erasing_splits(options: Options) -> int:
+def _erasing_splits(options: AugmentationOptions) -> int:
     """Return the parts of a batch of which random erasing leaves the first alone; 0 to erase in all of it."""
     return (options.aug_splits or 2) if options.resplit else 0
 
 
 def create_placement(
-    options: Options, config: DataConfig, world: World, patches: PatchFormat | None = None, erase: bool = False
+    options: EvalLoaderOptions,
+    config: DataConfig,
+    world: World,
+    patches: PatchFormat | None = None,
+    erase: AugmentationOptions | None = None,
 ) -> Placement:
+    """Return how batches come to the device, with random erasing as `erase` describes it."""
     prefetch = None
     if not options.no_prefetcher:
         prefetch = dict(mean=config['mean'], std=config['std'], channels=config['input_size'][0])
         if erase:
-            prefetch |= dict(re_prob=options.reprob, re_mode=options.remode, re_count=options.recount)
-            prefetch |= dict(re_num_splits=_erasing_splits(options))
+            prefetch |= dict(re_prob=erase.reprob, re_mode=erase.remode, re_count=erase.recount)
+            prefetch |= dict(re_num_splits=_erasing_splits(erase))
         if patches is not None:
             prefetch |= dict(patchify_channels_last=patches.channels_last)
     prefetcher = PrefetchLoader if patches is None else NaFlexPrefetchLoader

@@ -30,7 +30,8 @@ from timm_mldecoder.data.hold_out import hold_out
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
-from timm_mldecoder.flags import Options, scores_both
+from timm_mldecoder.flags import scores_both
+from timm_mldecoder.flags.options import SplitOptions
 from timm_mldecoder.loading.loader import strict
 
 _logger = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ def dataset_kind(name: str) -> str:
     return name.partition('/')[0].lower()
 
 
-def image_mode(options: Options) -> str:
+def image_mode(options: SplitOptions) -> str:
     """Return the PIL mode in which images are read."""
     return options.input_img_mode or ('RGB' if options.channels == 3 else 'L')
 
 
 def create_split(
-    options: Options,
+    options: SplitOptions,
     split: str,
     *,
     training: bool = False,
@@ -82,7 +83,7 @@ def create_split(
     reading = replace(Reading.of(options), fast=options.decode == 'fast')
     multilabel = options.task == 'multilabel'
     settings = dict(
-        **{name: options[name] for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
+        **{name: getattr(options, name) for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
         download=options.dataset_download,
         repeats=repeats,
         input_img_mode=mode,
@@ -94,7 +95,7 @@ def create_split(
         settings['load_bytes'] = True
     if kind == 'csv':
         names = ('path_column', 'label_column', 'label_separator', 'split_column')
-        settings |= {name: options[name] for name in names}
+        settings |= {name: getattr(options, name) for name in names}
     if kind in ('hfds', 'wds'):
         settings['label_separator'] = options.label_separator
     if options.voc_difficult is not None:
@@ -206,14 +207,13 @@ def _lists_beside(root: Path, split: str, any_table: bool = True) -> str:
     return ''
 
 
-def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
+def _source_of(options: SplitOptions, split: str) -> tuple[str, bool | None]:
     """Return the split that is read for a split, and which part of it `--val-fraction` makes it, if any.
 
     Raises:
         ValueError: If the data has a validation split of its own, or cannot be divided.
     """
-    settings = options.to_dict()
-    train, validation = settings.get('train_split', 'train'), settings.get('val_split', 'validation')
+    train, validation = options.train_split, options.val_split
     root, flag = Path(options.data_dir or ''), f'--val-fraction {options.val_fraction:g}'
     kind = dataset_kind(options.dataset)
     divided = bool(options.val_fraction and validation)
@@ -223,7 +223,7 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     if divided and split not in (train, validation) and whole:
         raise ValueError(f'{root} has no split {split!r}: {flag} divides it into {train} and {validation}')
     if not divided or split not in (train, validation):
-        if 'train_split' not in settings and kind in ONE_FILE and root.is_file() and not options.split_column:
+        if options.script == 'validate' and kind in ONE_FILE and root.is_file() and not options.split_column:
             _logger.info(f'{root}: all of its images')
             return 'train', None  # nothing is trained on here
         return split, None
@@ -246,7 +246,7 @@ def _source_of(options: Options, split: str) -> tuple[str, bool | None]:
     return train, split != train
 
 
-def _select_classes(options: Options, dataset: Dataset, training: bool) -> None:
+def _select_classes(options: SplitOptions, dataset: Dataset, training: bool) -> None:
     """Keep the classes that `--class-split` and `--score-classes` select."""
     if not isinstance(dataset, MultiLabelDataset):
         raise ValueError(f'--class-split needs multi-label data; --dataset {options.dataset} has one class per image')

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import EvalLoaderOptions, TrainLoaderOptions
 from timm_mldecoder.loading.randomness import Draw, EpochStart
 from timm_mldecoder.models.probe_model import ProbeModel
 
@@ -35,7 +35,7 @@ class PatchFormat(NamedTuple):
     channels_last: bool  # whether the channels of a pixel are next to each other in a patch
 
 
-def patch_format(options: Options, model: Any) -> PatchFormat | None:
+def patch_format(options: EvalLoaderOptions, model: Any) -> PatchFormat | None:
     """Return how the model reads patches, None without `--naflex-loader`.
 
     Raises:
@@ -51,14 +51,13 @@ def patch_format(options: Options, model: Any) -> PatchFormat | None:
         )
     if isinstance(model, ProbeModel):
         raise ValueError('--naflex-loader does not work with --model-kwargs probe_head=...: probes have no mask')
-    settings = options.to_dict()
     channels_last = getattr(embeds, 'channels_last', False)
-    if settings.get('naflex_patchify_channels_first', not channels_last) == channels_last:
+    if options.script == 'train' and options.naflex_patchify_channels_first == channels_last:
         raise ValueError(
             f'--naflex-patchify-channels-first: {options.model} reads patches with channels '
             f'{"last, leave the flag out" if channels_last else "first, add the flag"}'
         )
-    if settings.get('naflex_patch_sizes') and not getattr(embeds, 'enable_patch_interpolator', False):
+    if options.naflex_patch_sizes and not getattr(embeds, 'enable_patch_interpolator', False):
         raise ValueError('--naflex-patch-sizes needs --model-kwargs enable_patch_interpolator=True')
     return PatchFormat(tuple(model.get_patch_size()), channels_last)
 
@@ -129,7 +128,7 @@ class _Sized(NamedTuple):
 
 
 def create_train_batches(
-    options: Options,
+    options: TrainLoaderOptions,
     dataset: Dataset,
     patches: PatchFormat,
     world: World,

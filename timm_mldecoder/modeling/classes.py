@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.data import ClassesOptions
 from timm_mldecoder.head import MLDecoder
 
 
@@ -33,7 +33,7 @@ def read_classes(path: str, dataset: Dataset) -> Classes:
     return Classes(*read_word_embeddings(path, list(names)))
 
 
-def stored_words(options: Options, weights: Mapping[str, Any]) -> dict[str, Any]:
+def stored_words(options: ClassesOptions, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a head whose classes are those of a checkpoint, or are set once it is built."""
     embeddings = stored_embeddings(weights)
     if embeddings is None and options.word_embeddings:

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from timm_mldecoder.checkpoint.read import read_checkpoint, weights_of, without_split_bn
 from timm_mldecoder.data.label_graph import read_label_graph
 from timm_mldecoder.data.word_embeddings import read_word_embeddings
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.model import HeadOptions, ModelOptions
+from timm_mldecoder.flags.options import CreateOptions, CreateTrainOptions
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.fusion import fuse_batch_norm
@@ -30,13 +31,13 @@ _logger = logging.getLogger(__name__)
 HEAD_DEFAULTS = dict(num_of_groups=-1, decoder_embedding=768)
 
 
-def has_text_queries(options: Options) -> bool:
+def has_text_queries(options: CreateOptions) -> bool:
     """Return whether the options request a head with text queries."""
     return bool(options.use_ml_decoder_head and options.word_embeddings)
 
 
 def create_model(
-    options: Options,
+    options: CreateOptions,
     *,
     words: Mapping[str, Any] | None = None,
     pretrained: bool,
@@ -95,7 +96,7 @@ def script(model: nn.Module) -> nn.Module:
         raise ValueError(f'--torchscript: use --torchcompile ({one_line(error, 300)})') from error
 
 
-def create_train_model(options: Options, dataset: Dataset | None) -> Any:
+def create_train_model(options: CreateTrainOptions, dataset: Dataset | None) -> Any:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
 
     Args:
@@ -137,7 +138,7 @@ def create_train_model(options: Options, dataset: Dataset | None) -> Any:
     return model
 
 
-def training_words(options: Options, dataset: Any) -> dict[str, Any]:
+def training_words(options: CreateOptions, dataset: Any) -> dict[str, Any]:
     """Return the options of a head with text queries for the classes to train on; none without label embeddings."""
     if not has_text_queries(options):
         if options.class_split and options.score_classes != 'seen':
@@ -156,7 +157,7 @@ def training_words(options: Options, dataset: Any) -> dict[str, Any]:
     )
 
 
-def graph_settings(options: Options) -> dict[str, Any]:
+def graph_settings(options: HeadOptions) -> dict[str, Any]:
     """Return the options of a graph classifier; without `--cosine-classifier` it is linear."""
     if not options.cosine_classifier:
         return dict(layer=options.graph_layer, classifier='linear')
@@ -194,7 +195,7 @@ _REFUSALS = (TypeError, AssertionError, AttributeError, LookupError, ArithmeticE
 
 
 @contextmanager
-def errors_naming_flags(options: Options) -> Iterator[None]:
+def errors_naming_flags(options: ModelOptions) -> Iterator[None]:
     """Turn what timm raises for wrong arguments, and for weights that are missing or do not fit, into a ValueError."""
     try:
         yield
@@ -211,7 +212,7 @@ def errors_naming_flags(options: Options) -> Iterator[None]:
         raise ValueError(f'--model {options.model}: {reason}{given}') from error
 
 
-def check_loaded(options: Options, model: nn.Module) -> None:
+def check_loaded(options: ModelOptions, model: nn.Module) -> None:
     """Refuse a file of `--pretrained-path` of which the model has nothing: timm loads what fits, be it nothing.
 
     The values are compared, since timm renames the tensors of some files.
@@ -241,28 +242,26 @@ def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
             yield value
 
 
-def _unchecked(options: Options, error: Exception) -> str:
+def _unchecked(options: ModelOptions, error: Exception) -> str:
     """Return the flags whose values timm's models get unchecked, in parentheses, if there are any."""
-    values = options.to_dict()
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     given = [
         f'{options.flag(name)} {key}={value}'
         for name in ('model_kwargs', 'pretrained_cfg_overlay')
-        for key, value in values.get(name, {}).items()
+        for key, value in getattr(options, name).items()
     ]
     if found and found[1] in options.given:
-        given = [f'{options.flag(found[1])} {values[found[1]]}']
+        given = [f'{options.flag(found[1])} {getattr(options, found[1])}']
     return f' ({", ".join(given)})' if given else ''
 
 
-def _weight_files(options: Options) -> dict[str, str]:
+def _weight_files(options: ModelOptions) -> dict[str, str]:
     """Return the user's files of weights by the flag that names each."""
-    values = options.to_dict()
-    names = ('initial_checkpoint', 'pretrained_path')
-    return {f'--{name.replace("_", "-")}': values[name] for name in names if values.get(name)}
+    files = {'--initial-checkpoint': options.initial_checkpoint, '--pretrained-path': options.pretrained_path}
+    return {flag: path for flag, path in files.items() if path}
 
 
-def _refused_file(options: Options) -> ValueError | None:
+def _refused_file(options: ModelOptions) -> ValueError | None:
     """Return the error of the user's first file of weights that has no valid weights, None if all have."""
     for flag, path in _weight_files(options).items():
         try:
@@ -273,7 +272,7 @@ def _refused_file(options: Options) -> ValueError | None:
     return None
 
 
-def _name_file(options: Options, error: Exception) -> ValueError:
+def _name_file(options: ModelOptions, error: Exception) -> ValueError:
     """Return an error that names the user's file of weights, if there is one."""
     files = ', '.join(f'{flag} {path}' for flag, path in _weight_files(options).items())
     source = files or f'--model {options.model}'

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import EvalLoaderOptions
 from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
 from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
 from timm_mldecoder.loading.randomness import ORDER, Draw, key
@@ -103,7 +103,9 @@ class ImageBatches:
         bad_image: 'skip' or 'abort' at unreadable images; the next image takes the place of one that is skipped.
     """
 
-    def __init__(self, options: Options, dataset: Dataset, config: DataConfig, world: World, bad_image: str) -> None:
+    def __init__(
+        self, options: EvalLoaderOptions, dataset: Dataset, config: DataConfig, world: World, bad_image: str
+    ) -> None:
         self._groups = _Groups()
         self._loader = DataLoader(
             KeyedSamples(dataset, REPLACEMENTS if bad_image == 'skip' else 0),

@@ -19,7 +19,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import TrialOptions
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.losses import RandomQueryLoss
 from timm_mldecoder.modeling.classes import Classes, other_classes
@@ -58,7 +58,7 @@ class Run:
 class Trainer:
     """Trains and scores the runs of this rank."""
 
-    options: Options  # of train.py
+    options: TrialOptions  # of train.py
     runs: list[Run]  # runs to train; this rank builds and trains every `world.size`-th
     build: Callable[[HeadSpec], nn.Module]
     loss: nn.Module

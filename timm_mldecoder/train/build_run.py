@@ -26,7 +26,7 @@ from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
 from timm_mldecoder.loading.checked import check_readable
-from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes, with_classes
+from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes, number_of_classes
 from timm_mldecoder.loading.create_loaders import (
     DataConfig,
     create_eval_loader,
@@ -105,12 +105,12 @@ def build_run(options: Options, world: World) -> Run:
     # data, then the model: random draws begin with the model's initialization, as in timm's script
     known = held_out_to_resume(options, world, Path(options.output or DEFAULT_OUTPUT))
     data = _create_splits(options, world, known)
-    options = with_classes(options, data.train)
+    options = options.replace(num_classes=options.num_classes or number_of_classes(data.train))
     model = _create_model(options, given, data, layout, world)
     loaders = _create_loaders(options, data, model, world)
     steps = -(-len(loaders.train) // options.grad_accum_steps)
     training = _create_training(options, data, model, loaders, steps, layout, world)
-    options = choose_ema_warmup(options, steps * training.epochs)
+    options = options.replace(model_ema_warmup=choose_ema_warmup(options, steps * training.epochs))
     eval_model = _wrap(options, training.task, layout)
 
     # folder, state, resume
@@ -121,6 +121,7 @@ def build_run(options: Options, world: World) -> Run:
     source = _resume_source(options, world, folder, written)
     run = Run(
         options=options,
+        args=options.with_data_path().to_namespace(),
         world=world,
         layout=layout,
         state=_create_state(options, data, model, training, folder, world),
@@ -141,7 +142,7 @@ def build_run(options: Options, world: World) -> Run:
     )
     layout.open_folder(folder)
     try:
-        _begin(run, source, written)
+        _begin(run, options, source, written)
     except BaseException:
         _remove(made)
         run.close()
@@ -149,17 +150,19 @@ def build_run(options: Options, world: World) -> Run:
     return run
 
 
-def _begin(run: Run, source: str, written: str) -> None:
+def _begin(run: Run, options: Options, source: str, written: str) -> None:
     """Resume a run from `source`, if there is one, set its learning rate, start trackers, and write its options."""
     state, schedule = run.state, run.state.schedule
-    resumed = bool(source) and resume(source, state, run.options, run.world, run.layout, run.train_loader, run.folder)
+    resumed = bool(source) and resume(source, state, options, run.world, run.layout, run.train_loader, run.folder)
     if schedule is not None and (resumed or state.epoch):
         if not resumed:
             run.step_schedule(metric=None)
         if run.steps_done():
             schedule.step_update(run.steps_done())
     if run.folder:
-        run.trackers += create_trackers(run.options, run.folder)  # last: a run that is refused must not start one
+        run.trackers += create_trackers(
+            options, run.folder, options.to_dict()
+        )  # last: a run that is refused must not start one
         write_atomically(run.folder / ARGS, lambda file: file.write(written.encode()))  # a resumed run reads it
         if state.rows:
             write_summary(run.folder / SUMMARY, state.rows)

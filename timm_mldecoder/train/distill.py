@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
-from timm_mldecoder.flags import Options, unchecked_options
+from timm_mldecoder.flags import unchecked_options
+from timm_mldecoder.flags.data import SizeOptions
+from timm_mldecoder.flags.optimization import DistillationOptions
+from timm_mldecoder.flags.options import TaskOptions
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.compare_classes import check_class_names
 from timm_mldecoder.loading.create_loaders import DataConfig
@@ -89,7 +92,7 @@ class HeadTokenTask(FeatureDistillationTask):
 
 
 def create_distillation_task(
-    options: Options, student: Any, dataset: Dataset, images: DataConfig, **settings: Any
+    options: TaskOptions, student: Any, dataset: Dataset, images: DataConfig, **settings: Any
 ) -> TrainingTask:
     """Create timm's task of a student, which is on its device, and its teacher.
 
@@ -98,7 +101,7 @@ def create_distillation_task(
     """
     teacher = _create_teacher(options, student, dataset, images)
     task, names = TASKS[options.kd_distill_type]
-    settings |= {argument: options[name] for argument, name in names.items()}
+    settings |= {argument: getattr(options, name) for argument, name in names.items()}
     image = _image_sizes(options, images, next(student.parameters()))[0]
     if task is TokenDistillationTask and isinstance(student.get_classifier(), MLDecoder):
         task = HeadTokenTask
@@ -118,7 +121,7 @@ def create_distillation_task(
         raise ValueError(f'--kd-distill-type {options.kd_distill_type}: {error}') from error
 
 
-def _create_teacher(options: Options, student: Any, dataset: Dataset, images: DataConfig) -> Teacher:
+def _create_teacher(options: TaskOptions, student: Any, dataset: Dataset, images: DataConfig) -> Teacher:
     """Load the teacher, in the precision of the run, and check that it fits."""
     source = options.kd_checkpoint or options.kd_model_name or ''
     like = next(student.parameters())
@@ -142,7 +145,7 @@ def _create_teacher(options: Options, student: Any, dataset: Dataset, images: Da
     return Teacher(model, own, images)
 
 
-def _load(options: Options, student: nn.Module) -> LoadedModel:
+def _load(options: TaskOptions, student: nn.Module) -> LoadedModel:
     """Load the teacher that the options name; a ValueError if it was loaded for another task."""
     settings: dict[str, Any] = dict(device=options.device, in_chans=options.channels)
     if options.kd_model_name:
@@ -159,7 +162,7 @@ def _load(options: Options, student: nn.Module) -> LoadedModel:
     return loaded
 
 
-def _image_sizes(options: Options, images: DataConfig, like: Tensor) -> list[Tensor]:
+def _image_sizes(options: SizeOptions, images: DataConfig, like: Tensor) -> list[Tensor]:
     """Return a black image [1, C, H, W] of each size that the student is loaded with."""
     channels, *size = images['input_size']
     sizes = [(side, side) for side in options.train_img_sizes or ()] or [size]
@@ -167,7 +170,7 @@ def _image_sizes(options: Options, images: DataConfig, like: Tensor) -> list[Ten
 
 
 @torch.no_grad()
-def _check_logits(options: Options, teacher: nn.Module, num_classes: int, images: Tensor) -> None:
+def _check_logits(options: DistillationOptions, teacher: nn.Module, num_classes: int, images: Tensor) -> None:
     """Raise ValueError if a teacher does not take the images, or does not have the classes of the student."""
     try:
         logits = teacher(images)
@@ -179,7 +182,7 @@ def _check_logits(options: Options, teacher: nn.Module, num_classes: int, images
 
 
 @torch.no_grad()
-def _feature_width(options: Options, who: str, model: Any, images: Tensor) -> int:
+def _feature_width(options: DistillationOptions, who: str, model: Any, images: Tensor) -> int:
     """Return the width of the pooled features of student or teacher; a ValueError if the options give another one."""
     training = model.training
     features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
@@ -187,6 +190,7 @@ def _feature_width(options: Options, who: str, model: Any, images: Tensor) -> in
     if features.dim() != 2:
         raise ValueError(f'--kd-distill-type feature: the {who} has no pooled features, but {list(features.shape)}')
     width = features.shape[1]
-    if options[f'kd_{who}_feature_dim'] not in (None, width):
-        raise ValueError(f'--kd-{who}-feature-dim {options[f"kd_{who}_feature_dim"]}: the {who} has {width} features')
+    given = options.kd_student_feature_dim if who == 'student' else options.kd_teacher_feature_dim
+    if given not in (None, width):
+        raise ValueError(f'--kd-{who}-feature-dim {given}: the {who} has {width} features')
     return width

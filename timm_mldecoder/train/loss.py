@@ -17,8 +17,9 @@ from timm_mldecoder.data import MultiLabelDataset, summarize
 from timm_mldecoder.data.priors import read_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import multilabel_evaluator
-from timm_mldecoder.flags import Options, scores_both
-from timm_mldecoder.flags.optimization import loss_name
+from timm_mldecoder.flags import scores_both
+from timm_mldecoder.flags.optimization import LossOptions, loss_name
+from timm_mldecoder.flags.options import TaskOptions
 from timm_mldecoder.head.layers import CosineGroupFullyConnected
 from timm_mldecoder.loading.create_loaders import DataConfig, mixes, model_dtype
 from timm_mldecoder.losses import LOSSES, RandomQueryLoss, create_loss
@@ -58,7 +59,7 @@ class MultiLabelTask(MultiLabelClassificationTask):
         return multilabel_evaluator(self._num_seen, device=self.device, threshold=self.threshold, **options)
 
 
-def create_task(options: Options, model: nn.Module, dataset: Any, images: DataConfig, world: World) -> TrainingTask:
+def create_task(options: TaskOptions, model: nn.Module, dataset: Any, images: DataConfig, world: World) -> TrainingTask:
     """Create timm's task of the model, its teacher if it has one, and the loss that options and labels request."""
     loss = create_train_loss(options.replace(num_classes=options.num_classes or model.num_classes), dataset)
     if options.loss == 'aam' and not any(isinstance(module, _COSINE) for module in model.modules()):
@@ -80,7 +81,7 @@ def create_task(options: Options, model: nn.Module, dataset: Any, images: DataCo
     return MultiLabelTask(model, **settings, threshold=options.multilabel_threshold, num_seen=num_seen)
 
 
-def create_train_loss(options: Options, dataset: Dataset) -> nn.Module:
+def create_train_loss(options: TaskOptions, dataset: Dataset) -> nn.Module:
     """Create the training loss.
 
     Raises:
@@ -111,7 +112,7 @@ def _create_users_loss(name: str, settings: dict[str, Any]) -> nn.Module:
     return loss
 
 
-def _is_own(options: Options, dataset: Dataset) -> bool:
+def _is_own(options: TaskOptions, dataset: Dataset) -> bool:
     """Return whether a multi-label loss is this package's rather than timm's."""
     name = options.loss or 'bce'
     timm_only = [f'--{option.replace("_", "-")}' for option in TIMM_ONLY if getattr(options, option)]
@@ -125,9 +126,9 @@ def _is_own(options: Options, dataset: Dataset) -> bool:
     return name in LOSSES and not (timm_only and name in TIMM_DEFAULTS)
 
 
-def _create_own_loss(options: Options, dataset: Any) -> nn.Module:
+def _create_own_loss(options: TaskOptions, dataset: Any) -> nn.Module:
     name = options.loss or 'bce'
-    given = {flag: options[flag] for flag in LOSS_FLAGS.get(name, ())} | options.loss_kwargs
+    given = {flag: getattr(options, flag) for flag in LOSS_FLAGS.get(name, ())} | options.loss_kwargs
     settings = {option.removeprefix(f'{name}_'): value for option, value in given.items()}
     if options.class_priors:
         settings['class_prior'] = read_priors(options.class_priors, dataset.class_names)
@@ -135,7 +136,7 @@ def _create_own_loss(options: Options, dataset: Any) -> nn.Module:
     return create_loss(name, **{**TIMM_DEFAULTS.get(name, {}), **settings})
 
 
-def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
+def _create_timm_loss(options: TaskOptions, dataset: Dataset) -> nn.Module:
     multilabel = options.task == 'multilabel'
     name = loss_name(options, options.task)
     stats = _class_stats(options, dataset)
@@ -157,7 +158,7 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
         soft_targets=mixes(options),
         class_weight=class_weight,
         pos_weight=pos_weight,
-        **{flag: options[flag] for flag in LOSS_FLAGS.get(name, ())},
+        **{flag: getattr(options, flag) for flag in LOSS_FLAGS.get(name, ())},
     )
     if name == 'bce':
         settings |= dict(bce_target_thresh=options.bce_target_thresh, bce_sum=options.bce_sum)
@@ -171,7 +172,7 @@ def _create_timm_loss(options: Options, dataset: Dataset) -> nn.Module:
     return create_classification_loss(**{**settings, **options.loss_kwargs})
 
 
-def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
+def _class_stats(options: LossOptions, dataset: Dataset) -> ClassStats | None:
     """Read the counts of `--class-stats`, or count the labels of the training data."""
     if not options.class_stats:
         summary = summarize(dataset)
@@ -184,7 +185,7 @@ def _class_stats(options: Options, dataset: Dataset) -> ClassStats | None:
         raise ValueError(f'--class-stats {options.class_stats}: {error}') from error
 
 
-def _loss_weight(options: Options, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
+def _loss_weight(options: TaskOptions, kind: str, value: str | None, stats: ClassStats | None) -> Tensor | float | None:
     flag = f'--loss-{kind.replace("_", "-")} {value}'
     settings: dict[str, Any] = dict(
         kind=kind, power=options.loss_weight_power, beta=options.loss_weight_beta, max_weight=options.loss_weight_max

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.model import DeviceOptions, EmaOptions
+from timm_mldecoder.flags.options import LoopOptions, UpdateOptions
 from timm_mldecoder.train.nonfinite import Buffers
 
 _logger = logging.getLogger(__name__)
 
 
-def learning_rate(options: Options, world: World) -> float:
+def learning_rate(options: UpdateOptions, world: World) -> float:
     """Return `--lr`, or the learning rate that `--lr-base` gives for the images per optimizer step."""
     if options.lr:
         return options.lr
@@ -35,7 +36,7 @@ def learning_rate(options: Options, world: World) -> float:
     return lr
 
 
-def create_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(options: UpdateOptions, model: nn.Module) -> torch.optim.Optimizer:
     """Create timm's optimizer of the given name over the parameters of the model.
 
     Raises:
@@ -51,7 +52,7 @@ def create_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimize
     return optimizer
 
 
-def timm_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+def timm_optimizer(options: UpdateOptions, model: nn.Module) -> torch.optim.Optimizer:
     """Create timm's optimizer without a log line; for arguments and errors see `create_optimizer`."""
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
@@ -72,7 +73,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float
 
 
 def create_schedule(
-    options: Options, optimizer: torch.optim.Optimizer, steps_per_epoch: int, decreasing: bool
+    options: LoopOptions, optimizer: torch.optim.Optimizer, steps_per_epoch: int, decreasing: bool
 ) -> tuple[Scheduler | None, int]:
     """Create the learning-rate schedule; the plateau schedule needs to know whether a lower metric is better.
 
@@ -99,7 +100,7 @@ def create_schedule(
     return schedule, epochs
 
 
-def create_scaler(options: Options, device: torch.device) -> torch.amp.GradScaler:
+def create_scaler(options: DeviceOptions, device: torch.device) -> torch.amp.GradScaler:
     """Create the loss scaler, enabled for float16 gradients on CUDA; bfloat16 and the CPU need none."""
     needed = options.amp and options.amp_dtype == 'float16' and device.type == 'cuda'
     return torch.amp.GradScaler(device.type, enabled=needed)
@@ -209,8 +210,8 @@ SHARE = 0.1  # of the initial weights in the final EMA weights, above which they
 _CHOICES = {'model_ema_decay', 'model_ema_warmup', 'better_of_ema'}
 
 
-def choose_ema_warmup(options: Options, steps: int) -> Options:
-    """Return the options of a run of `steps` optimizer steps, with a warmup of the EMA decay where it needs one.
+def choose_ema_warmup(options: EmaOptions, steps: int) -> bool:
+    """Return whether the EMA decay of a run of `steps` optimizer steps has a warmup.
 
     Without warmup, decay ** steps of the initial weights are left in the end. Where that is much, a run that was given
     neither a decay, a warmup nor the better of both gets the warmup, and any other run that ranks by the EMA weights a
@@ -218,7 +219,7 @@ def choose_ema_warmup(options: Options, steps: int) -> Options:
     """
     share = options.model_ema_decay**steps
     if not options.model_ema or options.model_ema_warmup or options.better_of_ema or share <= SHARE:
-        return options
+        return options.model_ema_warmup
     numbers = (
         f'--model-ema-decay {options.model_ema_decay:g} leaves {share:.0%} of the initial weights in the EMA weights '
         f'after the {steps} optimizer steps of this run'
@@ -227,9 +228,9 @@ def choose_ema_warmup(options: Options, steps: int) -> Options:
         _logger.warning(
             f'{numbers}: using --model-ema-warmup; --no-model-ema-warmup or a decay of your own prevents it'
         )
-        return options.replace(model_ema_warmup=True)
+        return True
     if not options.model_ema_force_cpu:  # else epochs are ranked by the raw weights
         _logger.warning(
             f'{numbers}, which epochs are ranked by: pass --model-ema-warmup, --better-of-ema or a smaller decay'
         )
-    return options
+    return False

@@ -1,6 +1,7 @@
 """Everything the training loop needs: options, loaders, state, helpers."""
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from timm_mldecoder.checkpoint.files import SUMMARY, write_summary
 from timm_mldecoder.checkpoint.state import TrainingState
 from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import LoopOptions
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.modeling.classes import Classes
 from timm_mldecoder.runtime.signals import Stopped, StopSignals
@@ -28,7 +29,8 @@ _logger = logging.getLogger(__name__)
 class Run:
     """What the training loop works with. Only `state`, the loaders' positions and `signals` change while it trains."""
 
-    options: Options  # options of train.py, with the learning rate resolved
+    options: LoopOptions  # those of the loop, of train.py
+    args: Namespace  # all options, as checkpoints store them
     world: World
     layout: Layout  # how the ranks hold the model
     state: TrainingState  # what a checkpoint holds
@@ -78,8 +80,9 @@ class Run:
     def loss_scale(self, images: int) -> float:
         """Return the factor of the loss of a batch where batch sizes change."""
         ratio = images / (self.options.batch_size * (self.options.aug_splits or 1))
-        option = 'naflex_loss_scale' if self.options.naflex_loader else 'variable_batch_loss_scale'
-        return {'none': 1.0, 'sqrt': ratio**0.5, 'linear': ratio}[self.options[option]]
+        options = self.options
+        growth = options.naflex_loss_scale if options.naflex_loader else options.variable_batch_loss_scale
+        return {'none': 1.0, 'sqrt': ratio**0.5, 'linear': ratio}[growth]
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients are clipped; adaptive clipping leaves the classifier out."""
@@ -138,4 +141,4 @@ class Run:
             self.eval_loader.close()
 
     def _content(self, metric: float | None = None) -> dict[str, Any]:
-        return self.state.collect(self.options, self.world, self.train_loader, self.data_config, metric)
+        return self.state.collect(self.args, self.world, self.train_loader, self.data_config, metric)

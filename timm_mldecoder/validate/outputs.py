@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from timm_mldecoder.checkpoint.folders import store_thresholds
 from timm_mldecoder.data.priors import write_priors
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import ReportOptions
 from timm_mldecoder.metrics import MeanProbability, MultiLabelEvaluator
 from timm_mldecoder.runtime.files import write_atomically
 from timm_mldecoder.validate.report_scores import ratios
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class MultiLabelOutputs:
     """Sees the scores of an evaluation, and writes what the options request once all are there."""
 
-    options: Options
+    options: ReportOptions
     evaluator: MultiLabelEvaluator  # of the same scores
     class_names: list[str]
     max_samples: int | None  # images of this rank that are not padding, None for all
@@ -77,7 +77,7 @@ class MultiLabelOutputs:
                 writer.writerow([name, numbers[2], '' if ap != ap else ap, threshold, *ratios(*numbers)])
 
 
-def create_extra_metrics(options: Options, dataset: Dataset, max_samples: int | None, world: World) -> list[Any]:
+def create_extra_metrics(options: ReportOptions, dataset: Dataset, max_samples: int | None, world: World) -> list[Any]:
     """Return the measures that the options request, each with `update(output, target)` and `compute()`."""
     real = [RealLabels(dataset, options.real_labels, world)] if options.real_labels else []
     return real + ([PrecisionRecall(options.metrics_avg, max_samples, world)] if options.metrics_avg else [])

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast
-from timm_mldecoder.flags import Options
+from timm_mldecoder.flags.options import ReportOptions
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig, create_eval_loader
 from timm_mldecoder.loading.loader import EvalLoader, image_path
@@ -51,7 +51,7 @@ class Worst(NamedTuple):
 class Report:
     """Sees the scores of an evaluation, and writes its page and `scores.csv` once all are there."""
 
-    options: Options
+    options: ReportOptions
     dataset: Any
     names: list[str] | None  # of the classes of the dataset
     evaluator: ClassificationEvaluator  # of the same scores

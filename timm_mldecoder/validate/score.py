@@ -26,6 +26,7 @@ from timm_mldecoder.evaluation.evaluate import (
 )
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
+from timm_mldecoder.flags.options import CreateOptions, EvalLoaderOptions
 from timm_mldecoder.loading.compare_classes import check_class_names, check_classes, use_classes_of
 from timm_mldecoder.loading.create_loaders import DataConfig, create_eval_loader, model_dtype, resolve_config
 from timm_mldecoder.loading.datasets import create_split
@@ -170,7 +171,7 @@ def _tune_thresholds(
         _logger.warning(f'no threshold reaches {metric} for {", ".join(names[:10])}: their highest precision was taken')
 
 
-def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _test_pool(options: CreateOptions, model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     if options.reparam:
         model = reparameterize_model(model)
     if not options.test_pool:
@@ -181,7 +182,7 @@ def _test_pool(options: Options, model: nn.Module, config: dict[str, Any]) -> tu
     return model, {**config, 'crop_pct': 1.0} if pooled else config
 
 
-def _prepare(options: Options, model: Any, world: World) -> Any:
+def _prepare(options: EvalLoaderOptions, model: Any, world: World) -> Any:
     """Put the model on its device, and compile it if requested."""
     model = model.to(device=world.device, dtype=model_dtype(options))
     if options.channels_last:
@@ -213,7 +214,7 @@ def _read_valid_labels(path: str, dataset: Dataset, num_classes: int, device: to
     return torch.tensor(labels, device=device)
 
 
-def _describe(options: Options, metrics: dict[str, Any], model: nn.Module, config: dict[str, Any]) -> Result:
+def _describe(options: EvalLoaderOptions, metrics: dict[str, Any], model: nn.Module, config: dict[str, Any]) -> Result:
     result: Result = {'model': options.model}
     if options.checkpoint:
         result['checkpoint'] = options.checkpoint
