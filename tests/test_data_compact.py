@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import pytest
 from multilabel_data import write_coco, write_text
 
 from timm_mldecoder.data import annotations, create_dataset
+from timm_mldecoder.data.compact import TableBuilder
 from timm_mldecoder.data.formats import csv_blocks, csv_list
 from timm_mldecoder.data.formats.csv_list import read_csv
+from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.datasets import create_split
 
 NAMES = ['cat', 'dog', 'café', 'zebra', ' spaced ', 'Ünïcode', 'a|b']
 
@@ -114,7 +118,7 @@ def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tm
         patch.setattr(csv_list, 'read_blocks', None)
         again = read_csv(tmp_path, 'train')
         assert content(again) == content(first)
-        assert isinstance(again.paths, np.memmap)
+        assert isinstance(again._table['paths'], np.memmap)
         with pytest.raises(TypeError):
             read_csv(tmp_path, 'train', label_separator=';')
     write_text(tmp_path / 'train.csv', 'path,labels', 'other.png,cat')
@@ -151,6 +155,70 @@ def test_coco_files_are_cached_too(name, options, tmp_path, monkeypatch):
         if 'instances' in options:
             assert found.instances.tolist() == before.instances.tolist()
     assert len(list((tmp_path / '.timm_mldecoder').glob('coco-*/label.npy'))) == 2
+
+
+def test_the_cache_of_data_that_may_not_be_changed_is_where_one_says(large, tmp_path):
+    data, cache = tmp_path / 'data', tmp_path / 'cache'
+    write_random(data / 'train.csv', 0)
+    flags = ['--dataset', 'csv', '--task', 'multilabel', '--cache-dir', str(cache)]
+    found = create_split(parse_train([str(data), *flags]), 'train', missing=None).annotations
+    (label,) = cache.glob('*/csv-*/label.npy')
+    assert os.listdir(data) == ['train.csv'] and found._table['label'].filename == label
+    again = create_split(parse_train([str(data), *flags]), 'train', missing=None).annotations
+    assert content(again) == content(found) == content(read_csv(data, 'train'))
+
+
+def _build_slowly(root, queue):
+    annotations.CACHED = 0
+    csv_blocks.BLOCK_ROWS, csv_blocks.BLOCK_BYTES = 7, 200
+    add, builds = TableBuilder.add, []
+
+    def slow(*args):
+        add(*args)
+        builds.append(args)
+        if len(builds) == 5:
+            queue.put('half')
+            time.sleep(600)
+
+    TableBuilder.add = slow
+    read_csv(Path(root), 'train')
+
+
+def test_a_process_that_is_killed_while_it_builds_leaves_nothing(tmp_path, large):
+    write_random(tmp_path / 'train.csv', 0, images=200)
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=_build_slowly, args=(str(tmp_path), queue))
+    process.start()
+    assert queue.get(timeout=120) == 'half'
+    cache = tmp_path / '.timm_mldecoder'
+    assert list(cache.glob('.csv-*/paths.npy')) and not list(cache.glob('csv-*/*'))
+    process.kill()
+    process.join()
+    found = read_csv(tmp_path, 'train')
+    assert len(found) == 200 and isinstance(found._table['label'], np.memmap)
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [found._folder.name], 'what was left is removed'
+    names = {path.stem for path in found._folder.iterdir()}
+    assert names == {'paths', 'offsets', 'start', 'label', 'value', 'classes', 'unlisted'}
+
+
+def test_other_classes_and_paths_are_renumbered_as_they_are_read(large, tmp_path):
+    write_random(tmp_path / 'train.csv', 0)
+    whole = read_csv(tmp_path, 'train')
+    names = ['new', *reversed(whole.class_names[1:])]
+    part = whole.subset(np.arange(40)[::-3]).with_classes(names).with_paths(lambda path: f'x/{path}.png')
+    part = part.with_classes(names[1:]).with_paths(str.upper)
+    assert part._table is whole._table, 'nothing is copied'
+    image, label, value = part.entries()
+    assert part.paths.tolist() == [f'x/{whole.path(i)}.png'.upper().encode() for i in range(39, -1, -3)]
+    places = [whole.class_names.index(name) for name in names[1:]]
+    for index, before in enumerate(range(39, -1, -3)):
+        assert part.path(index) == f'x/{whole.path(before)}.png'.upper()
+        assert part.target(index).tolist() == whole.target(before)[places].tolist()
+        dense = np.zeros(len(places))
+        dense[label[image == index]] = value[image == index]
+        assert dense.tolist() == part.target(index).tolist()
+        assert (np.diff(label[image == index].astype(int)) > 0).all()
 
 
 def test_a_small_file_leaves_no_cache(tmp_path):

@@ -23,6 +23,7 @@ from timm.data import resolve_data_config
 from timm_mldecoder.check.findings import KINDS, Finding, Split, find, make_split
 from timm_mldecoder.check.page import write_page
 from timm_mldecoder.data import MultiLabelDataset, cooccurrence
+from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.flags import Options, parse_train
 from timm_mldecoder.flags.flag import BaseParser
@@ -38,6 +39,7 @@ PAGE = 'check.html'
 EXAMPLES = 5  # of a kind of finding in the log
 _FLAGS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
+    cache_dir
     coco_unannotated input_img_mode input_key target_key task target_format val_fraction split_seed split_column
     path_column label_column label_separator background image_range exif_rotate workers in_chans img_size input_size
     crop_pct crop_mode scale train_crop_mode device config
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         read[role] = make_split(dataset, _scan(role, dataset, options))
         for line in _describe(role, read[role]):
             _logger.info(line)
-    remember(options.data_dir, [image for split in read.values() for image in split.facts])
+    with cache_in(options.cache_dir):
+        remember(options.data_dir, [image for split in read.values() for image in split.facts])
     config = resolve_data_config(options.to_dict())
     multilabel = options.task == 'multilabel'
     found = find(read, config, options.exif_rotate, multilabel)

@@ -1,9 +1,8 @@
 """Annotations of a multi-label dataset: image files, class names and a sparse table of labels."""
 
-import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +12,23 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import annotation_cache
-from timm_mldecoder.data.annotation_cache import Table
+from timm_mldecoder.data.compact import (
+    BLOCK,
+    IGNORED,
+    NEGATIVE,
+    POSITIVE,
+    Numbers,
+    Paths,
+    Table,
+    drop_pages,
+    label_type,
+    make_table,
+)
 from timm_mldecoder.data.images import Reading
 
 _logger = logging.getLogger(__name__)
 
-Numbers = Sequence[int] | np.ndarray
 CACHED = 2**24  # bytes of annotation files from which they are cached
-POSITIVE, NEGATIVE, IGNORED = 1, 0, -1  # IGNORED: not annotated, or marked difficult
-
-
-def make_table(
-    paths: Sequence[str | Path] | np.ndarray,
-    image: Numbers,
-    label: Numbers,
-    value: Numbers,
-    instances: Numbers | None = None,
-) -> Table:
-    """Sort annotations by image and class, one entry per image and class.
-
-    Returns:
-        `paths` [N] bytes, `start` [N + 1] (the entries of image i are start[i] up to start[i + 1]), `label` [A],
-        `value` [A] and, if given, `instances` [A].
-    """
-    # One flat byte array instead of a list of str: workers would otherwise copy the whole list page by page as
-    # reference counts change.
-    if not isinstance(paths, np.ndarray):
-        paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-    label = np.asarray(label, dtype=np.int64)
-    bits = int(label.max(initial=1)).bit_length() + 2
-    # One integer per entry sorts by image, then class, then value.
-    key = (np.asarray(image, dtype=np.int64) << bits) | (label << 2) | (np.asarray(value, dtype=np.int64) + 1)
-    table = {'paths': paths}
-    if instances is None:
-        key.sort(kind='stable')  # a merge sort: fast where most of a file is in order, as it is in Open Images
-    else:
-        order = np.argsort(key)
-        key = key[order]
-        first = np.flatnonzero(np.diff(key >> 2, prepend=-1))
-        if len(key):
-            table['instances'] = np.add.reduceat(np.asarray(instances, dtype=np.int32)[order], first)
-        else:
-            table['instances'] = np.zeros(0, dtype=np.int32)
-    if len(key):
-        last = np.append(np.diff(key >> 2) != 0, True)  # the largest value of each image and class
-        both = ~last[:-1] & ((key[:-1] & 3) == NEGATIVE + 1) & ((key[1:] & 3) == POSITIVE + 1)
-        if contradictions := int(np.count_nonzero(both)):
-            _logger.info(f'{contradictions:,} labels are both present and absent in one image: they count as present')
-        key = key[last]
-    table['start'] = np.concatenate([[0], np.cumsum(np.bincount(key >> bits, minlength=len(paths)))])
-    table['label'] = ((key >> 2) & ((1 << (bits - 2)) - 1)).astype(np.min_scalar_type(1 << (bits - 2)))
-    table['value'] = ((key & 3) - 1).astype(np.int8)
-    return table
 
 
 class Annotations:
@@ -86,7 +50,7 @@ class Annotations:
     def __init__(
         self,
         class_names: Sequence[str],
-        paths: Sequence[str | Path] | np.ndarray,
+        paths: Paths | Sequence[str | Path] | np.ndarray,
         image: Numbers,
         label: Numbers,
         value: Numbers,
@@ -111,9 +75,12 @@ class Annotations:
     def _set(self, class_names: Sequence[str], table: Table, unlisted: int, folder: Path | None) -> None:
         self.class_names = list(class_names)
         self.unlisted = unlisted
+        self.distinct = False  # whether no file is known to be listed twice, see `same_files`
         self._table = table
         self._folder = folder
         self._images: np.ndarray | None = None  # of a subset: indices into the table
+        self._numbers: np.ndarray | None = None  # of other classes: new number of each in the table, -1 if it has none
+        self._spelling: Callable[[bytes], bytes] | None = None  # of other paths: what makes them
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out arrays that the receiver, a data loader worker, can map itself."""
@@ -127,77 +94,154 @@ class Annotations:
                 raise ValueError(f'{self._folder}: this cache of annotations was removed or damaged; start again')
 
     def __len__(self) -> int:
-        return len(self._table['paths'] if self._images is None else self._images)
+        return len(self._table['offsets']) - 1 if self._images is None else len(self._images)
 
     @property
     def has_ignored(self) -> bool:
         """Whether any target holds a label to ignore: then losses must know of it, and targets must not be mixed."""
-        return self.unlisted == IGNORED or bool((self._table['value'] == IGNORED).any())
+        value = self._table['value']
+        if self.unlisted == IGNORED or not value.ndim:
+            return self.unlisted == IGNORED or (int(value) == IGNORED and len(self._table['label']) > 0)
+        return any((value[first : first + BLOCK] == IGNORED).any() for first in range(0, len(value), BLOCK))
 
     @property
-    def paths(self) -> np.ndarray:
+    def paths(self) -> Paths:
         """File of each image, relative to the root of the dataset, as bytes, [N]."""
-        return self._table['paths'] if self._images is None else self._table['paths'][self._images]
+        return Paths(self._table['paths'], self._table['offsets'], self._images, self._spelling)
 
     @property
     def instances(self) -> np.ndarray | None:
         """Number of objects of each of the `entries`, [A]; None if the dataset has no objects."""
-        counts = self._table.get('instances')
-        return counts if counts is None or self._images is None else counts[self._rows()]
+        if 'instances' not in self._table:
+            return None
+        return np.concatenate([np.zeros(0, np.int32), *(counted for *_, counted in self._blocks())])
 
     def path(self, index: int) -> str:
         """File of image `index`, relative to the root of the dataset."""
-        return os.fsdecode(self._table['paths'][self._row(index)])
+        return os.fsdecode(self.paths[index])
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image index, class index and value of every annotation, each [A], sorted by image and class."""
-        label, value, counts = self._table['label'], self._table['value'], np.diff(self._table['start'])
-        if self._images is not None:
-            rows = self._rows()
-            label, value, counts = label[rows], value[rows], counts[self._images]
-        return np.repeat(np.arange(len(self)), counts), label, value
+        """Image index, class index and value of every annotation, each [A], sorted by image and class.
+
+        Takes 11 bytes per label and more: `blocks` needs memory for some of the images at a time.
+        """
+        empty = [(np.zeros(0, np.int64), np.zeros(0, self.label_type), np.zeros(0, np.int8))]
+        image, label, value = zip(*empty, *self.blocks(), strict=True)
+        return np.concatenate(image), np.concatenate(label), np.concatenate(value)
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield the `entries` of some images at a time."""
+        for image, label, value, _ in self._blocks():
+            yield image, label, value
+
+    @property
+    def label_type(self) -> np.dtype:
+        """Type of class indices."""
+        return self._table['label'].dtype if self._numbers is None else self._numbers_type
+
+    @property
+    def _numbers_type(self) -> np.dtype:
+        return label_type(len(self.class_names) - 1)
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Any]]:
+        table, start = self._table, self._table['start']
+        step = max(1, min(BLOCK, BLOCK * (len(start) - 1) // max(1, len(table['label']))))
+        for first in range(0, len(self), step):
+            last = min(first + step, len(self))
+            rows: slice | np.ndarray = (
+                slice(int(start[first]), int(start[last])) if self._images is None else np.zeros(0)
+            )
+            if self._images is None:
+                counts = np.diff(start[first : last + 1])
+            else:
+                chosen = self._images[first:last]
+                counts = start[chosen + 1] - start[chosen]
+                rows = np.repeat(start[chosen] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+            image, label = np.repeat(np.arange(first, last), counts), table['label'][rows]
+            value = table['value'][rows] if table['value'].ndim else np.full(len(label), table['value'])
+            counted = table['instances'][rows] if 'instances' in table else None
+            if self._numbers is not None:
+                label = self._numbers[label]
+                order = np.lexsort((label, image))
+                order = order[label[order] >= 0]
+                image, label, value = image[order], label[order].astype(self._numbers_type), value[order]
+                counted = None if counted is None else counted[order]
+            yield image, label, value, counted
+            drop_pages(table)
+
+    def class_counts(self) -> np.ndarray:
+        """Number of images that show each class, [C]."""
+        counts = np.zeros(len(self.class_names), dtype=np.int64)
+        for _, label, value in self.blocks():
+            counts += np.bincount(label[value == POSITIVE], minlength=len(counts))
+        return counts
+
+    def labels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Class index and value of the labels of image `index`, both [L]."""
+        row = self._row(index)
+        listed = slice(int(self._table['start'][row]), int(self._table['start'][row + 1]))
+        label, value = self._table['label'][listed], self._table['value']
+        value = value[listed] if value.ndim else np.broadcast_to(value, label.shape)
+        if self._numbers is not None:
+            label = self._numbers[label]
+            label, value = label[label >= 0], value[label >= 0]
+        return label, value
 
     def target(self, index: int) -> torch.Tensor:
         """Dense float32 target of image `index`, [num_classes], of 1, 0 and -1 (ignored)."""
-        row = self._row(index)
-        listed = slice(self._table['start'][row], self._table['start'][row + 1])
         target = np.full(len(self.class_names), self.unlisted, dtype=np.float32)
-        target[self._table['label'][listed]] = self._table['value'][listed]
+        label, value = self.labels(index)
+        target[label] = value
         return torch.from_numpy(target)
 
     def with_classes(self, class_names: Sequence[str]) -> 'Annotations':
         """The same labels with the numbers of `class_names`; those of other classes are left out."""
-        image, label, value = self.entries()
         numbers = {name: number for number, name in enumerate(class_names)}
-        renumbered = np.array([numbers.get(name, -1) for name in self.class_names], dtype=np.int64)[label]
-        kept = renumbered >= 0
-        instances = None if self.instances is None else self.instances[kept]
-        return Annotations(
-            class_names, self.paths, image[kept], renumbered[kept], value[kept], self.unlisted, instances
-        )
+        renumbered = np.array([numbers.get(name, -1) for name in self.class_names], dtype=np.int64)
+        part = self._alike()
+        part.class_names = list(class_names)
+        part._numbers = renumbered if self._numbers is None else np.append(renumbered, -1)[self._numbers]
+        return part
 
-    def with_paths(self, paths: Sequence[str]) -> 'Annotations':
+    def with_paths(self, change: Callable[[str], str]) -> 'Annotations':
         """The same labels of images with other paths."""
-        image, label, value = self.entries()
-        return Annotations(self.class_names, paths, image, label, value, self.unlisted, self.instances)
+        part, spelling = self._alike(), self._spelling
+        part._spelling = Respelled(change) if spelling is None else Respelled(change, spelling)
+        return part
 
     def subset(self, images: np.ndarray) -> 'Annotations':
         """Some of the images, [N] indices, without a copy of the labels."""
-        part = copy.copy(self)
-        part._images = np.asarray(images) if self._images is None else self._images[images]
+        part = self._alike()
+        chosen = np.asarray(images) if self._images is None else self._images[images]
+        small = np.int32 if len(self._table['offsets']) < 2**31 else np.int64
+        part._images = chosen.astype(small)
+        return part
+
+    def _alike(self) -> 'Annotations':
+        part = Annotations.__new__(Annotations)
+        part.__dict__.update(self.__dict__)
         return part
 
     def _row(self, index: int) -> int:
         return index if self._images is None else int(self._images[index])
 
-    def _rows(self) -> np.ndarray:
-        """Indices of the annotations of a subset."""
-        start, counts = self._table['start'][self._images], np.diff(self._table['start'])[self._images]
-        return np.repeat(start - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+class Respelled:
+    """A change of paths as text, applied to bytes after an earlier one."""
+
+    def __init__(self, change: Callable[[str], str], before: Callable[[bytes], bytes] = bytes) -> None:
+        self._change, self._before = change, before
+
+    def __call__(self, path: bytes) -> bytes:
+        return os.fsencode(self._change(os.fsdecode(self._before(path))))
 
 
 def cached_annotations(
-    root: Path, name: str, flags: Sequence[object], files: Sequence[Path], build: Callable[[], Annotations]
+    root: Path,
+    name: str,
+    flags: Sequence[object],
+    files: Sequence[Path],
+    build: Callable[[Path | None], Annotations],
 ) -> Annotations:
     """Build annotations, or load them from the cache of a dataset; those of small files are not cached.
 
@@ -206,14 +250,14 @@ def cached_annotations(
         name: Name of the format.
         flags: What decides the annotations beside the files, in JSON form.
         files: Files that they are made of; some may not exist.
-        build: Reads them.
+        build: Reads them; it may write the arrays of the table into the folder that it is given.
     """
-    files = [file for file in files if file.is_file()]
+    files = [file for file in dict.fromkeys(files) if file.is_file()]
     if sum(file.stat().st_size for file in files) < CACHED:
-        return build()
+        return build(None)
 
-    def make() -> Table:
-        made = build()
+    def make(folder: Path | None) -> Table:
+        made = build(folder)
         shown = ', '.join(map(str, files))
         _logger.info(f'{shown}: read {len(made._table["label"]):,} labels of {len(made):,} images into a cache')
         classes = np.array([name.encode() for name in made.class_names], dtype=np.bytes_)

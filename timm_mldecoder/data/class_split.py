@@ -100,22 +100,10 @@ def select_classes(annotations: Annotations, class_names: Sequence[str], only_po
     missing = sorted(position.keys() - set(annotations.class_names))
     if missing:
         raise ValueError(f'the dataset has no class {", ".join(missing)}')
-    new_label = np.array([position.get(name, -1) for name in annotations.class_names])
-    image, label, value = annotations.entries()
-    label = new_label[label]
-    kept = label >= 0
-    instances = annotations.instances
-    selected = Annotations(
-        list(class_names),
-        annotations.paths,
-        image[kept],
-        label[kept],
-        value[kept],
-        annotations.unlisted,
-        None if instances is None else instances[kept],
-    )
+    selected = annotations.with_classes(class_names)
     if only_positive:
-        images = np.unique(image[kept & (value == POSITIVE)])
+        shown = (np.unique(image[value == POSITIVE]) for image, _, value in selected.blocks())
+        images = np.concatenate([np.zeros(0, dtype=np.int64), *shown])
         if not len(images):
             raise ValueError(f'no image shows any of the {len(class_names)} classes {", ".join(class_names[:3])}, ...')
         selected = selected.subset(images)

@@ -16,7 +16,6 @@ _logger = logging.getLogger(__name__)
 POLICIES = ('error', 'skip')
 # what may be missing behind a path, or have another case
 SUFFIXES_OF_LISTS = ('', '.jpg', '.png', '.jpeg', '.JPG', '.PNG', '.JPEG', '.webp', '.tif', '.bmp', '.lower', '.upper')
-CHUNK = 1 << 20  # paths that are Python objects at a time
 
 
 def find_missing(annotations: Annotations, root: str | Path) -> np.ndarray:
@@ -24,8 +23,8 @@ def find_missing(annotations: Annotations, root: str | Path) -> np.ndarray:
     root, paths = os.fsencode(root), annotations.paths
     listings: dict[bytes, set[bytes]] = {}
     missing = []
-    for first in range(0, len(paths), CHUNK):
-        for index, path in enumerate(paths[first : first + CHUNK].tolist(), start=first):
+    for first, block in paths.blocks():
+        for index, path in enumerate(block.tolist(), start=first):
             parent, slash, name = path.rpartition(b'/')
             folder = parent + slash
             if folder not in listings:
@@ -56,6 +55,29 @@ class Spelling(NamedTuple):
         )
 
 
+def _some(count: int) -> list[int]:
+    """Positions that show how the paths of a list are written."""
+    return np.linspace(0, max(count - 1, 0), min(8, count)).astype(int).tolist()
+
+
+def _spelling_on_disk(some: Sequence[str], root: str | Path) -> Spelling | None:
+    """Return the change that leads from paths of a list to files; None if there is none, or none is needed."""
+    home = Path(root or '.')
+    if not some or any((home / path).exists() for path in some):
+        return None
+    inner = (path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    folders = ['', *sorted(f'{name}/' for name in inner)][:100]
+    changes = [Spelling(folder, suffix) for folder in folders for suffix in SUFFIXES_OF_LISTS]
+    fitting = {change(some[0]): change for change in changes if all((home / change(path)).is_file() for path in some)}
+    if not fitting:
+        return None
+    if len(fitting) > 1:
+        raise ValueError(f'{root or "."}: {some[0]} may be {" or ".join([*fitting][:3])}: write the path into the list')
+    ((name, change),) = fitting.items()
+    _logger.warning(f'{root or "."}: {some[0]} and the others are read as {name}')
+    return change
+
+
 def paths_on_disk(paths: Sequence[str], root: str | Path) -> Sequence[str]:
     """Return the paths that the files have, where a list writes them in another way.
 
@@ -65,30 +87,14 @@ def paths_on_disk(paths: Sequence[str], root: str | Path) -> Sequence[str]:
     Raises:
         ValueError: If several changes do, such as to pictures and to their masks.
     """
-    some = [paths[index] for index in np.linspace(0, max(len(paths) - 1, 0), min(8, len(paths))).astype(int)]
-    home = Path(root or '.')
-    if not some or any((home / path).exists() for path in some):
-        return paths
-    inner = (path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith('.'))
-    folders = ['', *sorted(f'{name}/' for name in inner)][:100]
-    changes = [Spelling(folder, suffix) for folder in folders for suffix in SUFFIXES_OF_LISTS]
-    fitting = {change(some[0]): change for change in changes if all((home / change(path)).is_file() for path in some)}
-    if not fitting:
-        return paths
-    if len(fitting) > 1:
-        raise ValueError(f'{root or "."}: {some[0]} may be {" or ".join([*fitting][:3])}: write the path into the list')
-    ((name, change),) = fitting.items()
-    _logger.warning(f'{root or "."}: {some[0]} and the others are read as {name}')
-    return [change(path) for path in paths]
+    change = _spelling_on_disk([paths[index] for index in _some(len(paths))], root)
+    return paths if change is None else [change(path) for path in paths]
 
 
 def with_paths_on_disk(annotations: Annotations, root: str | Path) -> Annotations:
     """Return annotations with the paths of `paths_on_disk`."""
-    if not len(annotations) or (Path(root or '.') / annotations.path(0)).exists():
-        return annotations
-    paths = [annotations.path(index) for index in range(len(annotations))]
-    found = paths_on_disk(paths, root)
-    return annotations if found is paths else annotations.with_paths(found)
+    change = _spelling_on_disk([annotations.path(index) for index in _some(len(annotations))], root)
+    return annotations if change is None else annotations.with_paths(change.__call__)
 
 
 def apply_policy(annotations: Annotations, root: str | Path, policy: str) -> Annotations:

@@ -54,6 +54,8 @@ class DatasetOptions(Group):
         needs=with_dataset('torch/', 'hfids/', 'tfds/'))
     dataset_trust_remote_code: bool = both(False, 'run the code that comes with a Hugging Face dataset',
         needs=with_dataset('hfds/', 'hfids/'))
+    cache_dir: str = both('', 'folder for the annotations of large files in compact form, where that of the dataset is '
+        'read-only (default: .timm_mldecoder in it, else the cache of the user)', path='output folder', metavar='DIR')
     class_map: str = both('', 'file that lists the class names in the order of their indices', path='dataset file')
     voc_difficult: str | None = both(None, 'labels of Pascal-VOC that only difficult objects show; as VOC does '
         '(ignore) if not given', choices=('ignore', 'positive', 'negative'), needs=with_dataset('voc'))

@@ -13,7 +13,6 @@ from timm_mldecoder.data import MultiLabelDataset, class_to_index
 from timm_mldecoder.data.class_order import alike
 from timm_mldecoder.data.formats.class_folders import class_name
 from timm_mldecoder.data.images import is_clutter
-from timm_mldecoder.data.summary import shown_classes
 
 _logger = logging.getLogger(__name__)
 
@@ -89,8 +88,9 @@ def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
     present = list(class_to_index(dataset) or ())
     if not present or not trained or present == list(trained):
         return
-    shown = shown_classes(dataset) if isinstance(dataset, MultiLabelDataset) else None
-    needed = present if shown is None else [present[index] for index in np.unique(shown[1]).tolist()]
+    needed = present
+    if isinstance(dataset, MultiLabelDataset):
+        needed = [present[index] for index in np.flatnonzero(dataset.annotations.class_counts()).tolist()]
     if not {*needed} <= {*trained}:
         return
     reader: Any = getattr(dataset, 'reader', None)

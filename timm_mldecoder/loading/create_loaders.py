@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import Compose
 
 from timm_mldecoder.data.fast_decode import decode_fast
-from timm_mldecoder.data.summary import shown_classes
+from timm_mldecoder.data.summary import shown_blocks
 from timm_mldecoder.data.transforms import Cutout, cut_out, squash
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.augmentation import AugmentationOptions
@@ -338,11 +338,18 @@ def balanced_weights(dataset: Any) -> Tensor:
     Raises:
         ValueError: If the dataset does not report its labels.
     """
-    shown = shown_classes(dataset)
-    if shown is None:
+    blocks = shown_blocks(dataset)
+    if blocks is None:
         raise ValueError('--sampler balanced: this dataset does not report its labels without reading images')
-    image, label = shown
-    weights = np.bincount(image, weights=1 / np.bincount(label)[label], minlength=len(dataset))
+    counts = np.zeros(0, dtype=np.int64)
+    for _, label in blocks:
+        found = np.bincount(label, minlength=len(counts))
+        counts = found + np.pad(counts, (0, len(found) - len(counts)))
+    weights = np.zeros(len(dataset))
+    for image, label in shown_blocks(dataset) or ():
+        if len(image):
+            first, last = image[0], image[-1] + 1
+            weights[first:last] += np.bincount(image - first, weights=1 / counts[label], minlength=last - first)
     without = weights == 0
     weights[without] = 1 / max(without.sum(), 1)
     return torch.from_numpy(weights)

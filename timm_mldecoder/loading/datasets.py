@@ -21,6 +21,7 @@ from timm_mldecoder.data import (
     overlap,
     summarize,
 )
+from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.annotations import POSITIVE, ClassIndex
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats.class_folders import split_folder
@@ -105,9 +106,10 @@ def create_split(
     if not kind and (forgotten := _forgotten_dataset(root)):
         raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
-        dataset: Any = create_dataset(
-            options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
-        )
+        with cache_in(options.cache_dir):
+            dataset: Any = create_dataset(
+                options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
+            )
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except ValueError as error:
@@ -144,9 +146,9 @@ def create_split(
         if not own:
             raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
         dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
-        values = dataset.annotations.entries()[2]
-        positive = int((values == POSITIVE).sum())
-        kept = f'{positive} positive and {len(values) - positive} negative labels'
+        values = [value for *_, value in dataset.annotations.blocks()]
+        positive = sum(int((value == POSITIVE).sum()) for value in values)
+        kept = f'{positive} positive and {sum(map(len, values)) - positive} negative labels'
         _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
     if options.class_split:
         _select_classes(options, dataset, training)
@@ -162,12 +164,14 @@ class _SeveralClasses(MultiLabelTarget):
 
 def _check_one_class(name: str, dataset: MultiLabelDataset) -> None:
     """Raise ValueError unless every image has exactly one class and no label to ignore."""
-    image, label, value = dataset.annotations.entries()
-    shown = np.bincount(image[value == POSITIVE], minlength=len(dataset))
+    shown = np.zeros(len(dataset), dtype=np.int32)
+    for image, _, value in dataset.annotations.blocks():
+        np.add.at(shown, image[value == POSITIVE], 1)
     odd = np.flatnonzero(shown != 1)
     if len(odd) or dataset.annotations.has_ignored:
         example = int(odd[0]) if len(odd) else 0
-        names = [dataset.class_names[index] for index in label[(image == example) & (value == POSITIVE)].tolist()]
+        label, value = dataset.annotations.labels(example)
+        names = [dataset.class_names[index] for index in label[value == POSITIVE].tolist()]
         raise ValueError(
             f'--dataset {name}: {len(odd)} of {len(dataset)} images do not have exactly one class, such as '
             f'{dataset.filename(example)} ({", ".join(names[:3]) or "none"}): pass --task multilabel'

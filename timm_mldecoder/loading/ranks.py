@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from timm_mldecoder.data import MultiLabelDataset, class_to_index
+from timm_mldecoder.data import Annotations, MultiLabelDataset, class_to_index
 from timm_mldecoder.data.summary import class_indices
 from timm_mldecoder.distributed.world import World
 
@@ -72,7 +72,7 @@ def _describe(dataset: Any) -> _Held:
     classes = list(map(str, class_to_index(dataset) or ()))
     if isinstance(dataset, MultiLabelDataset):
         annotations = dataset.annotations
-        return _Held(classes, len(annotations), _digest([annotations.paths, *annotations.entries()[1:]]))
+        return _Held(classes, len(annotations), _digest_of(annotations))
     if isinstance(dataset, IterableDataset):
         return _Held(classes, None, '')
     labels = class_indices(dataset)
@@ -94,4 +94,18 @@ def _digest(parts: Sequence[np.ndarray]) -> str:
     for part in parts:
         digest.update(f'{part.dtype} {part.shape}'.encode())
         digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+def _digest_of(annotations: Annotations) -> str:
+    """Return the `_digest` of paths, labels and values of annotations, of which a part is in memory at a time."""
+    digest, width = hashlib.sha256(), max(1, annotations.paths.width)
+    labels = sum(len(label) for _, label, _ in annotations.blocks())
+    digest.update(f'|S{width} ({len(annotations)},)'.encode())
+    for _, block in annotations.paths.blocks():
+        digest.update(np.array(block.tolist(), dtype=f'S{width}').data)
+    for part, dtype in ((1, annotations.label_type), (2, np.dtype(np.int8))):
+        digest.update(f'{dtype} ({labels},)'.encode())
+        for block in annotations.blocks():
+            digest.update(np.ascontiguousarray(block[part], dtype=dtype).data)
     return digest.hexdigest()

@@ -269,8 +269,9 @@ def data_digest(dataset: Any) -> str:
             found = os.stat(path) if os.path.exists(path) else None
             digest.update(repr((path, found and (found.st_size, found.st_mtime_ns))).encode())
     if isinstance(dataset, MultiLabelDataset):
-        for part in dataset.annotations.entries():
-            digest.update(np.ascontiguousarray(part).tobytes())
+        for part in range(3):  # image, class and value
+            for block in dataset.annotations.blocks():
+                digest.update(np.ascontiguousarray(block[part]).data)
         digest.update(repr(dataset.annotations.unlisted).encode())
     else:
         labels = class_indices(dataset)

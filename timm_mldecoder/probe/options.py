@@ -18,7 +18,7 @@ _AUGMENTATION = """
 """
 _OTHERS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult
-    coco_unannotated
+    coco_unannotated cache_dir
     input_img_mode input_key target_key task target_format multilabel_threshold
     background image_range exif_rotate path_column label_column label_separator
     val_fraction split_seed split_column

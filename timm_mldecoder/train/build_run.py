@@ -18,6 +18,7 @@ from timm_mldecoder.checkpoint.files import LAST, LOCK, SUMMARY, CheckpointFolde
 from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
+from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import some_headers
 from timm_mldecoder.data.transforms import lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
@@ -228,16 +229,17 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
     if data.validation is None:
         return Loaders(train, None)
     images = {**model.images, 'crop_mode': options.crop_mode or model.images['crop_mode']}
-    check_readable(
-        data.validation,
-        options.data_dir,
-        world,
-        decode=options.check_images,
-        policy=options.val_bad_image,
-        remedy='--val-bad-image skip',
-        mode=image_mode(options),
-        workers=options.workers,
-    )
+    with cache_in(options.cache_dir):
+        check_readable(
+            data.validation,
+            options.data_dir,
+            world,
+            decode=options.check_images,
+            policy=options.val_bad_image,
+            remedy='--val-bad-image skip',
+            mode=image_mode(options),
+            workers=options.workers,
+        )
     if options.task == 'multilabel' and model.patches is None:
         _warn_about_crop(data.validation, images)
     evaluation = create_eval_loader(

@@ -97,7 +97,7 @@ def read_coco(
             raise ValueError(f'{path} is missing: unpack the annotations of COCO {year} into {root}')
     home = root if root.is_dir() else root.parent
 
-    def build() -> Annotations:
+    def build(_: Path | None) -> Annotations:
         return _read(home, path, folder, split_names(split), instances, unannotated)
 
     flags = [path.relative_to(home).as_posix(), folder, instances, unannotated]

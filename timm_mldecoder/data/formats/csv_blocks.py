@@ -1,4 +1,4 @@
-"""CSV files block by block into the arrays of `annotations.make_table`, in less memory than their size.
+"""CSV files block by block into the compact form (see `compact`), in bounded memory where they are cached.
 
 Large ones with pyarrow, or with the csv module where it is not installed. Both read plain files alone: one row per
 image, one column of labels, no quotes or control characters within a field. The others, and those with a mistake, are
@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.data import annotations
-from timm_mldecoder.data.annotation_cache import Table
-from timm_mldecoder.data.annotations import POSITIVE
-from timm_mldecoder.data.formats.open_images import fixed_width
+from timm_mldecoder.data.compact import POSITIVE, Paths, Table, TableBuilder
+from timm_mldecoder.data.same_files import path_ids
 from timm_mldecoder.data.text_files import normalize_name, read_rows
 
-BLOCK_BYTES, BLOCK_ROWS = 2**21, 2**15
+BLOCK_BYTES, BLOCK_ROWS = 2**20, 2**15
 # in the syntax that re and RE2 share; a path of these would be changed by `normalize_path`, or refused
 ODD_FIELD = r'["\x00-\x08\x0a-\x1f\x7f]'
 ODD_PATH = r'^$|^\s|\s$|//|\./|/\.|' + ODD_FIELD
@@ -32,7 +31,7 @@ class NotPlainError(Exception):
 class Block(NamedTuple):
     """Some rows; the labels of a row follow each other."""
 
-    paths: np.ndarray  # [rows] bytes
+    paths: Paths
     counts: np.ndarray  # labels of each row, [rows]
     label: np.ndarray  # [labels] numbers of names
     value: np.ndarray  # [labels]
@@ -62,7 +61,11 @@ class _Names(dict):
 
 
 def read_blocks(
-    path: Path, columns: Columns, separator: str, classes: Callable[[set[str], set[str]], list[str]]
+    path: Path,
+    columns: Columns,
+    separator: str,
+    classes: Callable[[set[str], set[str]], list[str]],
+    folder: Path | None = None,
 ) -> tuple[list[str], Table]:
     """Read a plain file.
 
@@ -71,6 +74,7 @@ def read_blocks(
         columns: Its columns.
         separator: Between labels.
         classes: Makes the class names of the names that occur, and of those that occur as positive labels.
+        folder: Where the arrays are written while they are read; None for memory.
 
     Returns:
         The class names and the table.
@@ -78,52 +82,33 @@ def read_blocks(
     Raises:
         NotPlainError: If the file is of another form, has a mistake, or a name is not one of the classes.
     """
-    names, blocks, hashes, given = _Names(), [], [], set()
+    names, builder, ids = _Names(), TableBuilder(folder), [np.zeros(0, np.int64)]
+    given = np.zeros(0, dtype=bool)
     large = path.stat().st_size >= annotations.CACHED  # to import pyarrow takes longer than to read a small file
     read = (large and _arrow_blocks(path, columns, separator, names)) or _csv_blocks(path, columns, separator, names)
     for block in read:
-        hashes.append(np.fromiter(map(hash, block.paths.tolist()), np.int64, len(block.paths)))
-        given.update(np.flatnonzero(np.bincount(block.label[block.value == POSITIVE])).tolist())
-        label = block.label.astype(np.min_scalar_type(len(names.normalized)))
-        blocks.append(block._replace(label=label, value=block.value.astype(np.int8)))
-    if not blocks or _repeats(np.concatenate(hashes)):
+        ids.append(path_ids(block.paths))
+        given = np.pad(given, (0, len(names.normalized) - len(given)))
+        given[block.label[block.value == POSITIVE]] = True
+        builder.add(*block)
+    found = np.concatenate(ids)
+    del ids
+    found.sort()
+    if not len(found) or (np.diff(found) == 0).any():
         raise NotPlainError
-    del hashes
-    class_names = classes(set(names.normalized), {name for name, code in names.normalized.items() if code in given})
+    del found
+    class_names = classes(set(names.normalized), {name for name, code in names.normalized.items() if given[code]})
     place = {name: index for index, name in enumerate(class_names)}
     if not names.normalized.keys() <= place.keys():
         raise NotPlainError
     order = np.array([place[name] for name in names.normalized], dtype=np.int64)
-    small = np.min_scalar_type(max(1, len(class_names)))
-    blocks = [_sorted(block, order, small) for block in blocks]
-    counts = np.concatenate([block.counts for block in blocks])
-    return class_names, {
-        'paths': np.concatenate([block.paths for block in blocks]),
-        'start': np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-        'label': np.concatenate([block.label for block in blocks]),
-        'value': np.concatenate([block.value for block in blocks]),
-    }
-
-
-def _repeats(numbers: np.ndarray) -> bool:
-    numbers.sort()
-    return bool((np.diff(numbers) == 0).any())
-
-
-def _sorted(block: Block, order: np.ndarray, dtype: np.dtype) -> Block:
-    """Number labels by `order`, sort those of a row, and leave out repeated ones."""
-    row = np.repeat(np.arange(len(block.counts)), block.counts)
-    key = row << 34 | (order[block.label] if len(order) else block.label.astype(np.int64)) << 2 | (block.value + 1)
-    key.sort()
-    new = np.diff(key >> 2, prepend=-1) != 0
-    if (np.diff(key) != 0)[~new[1:]].any():  # a label both given and ignored
+    table = builder.finish(np.min_scalar_type(max(1, len(class_names))), order)
+    if builder.contradictions:  # a label both given and ignored
         raise NotPlainError
-    key = key[new]
-    counts = np.bincount(key >> 34, minlength=len(block.counts)).astype(np.int32)
-    return Block(block.paths, counts, (key >> 2 & 2**32 - 1).astype(dtype), ((key & 3) - 1).astype(np.int8))
+    return class_names, table
 
 
-def _block(paths: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, int]]) -> Block:
+def _block(paths: Paths, parts: list[tuple[np.ndarray, np.ndarray, int]]) -> Block:
     """Join the columns of labels, each of counts [rows], labels (-1 for an empty one) and the value of all."""
     rows, labels, values = [], [], []
     for counts, label, value in parts:
@@ -172,7 +157,7 @@ def _arrow_blocks(path: Path, columns: Columns, separator: str, names: _Names) -
                     raise NotPlainError
                 if len(paths):
                     labels = [parts(field, value) for field, value in zip(fields, columns.labels.values(), strict=True)]
-                    yield _block(fixed_width(paths, b'', b''), labels)
+                    yield _block(_packed(paths), labels)
         except pyarrow.ArrowException as error:
             raise NotPlainError from error
 
@@ -194,6 +179,13 @@ def _csv_blocks(path: Path, columns: Columns, separator: str, names: _Names) -> 
                 lists = [field.split(separator) for field in fields[number]]
                 label = np.array([names[text] for texts in lists for text in texts], dtype=np.int64)
                 parts.append((np.array(list(map(len, lists))), label, value))
-            yield _block(np.array([text.encode() for text in fields[columns.path]], dtype=np.bytes_), parts)
+            yield _block(Paths.of([text.encode() for text in fields[columns.path]]), parts)
     except ValueError as error:  # rows of several lengths, or not CSV
         raise NotPlainError from error
+
+
+def _packed(strings: Any) -> Paths:
+    """Return the strings of an Arrow array, without a Python object for each."""
+    _, offsets, data = strings.buffers()
+    cuts = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
+    return Paths(np.frombuffer(data, dtype=np.uint8), cuts)

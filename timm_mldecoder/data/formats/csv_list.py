@@ -291,8 +291,8 @@ def read_csv(
         trained = () if alone else (root / f'{name}.csv' for name in split_names('train'))
         source = next((file for file in trained if file.is_file()), path)
 
-    def build() -> Annotations:
-        plain = _read_plain(root, path, source, listed, split_column, columns)
+    def build(folder: Path | None) -> Annotations:
+        plain = _read_plain(root, path, source, listed, split_column, columns, folder)
         return plain or _read_rows(root, path, source, listed, split, split_column, columns)
 
     flags = [path.name, str(source.absolute()), split, split_column, *sorted(columns.items())]
@@ -302,7 +302,13 @@ def read_csv(
 
 
 def _read_plain(
-    root: Path, path: Path, source: Path, listed: bool, split_column: str, columns: Mapping[str, str]
+    root: Path,
+    path: Path,
+    source: Path,
+    listed: bool,
+    split_column: str,
+    columns: Mapping[str, str],
+    folder: Path | None,
 ) -> Annotations | None:
     """Read a file of the plain form, see `csv_blocks`; None for every other file."""
     table = _open_table(path, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
@@ -321,7 +327,7 @@ def _read_plain(
 
     try:
         plain = Columns(table.delimiter, table.skip, table.header, table.path, table.columns)
-        return Annotations.from_table(*read_blocks(path, plain, separator, classes))
+        return Annotations.from_table(*read_blocks(path, plain, separator, classes, folder))
     except NotPlainError:
         return None
 

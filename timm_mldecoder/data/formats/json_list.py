@@ -30,13 +30,13 @@ def read_json(root: Path, split: str, instances: bool = False) -> Annotations:
     if root.is_file():
         if split != 'train':
             raise ValueError(f'{root} is one file for all splits: pass --val-fraction 0.2')
-        return cached_annotations(root.parent, 'json', [root.name, instances], [root], lambda: _read(root, instances))
+        return cached_annotations(root.parent, 'json', [root.name, instances], [root], lambda _: _read(root, instances))
     candidates = [root / f'{name}.json' for name in split_names(split)]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         found = sorted(file.stem for file in root.glob('*.json'))
         raise ValueError(f'{candidates[0]} is missing, for split {split!r}; {root} holds the splits {found}')
-    annotations = cached_annotations(root, 'json', [path.name, instances], [path], lambda: _read(path, instances))
+    annotations = cached_annotations(root, 'json', [path.name, instances], [path], lambda _: _read(path, instances))
     warn_about_case(annotations.class_names, path)
     return annotations
 

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from timm_mldecoder.data.annotation_cache import Table, load_or_build
-from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, make_table
+from timm_mldecoder.data.annotation_cache import load_or_build
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
+from timm_mldecoder.data.compact import Table, make_table
 from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows
 from timm_mldecoder.data.word_embeddings import load_tensors
 
@@ -64,9 +65,9 @@ def read_open_images(root: Path, split: str) -> Annotations:
     class_index = dict.fromkeys(descriptions, SKIPPED) | {label: index for index, label in enumerate(labels)}
     folder = next((name for name in SPLITS[split] if (root / name).is_dir()), split)
 
-    def build() -> Table:
+    def build(_: Path | None) -> Table:
         table = read_labels(path, class_index, folder)
-        _logger.info(f'{path}: read {len(table["label"])} labels of {len(table["paths"])} images')
+        _logger.info(f'{path}: read {len(table["label"])} labels of {len(table["offsets"]) - 1} images')
         return table
 
     table, cache = load_or_build(root, f'openimages-{split}', [path, *lists], build)
@@ -74,7 +75,7 @@ def read_open_images(root: Path, split: str) -> Annotations:
 
 
 def read_labels(path: Path, class_index: dict[str, int], folder: str) -> Table:
-    """Table of a file of labels, see `annotations.make_table`.
+    """Table of a file of labels, see `compact`.
 
     Args:
         path: CSV file with `COLUMNS`.
@@ -200,7 +201,7 @@ def _read_csl(root: Path, split: str) -> Annotations:
     labels, lists = _read_classes(root, descriptions, names_path)
     class_index = {label: index for index, label in enumerate(labels)}
 
-    def build() -> Table:
+    def build(_: Path | None) -> Table:
         paths: list[str] = []
         image, label, value = array('i'), array('i'), array('b')
         skipped: Counter[str] = Counter()
