@@ -1,7 +1,11 @@
 """The CSV format with files as people export them: classes, several rows per image, encodings, Unicode forms."""
 
+import csv
 import logging
+import re
+import sqlite3
 import unicodedata
+from pathlib import Path
 
 import pytest
 from multilabel_data import write_csv, write_text
@@ -71,3 +75,32 @@ def test_names_that_differ_only_in_case_are_warned_about(tmp_path, caplog):
     assert read(tmp_path)[0] == ['Cat', 'cat', 'dog']
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert 'Cat' in record.message and 'cat' in record.message and 'dog' not in record.message
+
+
+POSTS = """
+    CREATE TABLE posts (id INTEGER PRIMARY KEY, file TEXT, tags TEXT);
+    CREATE TABLE tags (id INTEGER PRIMARY KEY, name TEXT);
+    CREATE TABLE post_tags (post_id INTEGER, tag_id INTEGER);
+    INSERT INTO posts VALUES (1, 'a/1.png', '1girl blue_hair,'), (2, 'a/2.png', ''), (3, 'b/3.png', 'blue_hair, solo');
+    INSERT INTO tags VALUES (1, '1girl'), (2, 'solo'), (3, 'blue_hair,');
+    INSERT INTO post_tags VALUES (1, 1), (1, 3), (3, 3), (3, 2);
+"""
+
+
+@pytest.mark.parametrize(('query', 'options'), [(0, {}), (1, {'label_separator': ' '})])
+def test_a_database_is_exported_as_the_documentation_says(query, options, tmp_path):
+    """The queries of docs/data.md; a tag with a comma is quoted in the file."""
+    text = (Path(__file__).parent.parent / 'docs' / 'data.md').read_text()
+    queries = re.findall(r'sqlite3 -csv -header posts.db "(.*?)"', text)
+    database = sqlite3.connect(':memory:')
+    database.executescript(POSTS)
+    with (tmp_path / 'train.csv').open('w', newline='') as file:
+        found = database.execute(queries[query])
+        csv.writer(file).writerows([[column[0] for column in found.description], *found])
+    annotations = create_dataset('csv', str(tmp_path / 'train.csv'), 'train', missing=None, **options).annotations
+    assert annotations.class_names == ['1girl', 'blue_hair,', 'solo']
+    assert {annotations.path(i): annotations.target(i).tolist() for i in range(3)} == {
+        'a/1.png': [1, 1, 0],
+        'a/2.png': [0, 0, 0],
+        'b/3.png': [0, 1, 1],
+    }
