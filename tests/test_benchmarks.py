@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shlex
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
@@ -133,9 +132,6 @@ def test_the_cells_are_divided_as_published_and_the_weights_are_those_of_imagene
     model = timm_mldecoder.load(pictures.write('lite0', tmp_path))
     photos = [Image.fromarray(load_sample_image(name)) for name in ('flower.jpg', 'china.jpg')]
     assert [labels[0].index for labels in model.predict(photos)] == [985, 698], 'daisy and palace of ImageNet'
-
-
-SHORT_DEMO = shlex.split('--heads linear,ml_decoder_small --seeds 1 --epochs 1 --scenes 40')
 
 
 def demo_rows(output):

@@ -9,7 +9,6 @@ from runs import ROOT
 from timm_mldecoder.flags.options import GROUPS, Options, flags
 
 PACKAGE = 'timm_mldecoder'
-LIBRARY = {'head', 'models', 'losses', 'metrics'}
 # What the files of each room may import of ours, beside the room itself.
 ALLOWED = {
     'head': set(),

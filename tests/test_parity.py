@@ -43,7 +43,6 @@ RECORDED = dict(
     rates=[0.02, 0.015, 0.005],
 )
 
-GAP = '--model test_resnet --lr 0.02'
 # in timm's script the plug-in reads it; --use-ml-decoder-head 1 is the same here
 HEAD = '--model test_resnet --lr 0.002 --model-kwargs ml_decoder={"dropout":0.0,"decoder_embedding":64}'
 TOKENS = '--model deit_tiny_distilled_patch16_224 --lr 0.02 --model-kwargs img_size=48 depth=2 embed_dim=48'
