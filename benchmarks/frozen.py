@@ -58,15 +58,17 @@ def probe(name: str, data: Path, pixels: int, options: argparse.Namespace, *flag
     """Return the results of a probe, from its folder where it was run before; `keep` its features for the next one."""
     folder, cache = options.folder, options.folder / 'features'
     results = folder / name / 'results.json'
-    if not results.exists():
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a probe that was stopped
+    found = json.loads(results.read_text()) if results.exists() else dict(heads={}, seeds=0)
+    if not set(options.heads.split(',')) <= found['heads'].keys() or found['seeds'] != options.seeds:
+        shutil.rmtree(folder / name, ignore_errors=True)
         common = ['--img-size', str(pixels), '--heads', options.heads, '--seeds', str(options.seeds)]
         where = ['--output', str(folder), '--experiment', name, '--cache', str(cache)]
         common = [text.replace('local-dir:', f'local-dir:{folder}/') for text in (*COMMON, *common)]
         run('probe', str(data), *common, *where, *flags)
         if not keep:
             shutil.rmtree(cache)
-    return json.loads(results.read_text())['heads']
+        found = json.loads(results.read_text())
+    return found['heads']
 
 
 def column(source: str | SceneOptions, pixels: int, count: int | None, options: argparse.Namespace) -> dict[str, Any]:
