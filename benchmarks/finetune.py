@@ -1,6 +1,6 @@
 """Fine-tuning with the recipes `finetune/...`: pooling beside ML-Decoder, each at its own best rate, on real pictures.
 
-    python -m benchmarks.finetune FOLDER [--datasets solar,digit_scenes] [--models lite0] [--rates 2e-4,5e-4] [--seeds 3]
+    python -m benchmarks.finetune FOLDER [--datasets solar,digit_scenes] [--models lite0] [--rates 1e-3,3e-3] [--seeds 3]
 
 Both heads get the same effort: every rate with one seed, the best by validation, then the other seeds at that rate. The test split, which
 chose nothing, scores the best epoch of each run. Finished runs are kept in FOLDER/finetune.jsonl, so a grid that was stopped goes on.
@@ -21,7 +21,8 @@ import timm_mldecoder
 from benchmarks import pictures
 
 DATASETS = dict(solar='single_label', fashion='single_label', fashion_scenes='multilabel', digit_scenes='multilabel')
-HEADS = dict(pooling=0, ml_decoder=1)
+# the recipes' rate of the head is that of ML-Decoder
+HEADS = dict(pooling=dict(use_ml_decoder_head=0, head_lr_scale=1.0), ml_decoder=dict(use_ml_decoder_head=1))
 METRICS = dict(single_label='top1', multilabel='map')
 
 
@@ -36,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         '--models', type=names, default=['lite0', 'garment_resnet'], help='(default: lite0,garment_resnet)'
     )
     parser.add_argument('--heads', type=names, default=list(HEADS), help='(default: pooling,ml_decoder)')
-    parser.add_argument('--rates', type=names, default=['2e-4', '5e-4', '1e-3'], help='(default: 2e-4,5e-4,1e-3)')
+    parser.add_argument('--rates', type=names, default=['3e-4', '1e-3', '3e-3'], help='(default: 3e-4,1e-3,3e-3)')
     parser.add_argument('--seeds', type=int, default=3, help='(default: 3)')
     parser.add_argument('--images', type=int, default=400, help='training pictures (default: 400)')
     parser.add_argument('--size', type=int, default=160, help='pixels (default: 160)')
@@ -70,9 +71,9 @@ def train_once(options: argparse.Namespace, key: dict) -> dict:
     begin = time.perf_counter()
     result = timm_mldecoder.train(
         data, config=f'finetune/{task}', model=f'local-dir:{options.folder / key["model"]}', pretrained=True,
-        use_ml_decoder_head=HEADS[key['head']], img_size=key['size'], lr=float(key['rate']), seed=key['seed'],
+        img_size=key['size'], lr=float(key['rate']), seed=key['seed'],
         output=options.folder / 'runs', experiment='run', device='cpu', channels_last=True,
-        workers=0, checkpoint_hist=1, **reader, **key['flags'],
+        workers=0, checkpoint_hist=1, **reader, **{**HEADS[key['head']], **key['flags']},
     )  # fmt: skip
     minutes = (time.perf_counter() - begin) / 60
     metric = METRICS[task]
