@@ -58,7 +58,7 @@ def test_wandb_gets_its_flags(tmp_path, monkeypatch):
     flags = f'--log-wandb --wandb-project p --wandb-tags a b --wandb-resume-id 7 --resume {__file__}'
     options = parse_train(['data', *flags.split()])
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
-    create_trackers(options, tmp_path)
+    create_trackers(options, tmp_path, {})
     assert seen.items() >= dict(project='p', tags=['a', 'b'], id='7', resume='must').items()
 
 
