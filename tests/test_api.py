@@ -31,6 +31,8 @@ def test_a_whole_life(tmp_path):
     assert result.folder == tmp_path / 'run' and result.best.is_file() and len(result.rows) == 1
     metrics = timm_mldecoder.evaluate(data, checkpoint=result.best, device='cpu', workers=0)
     assert metrics['top1'] == pytest.approx(result.rows[0]['eval_top1'], abs=1e-3)
+    again = timm_mldecoder.evaluate(data, checkpoint=result.folder, device='cpu', workers=0)
+    assert again['top1'] == metrics['top1']
     loaded = timm_mldecoder.load(result.folder)
     assert loaded.task == 'classification' and len(loaded.class_names) == 3 and loaded.thresholds is None
     paths = sorted(path for path in data.rglob('*') if path.is_file())[:5]
@@ -39,6 +41,8 @@ def test_a_whole_life(tmp_path):
     image = Image.open(paths[0])
     for given in (image, np.asarray(image), np.asarray(image)[None]):
         assert loaded.predict(given)[0][0][:2] == labels[0][0][:2]
+    with pytest.raises(TypeError, match='uint8'):
+        loaded.predict(np.zeros((48, 48, 3), np.float32))
     again = timm_mldecoder.train(output=tmp_path, experiment='run', resume='auto')  # its options know the data
     assert again.rows == result.rows
 

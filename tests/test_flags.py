@@ -615,3 +615,17 @@ def test_a_flag_of_pairs_without_a_pair_is_refused_and_an_empty_text_clears(name
 def test_the_name_of_the_option_of_create_model_is_answered_with_the_flag(parse):
     with pytest.raises(ValueError, match='--ml-decoder, did you mean --use-ml-decoder-head 1'):
         parse(['data', '--device', 'cpu', '--ml-decoder'])
+
+
+def test_the_options_of_a_run_have_the_rate_that_was_computed(tmp_path, no_effect):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'args.yaml').write_text('data_dir: d\nlr: 0.00025\nlr_base: 0.0028\nlr_base_size: 128\nsched: cosine\n')
+    for flags in (
+        ['--config', folder / 'args.yaml'],
+        ['--resume', 'auto', '--output', tmp_path, '--experiment', 'run'],
+    ):
+        assert parse_train([*map(str, flags)]).lr == 0.00025
+    assert not no_effect()
+    with pytest.raises(ValueError, match='no dataset.*--experiment typo has no run'):
+        parse_train(['--resume', 'auto', '--output', str(tmp_path), '--experiment', 'typo'])

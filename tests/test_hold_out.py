@@ -345,3 +345,17 @@ def test_other_data_is_evaluated_as_it_is(tmp_path, caplog):
     assert same.val_fraction == 0.25 and 'other data' not in caplog.text
     other = inherit(parse_validate([str(tmp_path), '--dataset', 'csv']), trained.to_dict())
     assert other.val_fraction == 0 and 'other data' in caplog.text
+
+
+def test_a_run_that_skipped_missing_images_is_validated_and_predicted(tmp_path):
+    table = write_table(tmp_path / 'data', ['red', 'blue'] * 6)
+    (tmp_path / 'data/images/3.png').unlink()
+    flags = [*MODEL, '--dataset', 'csv', '--task', 'multilabel', '--val-fraction', '0.25', '--missing-images', 'skip']
+    fit(build(table, tmp_path, *flags, '--num-classes', '2', '--epochs', '1', '-b', '2'))
+    common = [str(table), '--dataset', 'csv', '--checkpoint', str(tmp_path / 'run/last.pth.tar'), '--device', 'cpu']
+    validate.main([*common, '-j', '0'])
+    predict_main([*common, '-j', '0', '--out', str(tmp_path / 'labels.csv')])
+    whole = [*common, '-j', '0', '--out', str(tmp_path / 'whole.csv'), '--missing-images', 'error']
+    with pytest.raises(ValueError, match=r'1 of 12 images .*3\.png'):
+        predict_main(whole)
+    assert (tmp_path / 'labels.csv').is_file()

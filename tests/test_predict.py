@@ -180,6 +180,7 @@ def test_shards_and_lists_are_sources_too(images):
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     Path('images/list.csv').write_text('path,comment\nb.png,x\na.jpg,y\n')
+    Path('images/model_best.pth.tar').write_bytes(b'a checkpoint beside the images is no shard of them')
     predict([images, *base, '--out', 'folder.csv'])
     predict(['shard.tar', *base, '--out', 'tar.csv'])
     predict(['images/list.csv', *base, '--out', 'list.csv'])

@@ -165,3 +165,23 @@ def test_a_forgotten_dataset_is_named(files, flag, tmp_path):
     with pytest.raises(ValueError, match=re.escape(flag.format(root=root))) as error:
         create_split(parse_train([str(root), *task]), 'train')
     assert '\n' not in str(error.value)
+
+
+def test_a_class_map_names_the_classes_of_indices(tmp_path):
+    pytest.importorskip('webdataset')
+    shards = write_shards(tmp_path / 'shards', lambda i: {'cls': str(i % 3).encode()})
+    (tmp_path / 'classes.txt').write_text('\n'.join(sorted(TAGS)) + '\n')
+    flags = ['--dataset', 'wds/small', *SMALL, '--class-map', str(tmp_path / 'classes.txt')]
+    dataset = create_split(parse_train([str(shards), *flags]), 'train')
+    assert {target for _, target in dataset} == {0, 1, 2} and len(class_to_index(dataset)) == 3
+
+
+@pytest.mark.parametrize('entry', ['num_samples', 'name', 'filenames'])
+def test_an_entry_that_the_shards_lack_is_named(entry, tmp_path):
+    pytest.importorskip('webdataset')
+    shards = write_shards(tmp_path / 'shards', lambda i: {'cls': b'0'})
+    info = json.loads((shards / '_info.json').read_text())
+    del info['splits']['train'][entry]
+    (shards / '_info.json').write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=f'_info.json.*{entry}.*train'):
+        create_split(parse_train([str(shards), '--dataset', 'wds/small', *SMALL]), 'train')

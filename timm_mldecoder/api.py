@@ -55,9 +55,14 @@ def evaluate(data: str | os.PathLike[str], **flags: Any) -> dict[str, Any]:
         data: Dataset folder.
         **flags: Flags of the command: `checkpoint=...`, or `model=..., pretrained=True`.
 
+    A folder of a run as `checkpoint` means its best one, as in `load`.
+
     Raises:
         ValueError: If the flags name several models, and as in `train`.
     """
+    best = Path(flags.get('checkpoint') or '') / BEST
+    if best.is_file():
+        flags['checkpoint'] = best
     options = validate_options(data=str(data), **{name: _plain(value) for name, value in flags.items()})
     candidates = list_candidates(options)
     if len(candidates) != 1:

@@ -42,3 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def console() -> int:
     """Run the command of the process, and return its exit status."""
     return run_command(main)
+
+
+if __name__ == '__main__':
+    sys.exit(console())

@@ -140,7 +140,9 @@ def _problems_of_overlay(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
 
 def _problems_of_both(o: Options, rows: Mapping[str, Flag]) -> Iterator[str]:
     if not o.data_dir and o.dataset.partition('/')[0].lower() not in ('hfds', 'hfids'):
-        yield 'no dataset: give its folder, as DIR or --data-dir DIR'
+        named = o.script == 'train' and o.resume == 'auto' and o.experiment
+        run = f': --experiment {o.experiment} has no run to resume, whose dataset would be taken' if named else ''
+        yield f'no dataset: give its folder, as DIR or --data-dir DIR{run}'
     for name in ('input_key', 'target_key'):
         if o[name] is not None and o.dataset.partition('/')[0].lower() not in _RECORDS:
             yield f'{o.flag(name)} {o[name]}: only datasets of records have keys: {"/, ".join(_RECORDS)}/'

@@ -71,6 +71,8 @@ def read_config(path: str, rows: Mapping[str, Flag], parser: Parser, skip: Conta
             values |= parser.read(as_arguments(rows[key], value))[0]
         except ValueError as error:
             raise ValueError(f'--config {path}: {key}: {error}') from error
+    if Path(path).name == ARGS and values.get('lr'):  # a run wrote the rate that it computed of these
+        values = {name: value for name, value in values.items() if not name.startswith('lr_base')}
     return values
 
 

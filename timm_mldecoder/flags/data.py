@@ -157,8 +157,8 @@ class LoadingOptions(Group):
     sampler: str = train('random', 'order of the training images: random, or balanced to draw each class equally often',
         choices=('random', 'balanced'), needs=NOT_STREAMED)
     epoch_repeats: float = train(0.0, 'passes over a streaming dataset per epoch', range='[0, inf)', needs=STREAMED)
-    missing_images: str = train('error', 'training images that are annotated but not on disk: end the run, or skip '
-        'them', choices=('error', 'skip'))
+    missing_images: str = both('error', 'images that are annotated but not on disk: end the run, or skip them',
+        choices=('error', 'skip'), inherited=True)
     bad_image: str = both('skip', 'unreadable training image: train on the next one instead, or end the run',
         choices=_SKIP, needs=NOT_STREAMED,
         in_validate=dict(default='abort', help='unreadable image: leave it out, or end the run'))

@@ -38,7 +38,7 @@ def _parser(script: str) -> Parser:
 # How the data of the training run is read: so is the same data, not other data.
 _OF_DATA = {
     *('dataset', 'val_fraction', 'split_seed', 'split_column'),
-    *('path_column', 'label_column', 'label_separator', 'input_key', 'target_key'),
+    *('path_column', 'label_column', 'label_separator', 'input_key', 'target_key', 'missing_images'),
 }
 
 

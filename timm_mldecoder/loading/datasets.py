@@ -115,6 +115,10 @@ def create_split(
     except ValueError as error:
         nothing = not kind and 'no images in' in str(error)
         raise ValueError(f'{error}{_lists_beside(root, source) if nothing else ""}') from error
+    except KeyError as error:
+        if kind != 'wds':
+            raise
+        raise ValueError(f'{options.data_dir}: _info.json has no {error} of split {source!r}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
     dataset = strict(dataset)

@@ -150,12 +150,12 @@ class LoadedModel:
         """Return the labels of each image with index, name and score, the likeliest first, as the command does.
 
         Args:
-            images: One image or several: paths, PIL images, or arrays as PIL takes them, uint8 [H, W] or [H, W, 3].
+            images: One image or several: paths, PIL images, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4].
             batch_size: Images that the model takes at once.
 
         Raises:
             OSError: If an image cannot be read.
-            TypeError: If PIL knows no image of an array's shape and type.
+            TypeError: If an array has another shape or type.
         """
         one = isinstance(images, (Image.Image, str, os.PathLike)) or (
             isinstance(images, np.ndarray) and images.ndim < 4
@@ -172,6 +172,8 @@ class LoadedModel:
     def prepare(self, image: ImageOrPath) -> Tensor:
         """Return an image as an input [channels, height, width]; an OSError if it cannot be read."""
         if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
+                raise TypeError(f'expected uint8 [H, W], [H, W, 3] or [H, W, 4], got {image.dtype} {image.shape}')
             image = Image.fromarray(image)
         read: Any = self.reading.convert if isinstance(image, Image.Image) else self.reading.open
         return self.transform(read(image, self.image_mode))

@@ -125,16 +125,24 @@ def _open_dataset(arguments: argparse.Namespace, content: Mapping[str, Any]) -> 
     """Open the split of a dataset; that of the training run with its columns, and divided as it was."""
     names = ('path_column', 'label_column', 'label_separator', 'split_column')
     columns = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    missing = arguments.missing_images
     if RUN not in content:
-        return create_dataset(arguments.dataset, str(arguments.images), arguments.split, **columns)
+        images = str(arguments.images)
+        return create_dataset(arguments.dataset, images, arguments.split, missing=missing or 'error', **columns)
     options = validate_options(
-        data=str(arguments.images), dataset=arguments.dataset, checkpoint=str(arguments.checkpoint), **columns
+        data=str(arguments.images),
+        dataset=arguments.dataset,
+        checkpoint=str(arguments.checkpoint),
+        device='cpu',  # nothing is computed here
+        **columns,
+        **({'missing_images': missing} if missing else {}),
     )
     # the labels are not used
     options = inherit(options, vars(content['args'])).replace(class_map='', class_split='')
     if arguments.dataset in FORMATS:
         options = options.replace(task='multilabel')
-    return create_split(options, arguments.split, known=held_out_before(options, content))
+    known = held_out_before(options, content)
+    return create_split(options, arguments.split, missing=options.missing_images, known=known)
 
 
 def _load(arguments: argparse.Namespace, device: torch.device) -> LoadedModel:
@@ -185,6 +193,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--label-column', help='column of the labels of --dataset csv (default: as in training)')
     add('--label-separator', help='what is between the labels of --dataset csv (default: as in training)')
     add('--split-column', help='column of --dataset csv that names the split (default: as in training)')
+    add('--missing-images', choices=('error', 'skip'), help='images that a --dataset lists and that are not on disk: '
+        'end, or leave them out (default: as in training)')  # fmt: skip
     add('--use-ema', action=argparse.BooleanOptionalAction, help='EMA weights (default: as it was ranked)')
     add('--task', choices=['classification', 'multilabel'], help='task of a --model that does not know its own')
     add('--classes', help='classes of a model with text queries: a file with one per line, or a comma-separated list')

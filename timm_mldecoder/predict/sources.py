@@ -103,7 +103,7 @@ def open_source(path: Path, exclude: Sequence[Path] = (), path_column: str = '')
     elif path.is_file():
         source = Shards([path]) if path.suffix.lower() == '.tar' else Files(path.parent, [path.name])
     elif path.is_dir():
-        shards = sorted(path.glob('*.tar'))
+        shards = sorted(shard for shard in path.glob('*.tar') if not shard.name.endswith('.pth.tar'))  # a checkpoint
         source = Shards(shards) if shards else Files(path, find_images(path, exclude))
     else:
         raise ValueError(f'{path}: no such file or folder')

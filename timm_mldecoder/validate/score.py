@@ -118,6 +118,7 @@ def _open_split(options: Options, loaded: LoadedModel, world: World) -> Any:
         options.split,
         num_samples=options.num_samples,
         load_bytes=options.tf_preprocessing,
+        missing=options.missing_images,
         known=held_out_before(options, loaded.content),
     )
     own_names = options.class_map or options.valid_labels or has_text_queries(options)

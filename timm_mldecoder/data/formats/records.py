@@ -43,8 +43,8 @@ def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Call
     remap, reader.remap_class = reader.remap_class, False  # the targets as they are stored
     first = _first_of_shards(reader) if streamed else _example(reader)
     _check_task(name, reader, first, multilabel)
-    if not _is_named(first):
-        reader.remap_class = remap
+    if not _is_named(first):  # where a class map has no such index, it names the classes, and indices stay as they are
+        reader.remap_class = remap and (not isinstance(first, int) or {first, str(first)} & {*reader.class_to_idx})
         return
     split = NameSplit(multilabel, separator)
     names = _classes(reader)
