@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_loader
 
 from timm_mldecoder.data import FORMATS, create_dataset
+from timm_mldecoder.data.text_files import read_names, read_rows
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.loading.datasets import create_split
 
@@ -392,3 +393,10 @@ def test_the_flag_keeps_or_drops_images_without_annotations(tmp_path):
         options = parse_train([str(tmp_path), '--device', 'cpu', *flags])
         images[value] = create_split(options, 'train', training=True).filenames()
     assert set(images['drop']) < set(images['keep'])
+
+
+@pytest.mark.skipif(not Path('/dev/zero').is_char_device(), reason='needs a device that has no end')
+@pytest.mark.parametrize('read', [read_names, lambda path: list(read_rows(path))], ids=['names', 'rows'])
+def test_a_device_is_no_file(read):
+    with pytest.raises(ValueError, match='/dev/zero: not a regular file'):
+        read(Path('/dev/zero'))

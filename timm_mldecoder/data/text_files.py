@@ -46,12 +46,18 @@ def read_text(path: Path) -> str:
     """Content of a text file.
 
     Raises:
-        ValueError: If the file is not UTF-8 (naming file and line).
+        ValueError: If the file is a device, which may have no end, or not UTF-8 (naming file and line).
     """
+    _refuse_device(path)
     try:
         return path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
+
+
+def _refuse_device(path: Path) -> None:
+    if path.is_char_device() or path.is_block_device():
+        raise ValueError(f'{path}: not a regular file')
 
 
 def split_name(text: str) -> str:
@@ -69,8 +75,9 @@ def read_rows(path: Path, delimiter: str = ',', skip: int = 0) -> Iterator[tuple
     """Number of the first line and fields of every row of a CSV file; blank lines and the first `skip` are left out.
 
     Raises:
-        ValueError: If the file is not UTF-8 or not CSV (naming file and line).
+        ValueError: If the file is a device, or not UTF-8 or not CSV (naming file and line).
     """
+    _refuse_device(path)
     with path.open(newline='', encoding='utf-8-sig') as file:
         reader = csv.reader(file, delimiter=delimiter)
         line = 1
