@@ -106,7 +106,7 @@ def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 
         for column, (score, path) in enumerate(chosen[:columns]):
             image = model.transform(Image.open(path).convert('RGB'))
             (weights,) = attention_maps(model.model, image[None], torch.tensor([defective]))
-            pixels = denormalise(image, *(model.trained.data_config[name] for name in ('mean', 'std')))
+            pixels = denormalise(image, *(model.data_config[name] for name in ('mean', 'std')))
             sheet.paste(attention_overlay(pixels, weights, side), (column * side, top + 18))
             draw.text((column * side + 4, top + 22), f'{score:.2f}', fill='yellow')
     sheet.save(picture)

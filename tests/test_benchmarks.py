@@ -6,8 +6,10 @@ import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from image_folders import write_images
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -159,3 +161,14 @@ def test_the_demo_does_without_the_packages_of_pictures(tmp_path, capsys, monkey
     )
     output = capsys.readouterr().out
     assert 'lite0' in output and [cells[1] for cells in demo_rows(output)].count('ml_decoder_small') == 1
+
+
+def test_the_demo_draws_where_a_head_looks(tmp_path):
+    data = write_images(tmp_path / 'data', train=8, validation=4, classes=2)
+    for folder in data.glob('*/class_*'):
+        folder.rename(folder.with_name('defective' if folder.name == 'class_0' else 'intact'))
+    small = dict(model='test_resnet', img_size=48, batch_size=8, epochs=1, device='cpu', workers=0, output=tmp_path)
+    result = timm_mldecoder.train(data, use_ml_decoder_head=1, **small)
+    demo.draw_attention(result.best, data / 'validation', tmp_path / 'attention.png', columns=2)
+    with Image.open(tmp_path / 'attention.png') as picture:
+        assert np.asarray(picture).std() > 0
