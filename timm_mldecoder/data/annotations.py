@@ -137,22 +137,16 @@ class Annotations:
     @property
     def label_type(self) -> np.dtype:
         """Type of class indices."""
-        return self._table['label'].dtype if self._numbers is None else self._numbers_type
-
-    @property
-    def _numbers_type(self) -> np.dtype:
-        return label_type(len(self.class_names) - 1)
+        return self._table['label'].dtype if self._numbers is None else label_type(len(self.class_names) - 1)
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Any]]:
         table, start = self._table, self._table['start']
         step = max(1, min(BLOCK, BLOCK * (len(start) - 1) // max(1, len(table['label']))))
         for first in range(0, len(self), step):
             last = min(first + step, len(self))
-            rows: slice | np.ndarray = (
-                slice(int(start[first]), int(start[last])) if self._images is None else np.zeros(0)
-            )
             if self._images is None:
                 counts = np.diff(start[first : last + 1])
+                rows: slice | np.ndarray = slice(int(start[first]), int(start[last]))
             else:
                 chosen = self._images[first:last]
                 counts = start[chosen + 1] - start[chosen]
@@ -164,7 +158,7 @@ class Annotations:
                 label = self._numbers[label]
                 order = np.lexsort((label, image))
                 order = order[label[order] >= 0]
-                image, label, value = image[order], label[order].astype(self._numbers_type), value[order]
+                image, label, value = image[order], label[order].astype(self.label_type), value[order]
                 counted = None if counted is None else counted[order]
             yield image, label, value, counted
             drop_pages(table)

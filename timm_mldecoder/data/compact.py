@@ -243,7 +243,8 @@ class TableBuilder:
             row = np.repeat(np.arange(last - first), read['counts'][first:last])
             label = read['label'][part] if order is None else order[read['label'][part]]
             counted = read['instances'][part] if 'instances' in read else None
-            row, *columns = self._one_per_class(row, label, read['value'][part], counted)
+            (row, *columns), contradictions, _ = _one_per_class(row, label, read['value'][part], counted)
+            self.contradictions += contradictions
             for growing, column in zip(made.values(), [columns[0], *columns[1 + one_value :]], strict=True):
                 growing.append(column)
             start.append(total + np.cumsum(np.bincount(row, minlength=last - first)))
@@ -255,23 +256,39 @@ class TableBuilder:
         constant = {'value': np.array(next(iter(self._values), POSITIVE), dtype=np.int8)} if one_value else {}
         return {name: growing.finish() for name, growing in table.items()} | constant
 
-    def _one_per_class(
-        self, row: np.ndarray, label: np.ndarray, value: np.ndarray, instances: np.ndarray | None
-    ) -> list[np.ndarray]:
-        """Sort labels by image and class; of several of a class, the largest value counts, objects are added up."""
-        key = (row.astype(np.int64) << 34) | (label.astype(np.int64) << 2) | (value.astype(np.int64) + 1)
-        counted = []
-        if instances is None:
-            key.sort()
-        else:
-            order = np.argsort(key)
-            key = key[order]
-            first = np.flatnonzero(np.diff(key >> 2, prepend=-1))
-            counted = [np.add.reduceat(instances[order], first) if len(key) else instances[:0]]
-        same = np.diff(key >> 2) == 0
-        self.contradictions += int(np.count_nonzero(same & (np.diff(key) != 0)))
-        key = key[np.append(~same, True)] if len(key) else key
-        return [key >> 34, key >> 2 & 2**32 - 1, (key & 3) - 1, *counted]
+
+def _one_per_class(
+    row: Numbers, label: Numbers, value: Numbers, instances: Numbers | None, kind: str | None = None
+) -> tuple[list[np.ndarray], int, int]:
+    """Sort labels by image and class, one per image and class: the largest value counts, objects are added up.
+
+    Args:
+        row: Image of each label, below 2^29, [A].
+        label: Their class numbers, below 2^32, [A].
+        value: Their values, [A].
+        instances: Their numbers of objects, [A]; None without objects.
+        kind: How numpy sorts.
+
+    Returns:
+        The same columns; the number of labels of several values, and of those that are both present and absent.
+    """
+    label, value = np.asarray(label, dtype=np.int64), np.asarray(value, dtype=np.int64)
+    key = (np.asarray(row, dtype=np.int64) << 34) | (label << 2) | (value + 1)
+    counted = []
+    if instances is None:
+        key.sort(kind=kind)  # type: ignore[call-overload]
+    else:
+        order = np.argsort(key)
+        key = key[order]
+        first = np.flatnonzero(np.diff(key >> 2, prepend=-1))
+        numbers = np.asarray(instances, dtype=np.int32)[order]
+        counted = [np.add.reduceat(numbers, first) if len(key) else numbers]
+    other = (np.diff(key >> 2) == 0) & (np.diff(key) != 0)
+    both = other & ((key[:-1] & 3) == NEGATIVE + 1) & ((key[1:] & 3) == POSITIVE + 1)
+    found = int(np.count_nonzero(other)), int(np.count_nonzero(both))
+    if len(key):
+        key = key[np.append(np.diff(key >> 2) != 0, True)]
+    return [key >> 34, key >> 2 & 2**32 - 1, (key & 3) - 1, *counted], *found
 
 
 def make_table(
@@ -283,33 +300,17 @@ def make_table(
 ) -> Table:
     """Sort annotations by image and class, one entry per image and class: the table, in memory."""
     data, offsets = Paths.of(paths).arrays()
-    label = np.asarray(label, dtype=np.int64)
-    bits = int(label.max(initial=1)).bit_length() + 2
-    # One integer per entry sorts by image, then class, then value.
-    key = (np.asarray(image, dtype=np.int64) << bits) | (label << 2) | (np.asarray(value, dtype=np.int64) + 1)
-    table = {'paths': data, 'offsets': offsets}
-    if instances is None:
-        key.sort(kind='stable')  # a merge sort: fast where most of a file is in order, as it is in Open Images
-    else:
-        order = np.argsort(key)
-        key = key[order]
-        first = np.flatnonzero(np.diff(key >> 2, prepend=-1))
-        if len(key):
-            table['instances'] = np.add.reduceat(np.asarray(instances, dtype=np.int32)[order], first)
-        else:
-            table['instances'] = np.zeros(0, dtype=np.int32)
-    if len(key):
-        last = np.append(np.diff(key >> 2) != 0, True)  # the largest value of each image and class
-        both = ~last[:-1] & ((key[:-1] & 3) == NEGATIVE + 1) & ((key[1:] & 3) == POSITIVE + 1)
-        if contradictions := int(np.count_nonzero(both)):
-            _logger.info(f'{contradictions:,} labels are both present and absent in one image: they count as present')
-        key = key[last]
-    table['start'] = np.concatenate([[0], np.cumsum(np.bincount(key >> bits, minlength=len(offsets) - 1))])
-    table['label'] = ((key >> 2) & ((1 << (bits - 2)) - 1)).astype(label_type(int(label.max(initial=1))))
-    table['value'] = ((key & 3) - 1).astype(np.int8)
-    if len(key) and (table['value'] == table['value'][0]).all():
-        table['value'] = np.array(table['value'][0])
-    return table
+    largest = int(np.max(label, initial=1))
+    # a merge sort: fast where most of a file is in order, as it is in Open Images
+    (row, label, value, *counted), _, both = _one_per_class(image, label, value, instances, kind='stable')
+    if both:
+        _logger.info(f'{both:,} labels are both present and absent in one image: they count as present')
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(offsets) - 1))])
+    value = value.astype(np.int8)
+    one_value = len(value) and (value == value[0]).all()
+    table = dict(paths=data, offsets=offsets, start=start, label=label.astype(label_type(largest)))
+    table['value'] = np.array(value[0]) if one_value else value
+    return table | ({'instances': counted[0]} if counted else {})
 
 
 def drop_pages(table: Table) -> None:

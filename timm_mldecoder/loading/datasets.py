@@ -76,24 +76,35 @@ def create_split(
     Raises:
         ValueError: If the data is missing, or does not fit the task.
     """
-    mode = image_mode(options)
-    kind, root = dataset_kind(options.dataset), Path(options.data_dir or '')
     source, held_out = _source_of(options, split)
     _check_folder(options.dataset, options.data_dir, source)
-    _check_image_mode(options.dataset, mode, options.channels)
-    reading = replace(Reading.of(options), fast=options.decode == 'fast')
-    multilabel = options.task == 'multilabel'
+    _check_image_mode(options.dataset, image_mode(options), options.channels)
+    given = dict(is_training=training, num_samples=num_samples, repeats=repeats, missing=missing)
+    if load_bytes:
+        given['load_bytes'] = True
+    dataset = _open(options, source, given)
+    _check_layout(options, dataset, source, training)
+    _set_targets(options, dataset)
+    if held_out is not None:
+        hold_out(dataset, options.val_fraction, options.split_seed, held_out, known)
+    if training and options.partial_labels:
+        _leave_out_labels(options, dataset)
+    if options.class_split:
+        _select_classes(options, dataset, training)
+    return dataset
+
+
+def _open(options: SplitOptions, source: str, given: dict[str, Any]) -> Any:
+    """Open a split with the settings of `create_split` and of its format; a ValueError for what the readers raise."""
+    mode, kind, root = image_mode(options), dataset_kind(options.dataset), Path(options.data_dir or '')
     settings = dict(
         **{name: getattr(options, name) for name in ('class_map', 'batch_size', 'seed', 'input_key', 'target_key')},
         download=options.dataset_download,
-        repeats=repeats,
         input_img_mode=mode,
-        target_format=options.target_format if multilabel and kind in RECORDS else None,
-        num_samples=num_samples,
+        target_format=options.target_format if options.task == 'multilabel' and kind in RECORDS else None,
         trust_remote_code=options.dataset_trust_remote_code,
+        **given,
     )
-    if load_bytes:
-        settings['load_bytes'] = True
     if kind == 'csv':
         names = ('path_column', 'label_column', 'label_separator', 'split_column')
         settings |= {name: getattr(options, name) for name in names}
@@ -107,9 +118,7 @@ def create_split(
         raise ValueError(f'{options.data_dir}: {forgotten}')
     try:
         with cache_in(options.cache_dir):
-            dataset: Any = create_dataset(
-                options.dataset, root=options.data_dir, split=source, is_training=training, missing=missing, **settings
-            )
+            dataset: Any = strict(create_dataset(options.dataset, root=options.data_dir, split=source, **settings))
     except ImportError as error:
         raise ValueError(f'--dataset {options.dataset}: {error}; install that package') from error
     except ValueError as error:
@@ -121,42 +130,50 @@ def create_split(
         raise ValueError(f'{options.data_dir}: _info.json has no {error} of split {source!r}') from error
     except (RuntimeError, AssertionError, OSError, pickle.UnpicklingError) as error:  # what timm's readers raise
         raise ValueError(f'{options.data_dir or options.dataset}: {error}') from error
-    dataset = strict(dataset)
+    reading = replace(Reading.of(options), fast=options.decode == 'fast')
     if hasattr(dataset, 'reading'):
         dataset.reading = reading
     if kind == 'wds':
         read_by_rule(dataset, reading, mode)
-    names = None if kind else list(class_to_index(dataset) or ())
+    return dataset
+
+
+def _check_layout(options: SplitOptions, dataset: Any, source: str, training: bool) -> None:
+    """Raise ValueError for class folders that are none, or one of which a list of images lies beside."""
+    root = Path(options.data_dir or '')
+    names = None if dataset_kind(options.dataset) else list(class_to_index(dataset) or ())
     if names is not None and len(names) == 1:  # '' is what timm makes of images without class folders
         beside = _lists_beside(root, source, any_table=names == [''])
         if beside or names == ['']:
             beside = beside or '; --dataset names another format'
-            raise ValueError(f'{options.data_dir}: no class folders of {split!r}{beside}')
-    if multilabel and options.dataset in TIMM_FOLDERS:
+            raise ValueError(f'{options.data_dir}: no class folders of {source!r}{beside}')
+    if options.task == 'multilabel' and options.dataset in TIMM_FOLDERS:
         if beside := _lists_beside(root, source):
             raise ValueError(f'{options.data_dir}: class folders have one class per image{beside}')
         if training:
             _logger.warning(f'{options.data_dir}: --task multilabel, and class folders have one class per image')
-    own = isinstance(dataset, MultiLabelDataset)
+
+
+def _set_targets(options: SplitOptions, dataset: Any) -> None:
+    """Let the targets be those of the task: a class index, or a vector of several classes."""
+    own, multilabel = isinstance(dataset, MultiLabelDataset), options.task == 'multilabel'
     if own and not multilabel:
         _check_one_class(options.dataset, dataset)
         dataset.target_transform = ClassIndex()
     if multilabel and getattr(dataset, 'target_transform', None) is None and not own:
         classes: Any = options.num_classes or len(class_to_index(dataset) or ()) or None
         dataset.target_transform = _SeveralClasses(classes, dense=options.target_format == 'multihot')
-    if held_out is not None:
-        hold_out(dataset, options.val_fraction, options.split_seed, held_out, known)
-    if training and options.partial_labels:
-        if not own:
-            raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
-        dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
-        values = [value for *_, value in dataset.annotations.blocks()]
-        positive = sum(int((value == POSITIVE).sum()) for value in values)
-        kept = f'{positive} positive and {sum(map(len, values)) - positive} negative labels'
-        _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
-    if options.class_split:
-        _select_classes(options, dataset, training)
-    return dataset
+
+
+def _leave_out_labels(options: SplitOptions, dataset: Any) -> None:
+    """Leave out labels of the training split (`--partial-labels`), and log how many are left."""
+    if not isinstance(dataset, MultiLabelDataset):
+        raise ValueError(f'--partial-labels: --dataset {options.dataset} is not one of {", ".join(FORMATS)}')
+    dataset.annotations = leave_out_labels(dataset.annotations, options.partial_labels, options.seed)
+    values = [value for *_, value in dataset.annotations.blocks()]
+    positive = sum(int((value == POSITIVE).sum()) for value in values)
+    kept = f'{positive} positive and {sum(map(len, values)) - positive} negative labels'
+    _logger.info(f'--partial-labels {options.partial_labels}: kept {kept}')
 
 
 class _SeveralClasses(MultiLabelTarget):

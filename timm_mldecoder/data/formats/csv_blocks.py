@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.data import annotations
-from timm_mldecoder.data.compact import POSITIVE, Paths, Table, TableBuilder
+from timm_mldecoder.data.compact import POSITIVE, Paths, Table, TableBuilder, label_type
 from timm_mldecoder.data.same_files import path_ids
 from timm_mldecoder.data.text_files import normalize_name, read_rows
 
@@ -102,7 +102,7 @@ def read_blocks(
     if not names.normalized.keys() <= place.keys():
         raise NotPlainError
     order = np.array([place[name] for name in names.normalized], dtype=np.int64)
-    table = builder.finish(np.min_scalar_type(max(1, len(class_names))), order)
+    table = builder.finish(label_type(len(class_names) - 1), order)
     if builder.contradictions:  # a label both given and ignored
         raise NotPlainError
     return class_names, table
