@@ -71,6 +71,24 @@ def test_labels_are_equal_and_pixels_close(crop_mode, training, folder, decoded)
             assert difference == 0, (name, difference)  # nothing to leave out, or decoded as before
 
 
+def test_files_that_exif_turns_are_decoded_whole_and_the_others_small(folder, tmp_path, decoded):
+    """The recipes for own images have `--exif-rotate`."""
+    for name, orientation in dict(upright=1, turned=6).items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        for split in ('train', 'validation'):
+            (tmp_path / split / 'class0').mkdir(parents=True, exist_ok=True)
+            with Image.open(folder / 'train' / 'class0' / 'large.jpg') as image:
+                image.save(tmp_path / split / 'class0' / f'{name}.jpg', exif=exif)
+    flags = dict(training=True, train_crop_mode='squash', exif_rotate=True)
+    exact = samples(tmp_path, 'exact', **flags)
+    decoded.clear()
+    fast = samples(tmp_path, 'fast', **flags)
+    assert {(800, 600), (100, 75)} <= {*decoded}
+    difference = {name: (exact[name][0].float() - fast[name][0].float()).abs().mean() for name in exact}
+    assert difference['turned.jpg'] == 0 < difference['upright.jpg'] < 3
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_a_truncated_file_is_an_error_as_before(training, folder, tmp_path):
     for split in ('train', 'validation'):

@@ -136,7 +136,8 @@ class Reading:
             if self.fast:
                 file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
                 image = Image.open(file)
-                if image.format == 'JPEG' and image.mode == mode and not self.exif_rotate:
+                upright = not self.exif_rotate or image.getexif().get(_ORIENTATION, 1) == 1
+                if image.format == 'JPEG' and image.mode == mode and upright:
                     return image  # PIL decodes it when its pixels are needed
                 return self.convert(image, mode)
             with Image.open(file) as image:
