@@ -119,10 +119,12 @@ def test_a_run_saves_images_imports_modules_and_sets_norms(described, tmp_path, 
     try:
         train_main([str(data), *MODEL, *flags.split(), '--output', str(tmp_path), '--experiment', 'run'])
         assert is_fast_norm() and 'own_device' in sys.modules and list((tmp_path / 'run').glob('train-batch-*.jpg'))
+        again = [
+            build(data, tmp_path, '--epochs', '2', '--resume', 'auto', *flag) for flag in ([], ['--no-resume-opt'])
+        ]
+        assert [len(run.state.optimizer.state) > 0 for run in again] == [True, False]
     finally:
-        set_fast_norm(False)
-    again = [build(data, tmp_path, '--epochs', '2', '--resume', 'auto', *flag) for flag in ([], ['--no-resume-opt'])]
-    assert [len(run.state.optimizer.state) > 0 for run in again] == [True, False]
+        set_fast_norm(False)  # timm's setting of the process; resumed runs take the flag of args.yaml
 
 
 def test_flags_of_streams_reach_the_dataset(tmp_path, monkeypatch):
