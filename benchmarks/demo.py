@@ -14,6 +14,7 @@ The cells are CC BY-NC-SA 4.0: Deitsch et al., Solar Energy 185, 2019, arXiv 180
 """  # noqa: E501
 
 import argparse
+import csv
 import json
 import os
 import shlex
@@ -78,33 +79,44 @@ def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     if not decoders:
         return
     best = folder / 'solar_heads' / max(decoders.values(), key=lambda row: row['mean'] or 0)['checkpoint']
-    draw_attention(best, folder / 'solar' / 'test', folder / 'attention.png')
     evaluated = ['--split', 'test', '--checkpoint', best, '--device', 'cpu', '-b', '64']
     run('validate', folder / 'solar', *evaluated, '--report', folder / 'report')
+    draw_attention(best, folder / 'solar' / 'test', folder / 'report' / 'scores.csv', folder / 'attention.png')
     print(f'\nPicture: {folder / "attention.png"}\nReport: {folder / "report" / "index.html"}')
 
 
 @torch.no_grad()
-def draw_attention(checkpoint: Path, cells: Path, picture: Path, columns: int = 6, side: int = 200) -> None:
-    """Draw cells called defective, rightly and wrongly, and defective ones that were missed, with their attention."""
+def draw_attention(
+    checkpoint: Path, cells: Path, scores: Path, picture: Path, columns: int = 6, side: int = 200
+) -> None:
+    """Draw cells called defective, rightly and wrongly, and defective ones that were missed, with their attention.
+
+    Args:
+        checkpoint: A model with an ML-Decoder head.
+        cells: The folder of the images.
+        scores: The report's scores of these images.
+        picture: The file to write.
+        columns: Cells of each kind.
+        side: Side of a drawn cell in pixels.
+    """
     model = timm_mldecoder.load(checkpoint)
     defective = model.class_names.index('defective')
-    rows = {'defective, found': [], 'defective, missed': [], 'intact, called defective': []}
-    for path in sorted(cells.glob('*/*.png')):
-        if min(len(row) for row in rows.values()) == columns:
-            break
-        label = model.predict(path)[0][0]
-        found, truth = label.name == 'defective', path.parent.name == 'defective'
-        if found or truth:
-            score = label.score if found else 1 - label.score
-            rows[('defective, found' if found else 'defective, missed') if truth else [*rows][2]].append((score, path))
+    with scores.open(newline='') as file:
+        table = list(csv.DictReader(file))
+    kinds = {
+        'defective, found': ('defective', 'defective'),
+        'defective, missed': ('defective', 'intact'),
+        'intact, called defective': ('intact', 'defective'),
+    }
+    rows = {kind: [row for row in table if (row['label'], row['predicted']) == pair] for kind, pair in kinds.items()}
     sheet = Image.new('RGB', (columns * side, len(rows) * (side + 18)), 'white')
     draw = ImageDraw.Draw(sheet)
     for line, (title, chosen) in enumerate(rows.items()):
         top = line * (side + 18)
         draw.text((4, top + 3), f'{title}: probability of defective, and where its query attends', fill='black')
-        for column, (score, path) in enumerate(chosen[:columns]):
-            image = model.transform(Image.open(path).convert('RGB'))
+        for column, row in enumerate(chosen[:columns]):
+            score = float(row['label_score' if row['label'] == 'defective' else 'score'])
+            image = model.prepare(cells / row['image'])
             (weights,) = attention_maps(model.model, image[None], torch.tensor([defective]))
             pixels = denormalise(image, *(model.data_config[name] for name in ('mean', 'std')))
             sheet.paste(attention_overlay(pixels, weights, side), (column * side, top + 18))

@@ -169,6 +169,8 @@ def test_the_demo_draws_where_a_head_looks(tmp_path):
         folder.rename(folder.with_name('defective' if folder.name == 'class_0' else 'intact'))
     small = dict(model='test_resnet', img_size=48, batch_size=8, epochs=1, device='cpu', workers=0, output=tmp_path)
     result = timm_mldecoder.train(data, use_ml_decoder_head=1, **small)
-    demo.draw_attention(result.best, data / 'validation', tmp_path / 'attention.png', columns=2)
+    timm_mldecoder.evaluate(data, checkpoint=result.best, device='cpu', workers=0, report=tmp_path / 'report')
+    scores = tmp_path / 'report' / 'scores.csv'
+    demo.draw_attention(result.best, data / 'validation', scores, tmp_path / 'attention.png', columns=2)
     with Image.open(tmp_path / 'attention.png') as picture:
         assert np.asarray(picture).std() > 0
