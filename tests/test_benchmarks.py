@@ -42,6 +42,7 @@ SMALLEST = {
     'allocator': '--rounds 1 --cases probe inference --model test_resnet --img-size 32 --batch-size 2',
     'decode': '--rounds 1 --images 2 --batch-size 2',
     'freeze': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',
+    'cpu': '--rounds 1 --models test_resnet --img-size 32 --batch-size 2',
     'train_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
 }
 

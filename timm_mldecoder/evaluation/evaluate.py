@@ -38,6 +38,12 @@ def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], Ab
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, dtype))
 
 
+def has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16, without which `--amp` is slower than float32."""
+    found: dict = getattr(torch.cpu, 'get_capabilities', dict)()  # not in torch 2.9
+    return bool(found.get('avx512_bf16') or found.get('amx_bf16'))
+
+
 def create_evaluator(
     options: DatasetOptions, dataset: Dataset, threshold: float | Tensor | None = None, **settings: Any
 ) -> ClassificationEvaluator:
