@@ -14,12 +14,12 @@ The cells are CC BY-NC-SA 4.0: Deitsch et al., Solar Energy 185, 2019, arXiv 180
 """  # noqa: E501
 
 import argparse
+import contextlib
 import csv
+import io
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,29 +30,27 @@ from PIL import Image, ImageDraw
 import timm_mldecoder
 from benchmarks import pictures
 from benchmarks.digits import write_digit_scenes, write_digits
+from timm_mldecoder import cli
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
+from timm_mldecoder.runtime.errors import run_command
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADS = 'linear,max,logsumexp,attention_pool:mlp_ratio=1.0,efficient_probing,ml_decoder_small'
 PUBLISHED = """\
 | SVM on hand-made features, Deitsch et al. | 82.44 | | | |
 | VGG-19 fine-tuned on a GPU, Deitsch et al. | 88.42 | | | |"""
 PROBE = shlex.split("""
-    --test-split test --crop-pct 1 --crop-mode squash -b 32 -j 2 --device cpu --channels-last --lrs 1e-3,3e-3
-    --extend-lrs 1 --tuning-seeds 1
+    --test-split test --crop-pct 1 --crop-mode squash -b 32 -j 1 --device cpu --channels-last --lrs 3e-4,1e-3,3e-3
+    --tuning-seeds 1
 """)
 SMALL = shlex.split('--model test_resnet --model-kwargs output_stride=8 --in-chans 1 --mean 0.5 --std 0.5')
 
 
 def run(command: str, *flags: str | Path) -> None:
-    """Run a command of the package in a process of its own."""
-    print(f'\n$ python -m timm_mldecoder.{command} {" ".join(map(str, flags))}', flush=True)
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    arguments = [sys.executable, '-m', f'timm_mldecoder.{command}', *map(str, flags)]
-    if code := subprocess.run(
-        arguments, stdout=subprocess.DEVNULL, env=environment
-    ).returncode:  # progress is on stderr
-        raise SystemExit(f'{command} ended with {code}')
+    """Run a command of the package; its progress goes to standard error."""
+    arguments = [str(flag) for flag in flags]
+    print(f'\n$ timm-mldecoder {shlex.join([command, *arguments])}', flush=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main([command, *arguments])
 
 
 def probe(folder: Path, name: str, pixels: int, *flags: str | Path) -> dict:
@@ -79,7 +77,7 @@ def solar(folder: Path, backbone: list, options: argparse.Namespace) -> None:
     if not decoders:
         return
     best = folder / 'solar_heads' / max(decoders.values(), key=lambda row: row['mean'] or 0)['checkpoint']
-    evaluated = ['--split', 'test', '--checkpoint', best, '--device', 'cpu', '-b', '64']
+    evaluated = ['--split', 'test', '--checkpoint', best, '--device', 'cpu', '-b', '64', '-j', '1']
     run('validate', folder / 'solar', *evaluated, '--report', folder / 'report')
     draw_attention(best, folder / 'solar' / 'test', folder / 'report' / 'scores.csv', folder / 'attention.png')
     print(f'\nPicture: {folder / "attention.png"}\nReport: {folder / "report" / "index.html"}')
@@ -158,9 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--heads', default=HEADS, help=f'heads of the command probe (default: {HEADS})')
     parser.add_argument('--seeds', type=int, default=3, help='(default: 3)')
     parser.add_argument(
-        '--epochs', type=int, default=5, help='epochs of every head, twice as many on the scenes (default: 5)'
+        '--epochs', type=int, default=6, help='epochs of every head, twice as many on the scenes (default: 6)'
     )
-    parser.add_argument('--scenes', type=int, default=400, help='training scenes of digits (default: 400)')
+    parser.add_argument('--scenes', type=int, default=300, help='training scenes of digits (default: 300)')
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     try:
@@ -175,4 +173,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks import pictures
 from benchmarks.demo import run
 from benchmarks.digits import SceneOptions
 from benchmarks.finetune import subset
+from timm_mldecoder.runtime.errors import run_command
 
 HEADS = 'linear,max,logsumexp,efficient_probing,ml_decoder_small,ml_decoder'
 STEPS, BATCH = 410, 32
@@ -144,4 +146,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))
