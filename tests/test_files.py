@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from timm_mldecoder.data import class_to_index, create_dataset, overlap
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import Reading, strict
 from timm_mldecoder.flags.parse import parse_train
 from timm_mldecoder.loading.compare_classes import check_classes
 from timm_mldecoder.loading.datasets import create_split
-from timm_mldecoder.loading.loader import strict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 
 RAMP = np.linspace(0, 1, 32)[None].repeat(8, 0)

@@ -30,8 +30,9 @@ from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.data import DatasetOptions
 from timm_mldecoder.flags.options import ResumeOptions
+from timm_mldecoder.loading.bad_images import BadImage
 from timm_mldecoder.loading.compare_classes import check_class_names
-from timm_mldecoder.loading.loader import BadImage, TrainLoader
+from timm_mldecoder.loading.loader import TrainLoader
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart
 from timm_mldecoder.runtime.errors import one_line
 

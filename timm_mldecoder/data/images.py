@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
+from timm.data import ImageDataset
+from timm.data.readers.shared_count import SharedCount
+from torch.utils.data import Dataset
 
 _logger = logging.getLogger(__name__)
 
@@ -213,3 +217,46 @@ def _is_deep(mode: str) -> bool:
 
 def _has_alpha(mode: str) -> bool:
     return mode in ('RGBA', 'RGBa', 'LA', 'La', 'PA', 'P')
+
+
+class StrictImageDataset(ImageDataset):
+    """timm's dataset of image files, in which an unreadable one is an OSError rather than the next image."""
+
+    reading = Reading()  # how files become images
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            file, target = self.reader[index][:2]
+            with file:
+                image = self._decode(file)
+        except Exception as error:  # damaged bytes make PIL's decoders raise anything
+            raise OSError(str(error)) from error
+        if self.transform is not None and not self.load_bytes:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
+
+    def _decode(self, file: IO[bytes]) -> Any:
+        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
+            return self.transform(file.read())
+        return self.reading.open(file, self.input_img_mode)
+
+
+def strict(dataset: Dataset) -> Dataset:
+    """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
+    if type(dataset) is not ImageDataset:
+        for count in vars(getattr(dataset, 'reader', dataset)).values():
+            if isinstance(count, SharedCount):  # the epoch, which workers started by a server take over too
+                count.shared_epoch = multiprocessing.get_context('spawn').Value('i', count.value)
+        return dataset
+    settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
+    return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
+
+
+def image_path(dataset: Any, index: int) -> str:
+    """Return the file of an image, or its number in a dataset without files."""
+    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -28,12 +28,11 @@ from timm_mldecoder.data.formats.class_folders import split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import Reading, strict
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
 from timm_mldecoder.flags import scores_both
 from timm_mldecoder.flags.options import SplitOptions
-from timm_mldecoder.loading.loader import strict
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mldecoder.data.images import Reading
-from timm_mldecoder.loading.loader import image_path, init_worker
+from timm_mldecoder.data.images import Reading, image_path
+from timm_mldecoder.loading.workers import init_worker
 
 THUMBNAIL = 16  # pixels of a side
 _SAMPLES = 256  # pixels of the shorter side that the hash is made of

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.options import EvalLoaderOptions
-from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
-from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
+from timm_mldecoder.loading.bad_images import log_bad_image
+from timm_mldecoder.loading.create_loaders import DataConfig, create_placement
+from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples
 from timm_mldecoder.loading.randomness import ORDER, Draw, key
+from timm_mldecoder.loading.workers import shut_down, worker_options
 from timm_mldecoder.models.fusion import NORMS, fuse_batch_norm
 from timm_mldecoder.runtime.errors import RunFailed
 
@@ -136,7 +138,8 @@ class ImageBatches:
         for batch, _, bad in self._loader:
             if batch is None:
                 raise RunFailed(f'{bad[-1].path} cannot be read ({bad[-1].reason}); remove it from the split')
-            log_bad_images(bad)
+            for image in bad:
+                log_bad_image(image)
             yield batch
 
 

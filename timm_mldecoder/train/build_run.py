@@ -26,7 +26,7 @@ from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
-from timm_mldecoder.loading.checked import check_readable
+from timm_mldecoder.loading.bad_images import check_readable
 from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes, number_of_classes
 from timm_mldecoder.loading.create_loaders import (
     DataConfig,

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from timm_mldecoder.checkpoint.files import print_result, summary_row
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.evaluation.predicted import PredictedClasses
-from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
+from timm_mldecoder.loading.bad_images import BadImage, record_bad_images
+from timm_mldecoder.loading.loader import Batch
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.modeling.classes import other_classes
 from timm_mldecoder.runtime.errors import RunFailed, advise_on_memory
