@@ -19,7 +19,7 @@ ALLOWED = {
     'data': {'head', 'runtime'},  # the checks of label embeddings, atomic files
 }
 # The rooms that know flags, each of which may import those before it.
-ROOMS = ['flags', 'runtime', 'distributed', 'loading', 'checkpoint', 'modeling']
+ROOMS = ['runtime', 'flags', 'distributed', 'loading', 'checkpoint', 'modeling']
 ROOMS += ['evaluation', 'predict', 'validate', 'check', 'train', 'export', 'probe', 'api']
 
 

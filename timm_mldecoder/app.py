@@ -33,7 +33,7 @@ from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.modeling.load import LoadedModel
 from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 
 LABELS = 30  # rows of a list
 TYPED = 1000  # classes that may be typed
@@ -416,10 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.app', __doc__)
     add = parser.add_argument
     add('models', nargs='+', metavar='MODEL', help='checkpoint of train.py, folder of a run, or folder for local-dir:')
     add('--word-embeddings', type=Path, help='label embeddings of classes to type, for models with text queries')

@@ -33,7 +33,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.flags.flag import Pairs
 from timm_mldecoder.modeling.load import load
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 from timm_mldecoder.runtime.files import write_atomically
 
 
@@ -278,10 +278,7 @@ def _describe_output(task: str, data_config: Mapping[str, Any], folder: Path) ->
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.convert', __doc__)
     add = parser.add_argument
     add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors; or the folder of a run')
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')

@@ -28,12 +28,11 @@ from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.data.transforms import lost_share
 from timm_mldecoder.flags import Options, parse_train
-from timm_mldecoder.flags.flag import BaseParser
 from timm_mldecoder.loading.bad_images import remember
 from timm_mldecoder.loading.compare_classes import likely_causes
 from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary
 from timm_mldecoder.loading.scan import ImageFacts, scan
-from timm_mldecoder.runtime.errors import RunFailed, run_command
+from timm_mldecoder.runtime.errors import CommandParser, RunFailed, run_command
 from timm_mldecoder.runtime.log import progress_bar
 
 _logger = logging.getLogger(__name__)
@@ -90,10 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     flags = ' '.join(f'--{name.replace("_", "-")}' for name in sorted(TAKEN - {'data'}))
-    parser = BaseParser(
+    parser = CommandParser(
         'timm-mldecoder check',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
         usage='%(prog)s DIR [--flag value ...]',
         epilog=f'Flags of train.py: {flags}',
     )

@@ -37,7 +37,7 @@ from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.modeling.load import load
-from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
+from timm_mldecoder.runtime.errors import CommandParser, RunFailed, one_line, run_command
 
 __all__ = ['load_source', 'main', 'read_metadata']
 
@@ -230,10 +230,7 @@ DEFAULTS = dict(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.export', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.export', __doc__)
     parser.set_defaults(**DEFAULTS)
     add = parser.add_argument
     add('source', help='checkpoint of train.py, model folder, or pretrained timm model such as hf-hub:OWNER/NAME')

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,12 @@ def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
     return [name for part in field.split(separator) if (name := normalize_name(part))]
 
 
+@cache
+def _log_delimiter(path: Path, delimiter: str) -> None:
+    """Log what separates the columns of a file, once: a file is opened several times in a run."""
+    _logger.info(f'{path}: columns are separated by {delimiter!r}')
+
+
 def _open_table(path: Path, path_column: str, label_column: str, split_column: str) -> Table:
     """Find delimiter and columns by the header, where names count without case and blanks."""
     rows = read_rows(path)
@@ -90,7 +97,7 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         if names.count(paths) != 1 or names.count(labels) > 1 or len({*titled}) < len(titled):
             continue
         if delimiter != ',':
-            _logger.info(f'{path}: columns are separated by {delimiter!r}')
+            _log_delimiter(path, delimiter)
         place = names.index(paths)
         wanted = split_column.strip().lower()
         split = names.index(wanted) if wanted and wanted in names else None
