@@ -51,7 +51,8 @@ def test_a_whole_life(tmp_path, capsys):
     assert again.rows == result.rows
     assert not capsys.readouterr().out  # the command prints what functions return
     train(['--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto'])
-    assert json.loads(capsys.readouterr().out.removeprefix('--result\n'))[0]['epoch'] == 0
+    (best,) = json.loads(capsys.readouterr().out.removeprefix('--result\n'))
+    assert best['epoch'] == 0 and best['validation'].keys() == {'loss', 'top1'}
 
 
 @pytest.mark.parametrize('kind', few(['transparent', '16 bit', 'rgb', 'float', 'palette'], 2))

@@ -33,10 +33,7 @@ def line_of(tmp_path, capsys, monkeypatch):
 
     def run(main, *flags):
         capsys.readouterr()
-        try:
-            code = run_command(lambda: main([str(flag) for flag in flags]))
-        except SystemExit as end:  # argparse ends the process itself
-            code = end.code
+        code = run_command(lambda: main([str(flag) for flag in flags]))
         output = capsys.readouterr().err
         assert code == 2, output
         assert 'Traceback' not in output
@@ -166,11 +163,7 @@ def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(dat
 
 
 def test_files_that_are_missing_or_wrong(data, tmp_path, line_of, checkpoint):
-    (tmp_path / 'bad.yaml').write_text('a: [')
-    assert 'bad.yaml' in line_of(train_main, data, *MODEL, '--config', 'bad.yaml')
-    (tmp_path / 'typo.yaml').write_text('wieght_decay: 1')
-    assert 'weight_decay' in line_of(train_main, data, *MODEL, '--config', 'typo.yaml')
-    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--config'):
+    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path'):
         assert 'nothing.pth' in line_of(train_main, data, *MODEL, flag, 'nothing.pth')
     torch.save({'state_dict': {'other.weight': torch.ones(3)}}, tmp_path / 'other.pth')
     for flags in (['--initial-checkpoint'], ['--pretrained', '--pretrained-path']):

@@ -177,7 +177,7 @@ def convert_published(
     data_config |= {name: value for name, value in preprocessing.items() if value is not None}
     # the published single-label checkpoint is that of Stanford-Cars
     task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
-    tuned = _read_tuned(thresholds, names, task) if thresholds else None
+    tuned = read_thresholds(thresholds, names, task) if thresholds else None
     network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
     facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
     save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)
@@ -202,14 +202,6 @@ def _label_embeddings(own: Tensor | int | None, file: Path, words: Path | None) 
         found = 'no text queries' if own is None else 'the label embeddings of its classes'
         raise ValueError(f'{file} has {found}: leave --word-embeddings out')
     return {}
-
-
-def _read_tuned(file: Path, names: Sequence[str] | None, task: str) -> dict[str, float]:
-    if task != 'multilabel':
-        raise ValueError('--thresholds are for --task multilabel')
-    if not names:
-        raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
-    return read_thresholds(file, names)
 
 
 def _build(architecture: Architecture, num_classes: int, input_size: int, head: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from timm_mldecoder.check.page import write_page
 from timm_mldecoder.data import MultiLabelDataset, cooccurrence
 from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import Reading
-from timm_mldecoder.data.transforms import lost_share
+from timm_mldecoder.data.transforms import CUT, lost_share
 from timm_mldecoder.flags import Options, parse_train
 from timm_mldecoder.loading.bad_images import remember
 from timm_mldecoder.loading.compare_classes import likely_causes
@@ -38,7 +38,6 @@ from timm_mldecoder.runtime.log import progress_bar
 _logger = logging.getLogger(__name__)
 
 PAGE = 'check.html'
-CUT = 0.05  # share of the area of images with several labels that evaluation may cut off
 EXAMPLES = 5  # of a kind of finding in the log
 _FLAGS = """
     data data_dir dataset train_split val_split dataset_download dataset_trust_remote_code class_map voc_difficult

@@ -10,7 +10,6 @@ from timm_mldecoder.data.same_files import repeated
 
 DISTANCE = 7  # of 128 bits of the perceptual hash, at most
 DIFFERENCE = 6.0  # mean of the absolute difference of thumbnails, in grey values, at most
-_BANDS = 8  # of 16 bits: two hashes that differ in at most 7 bits are equal in one of them
 _ROWS = 256  # of a comparison at a time
 _POPCOUNT = np.array([bin(number).count('1') for number in range(256)], dtype=np.uint8)
 
@@ -71,7 +70,7 @@ def near(looks: Sequence[bytes], thumbnails: Sequence[bytes]) -> list[list[int]]
     hashes = np.frombuffer(b''.join(looks), np.uint8).reshape(len(looks), -1)
     colours = np.frombuffer(b''.join(thumbnails), np.uint8).reshape(len(looks), -1)
     pairs = set()
-    for band in hashes.view(np.uint16).T:
+    for band in hashes.view(np.uint16).T:  # 8 of 16 bits: two hashes that differ in at most 7 bits are equal in one
         for bucket in repeated(band.astype(np.int64)):
             pairs |= _pairs(bucket, hashes, colours)
     return _connected(pairs)

@@ -8,7 +8,7 @@ from typing import Any
 import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
-from timm_mldecoder.data.class_order import one_order, warn_about_alike
+from timm_mldecoder.data.class_order import one_order
 from timm_mldecoder.data.formats import torchvision_sets
 from timm_mldecoder.data.formats.class_folders import create_folder_dataset
 from timm_mldecoder.data.formats.coco import read_coco
@@ -21,6 +21,7 @@ from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy, with_paths_on_disk
 from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
+from timm_mldecoder.data.text_files import warn_about_case
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
@@ -114,7 +115,7 @@ def _create_timm_dataset(name: str, root: str | None, split: str, is_training: b
     if not slash and root is not None:
         dataset = create_folder_dataset(root, split, **kwargs)
         if not kwargs.get('class_map'):
-            warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
+            warn_about_case(class_to_index(dataset) or (), f'{root}, {split}')
         return dataset
     separator = kwargs.pop('label_separator', '')
     with one_order():

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 from timm.data import ImageDataset
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import Dataset
@@ -23,7 +23,6 @@ _UNREADABLE = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 _CLUTTER_FOLDERS = {'__macosx', '@eadir'}
 _CLUTTER_FILES = {'thumbs.db', 'desktop.ini'}
 _HIGH = 65535  # of 16-bit images
-_ORIENTATION = 0x0112  # EXIF tag
 _LOOKED_AT = 200  # headers that `some_headers` reads
 
 
@@ -140,7 +139,7 @@ class Reading:
             if self.fast:
                 file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
                 image = Image.open(file)
-                upright = not self.exif_rotate or image.getexif().get(_ORIENTATION, 1) == 1
+                upright = not self.exif_rotate or image.getexif().get(ExifTags.Base.Orientation, 1) == 1
                 if image.format == 'JPEG' and image.mode == mode and upright:
                     return image  # PIL decodes it when its pixels are needed
                 return self.convert(image, mode)
@@ -174,7 +173,7 @@ class Reading:
         rotated = 0
         for image in some_headers(dataset):
             modes[image.mode] += 1
-            rotated += image.getexif().get(_ORIENTATION, 1) != 1
+            rotated += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         looked_at = modes.total()
         lines = []
         if deep := {mode: count for mode, count in modes.items() if _is_deep(mode)}:

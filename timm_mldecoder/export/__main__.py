@@ -154,11 +154,7 @@ def with_labels(source: Source, class_names: Path | None, task: str | None, thre
         if stored := metadata['thresholds']:
             metadata['thresholds'] = {new: stored[name] for new, name in zip(names, old, strict=True)}
     if thresholds:
-        if not metadata['class_names']:
-            raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
-        metadata['thresholds'] = read_thresholds(thresholds, metadata['class_names'])
-    if metadata['task'] != 'multilabel' and thresholds:
-        raise ValueError('--thresholds are for --task multilabel')
+        metadata['thresholds'] = read_thresholds(thresholds, metadata['class_names'], metadata['task'])
     return source._replace(metadata=metadata)
 
 

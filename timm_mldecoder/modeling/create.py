@@ -21,6 +21,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags.model import HeadOptions, ModelOptions
 from timm_mldecoder.flags.options import CreateOptions, CreateTrainOptions
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
+from timm_mldecoder.models.classifier_model import classifiers_of
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.fusion import fuse_batch_norm
 from timm_mldecoder.models.graph import add_graph_classifier
@@ -177,8 +178,7 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
 
 @torch.no_grad()
 def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
-    found = model.get_classifier()
-    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
+    for classifier in classifiers_of(model):
         if scale is not None:
             classifier.weight.mul_(scale)
             classifier.bias.mul_(scale)

@@ -5,7 +5,6 @@ The model becomes an instance of a subclass of its own class: its forward and it
 family is the classifier, and how its features are read.
 """
 
-import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class, is_loaded
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, is_loaded
 from timm_mldecoder.models.families import classifier_paths, family_of, longest_module_path
 
 _logger = logging.getLogger(__name__)
@@ -268,9 +267,6 @@ class MLDecoderModel(ClassifierModel):
     def __prepare_scriptable__(self):
         others = 'torch.compile, torch.export or torch.jit.trace'
         raise ValueError(f'torch.jit.script cannot compile {type(self).__name__}: use {others}')
-
-
-ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
 
 
 def check_model(model: nn.Module) -> None:

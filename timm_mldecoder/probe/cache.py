@@ -137,7 +137,7 @@ class FeatureCache:
             if last:
                 for kind, parts in (('targets', targets), ('tokens', tokens)):
                     array = np.concatenate(parts)
-                    write_atomically(self.folder / self._name(shard, kind), partial(_save, array))
+                    write_atomically(self.folder / self._name(shard, kind), partial(np.save, arr=array))
                 tokens, targets = [], []
 
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
@@ -277,7 +277,3 @@ def data_digest(dataset: Any) -> str:
         labels = class_indices(dataset)
         digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
-
-
-def _save(array: np.ndarray, file: Any) -> None:
-    np.save(file, array)
