@@ -244,10 +244,7 @@ def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
     assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
 
 
-@pytest.mark.parametrize(
-    'path',
-    ['{}', 'x/{}', '{}.png', 'x/{}.PNG', 'x\\{}.png', 'x\\{}'],
-)
+@pytest.mark.parametrize('path', ['{}', 'x/{}', '{}.png', 'x/{}.PNG', 'x\\{}.png', 'x\\{}'])
 def test_paths_of_lists_lead_to_the_files_that_they_mean(path, tmp_path, caplog):
     write_table(tmp_path, rows('path,labels'))
     (tmp_path / 'train.csv').write_text('path,labels\n' + ''.join(f'{path.format(n)},cat\n' for n in range(4)))

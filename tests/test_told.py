@@ -102,10 +102,7 @@ def test_classes_that_are_always_or_never_predicted(task):
 
 
 def test_one_value_per_channel_is_told_with_what_to_do():
-    with (
-        pytest.raises(ValueError, match='--batch-size 1: BatchNorm .* at least 2 images'),
-        advise_on_memory(1, 1, 1),
-    ):
+    with pytest.raises(ValueError, match='--batch-size 1: BatchNorm .* at least 2 images'), advise_on_memory(1, 1, 1):
         torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
     with pytest.raises(ValueError, match='another'), advise_on_memory(1, 1, 1):
         raise ValueError('another')

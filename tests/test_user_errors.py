@@ -138,12 +138,7 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, c
     flags = [*flags, '--checkpoint', checkpoint]
     assert ' than --use-ml-decoder-head 1: ' in line_of(validate_main, *flags, '--use-ml-decoder-head', '1')
     labels = tmp_path / 'labels.txt'
-    for text, named in (
-        ('0 7', ' 7 '),
-        ('-1', ' -1 '),
-        ('', ' 0 classes'),
-        ('2 0', ' 2 classes'),
-    ):
+    for text, named in (('0 7', ' 7 '), ('-1', ' -1 '), ('', ' 0 classes'), ('2 0', ' 2 classes')):
         labels.write_text(text)
         line = line_of(validate_main, *flags, '--valid-labels', labels)
         assert f'--valid-labels {labels}' in line and named in line

@@ -89,10 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     flags = ' '.join(f'--{name.replace("_", "-")}' for name in sorted(TAKEN - {'data'}))
     parser = CommandParser(
-        'timm-mldecoder check',
-        __doc__,
-        usage='%(prog)s DIR [--flag value ...]',
-        epilog=f'Flags of train.py: {flags}',
+        'timm-mldecoder check', __doc__, usage='%(prog)s DIR [--flag value ...]', epilog=f'Flags of train.py: {flags}'
     )
     add = parser.add_argument
     add('--report', type=Path, metavar='FOLDER', help=f'write a page with thumbnails of copies there, {PAGE}')
@@ -144,10 +141,8 @@ def find(splits: Mapping[str, Split], config: dict[str, Any], exif_rotate: bool,
     """Find mistakes in the splits `train` and, if there is one, `validation`, in the order of `KINDS`.
 
     Args:
-        splits: Splits by role.
         config: Data configuration of timm, for what evaluation shows of an image.
         exif_rotate: Whether images are turned as EXIF data says.
-        multilabel: Whether an image has several classes.
     """
     found = [*find_copies(splits), *_classes(splits)]
     for role, split in splits.items():

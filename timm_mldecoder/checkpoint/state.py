@@ -379,13 +379,7 @@ def held_out_before(options: DatasetOptions, content: Mapping[str, Any]) -> Tens
 
 
 def held_out_to_resume(options: ResumeOptions, world: World, output: Path) -> Tensor | None:
-    """Return the digests of the images that the run to resume held out, None without one; a collective call.
-
-    Args:
-        options: Options of train.py.
-        world: The ranks.
-        output: Folder of the runs.
-    """
+    """Return the digests of the images that the run to resume held out, None without one; a collective call."""
     restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
     if not options.val_fraction or not (options.resume or restarted):
         return None

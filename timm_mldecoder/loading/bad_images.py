@@ -84,13 +84,10 @@ def check_readable(
 
     Args:
         dataset: Dataset of files, with its `reading`; others are not checked.
-        root: Folder of the dataset.
-        world: The ranks, which share the work.
         decode: Whether to decode the images that are not known to be readable.
         policy: 'abort' to end the run at such images, 'skip' to warn.
         remedy: The flag that leaves such images out.
         mode: PIL mode of the images.
-        workers: Data loader workers.
 
     Raises:
         RunFailed: If there are such images and the policy is 'abort'.

@@ -143,7 +143,6 @@ class TrainLoader:
         mix: Mixup and CutMix on the device; None if `collate` mixes, or nothing does.
         mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
         bad_image: 'skip' or 'abort' at unreadable images.
-        persistent_workers: Whether workers live from epoch to epoch.
         stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
         **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
     """
@@ -283,7 +282,6 @@ class EvalLoader:
         sampler: timm's `OrderedDistributedSampler` on several ranks, else None.
         bad_image: 'abort' or 'skip' at unreadable images.
         remedy: The flag that scores the other images, for the error message.
-        persistent_workers: Whether workers live from pass to pass.
         **workers: Further options of `DataLoader`: batch size, number of workers, pinned memory, start method.
     """
 

@@ -49,7 +49,6 @@ def create_model(
 
     Args:
         words: Options of `MLDecoder` for text queries, if the head has any.
-        pretrained: Whether to load pretrained weights.
         fresh_head: Whether to leave stored weights of an ML-Decoder head out.
         **settings: Further arguments of `timm.create_model`.
 
@@ -99,10 +98,6 @@ def script(model: nn.Module) -> nn.Module:
 
 def create_train_model(options: CreateTrainOptions, dataset: Dataset | None) -> Any:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
-
-    Args:
-        options: Options of train.py.
-        dataset: Training split.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.

@@ -105,12 +105,7 @@ CLASSIFIERS = {
         _differences,
     ),
     'graph_classifier': Classifier(_attach_graph, _parse_graph, _differences),
-    'probe_head': Classifier(
-        add_probe_head,
-        parse_probe,
-        _differences,
-        any_classes=_has_vocabulary,
-    ),
+    'probe_head': Classifier(add_probe_head, parse_probe, _differences, any_classes=_has_vocabulary),
 }
 
 

@@ -45,14 +45,11 @@ class FeatureCache:
     """Cached features of one split.
 
     Args:
-        folder: Folder of the split.
         setup: What the features depend on, in JSON form.
-        number: Number of images.
         shape: Tokens per image, with the class token, and their width.
         class_token: Whether the first token is the class token.
         views: Augmented views of each image; epoch e uses view e modulo `views`.
         shard: Images per shard.
-        device: Device of the batches.
     """
 
     def __init__(

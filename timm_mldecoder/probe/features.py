@@ -45,7 +45,6 @@ class Backbone:
 
     Args:
         model: The model; its parameters need no gradients from now on.
-        autocast: Context of the forward pass.
         image: An image [1, C, H, W], to compute features by a copy in which BatchNorm is folded into the convolutions.
     """
 
@@ -98,10 +97,6 @@ class ImageBatches:
     """Batches of given images of a split, on the device.
 
     Args:
-        options: Options of train.py.
-        dataset: Map-style dataset with its transform.
-        config: Data configuration.
-        world: This rank and the others.
         bad_image: 'skip' or 'abort' at unreadable images; the next image takes the place of one that is skipped.
     """
 

@@ -149,7 +149,6 @@ def _search(
     """Find the learning rate of each head, and train at it with the seeds that are left.
 
     Args:
-        options: The options.
         trainer: Has the runs of every head at every rate that was given.
         fit: Trains the runs of the trainer, and calls a function after each epoch.
         score: Returns the metrics of runs on the validation split.

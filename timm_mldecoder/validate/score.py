@@ -17,13 +17,7 @@ from timm_mldecoder.checkpoint.state import held_out_before
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.evaluation.evaluate import (
-    create_autocast,
-    create_evaluator,
-    evaluate,
-    test_time_views,
-    widen,
-)
+from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator, evaluate, test_time_views, widen
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.flags.options import CreateOptions, EvalLoaderOptions
