@@ -1,9 +1,11 @@
 """The front door: train, evaluate and load from Python, and the console command."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ import timm_mldecoder
 from timm_mldecoder import cli
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.predict.__main__ import main as predict
+from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.train.__main__ import main as train
 
 SETTINGS = dict(model='test_resnet', img_size=32, device='cpu', batch_size=4, workers=0)
 
@@ -23,7 +27,7 @@ def python(code):
     return subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
 
 
-def test_a_whole_life(tmp_path):
+def test_a_whole_life(tmp_path, capsys):
     data = write_data(tmp_path / 'data')
     result = timm_mldecoder.train(
         data, **SETTINGS, num_classes=3, epochs=1, use_ml_decoder_head=1, output=tmp_path, experiment='run'
@@ -45,6 +49,10 @@ def test_a_whole_life(tmp_path):
         loaded.predict(np.zeros((48, 48, 3), np.float32))
     again = timm_mldecoder.train(output=tmp_path, experiment='run', resume='auto')  # its options know the data
     assert again.rows == result.rows
+    assert not capsys.readouterr().out  # the command prints what functions return
+    train(['--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto'])
+    (best,) = json.loads(capsys.readouterr().out.removeprefix('--result\n'))
+    assert best['epoch'] == 0 and best['validation'].keys() == {'loss', 'top1'}
 
 
 @pytest.mark.parametrize('kind', few(['transparent', '16 bit', 'rgb', 'float', 'palette'], 2))
@@ -100,6 +108,20 @@ def test_console_lists_commands_and_refuses_others(capsys):
     assert all(name in shown for name in cli.COMMANDS)
     with pytest.raises(ValueError, match='validate'):
         cli.main(['evalidate'])
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_a_command_has_all_of_its_help_and_one_line_for_a_mistake(name, capsys):
+    main = import_module(cli.COMMANDS[name][0]).main
+    shown = []
+    for flag in ('--help', '--help-all'):
+        with pytest.raises(SystemExit) as end:
+            main([flag])
+        assert not end.value.code
+        shown.append(capsys.readouterr().out)
+    assert (shown[0] == shown[1]) == (name not in ('train', 'validate'))
+    assert run_command(lambda: main(['--nonsense'])) == 2
+    assert re.fullmatch(r'.*: error: .*\n', capsys.readouterr().err)
 
 
 def test_evaluator_refuses_a_number_of_classes_as_its_device():

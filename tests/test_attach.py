@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_mldecoder import MLDecoder, add_ml_decoder_head
-from timm_mldecoder.models.attach import ml_decoder_class
+from timm_mldecoder.models.attach import MLDecoderModel
+from timm_mldecoder.models.classifier_model import extend_class
 
 HEAD = dict(num_of_groups=4, decoder_embedding=32, num_heads=4, dim_feedforward=32)
 SWIN = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), img_size=64, window_size=2)
@@ -204,7 +205,7 @@ def test_attaching_again_changes_the_head():
     model = add_ml_decoder_head(timm.create_model('test_resnet', num_classes=50), num_of_groups=5)
     add_ml_decoder_head(model, num_classes=20, num_of_groups=10)
     assert model.get_classifier().weight.shape == (10, 768, 2)
-    assert type(model).__mro__.count(ml_decoder_class(timm.models.ResNet)) == 1
+    assert type(model).__mro__.count(extend_class(MLDecoderModel, timm.models.ResNet)) == 1
 
 
 def test_a_model_built_from_its_class():

@@ -132,11 +132,7 @@ def test_erasing_and_cutout_spare_the_first_view(data, tmp_path):
 
     shared = views('--hflip', '0', '--train-interpolation', 'bilinear')
     assert torch.equal(shared[:, :1].expand_as(shared), shared)
-    for flags in (
-        '--reprob 1 --remode const --resplit',
-        '--cutout 0.5',
-        '--cutout 0.5 --cutout-place after',
-    ):
+    for flags in ('--reprob 1 --remode const --resplit', '--cutout 0.5', '--cutout 0.5 --cutout-place after'):
         changed = views('--hflip', '0', '--train-interpolation', 'bilinear', *flags.split())
         assert torch.equal(changed[:, 0], shared[:, 0])
         assert all((changed[:, view] != shared[:, view]).flatten(1).any(1).all() for view in range(1, VIEWS))

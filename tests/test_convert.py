@@ -129,10 +129,7 @@ def test_a_multilabel_folder_has_task_and_thresholds(words, capsys):
 
 @pytest.mark.parametrize(
     'head',
-    [
-        {'ml_decoder': dict(decoder_embedding=32, num_heads=4)},
-        {'probe_head': dict(name='ml_decoder_small', dim=32)},
-    ],
+    [{'ml_decoder': dict(decoder_embedding=32, num_heads=4)}, {'probe_head': dict(name='ml_decoder_small', dim=32)}],
     ids=['ml-decoder', 'probe'],
 )
 def test_a_folder_with_text_queries_loads_in_transformers(head):

@@ -77,6 +77,13 @@ def test_names_that_differ_only_in_case_are_warned_about(tmp_path, caplog):
     assert 'Cat' in record.message and 'cat' in record.message and 'dog' not in record.message
 
 
+def test_the_separator_of_the_columns_of_a_file_is_logged_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_text(tmp_path / 'train.csv', 'path\tlabels', 'a.png\tcat', 'b.png\tdog')
+    assert read(tmp_path) == read(tmp_path)
+    assert caplog.text.count('columns are separated') == 1
+
+
 POSTS = """
     CREATE TABLE posts (id INTEGER PRIMARY KEY, file TEXT, tags TEXT);
     CREATE TABLE tags (id INTEGER PRIMARY KEY, name TEXT);

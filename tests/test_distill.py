@@ -9,18 +9,7 @@ import pytest
 import timm
 import torch
 from marks import few
-from runs import (
-    BATCHES,
-    assert_same,
-    assert_same_run,
-    build,
-    call,
-    fit_until_stopped,
-    last,
-    start,
-    summary,
-    train,
-)
+from runs import BATCHES, assert_same, assert_same_run, build, call, fit_until_stopped, last, start, summary, train
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch.nn import functional as F

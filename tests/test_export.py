@@ -183,11 +183,7 @@ def test_a_folder_becomes_a_file_in_half_precision_and_a_folder_again():
 
 @pytest.mark.parametrize(
     'out, form',
-    [
-        pytest.param('m.onnx', 'onnx', marks=pytest.mark.slow),
-        ('m.pt2', 'torch-export'),
-        ('copy', 'safetensors'),
-    ],
+    [pytest.param('m.onnx', 'onnx', marks=pytest.mark.slow), ('m.pt2', 'torch-export'), ('copy', 'safetensors')],
 )
 def test_hostile_class_names_are_read_back_and_stay_text(out, form):
     if form == 'onnx':

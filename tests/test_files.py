@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from timm_mldecoder.data import class_to_index, create_dataset, overlap
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import Reading, strict
 from timm_mldecoder.flags.parse import parse_train
 from timm_mldecoder.loading.compare_classes import check_classes
 from timm_mldecoder.loading.datasets import create_split
-from timm_mldecoder.loading.loader import strict
 from timm_mldecoder.predict.sources import SourceDataset, open_source
 
 RAMP = np.linspace(0, 1, 32)[None].repeat(8, 0)
@@ -245,10 +244,7 @@ def test_lists_of_a_prediction_are_separated_as_tables_are(text, tmp_path):
     assert source.names.tolist() == [b'x/1.png', b'x/2.png'] and SourceDataset(source, lambda image: image)[1][1] == 1
 
 
-@pytest.mark.parametrize(
-    'path',
-    ['{}', 'x/{}', '{}.png', 'x/{}.PNG', 'x\\{}.png', 'x\\{}'],
-)
+@pytest.mark.parametrize('path', ['{}', 'x/{}', '{}.png', 'x/{}.PNG', 'x\\{}.png', 'x\\{}'])
 def test_paths_of_lists_lead_to_the_files_that_they_mean(path, tmp_path, caplog):
     write_table(tmp_path, rows('path,labels'))
     (tmp_path / 'train.csv').write_text('path,labels\n' + ''.join(f'{path.format(n)},cat\n' for n in range(4)))

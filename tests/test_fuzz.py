@@ -188,11 +188,7 @@ def assert_survives(main, argv: list[str], named: list[str], place: Place, capsy
     sys.stdout.reconfigure(errors='backslashreplace')
     try:
         with time_limit(case):
-            code = (
-                main(argv)
-                if main.__module__.startswith(('timm_mldecoder.data', 'benchmarks'))
-                else run_command(lambda: main(argv))
-            )
+            code = main(argv) if main.__module__.startswith('benchmarks') else run_command(lambda: main(argv))
     except SystemExit as end:  # argparse ends the process itself
         code = end.code
     except Exception as error:

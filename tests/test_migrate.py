@@ -194,11 +194,7 @@ BACKBONES = {
     'tresnet': ('tresnet_m', dict(layers=[1, 1, 1, 1], width_factor=0.5), 64),
     'efficientnet': ('test_efficientnet', {}, 64),
     'convnext': ('test_convnext', {}, 64),
-    'davit': (
-        'davit_tiny',
-        dict(embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)),
-        64,
-    ),
+    'davit': ('davit_tiny', dict(embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)), 64),
     'maxvit': ('test_maxvit', {}, 160),
     'swin': (
         'swin_tiny_patch4_window7_224',

@@ -181,8 +181,7 @@ def test_validate_stores_thresholds_and_uses_them_and_writes_priors_and_classes(
 
     # and the priors go into the loss of another run
     train_scenes(
-        scenes,
-        *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another'),
+        scenes, *shlex.split('--loss csl --loss-kwargs mode=selective --class-priors priors.csv --experiment another')
     )
     assert '--loss csl selects among labels to ignore' in caplog.text
 

@@ -224,12 +224,7 @@ def plain_loop(options: Options):
     """One epoch of timm's parts, as its script puts them together, and the learning rate of every epoch."""
     device, values = torch.device('cpu'), options.to_namespace()
     random_seed(options.seed, 0)
-    model = create_model(
-        options.model,
-        in_chans=3,
-        num_classes=options.num_classes,
-        bn_momentum=options.bn_momentum,
-    )
+    model = create_model(options.model, in_chans=3, num_classes=options.num_classes, bn_momentum=options.bn_momentum)
     if options.head_init_scale is not None:
         with torch.no_grad():
             model.get_classifier().weight.mul_(options.head_init_scale)

@@ -23,11 +23,7 @@ def test_the_mean_of_three_runs_is_that_of_their_best_epochs(tmp_path, capsys):
     runs = [write_run(tmp_path / f'run_{seed}', scores) for seed, scores in enumerate([[80, 84, 82], [85, 83], [89]])]
     plot([*runs, '--output', str(tmp_path / 'curves.png'), '--best', 'map'])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
-        'run_0: map 84.00 in epoch 1',
-        'run_1: map 85.00 in epoch 0',
-        'run_2: map 89.00 in epoch 0',
-    ]
+    assert lines[:3] == ['run_0: map 84.00 in epoch 1', 'run_1: map 85.00 in epoch 0', 'run_2: map 89.00 in epoch 0']
     assert lines[3] == 'mean of 3 runs: map 86.00 ± 2.65'
     assert (tmp_path / 'curves.png').stat().st_size > 1000
     plot([f'{runs[0]}/summary.csv', '--output', str(tmp_path / 'curves.png'), '--best', 'loss'])

@@ -32,8 +32,7 @@ def test_names_imported_before_activation_take_it_too(program):
 
 
 @pytest.mark.parametrize(
-    'switch',
-    ['TIMM_MLDECODER_AUTOLOAD', pytest.param('TORCH_DEVICE_BACKEND_AUTOLOAD', marks=pytest.mark.slow)],
+    'switch', ['TIMM_MLDECODER_AUTOLOAD', pytest.param('TORCH_DEVICE_BACKEND_AUTOLOAD', marks=pytest.mark.slow)]
 )
 def test_switched_off_leaves_timm_alone_until_imported(switch, program):
     program('plugin_off.py', **{switch: '0'})

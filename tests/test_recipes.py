@@ -207,8 +207,7 @@ def test_the_authors_command_runs_on_two_ranks_and_the_loss_falls(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'name',
-    [*(name for name in RECIPES if name.startswith('imagenet')), 'voc/efficientnetv2_s_448_graph_aam.yaml'],
+    'name', [*(name for name in RECIPES if name.startswith('imagenet')), 'voc/efficientnetv2_s_448_graph_aam.yaml']
 )
 def test_a_recipe_runs_an_epoch_on_two_ranks(name, data, tmp_path):
     own = recipe_data.flags(data, name)

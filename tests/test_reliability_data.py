@@ -12,7 +12,8 @@ from marks import few
 from runs import BATCHES, MODEL, build, call, fit, last, summary, train
 
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.loading.loader import KeyedSamples, strict
+from timm_mldecoder.data.images import strict
+from timm_mldecoder.loading.loader import KeyedSamples
 from timm_mldecoder.runtime.errors import RunFailed
 from validate import main as validate
 

@@ -283,10 +283,7 @@ def test_the_removed_option_names_the_one_to_use(tmp_path):
 SEVERAL = '--dataset csv --task multilabel'
 LOSSES = {'bce': '--loss bce --smoothing 0.1', 'asl': f'--loss asl {SEVERAL}', 'ce': ''}
 HEAD = '--use-ml-decoder-head 1 --decoder-embedding 64 --num-of-groups 2 --ml-decoder-kwargs dropout=0.0'
-MODELS = {
-    'vit': VIT,
-    'resnet50': f'{COMMON} --model resnet50 --img-size 64 --opt sgd --lr 1e-4 {HEAD}',
-}
+MODELS = {'vit': VIT, 'resnet50': f'{COMMON} --model resnet50 --img-size 64 --opt sgd --lr 1e-4 {HEAD}'}
 RESNET = f'{COMMON} --model test_resnet --img-size 32 --opt sgd --lr 5e-3 -b 4 --epochs 4'
 FOLLOWED = {
     'accumulation': f'{RESNET} --grad-accum-steps 2 --model-ema --recovery-interval 2',

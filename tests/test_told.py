@@ -102,18 +102,21 @@ def test_classes_that_are_always_or_never_predicted(task):
 
 
 def test_one_value_per_channel_is_told_with_what_to_do():
-    with (
-        pytest.raises(ValueError, match='--batch-size 1: BatchNorm .* at least 2 images'),
-        advise_on_memory(1, 1, 1),
-    ):
+    with pytest.raises(ValueError, match='--batch-size 1: BatchNorm .* at least 2 images'), advise_on_memory(1, 1, 1):
         torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
     with pytest.raises(ValueError, match='another'), advise_on_memory(1, 1, 1):
         raise ValueError('another')
 
 
-def test_a_probe_warns_of_files_in_both_splits(tmp_path, caplog):
+def test_a_probe_warns_of_files_in_both_splits_on_the_first_rank(tmp_path, caplog, monkeypatch):
     data = write_images(tmp_path, train=3, validation=2)
     (data / 'validation' / 'class_1' / 'zz.png').symlink_to(data / 'train' / 'class_1' / '000.png')
+    options = parse_probe('', [str(data), *MODEL[:4], '--device', 'cpu'])
     with join_world('cpu') as world:
-        _create_splits(parse_probe('', [str(data), *MODEL[:4], '--device', 'cpu']), world)
-    assert '1 files are in both splits' in caplog.text
+        _create_splits(options, world)
+        assert '1 files are in both splits' in caplog.text
+        caplog.clear()
+        monkeypatch.setenv('RANK', '1')
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        _create_splits(options, world)
+        assert not caplog.records

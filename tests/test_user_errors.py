@@ -33,10 +33,7 @@ def line_of(tmp_path, capsys, monkeypatch):
 
     def run(main, *flags):
         capsys.readouterr()
-        try:
-            code = run_command(lambda: main([str(flag) for flag in flags]))
-        except SystemExit as end:  # argparse ends the process itself
-            code = end.code
+        code = run_command(lambda: main([str(flag) for flag in flags]))
         output = capsys.readouterr().err
         assert code == 2, output
         assert 'Traceback' not in output
@@ -141,12 +138,7 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, c
     flags = [*flags, '--checkpoint', checkpoint]
     assert ' than --use-ml-decoder-head 1: ' in line_of(validate_main, *flags, '--use-ml-decoder-head', '1')
     labels = tmp_path / 'labels.txt'
-    for text, named in (
-        ('0 7', ' 7 '),
-        ('-1', ' -1 '),
-        ('', ' 0 classes'),
-        ('2 0', ' 2 classes'),
-    ):
+    for text, named in (('0 7', ' 7 '), ('-1', ' -1 '), ('', ' 0 classes'), ('2 0', ' 2 classes')):
         labels.write_text(text)
         line = line_of(validate_main, *flags, '--valid-labels', labels)
         assert f'--valid-labels {labels}' in line and named in line
@@ -166,11 +158,7 @@ def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(dat
 
 
 def test_files_that_are_missing_or_wrong(data, tmp_path, line_of, checkpoint):
-    (tmp_path / 'bad.yaml').write_text('a: [')
-    assert 'bad.yaml' in line_of(train_main, data, *MODEL, '--config', 'bad.yaml')
-    (tmp_path / 'typo.yaml').write_text('wieght_decay: 1')
-    assert 'weight_decay' in line_of(train_main, data, *MODEL, '--config', 'typo.yaml')
-    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--config'):
+    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path'):
         assert 'nothing.pth' in line_of(train_main, data, *MODEL, flag, 'nothing.pth')
     torch.save({'state_dict': {'other.weight': torch.ones(3)}}, tmp_path / 'other.pth')
     for flags in (['--initial-checkpoint'], ['--pretrained', '--pretrained-path']):

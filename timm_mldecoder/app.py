@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.modeling.load import LoadedModel
 from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 
 LABELS = 30  # rows of a list
 TYPED = 1000  # classes that may be typed
@@ -236,52 +236,12 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
         lists = [shown.rows(one and Scores(*one), limit) for shown, one in zip(models, found, strict=True)]
         return lists if len(lists) > 1 else lists[0]
 
-    def attend(shown: Shown) -> Any:
-        def show(image: Any, found: Scores | None, threshold: float, tuned: bool, event: gradio.EventData) -> tuple:  # type: ignore[name-defined]  # of the extra
-            found, index = found and Scores(*found), event.index
-            limit = None if tuned else threshold
-            if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
-                return None, shown.rows(found, limit), found
-            found = found._replace(shown=index)
-            try:
-                picture, label = shown.attention(image, found.names, index), f'Attention: {found.names[index]}'
-            except ValueError as error:
-                picture, label = None, str(error)
-            return gradio.Image(picture, label=label), shown.rows(found, limit), found
-
-        return show
-
-    known = list(dict.fromkeys(name for shown in models for name in shown.vocabulary))
-    start = 0.5 if all(shown.multilabel for shown in models) else 0.05
-    tunes = any(shown.tuned for shown in models)
     title = 'ML-Decoder' if len(models) > 1 else models[0].name
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page, gradio.Row():
         with gradio.Column(scale=2, min_width=300):
-            image = gradio.Image(
-                label=f'Image, at most {max_size} MB', sources=['upload', 'clipboard'], elem_id='image', height=380
-            )
-            image.preprocess = _read_upload  # a derived class would make gradio write a stub beside this file
-            threshold = gradio.Slider(0, 1, start, step=0.01, label='Threshold', elem_id='threshold')
-            tuned = gradio.Checkbox(tunes, visible=tunes, label='Tuned thresholds', elem_id='tuned')
-            typed = gradio.Textbox(
-                label='Classes', lines=2, max_lines=8, visible=bool(known), elem_id='classes',
-                info='Separated by commas; press the button to score them. Empty: the classes of the model.',
-                placeholder=', '.join(known[:4]),
-            )  # fmt: skip
-            button = gradio.Button('Score these classes', visible=bool(known), elem_id='score', variant='primary')
-        states, lists, pictures = [], [], []
+            image, threshold, tuned, typed, button = _inputs(models, max_size)
         with gradio.Column(scale=3, min_width=300), gradio.Row(equal_height=False):
-            for number, shown in enumerate(models):
-                with gradio.Column(min_width=260):
-                    gradio.HTML(shown.about())
-                    states.append(gradio.State())
-                    pictures.append(
-                        gradio.Image(
-                            label=HINT, interactive=False, visible=shown.attends, format='png', buttons=[],
-                            elem_id=f'attention-{number}', height=300,
-                        )
-                    )  # fmt: skip
-                    lists.append(gradio.HTML(shown.rows(None, None), js_on_load=CLICK, elem_id=f'labels-{number}'))
+            states, lists, pictures = zip(*map(_outputs, range(len(models)), models), strict=True)
         outputs = [part for parts in zip(states, lists, pictures, strict=True) for part in parts]
         inputs = [image, typed, threshold, tuned]
         image.change(predict, inputs, outputs, api_name='predict')
@@ -293,8 +253,62 @@ def build(models: Sequence[Shown], max_size: int) -> Any:
         tuned.input(move, [threshold, tuned, *states], lists, **quiet)
         for shown, state, one, picture in zip(models, states, lists, pictures, strict=True):
             if shown.attends:
-                one.click(attend(shown), [image, state, threshold, tuned], [picture, one, state], api_name=False)
+                one.click(_attend(shown), [image, state, threshold, tuned], [picture, one, state], api_name=False)
     return page
+
+
+def _inputs(models: Sequence[Shown], max_size: int) -> tuple[Any, ...]:
+    """Add what a user sets: the image, the threshold, whether the tuned ones count, typed classes and their button."""
+    gradio = _gradio()
+    known = list(dict.fromkeys(name for shown in models for name in shown.vocabulary))
+    start = 0.5 if all(shown.multilabel for shown in models) else 0.05
+    tunes = any(shown.tuned for shown in models)
+    image = gradio.Image(
+        label=f'Image, at most {max_size} MB', sources=['upload', 'clipboard'], elem_id='image', height=380
+    )
+    image.preprocess = _read_upload  # a derived class would make gradio write a stub beside this file
+    threshold = gradio.Slider(0, 1, start, step=0.01, label='Threshold', elem_id='threshold')
+    tuned = gradio.Checkbox(tunes, visible=tunes, label='Tuned thresholds', elem_id='tuned')
+    typed = gradio.Textbox(
+        label='Classes', lines=2, max_lines=8, visible=bool(known), elem_id='classes',
+        info='Separated by commas; press the button to score them. Empty: the classes of the model.',
+        placeholder=', '.join(known[:4]),
+    )  # fmt: skip
+    button = gradio.Button('Score these classes', visible=bool(known), elem_id='score', variant='primary')
+    return image, threshold, tuned, typed, button
+
+
+def _outputs(number: int, shown: Shown) -> tuple[Any, Any, Any]:
+    """Add the column of a model; return its scores, its list of labels and its picture."""
+    gradio = _gradio()
+    with gradio.Column(min_width=260):
+        gradio.HTML(shown.about())
+        state = gradio.State()
+        picture = gradio.Image(
+            label=HINT, interactive=False, visible=shown.attends, format='png', buttons=[],
+            elem_id=f'attention-{number}', height=300,
+        )  # fmt: skip
+        labels = gradio.HTML(shown.rows(None, None), js_on_load=CLICK, elem_id=f'labels-{number}')
+    return state, labels, picture
+
+
+def _attend(shown: Shown) -> Callable[..., tuple]:
+    """Return the handler of a click on a label, which shows its attention."""
+    gradio = _gradio()
+
+    def show(image: Any, found: Scores | None, threshold: float, tuned: bool, event: gradio.EventData) -> tuple:  # type: ignore[name-defined]  # of the extra
+        found, index = found and Scores(*found), event.index
+        limit = None if tuned else threshold
+        if not isinstance(image, Image.Image) or found is None or not 0 <= index < len(found.names):
+            return None, shown.rows(found, limit), found
+        found = found._replace(shown=index)
+        try:
+            picture, label = shown.attention(image, found.names, index), f'Attention: {found.names[index]}'
+        except ValueError as error:
+            picture, label = None, str(error)
+        return gradio.Image(picture, label=label), shown.rows(found, limit), found
+
+    return show
 
 
 def _read_upload(payload: Any) -> Image.Image | str | None:
@@ -402,10 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.app', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.app', __doc__)
     add = parser.add_argument
     add('models', nargs='+', metavar='MODEL', help='checkpoint of train.py, folder of a run, or folder for local-dir:')
     add('--word-embeddings', type=Path, help='label embeddings of classes to type, for models with text queries')

@@ -25,12 +25,7 @@ from torch import Tensor
 
 from timm_mldecoder.checkpoint.files import BEST, LAST, SUFFIX
 from timm_mldecoder.checkpoint.folders import PROBLEM_TYPES, save_folder
-from timm_mldecoder.checkpoint.published import (
-    convert_state_dict,
-    find_head,
-    head_options,
-    lacks_head_norm,
-)
+from timm_mldecoder.checkpoint.published import convert_state_dict, find_head, head_options, lacks_head_norm
 from timm_mldecoder.checkpoint.read import RUN, has_ema, ranked_by_ema, read_checkpoint, weights_of
 from timm_mldecoder.checkpoint.repairs import CHOICES
 from timm_mldecoder.data.class_files import read_class_names, read_thresholds
@@ -38,7 +33,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.export.card import run_facts
 from timm_mldecoder.flags.flag import Pairs
 from timm_mldecoder.modeling.load import load
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 from timm_mldecoder.runtime.files import write_atomically
 
 
@@ -132,9 +127,7 @@ def convert_run(content: Mapping[str, Any], file: Path, folder: Path, use_ema: b
     return [
         f'architecture  {content["arch"]}',
         f'classes       {loaded.model.num_classes}, {_describe_names(loaded.known_names, content)}',
-        f'task          {loaded.task}',
-        'images        ' + ', '.join(f'{key} {value}' for key, value in loaded.data_config.items()),
-        f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
+        *_describe_output(loaded.task, loaded.data_config, folder),
     ]
 
 
@@ -167,61 +160,53 @@ def convert_published(
     given = dict(ml_decoder_kwargs or {})
     shown: dict[str, Any] = dict(head=head, self_attention=self_attention, num_heads=given.get('num_heads'))
     options = head_options(tensors, **shown) | given
-    names = None
-    if isinstance(options.get('word_embeddings'), Tensor):
-        if word_embeddings:
-            raise ValueError(f'{file} has the label embeddings of its classes: leave --word-embeddings out')
-    elif 'word_embeddings' in options:
-        if word_embeddings is None:
-            raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
-        options['word_embeddings'], names = read_word_embeddings(word_embeddings)
-        options['class_names'] = names
-    elif word_embeddings:
-        raise ValueError(f'{file} has no text queries: leave --word-embeddings out')
+    options |= _label_embeddings(options.get('word_embeddings'), file, word_embeddings)
     num_classes = options.pop('num_classes', len(options.get('word_embeddings', ())))
     shape = tresnet_shape(tensors)
-    architecture = Architecture(model) if model else _architecture(shape, content.get('arch'))
+    architecture = _architecture(model, shape, content.get('arch'))
     input_size = input_size or (shape and INPUT_SIZES.get((shape, num_classes)))
     if input_size is None:
         raise ValueError(f'cannot infer the image size of {file}: pass --input-size')
-    if not timm.is_model(architecture.model):
-        raise ValueError(f'--model {architecture.model} is not a model of timm: see timm.list_models()')
-    if class_names:
-        names = read_class_names(class_names, num_classes)
+    names = read_class_names(class_names, num_classes) if class_names else options.get('class_names')
     names = names or names_of_file(content.get('idx_to_class'), num_classes)
-    if thresholds and not names:
-        raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
-
-    def build() -> Any:
-        arguments = dict(num_classes=num_classes, ml_decoder=options, **architecture.arguments)
-        return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
-
-    network = build()
+    network = _build(architecture, num_classes, input_size, options)
     if 'head_norm' not in options and lacks_head_norm(tensors, network, head=head, ignore=ignore or ()):
-        options['head_norm'] = False
-        network = build()
+        network = _build(architecture, num_classes, input_size, options | {'head_norm': False})
     network.load_state_dict(convert_state_dict(tensors, network, ignore=ignore or (), **shown))
-    given = {name: value for name, value in preprocessing.items() if value is not None}
-    data_config = {'input_size': (3, input_size, input_size), **PUBLISHED, **given}
+    data_config = {'input_size': (3, input_size, input_size), **PUBLISHED}
+    data_config |= {name: value for name, value in preprocessing.items() if value is not None}
     # the published single-label checkpoint is that of Stanford-Cars
     task = task or ('classification' if (shape, num_classes) == (L, 196) else 'multilabel')
-    if thresholds and task != 'multilabel':
-        raise ValueError('--thresholds are for --task multilabel')
-    tuned = read_thresholds(thresholds, names) if thresholds and names else None
+    tuned = read_thresholds(thresholds, names, task) if thresholds else None
     network.pretrained_cfg = {**network.pretrained_cfg, **NOT_OF_TIMM}
     facts = {'Source': f'Converted from {file.name}: its weights, not those of timm.'}
     save_folder(network, folder, class_names=names, data_config=data_config, task=task, thresholds=tuned, facts=facts)
-    arguments = (f'{key}={value}' for key, value in architecture.arguments.items())
+    more = (f'{key}={value}' for key, value in architecture.arguments.items())
     return [
         f'layout        {find_head(tensors, head).layout}',
         f'weights       {_describe_weights(content, use_ema)}',
-        ' '.join([f'architecture  {architecture.model}', *arguments]),
+        ' '.join([f'architecture  {architecture.model}', *more]),
         f'classes       {num_classes}, {_describe_names(names, content)}',
         f'groups        {network.get_classifier().config.num_queries}',
-        f'task          {task}',
-        'images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()),
-        f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
+        *_describe_output(task, data_config, folder),
     ]
+
+
+def _label_embeddings(own: Tensor | int | None, file: Path, words: Path | None) -> dict[str, Any]:
+    """Return the options of the label embeddings, which a head with text queries has itself or is published without."""
+    if isinstance(own, int):
+        if words is None:
+            raise ValueError('the file has text queries: pass its classes, --word-embeddings FILE')
+        return dict(zip(('word_embeddings', 'class_names'), read_word_embeddings(words), strict=True))
+    if words is not None:
+        found = 'no text queries' if own is None else 'the label embeddings of its classes'
+        raise ValueError(f'{file} has {found}: leave --word-embeddings out')
+    return {}
+
+
+def _build(architecture: Architecture, num_classes: int, input_size: int, head: dict[str, Any]) -> Any:
+    arguments = dict(num_classes=num_classes, ml_decoder=head, **architecture.arguments)
+    return timm.create_model(**resolve_model_input_args(architecture.model, {'img_size': input_size}, **arguments))
 
 
 def tresnet_shape(tensors: Mapping[str, Tensor]) -> TResNetShape | None:
@@ -248,15 +233,18 @@ def names_of_file(idx_to_class: Mapping | None, num_classes: int) -> list[str] |
     return [by_key[output] for output in outputs] if set(by_key) == set(outputs) else list(by_key.values())
 
 
-def _architecture(shape: TResNetShape | None, named: str | None) -> Architecture:
-    """Return the backbone that the tensors show, or that a training run of timm recorded."""
-    if shape in TRESNETS:
+def _architecture(model: str | None, shape: TResNetShape | None, named: str | None) -> Architecture:
+    """Return the backbone of `--model`, or that the tensors show, or that a training run of timm recorded."""
+    if not model and shape in TRESNETS:
         return TRESNETS[shape]
-    if shape is not None:
+    if not model and shape is not None:
         raise ValueError(f'the TResNet in the file ({shape}) is not a published one: pass --model')
-    if named is None:
+    name = model or named
+    if name is None:
         raise ValueError('cannot infer the backbone: pass --model')
-    return Architecture(named)
+    if not timm.is_model(name):
+        raise ValueError(f'--model {name} is not a model of timm: see timm.list_models()')
+    return Architecture(name)
 
 
 def _describe_weights(content: Mapping[str, Any], use_ema: bool | None) -> str:
@@ -273,11 +261,16 @@ def _describe_names(names: Sequence[str] | None, checkpoint: Mapping[str, Any]) 
     return f'names left out (the file has {found})' if found else 'without names'
 
 
+def _describe_output(task: str, data_config: Mapping[str, Any], folder: Path) -> list[str]:
+    return [
+        f'task          {task}',
+        'images        ' + ', '.join(f'{key} {value}' for key, value in data_config.items()),
+        f"written       {folder}: timm.create_model('local-dir:{folder}', pretrained=True)",
+    ]
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.convert', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.convert', __doc__)
     add = parser.add_argument
     add('file', type=Path, help='checkpoint: .pth, .pth.tar, .ckpt or .safetensors; or the folder of a run')
     add('folder', type=Path, help='folder to write, new or empty; or NAME.pth.tar, for a copy in one file')

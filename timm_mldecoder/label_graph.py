@@ -6,7 +6,6 @@ The file holds M [C, C], M[i, j] = (images that show classes i and j) / (occurre
 and the class names. Occurrences are objects (--counts instances) or images (--counts images).
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 
 from timm_mldecoder.data import FORMATS, cooccurrence, create_dataset
 from timm_mldecoder.data.label_graph import write_label_graph
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 
 _logger = logging.getLogger(__name__)
 
@@ -25,12 +24,7 @@ WITH_OBJECTS = tuple(name for name, (_, options) in FORMATS.items() if 'instance
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.label_graph',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser('python -m timm_mldecoder.label_graph', __doc__)
     add = parser.add_argument
     add('data', help='folder of the dataset')
     add('--dataset', required=True, choices=list(FORMATS), help='format of the dataset')

@@ -1,11 +1,10 @@
 """Draw the curves of one or several runs from their `summary.csv`.
 
-python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output curves.png [--best map]
+    python -m timm_mldecoder.plot output/train/RUN [output/train/OTHER ...] --output curves.png [--best map]
 
 `--best` prints the best value of a metric in each run, and their mean: published figures are often means of three runs.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from timm_mldecoder.checkpoint.files import Metrics, read_summary
-from timm_mldecoder.runtime.errors import run_command
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 
 COLUMNS = 4  # of panels; more rows for further metrics
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If a run has no epochs yet, or matplotlib is missing.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser('python -m timm_mldecoder.plot', __doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or its summary.csv')
     parser.add_argument('--output', default='curves.png', metavar='FILE', help='picture (default: %(default)s)')
     parser.add_argument('--best', default='', metavar='METRIC', help='print the best METRIC of each run and their mean')

@@ -10,7 +10,7 @@ from timm_mldecoder.distributed.fsdp import units
 from timm_mldecoder.distributed.layout import create_layout
 from timm_mldecoder.distributed.world import World, join_world
 from timm_mldecoder.flags import train_options
-from timm_mldecoder.train.freeze import head_modules
+from timm_mldecoder.models.classifier_model import classifiers_of
 
 
 def check(world: World, name: str, **settings) -> None:
@@ -21,14 +21,14 @@ def check(world: World, name: str, **settings) -> None:
     whole, layout = create(), create_layout(OPTIONS, world)
     sharded = layout.create(create)
     assert world.primary or all(parameter.is_meta for parameter in sharded.parameters())
-    layout.place(sharded, head_modules(sharded))
+    layout.place(sharded, classifiers_of(sharded))
     assert [*sharded.state_dict()] == [*whole.state_dict()]
     for path, parameter in sharded.named_parameters():
         assert torch.equal(parameter.full_tensor(), whole.get_parameter(path)), path
     for path, buffer in sharded.named_buffers(remove_duplicate=False):
         assert torch.equal(buffer, whole.get_buffer(path)), path
 
-    in_units = {id(p) for module in units(sharded, head_modules(sharded)) for p in module.parameters()}
+    in_units = {id(p) for module in units(sharded, classifiers_of(sharded)) for p in module.parameters()}
     left = sum(p.numel() for p in sharded.parameters() if id(p) not in in_units)
     assert left <= 0.6 * sum(p.numel() for p in sharded.parameters()), f'{left} parameters are in no unit'
 

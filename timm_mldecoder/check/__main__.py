@@ -13,24 +13,26 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from timm.data import resolve_data_config
 
-from timm_mldecoder.check.findings import KINDS, Finding, Split, find, make_split
+from timm_mldecoder.check.duplicates import find_copies
+from timm_mldecoder.check.findings import KINDS, RARE, Finding, Split, make_split
 from timm_mldecoder.check.page import write_page
 from timm_mldecoder.data import MultiLabelDataset, cooccurrence
 from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.transforms import CUT, lost_share
 from timm_mldecoder.flags import Options, parse_train
-from timm_mldecoder.flags.flag import BaseParser
-from timm_mldecoder.loading.checked import remember
+from timm_mldecoder.loading.bad_images import remember
+from timm_mldecoder.loading.compare_classes import likely_causes
 from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary
 from timm_mldecoder.loading.scan import ImageFacts, scan
-from timm_mldecoder.runtime.errors import RunFailed, run_command
+from timm_mldecoder.runtime.errors import CommandParser, RunFailed, run_command
 from timm_mldecoder.runtime.log import progress_bar
 
 _logger = logging.getLogger(__name__)
@@ -86,12 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     flags = ' '.join(f'--{name.replace("_", "-")}' for name in sorted(TAKEN - {'data'}))
-    parser = BaseParser(
-        'timm-mldecoder check',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s DIR [--flag value ...]',
-        epilog=f'Flags of train.py: {flags}',
+    parser = CommandParser(
+        'timm-mldecoder check', __doc__, usage='%(prog)s DIR [--flag value ...]', epilog=f'Flags of train.py: {flags}'
     )
     add = parser.add_argument
     add('--report', type=Path, metavar='FOLDER', help=f'write a page with thumbnails of copies there, {PAGE}')
@@ -137,6 +135,45 @@ def _together(split: Split) -> list[str]:
     ]
     shown = ', '.join(f'{name} with {other} ({share:.0%})' for share, name, other in sorted(pairs)[::-1][:EXAMPLES])
     return [f'classes that nearly always occur with another: {shown}'] if pairs else []
+
+
+def find(splits: Mapping[str, Split], config: dict[str, Any], exif_rotate: bool, multilabel: bool) -> list[Finding]:
+    """Find mistakes in the splits `train` and, if there is one, `validation`, in the order of `KINDS`.
+
+    Args:
+        config: Data configuration of timm, for what evaluation shows of an image.
+        exif_rotate: Whether images are turned as EXIF data says.
+    """
+    found = [*find_copies(splits), *_classes(splits)]
+    for role, split in splits.items():
+        found += [Finding('unreadable', (image.path,), image.reason) for image in split.facts if image.reason]
+        readable = [image for image in split.facts if not image.reason]
+        if (rotated := [image.path for image in readable if image.rotated]) and not exif_rotate:
+            found.append(Finding('rotated', tuple(rotated), f'{role}: {len(rotated)} of {len(readable)} images'))
+        lost = lost_share([image.size for image in readable], config) if multilabel and role != 'train' else 0
+        if lost > CUT:
+            remedy = '--crop-mode squash --crop-pct 1 shows all of them'
+            crop = f'crop {config["crop_mode"]}, {config["crop_pct"]:g}'
+            found.append(Finding('cut off', (), f'{role}: {lost:.0%} of the area (the median) by {crop}; {remedy}'))
+    order = list(KINDS)
+    return sorted(found, key=lambda finding: order.index(finding.kind))
+
+
+def _classes(splits: Mapping[str, Split]) -> Iterator[Finding]:
+    train, validation = splits['train'], splits.get('validation')
+    names = train.class_names
+    for cause in likely_causes(names):
+        yield Finding('class names', (), cause)
+    if train.labels is not None:
+        for name, count in zip(names, train.counts(), strict=False):
+            if not count:
+                yield Finding('empty class', (), name)
+            elif count == len(train.facts):
+                yield Finding('constant class', (), name)
+    if validation and validation.labels is not None:
+        for name, count in zip(validation.class_names, validation.counts(), strict=False):
+            if count < RARE:
+                yield Finding('rare class', (), f'{name} ({count} images)')
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -1,17 +1,47 @@
-"""Images that are copies of each other: byte by byte, or nearly, by a perceptual hash."""
+"""Images that are copies of each other, within and across splits: byte by byte, or nearly, by a perceptual hash."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from timm_mldecoder.check.findings import Finding, Split
 from timm_mldecoder.data.same_files import repeated
 
 DISTANCE = 7  # of 128 bits of the perceptual hash, at most
 DIFFERENCE = 6.0  # mean of the absolute difference of thumbnails, in grey values, at most
-_BANDS = 8  # of 16 bits: two hashes that differ in at most 7 bits are equal in one of them
 _ROWS = 256  # of a comparison at a time
 _POPCOUNT = np.array([bin(number).count('1') for number in range(256)], dtype=np.uint8)
+
+
+def find_copies(splits: Mapping[str, Split]) -> Iterator[Finding]:
+    """Find copies: leaks across the splits, duplicates within one, and contradictions where their labels differ."""
+    images = [
+        (role, position)
+        for role, split in splits.items()
+        for position, facts in enumerate(split.facts)
+        if not facts.reason
+    ]
+    facts = [splits[role].facts[position] for role, position in images]
+    equal = equal_content([image.content for image in facts])
+    for group in equal:
+        yield _finding(splits, [images[member] for member in group], '')
+    copies = {member: group for group in equal for member in group}
+    first = [member for member in range(len(images)) if copies.get(member, [member])[0] == member]
+    alike = near([facts[member].look for member in first], [facts[member].thumbnail for member in first])
+    for group in alike:
+        yield _finding(splits, [images[first[member]] for member in group], 'near ')
+
+
+def _finding(splits: Mapping[str, Split], images: list[tuple[str, int]], prefix: str) -> Finding:
+    files = tuple(splits[role].facts[position].path for role, position in images)
+    labels = list(dict.fromkeys(splits[role].shown(position) for role, position in images))
+    across = len({role for role, _ in images}) > 1
+    text = ' = '.join(files[:3]) + (f' = {len(files) - 3} more' if len(files) > 3 else '')
+    if len(labels) > 1:
+        text += f' ({prefix}{"copies in both splits" if across else "copies"}): {" | ".join(labels)}'
+        return Finding('contradiction', files, text, tuple(images))
+    return Finding(f'{prefix}{"leak" if across else "duplicate"}', files, text, tuple(images))
 
 
 def equal_content(contents: Sequence[bytes]) -> list[list[int]]:
@@ -40,7 +70,7 @@ def near(looks: Sequence[bytes], thumbnails: Sequence[bytes]) -> list[list[int]]
     hashes = np.frombuffer(b''.join(looks), np.uint8).reshape(len(looks), -1)
     colours = np.frombuffer(b''.join(thumbnails), np.uint8).reshape(len(looks), -1)
     pairs = set()
-    for band in hashes.view(np.uint16).T:
+    for band in hashes.view(np.uint16).T:  # 8 of 16 bits: two hashes that differ in at most 7 bits are equal in one
         for bucket in repeated(band.astype(np.int64)):
             pairs |= _pairs(bucket, hashes, colours)
     return _connected(pairs)

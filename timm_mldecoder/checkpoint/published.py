@@ -106,22 +106,28 @@ def convert_state_dict(
     converted = {**_own_classes(target, slot, named), **named}
     if slot:  # not the head alone
         rest = _without_position(_beside_heads(tensors, found, head), model, target)
-        prefix, others = _find_prefix(rest, model, slot, found, several=head is not None)
-        backbone = {name[len(prefix) :]: rest[name] for name in rest if name.startswith(prefix)}
-        _check_reading(model, found.layout == OURS, found.prefix == prefix + slot, set(backbone))
-        backbone = _without_norm(backbone, model)
-        if others:
-            raise ValueError(
-                f'beside {prefix}* and the head the checkpoint has {shorten(others)}: if the logits do not depend on '
-                'them, name them in ignore (convert: --ignore NAME)'
-            )
-        converted = {**convert_backbone(backbone, model), **converted}
+        converted = {**_backbone_tensors(rest, model, slot, found, several=head is not None), **converted}
     # a head with text queries loads label embeddings from a file only if they fit
     if lines := state_dict_mismatches(converted, model, any_shape=f'{slot}vocabulary.'):
         options = ', '.join(f'{option}={value}' for option, value in _options_of_shapes(own).items())
         lines += [f'its head was built with {options}']
         raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(lines)}'[:LONGEST])
     return converted
+
+
+def _backbone_tensors(
+    rest: Mapping[str, Tensor], model: nn.Module, slot: str, found: Head, several: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of the backbone under the names of the model, from those beside the heads of a file."""
+    prefix, others = _find_prefix(rest, model, slot, found, several)
+    backbone = {name[len(prefix) :]: rest[name] for name in rest if name.startswith(prefix)}
+    _check_reading(model, found.layout == OURS, found.prefix == prefix + slot, set(backbone))
+    if others:
+        raise ValueError(
+            f'beside {prefix}* and the head the checkpoint has {shorten(others)}: if the logits do not depend on '
+            'them, name them in ignore (convert: --ignore NAME)'
+        )
+    return convert_backbone(_without_norm(backbone, model), model)
 
 
 def _convert_several(

@@ -49,7 +49,6 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     the file is executed. The entries of a checkpoint of train.py are checked against the schema.
 
     Args:
-        path: Path of the file.
         whole: Whether to read the tensors of a sharded checkpoint; otherwise their folder is only
             checked, they stay on the meta device, and those of other files are mapped into memory.
 

@@ -1,6 +1,7 @@
 """What changes while a run trains: collected for a checkpoint, and restored from one."""
 
 import logging
+import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ from timm_mldecoder.distributed.layout import Layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.data import DatasetOptions
 from timm_mldecoder.flags.options import ResumeOptions
+from timm_mldecoder.loading.bad_images import BadImage
 from timm_mldecoder.loading.compare_classes import check_class_names
-from timm_mldecoder.loading.loader import BadImage, TrainLoader
+from timm_mldecoder.loading.loader import TrainLoader
 from timm_mldecoder.loading.randomness import EpochBatches, EpochStart
 from timm_mldecoder.runtime.errors import one_line
 
@@ -49,12 +51,9 @@ SMOOTHING = 0.8  # share of a new best metric in the smoothed one
 class EarlyStop:
     """Stop once the metric has not exceeded its smoothed best for some evaluations in a row, or is 1.
 
-    Let m be the larger metric of weights and EMA weights, rounded to 4 decimals. If m is 1 to 1e-4, stop. If m is above
-    the smoothed metric s (0 at the start), s becomes 0.8 m + 0.2 s and the count starts again. Otherwise, after
-    warm-up, the evaluation counts, and `patience` such evaluations in a row stop the run.
-
-    Raises:
-        ValueError: If the patience is below 1.
+    Let m be the metric, rounded to 4 decimals, and 0 if it is NaN. If m is 1 to 1e-4, stop. If m is above the smoothed
+    metric s (0 at the start), s becomes 0.8 m + 0.2 s and the count starts again. Otherwise, after warm-up, the
+    evaluation counts, and `patience` such evaluations in a row stop the run.
     """
 
     patience: int = 5  # evaluations without an improvement that stop the run, at least 1
@@ -62,23 +61,9 @@ class EarlyStop:
     waited: int = 0
     stopped: bool = False  # whether the run is to stop
 
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f'the patience of early stop must be at least 1, got {self.patience}')
-
-    def step(self, *metrics: float, warmed_up: bool = True) -> bool:
-        """Take in the metrics of one evaluation, and return `stopped`.
-
-        Args:
-            *metrics: Metric of the weights and, where there are EMA weights, theirs; in [0, 1], or NaN where undefined.
-            warmed_up: Whether the warm-up of the learning rate is over.
-
-        Raises:
-            ValueError: If a metric is outside [0, 1].
-        """
-        if any(metric < 0 or metric > 1 for metric in metrics):
-            raise ValueError(f'metrics of early stop must be in [0, 1], got {metrics}: divide percentages by 100')
-        metric = round(max((metric for metric in metrics if metric == metric), default=0.0), 4)
+    def step(self, metric: float, warmed_up: bool = True) -> bool:
+        """Take in the metric of one evaluation, in [0, 1], and return `stopped`."""
+        metric = 0.0 if math.isnan(metric) else round(metric, 4)
         if metric > self.smoothed:
             self.smoothed = SMOOTHING * metric + (1 - SMOOTHING) * self.smoothed
             self.waited = 0
@@ -394,13 +379,7 @@ def held_out_before(options: DatasetOptions, content: Mapping[str, Any]) -> Tens
 
 
 def held_out_to_resume(options: ResumeOptions, world: World, output: Path) -> Tensor | None:
-    """Return the digests of the images that the run to resume held out, None without one; a collective call.
-
-    Args:
-        options: Options of train.py.
-        world: The ranks.
-        output: Folder of the runs.
-    """
+    """Return the digests of the images that the run to resume held out, None without one; a collective call."""
     restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
     if not options.val_fraction or not (options.resume or restarted):
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
-from timm_mldecoder.data.class_order import one_order, warn_about_alike
+from timm_mldecoder.data.class_order import one_order
 from timm_mldecoder.data.formats import torchvision_sets
 from timm_mldecoder.data.formats.class_folders import create_folder_dataset
 from timm_mldecoder.data.formats.coco import read_coco
@@ -21,6 +21,7 @@ from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy, with_paths_on_disk
 from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
+from timm_mldecoder.data.text_files import warn_about_case
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
@@ -83,29 +84,7 @@ def create_dataset(
     if name == torchvision_sets.CARS:
         return torchvision_sets.create_stanford_cars(root, split, kwargs.get('download', False))
     if name not in FORMATS:
-        prefix, slash, _ = name.lower().partition('/')
-        if prefix not in (TIMM_PREFIXES if slash else TIMM_FOLDERS):
-            readers = ', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)
-            raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
-        if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
-            raise ValueError(f'dataset {name!r} lacks a name after the slash')
-        if not slash and root is not None:
-            dataset = create_folder_dataset(root, split, **kwargs)
-            if not kwargs.get('class_map'):
-                warn_about_alike(class_to_index(dataset) or (), f'{root}, {split}')
-            return dataset
-        separator = kwargs.pop('label_separator', '')
-        with one_order():
-            dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
-        if prefix == 'hfds':
-            _check_columns(name, dataset.reader)
-        several = kwargs.get('target_format') is not None
-        if prefix == 'hfids':
-            check_stream(dataset.reader, name, several)
-        if prefix in ('hfds', 'wds'):
-            name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
-        return dataset
-
+        return _create_timm_dataset(name, root, split, is_training, **kwargs)
     reader: Any
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
@@ -123,6 +102,32 @@ def create_dataset(
         annotations = apply_policy(annotations, root, missing)
     annotations = merge_same_files(annotations, root)
     return MultiLabelDataset(annotations, root, **options)
+
+
+def _create_timm_dataset(name: str, root: str | None, split: str, is_training: bool, **kwargs):
+    """A dataset of a folder, a tar file or one of timm's readers, with the classes in one order."""
+    prefix, slash, _ = name.lower().partition('/')
+    if prefix not in (TIMM_PREFIXES if slash else TIMM_FOLDERS):
+        readers = ', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)
+        raise ValueError(f"unknown dataset {name!r}, choose one of {', '.join(FORMATS)}, '' (folder), {readers}")
+    if name.endswith('/') and prefix != 'wds':  # WebDataset shards need no name
+        raise ValueError(f'dataset {name!r} lacks a name after the slash')
+    if not slash and root is not None:
+        dataset = create_folder_dataset(root, split, **kwargs)
+        if not kwargs.get('class_map'):
+            warn_about_case(class_to_index(dataset) or (), f'{root}, {split}')
+        return dataset
+    separator = kwargs.pop('label_separator', '')
+    with one_order():
+        dataset = timm.data.create_dataset(name, root=root, split=split, is_training=is_training, **kwargs)
+    if prefix == 'hfds':
+        _check_columns(name, dataset.reader)
+    several = kwargs.get('target_format') is not None
+    if prefix == 'hfids':
+        check_stream(dataset.reader, name, several)
+    if prefix in ('hfds', 'wds'):
+        name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
+    return dataset
 
 
 def _check_columns(name: str, reader) -> None:

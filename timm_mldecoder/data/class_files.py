@@ -36,17 +36,22 @@ def read_class_names(path: Path, num_classes: int) -> list[str]:
     return content
 
 
-def read_thresholds(path: Path, class_names: Sequence[str]) -> dict[str, float]:
+def read_thresholds(path: Path, class_names: Sequence[str] | None, task: str = 'multilabel') -> dict[str, float]:
     """Return the probability from which each class is predicted.
 
     Args:
         path: A CSV file with a row `name,threshold` per class, such as that of `validate.py --class-report`; or
             `.json`: thresholds by name, or a list in the order of the classes.
-        class_names: Names of all classes.
+        class_names: Names of all classes, None if they are not known.
+        task: Task of the model.
 
     Raises:
-        ValueError: If a class has no threshold, or one outside [0, 1].
+        ValueError: If a class has no threshold, or one outside [0, 1]; if classes have no names or exclude each other.
     """
+    if task != 'multilabel':
+        raise ValueError('--thresholds are for --task multilabel')
+    if not class_names:
+        raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
     if path.suffix == '.json':
         content = _read_json(path)
         values = dict(zip(class_names, content, strict=False)) if isinstance(content, list) else content

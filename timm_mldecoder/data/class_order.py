@@ -4,15 +4,12 @@ timm sorts the set of class names by a key that is equal for `A` and `a`, and fo
 on the hash seed of the process.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from timm.data.readers import reader_image_folder, reader_image_in_tar, reader_image_tar
-
-_logger = logging.getLogger(__name__)
 
 _READERS: tuple[Any, ...] = (reader_image_folder, reader_image_in_tar, reader_image_tar)
 
@@ -46,11 +43,3 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(tuple(_natural(name)), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def warn_about_alike(names: Iterable[str], source: str) -> None:
-    """Warn of class folders that differ only in case or in leading zeros: often one class, spelled in two ways."""
-    groups = alike(names)
-    if groups:
-        shown = '; '.join(', '.join(map(repr, group)) for group in groups[:5]) + ('; ...' if len(groups) > 5 else '')
-        _logger.warning(f'{source}: classes differ only in case or leading zeros: {shown}')

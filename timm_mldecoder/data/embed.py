@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from timm_mldecoder.data.formats.nus_wide import read_word_vectors
 from timm_mldecoder.data.text_files import read_names
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.runtime.errors import CommandParser, run_command
 
 _logger = logging.getLogger(__name__)
 
@@ -114,15 +116,14 @@ def embed_with_sentence_transformer(texts: Sequence[str], path: Path) -> Tensor:
     """Embeddings [C, E] of texts by a sentence-transformers model on disk.
 
     Raises:
-        ValueError: If the folder does not hold such a model.
-        ImportError: If sentence-transformers is not installed.
+        ValueError: If the folder does not hold such a model, or sentence-transformers is not installed.
     """
     if not path.is_dir():
         raise ValueError(f'--sentence-transformer {path}: no such folder')
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ImportError("--sentence-transformer: pip install 'timm-mldecoder[text]'") from error
+        raise ValueError("--sentence-transformer: pip install 'timm-mldecoder[text]'") from error
     with _loading(f'--sentence-transformer {path}'):
         model = SentenceTransformer(str(path), device='cpu', local_files_only=True)
     return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
@@ -132,15 +133,14 @@ def embed_with_clip(texts: Sequence[str], model_name: str, weights: str | None, 
     """Embeddings [C, E] of texts in a template by the text tower of a CLIP model, each of length 1.
 
     Raises:
-        ValueError: If there is no such model or it does not load the weights.
-        ImportError: If open_clip is not installed.
+        ValueError: If there is no such model, it does not load the weights, or open_clip is not installed.
     """
     if not model_name.startswith('local-dir:') and not Path(weights or '').is_file():
         raise ValueError(f'--clip {model_name}: pass a file of its weights as --clip-weights, got {weights!r}')
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError("--clip: pip install 'timm-mldecoder[text]'") from error
+        raise ValueError("--clip: pip install 'timm-mldecoder[text]'") from error
     with _loading(f'--clip {model_name} --clip-weights {weights}'):
         model = open_clip.create_model(model_name, pretrained=weights).eval()
         tokenizer = open_clip.get_tokenizer(model_name)
@@ -189,11 +189,9 @@ def embed(options: argparse.Namespace) -> tuple[Tensor, list[str], dict[str, str
     return embeddings, list(labels), about
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Make a file of label embeddings from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.data.embed', __doc__)
     parser.add_argument('names', type=Path, help='file of class names; for --nus-wide the folder of the dataset')
     parser.add_argument('out', type=Path, help='safetensors file to write')
     way = parser.add_mutually_exclusive_group(required=True)
@@ -203,16 +201,12 @@ def main(arguments: list[str] | None = None) -> None:
     way.add_argument('--nus-wide', action='store_true', help='the word vectors that come with NUS-WIDE')
     parser.add_argument('--clip-weights', metavar='FILE', help='weights of --clip; not for local-dir:')
     parser.add_argument('--template', default=TEMPLATE, help='text around a name, for --clip (default: %(default)s)')
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        check(options)
-        embeddings, class_names, about = embed(options)
-        write_word_embeddings(options.out, embeddings, class_names, **about)
-    except (ValueError, ImportError, OSError) as error:
-        parser.error(' '.join(str(error).split()))
+    options = parser.parse_args(argv)
+    check(options)
+    embeddings, class_names, about = embed(options)
+    write_word_embeddings(options.out, embeddings, class_names, **about)
     print(f'wrote {len(class_names)} embeddings of width {embeddings.shape[1]} to {options.out}')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,10 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
+from timm.data import ImageDataset
+from timm.data.readers.shared_count import SharedCount
+from torch.utils.data import Dataset
 
 _logger = logging.getLogger(__name__)
 
@@ -19,7 +23,6 @@ _UNREADABLE = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 _CLUTTER_FOLDERS = {'__macosx', '@eadir'}
 _CLUTTER_FILES = {'thumbs.db', 'desktop.ini'}
 _HIGH = 65535  # of 16-bit images
-_ORIENTATION = 0x0112  # EXIF tag
 _LOOKED_AT = 200  # headers that `some_headers` reads
 
 
@@ -136,7 +139,7 @@ class Reading:
             if self.fast:
                 file = io.BytesIO(Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read())
                 image = Image.open(file)
-                upright = not self.exif_rotate or image.getexif().get(_ORIENTATION, 1) == 1
+                upright = not self.exif_rotate or image.getexif().get(ExifTags.Base.Orientation, 1) == 1
                 if image.format == 'JPEG' and image.mode == mode and upright:
                     return image  # PIL decodes it when its pixels are needed
                 return self.convert(image, mode)
@@ -170,7 +173,7 @@ class Reading:
         rotated = 0
         for image in some_headers(dataset):
             modes[image.mode] += 1
-            rotated += image.getexif().get(_ORIENTATION, 1) != 1
+            rotated += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         looked_at = modes.total()
         lines = []
         if deep := {mode: count for mode, count in modes.items() if _is_deep(mode)}:
@@ -213,3 +216,46 @@ def _is_deep(mode: str) -> bool:
 
 def _has_alpha(mode: str) -> bool:
     return mode in ('RGBA', 'RGBa', 'LA', 'La', 'PA', 'P')
+
+
+class StrictImageDataset(ImageDataset):
+    """timm's dataset of image files, in which an unreadable one is an OSError rather than the next image."""
+
+    reading = Reading()  # how files become images
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            file, target = self.reader[index][:2]
+            with file:
+                image = self._decode(file)
+        except Exception as error:  # damaged bytes make PIL's decoders raise anything
+            raise OSError(str(error)) from error
+        if self.transform is not None and not self.load_bytes:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
+
+    def _decode(self, file: IO[bytes]) -> Any:
+        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
+            return self.transform(file.read())
+        return self.reading.open(file, self.input_img_mode)
+
+
+def strict(dataset: Dataset) -> Dataset:
+    """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
+    if type(dataset) is not ImageDataset:
+        for count in vars(getattr(dataset, 'reader', dataset)).values():
+            if isinstance(count, SharedCount):  # the epoch, which workers started by a server take over too
+                count.shared_epoch = multiprocessing.get_context('spawn').Value('i', count.value)
+        return dataset
+    settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
+    return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
+
+
+def image_path(dataset: Any, index: int) -> str:
+    """Return the file of an image, or its number in a dataset without files."""
+    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -4,9 +4,11 @@ import csv
 import logging
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from timm_mldecoder.data.class_order import alike
 
 _logger = logging.getLogger(__name__)
 
@@ -105,14 +107,11 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def warn_about_case(class_names: Sequence[str], source: Path) -> None:
-    """Log a warning about classes whose names differ only in case: most often one class, spelled in two ways."""
-    spellings = defaultdict(list)
-    for name in class_names:
-        spellings[name.casefold()].append(name)
-    similar = [' / '.join(names) for names in spellings.values() if len(names) > 1]
-    if similar:
-        _logger.warning(f'{source}: classes that differ only in case: {", ".join(similar[:5])}')
+def warn_about_case(class_names: Iterable[str], source: str | Path) -> None:
+    """Warn of classes that differ only in case or in leading zeros: most often one class, spelled in two ways."""
+    if groups := alike(class_names):
+        shown = '; '.join(', '.join(map(repr, group)) for group in groups[:5]) + ('; ...' if len(groups) > 5 else '')
+        _logger.warning(f'{source}: classes differ only in case or leading zeros: {shown}')
 
 
 def _not_utf8(path: Path) -> ValueError:

@@ -16,6 +16,8 @@ from timm.data.transforms import (
 )
 from torchvision.transforms import Compose, RandomChoice, Resize
 
+CUT = 0.05  # share of the area of images that an evaluation of several labels may lose without a warning
+
 
 class Cutout:
     """Paint a rectangle of a random colour at a random position (arXiv 1708.04552).

@@ -67,8 +67,6 @@ def shard(
         model: The model; on ranks but the first that of `create_skeleton`.
         heads: Its classifier, a unit of its own; two for a distilled model.
         mesh: The ranks, as `create_mesh` returns them.
-        options: Options of train.py.
-        world: This rank and the others.
 
     Returns:
         A sharded copy for the EMA weights, None if the options request none.
@@ -189,8 +187,6 @@ class ShardedEma(ModelEmaV3):
 
     Args:
         module: The model that holds the average, sharded as the trained one.
-        device: Device of the shards.
-        **options: Options of `ModelEmaV3`.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, **options: Any) -> None:

@@ -22,12 +22,7 @@ Content = dict[str, Any]  # of a checkpoint
 
 
 class Layout:
-    """The interface of both layouts, with what a single process needs.
-
-    Args:
-        options: Options of train.py.
-        world: This rank and the others.
-    """
+    """The interface of both layouts, with what a single process needs."""
 
     reads_whole = True  # whether each rank reads whole checkpoints
 
@@ -43,7 +38,6 @@ class Layout:
         """Move the model to the devices of the ranks, in place.
 
         Args:
-            model: The model that `create` returned.
             heads: Its classifiers, one or two.
         """
         model.to(self._world.device)
@@ -89,8 +83,6 @@ class Layout:
         """Save a checkpoint: the first rank writes what all have collected; a collective call.
 
         Args:
-            content: What the checkpoint holds.
-            write: Writes it to a file.
             position: Epochs done and batches of the next.
 
         Returns:

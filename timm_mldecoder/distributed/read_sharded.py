@@ -76,8 +76,6 @@ def fill(content: dict[str, Any], path: Path, empty_like: Callable[[Leaf], Tenso
     """Read the tensors of an index, in place, each rank those that it asks for.
 
     Args:
-        content: The index.
-        path: Path of its file.
         empty_like: Returns the tensor to fill for a leaf; None reads whole tensors onto the CPU.
 
     Raises:

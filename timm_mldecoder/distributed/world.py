@@ -90,7 +90,6 @@ def join_world(device: str, device_modules: Sequence[str] = ()) -> Iterator[Worl
     """Set up the device and, under a launcher, the process group; destroy the group at the end.
 
     Args:
-        device: Name of the device, such as 'cuda' or 'cpu'.
         device_modules: Python modules to import first, for devices that need them.
 
     Raises:

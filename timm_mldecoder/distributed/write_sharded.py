@@ -27,7 +27,6 @@ class ShardWriter:
 
     Args:
         folder: Folder of the run, on all ranks.
-        world: This rank and the others.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -95,9 +94,7 @@ def localize(
 
     Args:
         content: A whole checkpoint, or the index of a sharded one; other ranks may have written it.
-        path: Path of its file.
         models: The sharded models by the key of their weights.
-        optimizer: Optimizer of the sharded parameters.
     """
     like: dict[str, Tensor] = {}
     for key, model in models.items():

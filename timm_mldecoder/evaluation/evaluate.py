@@ -21,6 +21,7 @@ from timm_mldecoder.loading.create_loaders import DataConfig
 from timm_mldecoder.loading.loader import EvalLoader
 from timm_mldecoder.metrics import MultiLabelEvaluator, ZeroShotEvaluator
 from timm_mldecoder.modeling.classes import Classes, other_classes
+from timm_mldecoder.models.classifier_model import classifiers_of
 from timm_mldecoder.runtime.log import EvalLog
 
 Metrics = OrderedDict[str, float]
@@ -182,13 +183,8 @@ def _last_modules(model: nn.Module) -> list[nn.Module]:
     model = unwrap_model(model)
     if isinstance(model, torch.jit.ScriptModule) or not hasattr(model, 'get_classifier'):
         return []
-    found = model.get_classifier()
-    found = [head.group_fc if isinstance(head, MLDecoder) else head for head in _several(found)]
+    found = [head.group_fc if isinstance(head, MLDecoder) else head for head in classifiers_of(model)]
     return [module for module in found if isinstance(module, nn.Module)]
-
-
-def _several(found: Any) -> list[Any]:
-    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
 
 
 def _again(module: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any], output: Any) -> Any:

@@ -19,15 +19,10 @@ class PredictedClasses:
         evaluator: Evaluator of the same scores; of multi-label data it has the counts.
         names: Class names; None to show indices.
         max_samples: Images of this rank that are not padding, None for all.
-        world: The ranks.
     """
 
     def __init__(
-        self,
-        evaluator: ClassificationEvaluator,
-        names: Sequence[str] | None,
-        max_samples: int | None,
-        world: World,
+        self, evaluator: ClassificationEvaluator, names: Sequence[str] | None, max_samples: int | None, world: World
     ) -> None:
         self._evaluator, self._names, self._left, self._world = evaluator, names, max_samples, world
         self._pairs: list[Tensor] = []  # predicted class and label of each image, [2, B]; counted at the end

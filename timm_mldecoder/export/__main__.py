@@ -37,7 +37,7 @@ from timm_mldecoder.export.onnx_images import check_images, prepare_images
 from timm_mldecoder.flags.flag import number
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.modeling.load import load
-from timm_mldecoder.runtime.errors import RunFailed, one_line, run_command
+from timm_mldecoder.runtime.errors import CommandParser, RunFailed, one_line, run_command
 
 __all__ = ['load_source', 'main', 'read_metadata']
 
@@ -154,11 +154,7 @@ def with_labels(source: Source, class_names: Path | None, task: str | None, thre
         if stored := metadata['thresholds']:
             metadata['thresholds'] = {new: stored[name] for new, name in zip(names, old, strict=True)}
     if thresholds:
-        if not metadata['class_names']:
-            raise ValueError('thresholds are stored by class name: pass --class-names FILE too')
-        metadata['thresholds'] = read_thresholds(thresholds, metadata['class_names'])
-    if metadata['task'] != 'multilabel' and thresholds:
-        raise ValueError('--thresholds are for --task multilabel')
+        metadata['thresholds'] = read_thresholds(thresholds, metadata['class_names'], metadata['task'])
     return source._replace(metadata=metadata)
 
 
@@ -230,10 +226,7 @@ DEFAULTS = dict(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.export', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.export', __doc__)
     parser.set_defaults(**DEFAULTS)
     add = parser.add_argument
     add('source', help='checkpoint of train.py, model folder, or pretrained timm model such as hf-hub:OWNER/NAME')

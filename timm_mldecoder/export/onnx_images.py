@@ -102,12 +102,7 @@ def check_images(config: Mapping[str, Any]) -> None:
 
 
 def prepare_images(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Change an ONNX file in place: from uint8 pixels [B, H, W, 3] to scores [B, C] and logits [B, C].
-
-    Args:
-        path: ONNX file from `images` to `logits`.
-        metadata: Its metadata.
-    """
+    """Change an ONNX file in place: from uint8 pixels [B, H, W, 3] to scores [B, C] and logits [B, C]."""
     graph, config = _Nodes(), metadata['preprocessing']
     onnx, helper = graph.onnx, graph.onnx.helper
     size = tuple(config['input_size'][1:])

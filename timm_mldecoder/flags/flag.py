@@ -10,12 +10,13 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from copy import copy
 from dataclasses import Field, dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from timm.utils import ParseKwargs
 from timm.utils.distributed import world_info_from_env
 
 from timm_mldecoder.flags.group import REMOVED, closest
+from timm_mldecoder.runtime.errors import CommandParser
 
 _LARGEST_INT = 2**53
 _METAVARS = {int: 'N', float: 'X', str: 'NAME', dict: 'KEY=VALUE'}
@@ -239,24 +240,11 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-class BaseParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits.
-
-    It takes no abbreviations: `--ml-decoder` would be `--ml-decoder-kwargs`.
-    """
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{'allow_abbrev': False, **settings})
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix('argument '))
-
-
-class Parser(BaseParser):
+class Parser(CommandParser):
     """A parser of rows: `--help` shows the `common` flags, `--help-all` every one."""
 
     def __init__(self, description: str, groups: Mapping[str, list[Flag]], common: Container[str]) -> None:
-        super().__init__(description=description, usage='%(prog)s [DIR] [--flag value ...]', add_help=False)
+        super().__init__(None, description, usage='%(prog)s [DIR] [--flag value ...]', add_help=False)
         self.common = common
         self.add_argument('-h', '--help', action=_Help, help='show the flags that most runs need and exit')
         self.add_argument('--help-all', action='help', help='show all flags and exit')

@@ -46,6 +46,10 @@ class HeadConfig:
         config = cls(num_queries=num_of_groups, **options)
         grouping = config._text_groups() if config.embedding_width is not None else config._groups()
         config = replace(config, **grouping)
+        if config.class_token_width < 0 or (config.class_token_width and config.embedding_width is not None):
+            raise ValueError(
+                f'class_token_width must be at least 0, and 0 with text queries, got {config.class_token_width}'
+            )
         choices = config._classifier_choices()
         if config.classifier is None:
             config = replace(config, classifier=choices[0])
@@ -115,8 +119,9 @@ class HeadConfig:
         return build(*arguments, **factory)
 
 
-def check_sizes(num_classes: int, num_of_groups: int, dim: int, widths: Sequence[int], num_heads: int) -> None:
+def check_sizes(num_classes: int, num_of_groups: int, dim: int, features: int | Sequence[int], num_heads: int) -> None:
     """Raise ValueError for an invalid number of classes, groups or heads, or an invalid width."""
+    widths = [features] if isinstance(features, int) else list(features)
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}')
     if num_of_groups == 0:

@@ -68,6 +68,8 @@ class MLDecoder(nn.Module):
         ValueError: If an option is out of range, or features are of another width.
     """
 
+    folded_queries: Tensor | None
+    folded_projection: Tensor | None
     checks_mask = True  # whether a mask is checked for images without tokens, which waits for a GPU
 
     def __init__(
@@ -102,31 +104,19 @@ class MLDecoder(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if zsl and word_embeddings is None:
-            raise ValueError(f'zsl={zsl} needs label embeddings, from which its queries are made: give word_embeddings')
-        num_of_groups = max(num_of_groups, -1)  # as published
         dim = DEFAULT_EMBEDDING if decoder_embedding == -1 else decoder_embedding
-        widths = [initial_num_features] if isinstance(initial_num_features, int) else list(initial_num_features)
-        check_sizes(num_classes, num_of_groups, dim, widths, num_heads)
+        check_sizes(num_classes, num_of_groups, dim, initial_num_features, num_heads)
         check_layers(dim_feedforward, dropout, num_layers, classifier_dropout)
-        if class_token_width < 0 or (class_token_width and word_embeddings is not None):
-            raise ValueError(f'class_token_width must be at least 0, and 0 with text queries, got {class_token_width}')
-        if memory_activation not in ACTIVATIONS:
-            raise ValueError(f'memory_activation must be one of {sorted(ACTIVATIONS)}, got {memory_activation!r}')
-        if position not in (None, *POSITIONS):
-            raise ValueError(f'position must be None or one of {sorted(POSITIONS)}, got {position!r}')
+        _check_input(memory_activation, position)
+        text = (class_names, random_queries, query_noise, query_cutout)
+        _check_text(word_embeddings, zsl, *text)
         factory = dict(device=device, dtype=dtype)
-
-        self.vocabulary = None
-        if word_embeddings is not None:
-            self.vocabulary = Vocabulary(
-                word_embeddings, num_classes, class_names, random_queries, query_noise, query_cutout, **factory
-            )
-        elif class_names is not None or random_queries or query_noise or query_cutout:
-            raise ValueError('class_names and augmentations of queries need text queries: give word_embeddings')
+        self.vocabulary = (
+            None if word_embeddings is None else Vocabulary(word_embeddings, num_classes, *text, **factory)
+        )
         self.config = HeadConfig.resolve(
             num_classes=num_classes,
-            num_of_groups=num_of_groups,
+            num_of_groups=max(num_of_groups, -1),  # as published
             group_size=group_size,
             dim=dim,
             embedding_width=None if self.vocabulary is None else self.vocabulary.width,
@@ -137,24 +127,24 @@ class MLDecoder(nn.Module):
         )
         if random_queries and self.config.max_classes is not None:
             raise ValueError('random_queries need queries and a classifier that take any number of classes')
-
         self.dropout = dropout
-        self.memory_activation = memory_activation
-        self.position = position
-        self.channels_first = channels_first
+        self.memory_activation, self.position, self.channels_first = memory_activation, position, channels_first
         self.classifier_dropout = Dropout(classifier_dropout)
-        embeds = [nn.Linear(width, dim, **factory) for width in widths]
-        self.embed: Any = embeds[0] if isinstance(initial_num_features, int) else nn.ModuleList(embeds)
+        layer = partial(DecoderLayer, dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections)
+        self._create_modules(initial_num_features, layer, num_layers, **factory)
+
+    def _create_modules(
+        self, widths: int | Sequence[int], layer: Callable[..., nn.Module], num_layers: int, **factory
+    ) -> None:
+        """Create token embeddings, queries, decoder layers and the classifier; `factory` is device and dtype."""
+        several = [widths] if isinstance(widths, int) else widths
+        embeds = [nn.Linear(width, self.config.dim, **factory) for width in several]
+        self.embed: Any = embeds[0] if isinstance(widths, int) else nn.ModuleList(embeds)
         self.queries = self.config.build_queries(**factory)
-        self.layers: Any = nn.ModuleList(
-            DecoderLayer(dim, num_heads, dim_feedforward, dropout, self_attention, attention_projections, **factory)
-            for _ in range(num_layers)
-        )
+        self.layers: Any = nn.ModuleList(layer(**factory) for _ in range(num_layers))
         self.group_fc: Any = self.config.build_classifier(**factory)
-        self.folded_queries: Tensor | None
-        self.folded_projection: Tensor | None
-        for name in ('folded_queries', 'folded_projection'):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer('folded_queries', None, persistent=False)
+        self.register_buffer('folded_projection', None, persistent=False)
 
     @property
     def num_classes(self) -> int:
@@ -371,6 +361,23 @@ class MLDecoder(nn.Module):
         if self.folded_queries is not None and self.folded_projection is not None and given is None:
             return self.folded_queries, self.folded_projection
         return self.layers[0].query_side(self._queries(self._label_embeddings(), batch_size, given))
+
+
+def _check_input(memory_activation: str, position: str | None) -> None:
+    if memory_activation not in ACTIVATIONS:
+        raise ValueError(f'memory_activation must be one of {sorted(ACTIVATIONS)}, got {memory_activation!r}')
+    if position not in (None, *POSITIONS):
+        raise ValueError(f'position must be None or one of {sorted(POSITIONS)}, got {position!r}')
+
+
+def _check_text(words: Tensor | int | None, zsl: int, class_names: Sequence[str] | None, *augmentations: float) -> None:
+    """Raise ValueError for options that need label embeddings, where there are none."""
+    if words is not None:
+        return
+    if zsl:
+        raise ValueError(f'zsl={zsl} needs label embeddings, from which its queries are made: give word_embeddings')
+    if class_names is not None or any(augmentations):
+        raise ValueError('class_names and augmentations of queries need text queries: give word_embeddings')
 
 
 @torch.fx.wrap  # one node to an fx tracer: a buffer cannot expand to a traced size

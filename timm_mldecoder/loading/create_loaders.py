@@ -1,10 +1,6 @@
 """From options to the loaders of training and evaluation."""
 
 import logging
-import multiprocessing
-from functools import partial
-from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -28,10 +24,10 @@ from timm_mldecoder.flags.data import ImageOptions
 from timm_mldecoder.flags.model import DeviceOptions
 from timm_mldecoder.flags.options import EvalLoaderOptions, TrainLoaderOptions
 from timm_mldecoder.loading.datasets import STREAMS, dataset_kind
-from timm_mldecoder.loading.loader import EvalLoader, Placement, SplitDataset, TrainLoader, init_worker
+from timm_mldecoder.loading.loader import EvalLoader, Placement, SplitDataset, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.loading.randomness import EpochBatches, Order
-from timm_mldecoder.runtime import signals
+from timm_mldecoder.loading.workers import worker_options
 
 _logger = logging.getLogger(__name__)
 
@@ -294,29 +290,6 @@ def create_placement(
             prefetch |= dict(patchify_channels_last=patches.channels_last)
     prefetcher = PrefetchLoader if patches is None else NaFlexPrefetchLoader
     return Placement(world.device, model_dtype(options), options.channels_last, prefetch, prefetcher)
-
-
-def worker_options(world: World, workers: int, pin_memory: bool, worker_seeding: str = 'all') -> dict[str, Any]:
-    """Return the options of `DataLoader` about its workers."""
-    return dict(
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=partial(init_worker, worker_seeding=worker_seeding),
-        multiprocessing_context=_worker_server() if world.distributed and workers else None,
-    )
-
-
-def _worker_server() -> BaseContext:
-    """Start the process that starts the workers of one of several ranks.
-
-    A rank has running threads, such as gloo's, and must not be forked: one of them may hold a lock for good. The server
-    ignores signals, as workers do: without it they would end before the rank has finished its step.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
-    with signals.ignored():
-        forkserver.ensure_running()
-    return context
 
 
 def _check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:

@@ -28,12 +28,12 @@ from timm_mldecoder.data.formats.class_folders import split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import Reading, strict
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
 from timm_mldecoder.flags import scores_both
 from timm_mldecoder.flags.options import SplitOptions
-from timm_mldecoder.loading.loader import strict
+from timm_mldecoder.runtime.log import warnings_of_first_rank
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def image_mode(options: SplitOptions) -> str:
     return options.input_img_mode or ('RGB' if options.channels == 3 else 'L')
 
 
+@warnings_of_first_rank()
 def create_split(
     options: SplitOptions,
     split: str,
@@ -287,6 +288,7 @@ def _select_classes(options: SplitOptions, dataset: Dataset, training: bool) -> 
     dataset.annotations = selected
 
 
+@warnings_of_first_rank()
 def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
     """Log what is to be known of a split before it is trained on."""
     found = summarize(dataset)
@@ -299,6 +301,7 @@ def log_summary(name: str, dataset: Dataset, training: bool = False) -> None:
             _logger.warning(line)
 
 
+@warnings_of_first_rank()
 def warn_about_overlap(train: Any, other: Dataset) -> None:
     """Warn of files that are trained on and in another split too."""
     if shared := overlap(train, other):

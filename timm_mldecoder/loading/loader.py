@@ -1,32 +1,18 @@
-"""From an image file to a batch on the device: decoding, collating, and the loaders of training and evaluation.
+"""From a dataset to batches on the device: collating, and the loaders of training and evaluation."""
 
-Unreadable images are named and counted. Training replaces them by the next readable one or ends; evaluation ends or
-leaves them out. (timm logs the index of such an image and takes the next one, in evaluation too, where the score would
-then be over other images than requested.)
-"""
-
-import csv
-import io
-import logging
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import AugMixDataset, ImageDataset, Mixup
+from timm.data import AugMixDataset, Mixup
 from timm.data.loader import PrefetchLoader
-from timm.data.loader import _worker_init as seed_worker
 from timm.data.naflex_loader import NaFlexPrefetchLoader
-from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import image_path
+from timm_mldecoder.loading.bad_images import BadImage, log_bad_image
 from timm_mldecoder.loading.naflex import NaFlexBatches, PatchBatch
 from timm_mldecoder.loading.randomness import (
     BATCH,
@@ -39,60 +25,12 @@ from timm_mldecoder.loading.randomness import (
     seed_all,
     seed_cpu,
 )
-from timm_mldecoder.runtime import signals
+from timm_mldecoder.loading.workers import shut_down
 from timm_mldecoder.runtime.errors import RunFailed
-from timm_mldecoder.runtime.files import write_atomically
-
-_logger = logging.getLogger(__name__)
 
 Batch = Tensor | PatchBatch  # images [B, C, H, W], or their patches
 
-BAD_IMAGES = 'bad_images.csv'
 REPLACEMENTS = 10  # as many in a row as timm tries: more are a fault of the disk, not of the files
-
-
-class BadImage(NamedTuple):
-    """A file that cannot be read, and why."""
-
-    path: str
-    reason: str
-
-
-class StrictImageDataset(ImageDataset):
-    """timm's dataset of image files, in which an unreadable one is an OSError rather than the next image."""
-
-    reading = Reading()  # how files become images
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        try:
-            file, target = self.reader[index][:2]
-            with file:
-                image = self._decode(file)
-        except Exception as error:  # damaged bytes make PIL's decoders raise anything
-            raise OSError(str(error)) from error
-        if self.transform is not None and not self.load_bytes:
-            image = self.transform(image)
-        if target is None:
-            target = -1
-        elif self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
-
-    def _decode(self, file: IO[bytes]) -> Any:
-        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
-            return self.transform(file.read())
-        return self.reading.open(file, self.input_img_mode)
-
-
-def strict(dataset: Dataset) -> Dataset:
-    """Return a dataset that raises OSError for an unreadable image; streaming readers handle theirs themselves."""
-    if type(dataset) is not ImageDataset:
-        for count in vars(getattr(dataset, 'reader', dataset)).values():
-            if isinstance(count, SharedCount):  # the epoch, which workers started by a server take over too
-                count.shared_epoch = multiprocessing.get_context('spawn').Value('i', count.value)
-        return dataset
-    settings = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform')
-    return StrictImageDataset(None, **{name: getattr(dataset, name) for name in settings})
 
 
 class SplitDataset(AugMixDataset):
@@ -205,7 +143,6 @@ class TrainLoader:
         mix: Mixup and CutMix on the device; None if `collate` mixes, or nothing does.
         mixup_off_epoch: Epoch from which batches are no longer mixed; 0 for never.
         bad_image: 'skip' or 'abort' at unreadable images.
-        persistent_workers: Whether workers live from epoch to epoch.
         stream: Options of `DataLoader` for a stream: `batch_size`, `drop_last`.
         **workers: Further options of `DataLoader`: number of workers, pinned memory, start method.
     """
@@ -331,7 +268,8 @@ class TrainLoader:
             if self._bad_image == 'abort':
                 remedy = '--bad-image skip trains without it'
             raise RunFailed(f'{path} cannot be read ({reason}); {remedy}')
-        log_bad_images(bad)
+        for image in bad:
+            log_bad_image(image)
         self._drawn[number], self._bad[number] = indices, bad
         return batch
 
@@ -344,7 +282,6 @@ class EvalLoader:
         sampler: timm's `OrderedDistributedSampler` on several ranks, else None.
         bad_image: 'abort' or 'skip' at unreadable images.
         remedy: The flag that scores the other images, for the error message.
-        persistent_workers: Whether workers live from pass to pass.
         **workers: Further options of `DataLoader`: batch size, number of workers, pinned memory, start method.
     """
 
@@ -392,7 +329,8 @@ class EvalLoader:
                 if bad and not self._skip:
                     path, reason = bad[0]
                     raise RunFailed(f'{path} cannot be read ({reason}); {self._remedy} scores the other images')
-                log_bad_images(bad)
+                for image in bad:
+                    log_bad_image(image)
                 self.bad_images += bad
                 if self.bad_images:
                     batch = self._without_padding(batch, [first + position for position in positions])
@@ -416,44 +354,3 @@ def _first(part: Batch, number: int) -> Batch:
     if isinstance(part, dict):
         return {name: value[:number] if isinstance(value, Tensor) else value for name, value in part.items()}
     return part[:number]
-
-
-def init_worker(worker: int, worker_seeding: str = 'all') -> None:
-    """Prepare a worker: signals are left to the parent; `worker_seeding` matters to streams alone."""
-    signals.ignore()
-    seed_worker(worker, worker_seeding)
-    parent = multiprocessing.parent_process()
-    if parent and parent.pid != os.getppid():  # a server started it, and torch watches whether that one lives
-        threading.Thread(target=_exit_with, args=[parent], daemon=True).start()
-
-
-def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def shut_down(*iterators: Any) -> None:
-    """End the workers of loader iterators; they ignore the SIGTERM that python would end them with at its exit."""
-    for iterator in iterators:
-        if hasattr(iterator, '_shutdown_workers'):
-            iterator._shutdown_workers()
-
-
-def log_bad_images(bad: list[BadImage]) -> None:
-    for path, reason in bad:
-        _logger.warning('unreadable image left out: %s (%s)', path, reason)
-
-
-def record_bad_images(bad: list[BadImage], folder: Path) -> None:
-    """Add images to the list in the folder of a run, each file once."""
-    path = folder / BAD_IMAGES
-    known = path.read_text(errors='surrogateescape') if path.exists() else 'path,reason'
-    text = io.StringIO()
-    csv.writer(text).writerows({**dict(csv.reader(io.StringIO(known))), **dict(bad)}.items())
-    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
-
-
-def image_path(dataset: Any, index: int) -> str:
-    """Return the file of an image, or its number in a dataset without files."""
-    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
-    return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -138,10 +138,7 @@ class EpochBatches(Sampler[list[Draw]]):
     """The batches of an epoch on one rank, from any position of the epoch.
 
     Args:
-        order: Order of the samples.
         batch_size: Samples per batch and rank.
-        rank: Rank of this process.
-        ranks: Number of ranks.
         pairs: Whether batches must have even sizes, as mixup needs.
         schedule: Options of timm's `ScheduledBatchSampler` for changing image and batch sizes, None for fixed sizes.
 

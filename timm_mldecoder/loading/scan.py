@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mldecoder.data.images import Reading
-from timm_mldecoder.loading.loader import image_path, init_worker
+from timm_mldecoder.data.images import Reading, image_path
+from timm_mldecoder.loading.workers import init_worker
 
 THUMBNAIL = 16  # pixels of a side
 _SAMPLES = 256  # pixels of the shorter side that the hash is made of
 _BATCH = 32
-_ORIENTATION = 0x0112  # EXIF tag
 
 
 class ImageFacts(NamedTuple):
@@ -55,7 +54,7 @@ class Scan(Dataset):
                 facts = facts._replace(
                     mode=image.mode,
                     size=image.size,
-                    rotated=image.getexif().get(_ORIENTATION, 1) != 1,
+                    rotated=image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
                     frames=getattr(image, 'n_frames', 1),
                 )
                 if not self.hashes:

@@ -21,6 +21,7 @@ from timm_mldecoder.data.word_embeddings import read_word_embeddings
 from timm_mldecoder.flags.model import HeadOptions, ModelOptions
 from timm_mldecoder.flags.options import CreateOptions, CreateTrainOptions
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
+from timm_mldecoder.models.classifier_model import classifiers_of
 from timm_mldecoder.models.cosine import add_cosine_classifier
 from timm_mldecoder.models.fusion import fuse_batch_norm
 from timm_mldecoder.models.graph import add_graph_classifier
@@ -48,7 +49,6 @@ def create_model(
 
     Args:
         words: Options of `MLDecoder` for text queries, if the head has any.
-        pretrained: Whether to load pretrained weights.
         fresh_head: Whether to leave stored weights of an ML-Decoder head out.
         **settings: Further arguments of `timm.create_model`.
 
@@ -98,10 +98,6 @@ def script(model: nn.Module) -> nn.Module:
 
 def create_train_model(options: CreateTrainOptions, dataset: Dataset | None) -> Any:
     """Create the model to train, with the label embeddings of the training classes and the weights to start from.
-
-    Args:
-        options: Options of train.py.
-        dataset: Training split.
 
     Raises:
         ValueError: If the options do not fit the model, the classes, or a file of weights.
@@ -177,8 +173,7 @@ def fuse_model(model: nn.Module, input_size: Sequence[int]) -> None:
 
 @torch.no_grad()
 def _scale_head(model: Any, scale: float | None, bias: float | None) -> None:
-    found = model.get_classifier()
-    for classifier in found if isinstance(found, tuple) else (found,):  # distilled models have two
+    for classifier in classifiers_of(model):
         if scale is not None:
             classifier.weight.mul_(scale)
             classifier.bias.mul_(scale)

@@ -289,6 +289,12 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Loade
         words = next((tensor for name, tensor in weights.items() if name.endswith('.words')), torch.empty(0, 0))
         sizes = dict(num_classes=words.shape[0], width=words.shape[1])
         empty_graph_classifier(model, **sizes, **graph_settings(options))
+    _load_weights(model, weights, options, content)
+    return LoadedModel(model, options, config, content, options.task)
+
+
+def _load_weights(model: Any, weights: dict[str, Tensor], options: Options, content: Mapping[str, Any]) -> None:
+    """Load the weights of a checkpoint, converted where train.py did not write it."""
     if options.use_ml_decoder_head and RUN not in content:
         try:
             weights = convert_state_dict(weights, model, num_heads=options.ml_decoder_kwargs.get('num_heads'))
@@ -307,7 +313,6 @@ def load_model(options: Options, content: dict[str, Any] | None = None) -> Loade
             f'--checkpoint {options.checkpoint} holds another model{f" than {given}" * bool(given)}: '
             f'{one_line(error, 300)}'
         ) from error
-    return LoadedModel(model, options, config, content, options.task)
 
 
 def inherit(options: Options, content: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:

@@ -1,11 +1,10 @@
 """Put an ML-Decoder head on a timm model.
 
 The model becomes an instance of a subclass of its own class: its forward and its tensor names stay, and
-`MLDecoderModel` replaces the methods that deal with the classifier. families.py says how the features of each timm
-family are read.
+`MLDecoderModel` replaces the methods that deal with the classifier. families.py says which module of each timm
+family is the classifier, and how its features are read.
 """
 
-import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, extend_class, is_loaded
-from timm_mldecoder.models.families import Family, family_of
+from timm_mldecoder.models.classifier_model import ClassifierModel, change_class, is_loaded
+from timm_mldecoder.models.families import classifier_paths, family_of, longest_module_path
 
 _logger = logging.getLogger(__name__)
 
@@ -270,9 +269,6 @@ class MLDecoderModel(ClassifierModel):
         raise ValueError(f'torch.jit.script cannot compile {type(self).__name__}: use {others}')
 
 
-ml_decoder_class = functools.partial(extend_class, MLDecoderModel)
-
-
 def check_model(model: nn.Module) -> None:
     name = type(model).__name__
     refuse = family_of(type(model)).refuse
@@ -307,7 +303,7 @@ def _between(model: Any) -> list[tuple[str, nn.Module]]:
     if family.read_features:
         return []
     own = isinstance(model, MLDecoderModel)
-    slot = model.ml_decoder_slot if own else _longest_module_path(model, _classifier_paths(model, family)[0])
+    slot = model.ml_decoder_slot if own else longest_module_path(model, classifier_paths(model)[0])
     parent, _, last = slot.rpartition('.')
     parts = dict(model.get_submodule(parent).named_children())
     if not parent:  # ViTs that were built with average pooling
@@ -342,7 +338,7 @@ def remove_classifier(model: Any, norm: bool = True) -> None:
     features = feature_widths(model, norm)
     between = [] if norm else [name for name, _ in _between(model)]
     family = family_of(type(model))
-    slot, *others = _classifier_paths(model, family)
+    slot, *others = classifier_paths(model)
     model.ml_decoder_pool = _get_global_pool(model)
     for name, value in family.clear.items():
         setattr(model, name, value)
@@ -356,33 +352,15 @@ def remove_classifier(model: Any, norm: bool = True) -> None:
         model.head_hidden_size = features
     _disable_dropout(model, slot)
     model.ml_decoder_features = features
-    model.ml_decoder_slot = _longest_module_path(model, slot)
+    model.ml_decoder_slot = longest_module_path(model, slot)
     for path in others:
-        sibling = _longest_module_path(model, path)
+        sibling = longest_module_path(model, path)
         if sibling and path.partition('.')[0] != slot.partition('.')[0]:
             model.set_submodule(sibling, nn.Identity())
     model.pretrained_cfg = model.default_cfg = {
         **getattr(model, 'pretrained_cfg', {}),
         'classifier': model.ml_decoder_slot,
     }
-
-
-def _classifier_paths(model: Any, family: Family) -> list[str]:
-    """Paths of the classifier's modules; two for a distilled model."""
-    paths = getattr(model, 'pretrained_cfg', {}).get('classifier')
-    paths = list(paths) if isinstance(paths, (list, tuple)) else [paths] if paths else []
-    if not paths:  # built from its class, without timm's factory
-        classifier = model.get_classifier()
-        paths = [name for name, module in model.named_modules() if module is classifier]
-    return [family.slot, *paths] if family.slot else paths
-
-
-def _longest_module_path(model: nn.Module, path: str) -> str:
-    """The longest beginning of a module path that exists in the model, '' if none does."""
-    names = dict(model.named_modules())
-    while path not in names:
-        path = path.rpartition('.')[0]
-    return path
 
 
 def _disable_dropout(model: Any, slot: str) -> None:

@@ -79,6 +79,12 @@ def module_path(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, found in model.named_modules() if found is module)
 
 
+def classifiers_of(model: Any) -> list[Any]:
+    """Return the classifier of a timm model; two of a distilled one."""
+    found = model.get_classifier()
+    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+
+
 def linear_classifier(model: Any, new: str) -> nn.Linear:
     """Return the classifier of a timm model, for a `new` one to replace.
 
@@ -87,8 +93,7 @@ def linear_classifier(model: Any, new: str) -> nn.Linear:
     """
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
-        parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-        found = ' and '.join(type(part).__name__ for part in parts)
+        found = ' and '.join(type(part).__name__ for part in classifiers_of(model))
         raise ValueError(f'{new} replaces one nn.Linear; the classifier of {type(model).__name__} is {found}')
     return classifier
 

@@ -105,12 +105,7 @@ CLASSIFIERS = {
         _differences,
     ),
     'graph_classifier': Classifier(_attach_graph, _parse_graph, _differences),
-    'probe_head': Classifier(
-        add_probe_head,
-        parse_probe,
-        _differences,
-        any_classes=_has_vocabulary,
-    ),
+    'probe_head': Classifier(add_probe_head, parse_probe, _differences, any_classes=_has_vocabulary),
 }
 
 
@@ -155,14 +150,7 @@ def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kw
     # timm passes on the number of classes of a stored model, which must not win over that of new label embeddings
     num_classes = -1 if requested in (None, stored_args.get('num_classes')) else requested
     if chosen == stored:
-        stored_options = kind.parse(stored_args[stored])
-        stored_options.pop('global_pool', None)
-        options = {name: value for name, value in options.items() if not _is_default(value)}
-        if pretrained and not fresh:
-            found = kind.contradictions(options, stored_options, num_classes != -1)
-            if found:
-                raise ValueError(f'leave {chosen} out, which contradicts the stored classifier: {"; ".join(found)}')
-        options = stored_options | options
+        options = _complete(options, chosen, stored_args[stored], pretrained and not fresh, num_classes != -1)
     if pretrained and stored and (chosen != stored or fresh):
         with _loading_by(_BackboneLoader(build, stored, stored_args, kwargs)):
             model = build(pretrained=True, **kwargs)
@@ -176,6 +164,17 @@ def create_model(build: Callable[..., nn.Module], pretrained: bool = False, **kw
     for part, load_args in deferred:
         _load_with_classifier(part, kind, **load_args) if part is model else _timm_load(part, **load_args)
     return model
+
+
+def _complete(options: dict, name: str, stored: object, loads: bool, other_classes: bool) -> dict:
+    """Return options with those of the stored classifier; a ValueError where it is loaded and they contradict it."""
+    stored_options = CLASSIFIERS[name].parse(stored)
+    stored_options.pop('global_pool', None)
+    options = {name: value for name, value in options.items() if not _is_default(value)}
+    found = CLASSIFIERS[name].contradictions(options, stored_options, other_classes) if loads else []
+    if found:
+        raise ValueError(f'leave {name} out, which contradicts the stored classifier: {"; ".join(found)}')
+    return stored_options | options
 
 
 def _is_on(value: object) -> bool:

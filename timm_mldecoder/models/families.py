@@ -1,4 +1,4 @@
-"""How the un-pooled features of each timm family are read: the one table in which families differ.
+"""How timm's families differ: which module gets the head, and how the un-pooled features are read.
 
 Most timm models need no entry: ``reset_classifier(0, '')`` disables the pooling, and the pre-logits of ``forward_head``
 are then what the pooling would have pooled, after the norms and convolutions in front of it.
@@ -97,3 +97,22 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_class: type) -> Family:
     """Return the entry of a timm class or of its nearest ancestor that has one, else `RULE`."""
     return next((FAMILIES[cls.__name__] for cls in model_class.__mro__ if cls.__name__ in FAMILIES), RULE)
+
+
+def classifier_paths(model: Any) -> list[str]:
+    """Paths of the modules that the head replaces, first the one that gets it; two for a distilled model."""
+    paths = getattr(model, 'pretrained_cfg', {}).get('classifier')
+    paths = list(paths) if isinstance(paths, (list, tuple)) else [paths] if paths else []
+    if not paths:  # built from its class, without timm's factory
+        classifier = model.get_classifier()
+        paths = [name for name, module in model.named_modules() if module is classifier]
+    slot = family_of(type(model)).slot
+    return [slot, *paths] if slot else paths
+
+
+def longest_module_path(model: nn.Module, path: str) -> str:
+    """The longest beginning of a module path that exists in the model, '' if none does."""
+    names = dict(model.named_modules())
+    while path not in names:
+        path = path.rpartition('.')[0]
+    return path

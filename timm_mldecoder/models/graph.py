@@ -203,20 +203,12 @@ class GraphClassifier(nn.Module):
         self.register_buffer('edges', torch.zeros(out_features, out_features, device=device, dtype=torch.uint8))
         self.register_buffer('folded', None, persistent=False)
         self.known = False  # whether edges and words have been set
-        self._normalize_start()
 
     def reset_parameters(self) -> None:
         """Draw layers and classifier anew; label graph and label embeddings stay."""
         parts: tuple[Any, ...] = (self.gc1, self.gc2, self.classifier)
         for module in parts:
             module.reset_parameters()
-        self._normalize_start()
-
-    @torch.no_grad()
-    def _normalize_start(self) -> None:
-        if isinstance(self.classifier, CosineClassifier):
-            # under weight decay the length of a class weight sets its learning rate
-            self.classifier.weight.copy_(F.normalize(self.classifier.weight, dim=1))
 
     @property
     def weight(self) -> Tensor:

@@ -18,7 +18,7 @@ from timm_mldecoder.head import MLDecoder
 
 
 class Probe(nn.Module):
-    """Base of the heads."""
+    """Base of the heads, which have one of `classify` and `classify_all`."""
 
     stacked = False  # whether `classify_all` computes heads together; they draw no random numbers then
 
@@ -28,7 +28,7 @@ class Probe(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits [B, C]."""
-        raise NotImplementedError
+        return self.classify_all([self], features)[0]
 
     @classmethod
     def classify_all(cls, heads: Sequence[Any], features: Tensor) -> Sequence[Tensor]:
@@ -81,9 +81,6 @@ class LinearProbe(NormalizedProbe):
             pooled = tokens.mean(dim=1) if self.pool == 'mean' else tokens.amax(dim=1)
         return self.normalize(pooled)
 
-    def classify(self, features: Tensor) -> Tensor:
-        return self.classify_all([self], features)[0]
-
     @classmethod
     def classify_all(cls, heads: Sequence['LinearProbe'], features: Tensor) -> Sequence[Tensor]:
         x = torch.addcmul(_stack(heads, 'norm.bias'), features, _stack(heads, 'norm.weight'))  # [heads, B, F]
@@ -125,9 +122,6 @@ class AttentionPoolProbe(Probe):
         num_heads = num_heads or _largest_divisor(num_features, 8)
         self.pool = AttentionPoolLatent(num_features, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.fc = nn.Linear(num_features, num_classes)
-
-    def classify(self, features: Tensor) -> Tensor:
-        return self.classify_all([self], features)[0]
 
     @classmethod
     def classify_all(cls, heads: Sequence['AttentionPoolProbe'], features: Tensor) -> Sequence[Tensor]:
@@ -174,9 +168,6 @@ class EfficientProbe(Probe):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.queries, std=0.02)
-
-    def classify(self, features: Tensor) -> Tensor:
-        return self.classify_all([self], features)[0]
 
     @classmethod
     def classify_all(cls, heads: Sequence['EfficientProbe'], features: Tensor) -> Sequence[Tensor]:

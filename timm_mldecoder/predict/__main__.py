@@ -42,7 +42,7 @@ from timm_mldecoder.predict.parts import Parts, fingerprint
 from timm_mldecoder.predict.pictures import draw_pictures
 from timm_mldecoder.predict.predict import predict
 from timm_mldecoder.predict.sources import SourceDataset, dataset_source, open_source
-from timm_mldecoder.runtime.errors import RunFailed, run_command
+from timm_mldecoder.runtime.errors import CommandParser, RunFailed, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -178,10 +178,7 @@ def _read_classes(classes: str | None) -> list[str] | None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        'python -m timm_mldecoder.predict', description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = CommandParser('python -m timm_mldecoder.predict', __doc__)
     add, positive = parser.add_argument, number(int, '[1, inf)')
     add('images', type=Path, help='image, folder, tar file, or CSV or Parquet list')
     model = parser.add_mutually_exclusive_group(required=True)

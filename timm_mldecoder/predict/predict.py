@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, default_collate
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import float32_logits
 from timm_mldecoder.head import MLDecoder
-from timm_mldecoder.loading.create_loaders import worker_options
-from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement, shut_down
+from timm_mldecoder.loading.loader import KeyedCollate, KeyedSamples, Placement
+from timm_mldecoder.loading.workers import shut_down, worker_options
 from timm_mldecoder.modeling.load import LoadedModel
 from timm_mldecoder.predict.parts import Parts, Prediction
 from timm_mldecoder.predict.sources import SourceDataset

@@ -45,14 +45,11 @@ class FeatureCache:
     """Cached features of one split.
 
     Args:
-        folder: Folder of the split.
         setup: What the features depend on, in JSON form.
-        number: Number of images.
         shape: Tokens per image, with the class token, and their width.
         class_token: Whether the first token is the class token.
         views: Augmented views of each image; epoch e uses view e modulo `views`.
         shard: Images per shard.
-        device: Device of the batches.
     """
 
     def __init__(
@@ -137,7 +134,7 @@ class FeatureCache:
             if last:
                 for kind, parts in (('targets', targets), ('tokens', tokens)):
                     array = np.concatenate(parts)
-                    write_atomically(self.folder / self._name(shard, kind), partial(_save, array))
+                    write_atomically(self.folder / self._name(shard, kind), partial(np.save, arr=array))
                 tokens, targets = [], []
 
     def read(self, groups: Sequence[list[Draw]]) -> Iterator[Batch]:
@@ -277,7 +274,3 @@ def data_digest(dataset: Any) -> str:
         labels = class_indices(dataset)
         digest.update(b'' if labels is None else labels.tobytes())
     return digest.hexdigest()
-
-
-def _save(array: np.ndarray, file: Any) -> None:
-    np.save(file, array)

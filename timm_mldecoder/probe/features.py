@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.options import EvalLoaderOptions
-from timm_mldecoder.loading.create_loaders import DataConfig, create_placement, worker_options
-from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples, log_bad_images, shut_down
+from timm_mldecoder.loading.bad_images import log_bad_image
+from timm_mldecoder.loading.create_loaders import DataConfig, create_placement
+from timm_mldecoder.loading.loader import REPLACEMENTS, KeyedCollate, KeyedSamples
 from timm_mldecoder.loading.randomness import ORDER, Draw, key
+from timm_mldecoder.loading.workers import shut_down, worker_options
 from timm_mldecoder.models.fusion import NORMS, fuse_batch_norm
 from timm_mldecoder.runtime.errors import RunFailed
 
@@ -43,7 +45,6 @@ class Backbone:
 
     Args:
         model: The model; its parameters need no gradients from now on.
-        autocast: Context of the forward pass.
         image: An image [1, C, H, W], to compute features by a copy in which BatchNorm is folded into the convolutions.
     """
 
@@ -96,10 +97,6 @@ class ImageBatches:
     """Batches of given images of a split, on the device.
 
     Args:
-        options: Options of train.py.
-        dataset: Map-style dataset with its transform.
-        config: Data configuration.
-        world: This rank and the others.
         bad_image: 'skip' or 'abort' at unreadable images; the next image takes the place of one that is skipped.
     """
 
@@ -136,7 +133,8 @@ class ImageBatches:
         for batch, _, bad in self._loader:
             if batch is None:
                 raise RunFailed(f'{bad[-1].path} cannot be read ({bad[-1].reason}); remove it from the split')
-            log_bad_images(bad)
+            for image in bad:
+                log_bad_image(image)
             yield batch
 
 

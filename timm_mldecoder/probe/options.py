@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from timm_mldecoder.flags import Options, parse_train
-from timm_mldecoder.flags.flag import BaseParser, number
+from timm_mldecoder.flags.flag import number
 from timm_mldecoder.flags.parse import warn_random_weights
 from timm_mldecoder.models.probes import PROBES
+from timm_mldecoder.runtime.errors import CommandParser
 
 TEXT_HEADS = ('ml_decoder', 'ml_decoder_small')  # heads that take text queries
 _AUGMENTATION = """
@@ -144,11 +145,9 @@ def _rates(text: str) -> list[float]:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = BaseParser(
+    parser = CommandParser(
         'python -m timm_mldecoder.probe',
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description,
         usage='%(prog)s [DIR] --model NAME [--flag value ...]',
         epilog='Flags of train.py, described there: '
         + ' '.join(f'--{name.replace("_", "-")}' for name in sorted(_TAKEN - {'data', 'local_rank'}))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_mldecoder.checkpoint.folders import folder_config
 from timm_mldecoder.checkpoint.read import RUN, VERSION, check_entries
@@ -154,12 +154,6 @@ def write_checkpoint(
     An ML-Decoder is written as the head that train.py builds, every other head as `probe_head` of
     ``timm.create_model``. `words` are the options of `MLDecoder` for text queries; empty without them.
     """
-    slot = model.get_submodule(model.ml_decoder_slot)
-    model.set_submodule(model.ml_decoder_slot, run.head)
-    try:
-        weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    finally:
-        model.set_submodule(model.ml_decoder_slot, slot)
     num_classes = run.head.num_classes
     final = run.metrics[max(run.metrics)]
     score = float('nan') if final is None else final[options.eval_metric]
@@ -169,7 +163,7 @@ def write_checkpoint(
         'epoch': last,
         'arch': model.pretrained_cfg.get('architecture') or options.model,
         'version': VERSION,
-        'state_dict': weights,
+        'state_dict': _weights(model, run.head),
         'optimizer': {},
         'metric': score,
         'saver': {'checkpoint_files': [], 'best_metric': score, 'metric': options.eval_metric},
@@ -199,6 +193,16 @@ def write_checkpoint(
         content['class_names'] = class_names
     check_entries(content, path)
     write_atomically(path, partial(torch.save, content))
+
+
+def _weights(model: Any, head: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the backbone with this head, on the CPU."""
+    slot = model.get_submodule(model.ml_decoder_slot)
+    model.set_submodule(model.ml_decoder_slot, head)
+    try:
+        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    finally:
+        model.set_submodule(model.ml_decoder_slot, slot)
 
 
 def checkpoint_options(

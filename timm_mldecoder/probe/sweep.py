@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from timm_mldecoder.probe import report
 from timm_mldecoder.probe.cache import FeatureCache, data_digest, fill
 from timm_mldecoder.probe.features import Backbone, ComputedFeatures, ImageBatches, Source
 from timm_mldecoder.probe.options import AUGMENTATION, TEXT_HEADS, HeadSpec, ProbeOptions
-from timm_mldecoder.probe.train import Run, Trainer, choose, further_runs
+from timm_mldecoder.probe.train import Choice, Run, Trainer, choose, further_runs
 from timm_mldecoder.runtime.errors import advise_on_memory
 from timm_mldecoder.runtime.files import choose_folder, create_folder
 from timm_mldecoder.train.loss import create_train_loss
@@ -67,79 +68,33 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
     Raises:
         RunFailed: If the disk is full, or memory is.
     """
-    with ExitStack() as closing:
-        return _probe(options, world, closing)
-
-
-def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str, Any] | None:
-    folder = None
-    if world.primary:
-        given = options.train
-        folder = choose_folder(given.output, given.experiment, safe_model_name(given.model))
-        if (folder / report.RESULTS).exists():
-            raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove it')
+    folder = _new_folder(options.train) if world.primary else None
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
     options = options._replace(train=train)
     splits = _create_splits(options, world)
-    names = class_names_of(splits['train'])
-    num_classes = train.num_classes or len(names or ())
-    if not num_classes:
-        raise ValueError('the dataset does not report its classes: pass --num-classes')
-    check_classes(splits['train'], num_classes, given=True)
+    num_classes = _number_of_classes(train, splits['train'])
     config = resolve_config(train, model, stored=stored_config)
-    model.to(world.device)
-    if train.channels_last:
-        model.to(memory_format=torch.channels_last)
-    image = None if train.amp else torch.linspace(-2, 2, math.prod(config['input_size']), device=world.device)
-    image = image if image is None else image.view(1, *config['input_size'])
-    backbone = Backbone(model, create_autocast(train, world.device), image)
+    backbone = _freeze(model.to(world.device), train, config, world)
     words = training_words(train, splits['train']) if train.word_embeddings else {}
-
-    tuning = range(options.tuning_seeds)
-    runs = [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in tuning]
-    loss = create_train_loss(train, splits['train'])
+    classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
+    seeds = range(options.tuning_seeds)
     trainer = Trainer(
         train,
-        runs,
+        [Run(spec, rate, seed) for spec in options.heads for rate in options.rates for seed in seeds],
         partial(_build, model, num_classes, words),
-        loss,
+        create_train_loss(train, splits['train']),
         partial(create_evaluator, train, splits['validation'], device=world.device),
         world,
     )
-    sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
-    if folder is not None:
-        create_folder(folder)  # a mistake found above leaves no folder
-    classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None
-
-    def score(epoch: int) -> None:
-        found = trainer.score(sources['validation'], len(splits['validation']), trainer.own, classes)
-        for run in trainer.own:
-            run.metrics[epoch] = found[id(run)]
-        _logger.info(f'Epoch {epoch}: {len(trainer.runs)} runs trained and scored')
-
-    with advise_on_memory(train.batch_size, train.batch_size, 1):
-        while trainer.runs:
-            trainer.train(sources['train'], len(splits['train']), score)
-            trainer.share()
-            choices = choose(runs, train.eval_metric)
-            trainer.begin(further_runs(choices, options.rates, options.further, options.tuning_seeds))
-            for spec, rate in dict.fromkeys((run.spec.label, run.rate) for run in trainer.runs):
-                _logger.info(f'{spec}: the best learning rate is at an end of the range, trying {rate:g}')
-            runs += trainer.runs
-        if options.tuning_seeds < options.seeds:
-            for choice in choices:
-                choice.runs.extend(Run(choice.spec, choice.rate, seed) for seed in range(len(tuning), options.seeds))
-            trainer.begin([run for choice in choices for run in choice.runs[len(tuning) :]])
-            runs += trainer.runs
-            trainer.train(sources['train'], len(splits['train']), score)
-            trainer.share()
-    test = None
-    if options.test_split:
-        chosen = [run for choice in choices for run in choice.runs]
-        own = trainer.score(sources['test'], len(splits['test']), chosen, classes)
-        own = {index: own[id(run)] for index, run in enumerate(runs) if id(run) in own}
-        test = {index: metrics for part in world.all_gather(own) for index, metrics in part.items()}
+    with ExitStack() as closing:
+        sources = _create_sources(options, splits, num_classes, backbone, config, world, closing)
+        if folder is not None:
+            create_folder(folder)  # a mistake found above leaves no folder
+        score = {role: partial(trainer.score, source, len(splits[role])) for role, source in sources.items()}
+        fit = partial(trainer.train, sources['train'], len(splits['train']))
+        runs, choices = _search(options, trainer, fit, partial(score['validation'], classes=classes))
+        test = _test(runs, choices, partial(score['test'], classes=classes), world) if options.test_split else None
     folder = Path(world.broadcast(str(folder)))
     files = {choice.spec.label: f'{_file_name(choice.spec.label)}.pth.tar' for choice in choices}
     for choice in choices:
@@ -151,7 +106,7 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
                 model,
                 best,
                 config=config,
-                class_names=names,
+                class_names=class_names_of(splits['train']),
                 words=words if choice.spec.name in TEXT_HEADS else {},
                 held_out=getattr(splits['validation'], 'held_out', None),
             )
@@ -161,6 +116,79 @@ def _probe(options: ProbeOptions, world: World, closing: ExitStack) -> dict[str,
     results = report.collect(options, choices, runs, test, files, trainer.read_seconds)
     report.write(folder, results)
     return results
+
+
+def _new_folder(options: Options) -> Path:
+    """Return the folder of the results; a ValueError if a probe has written its own there."""
+    folder = choose_folder(options.output, options.experiment, safe_model_name(options.model))
+    if (folder / report.RESULTS).exists():
+        raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove it')
+    return folder
+
+
+def _number_of_classes(options: Options, dataset: Any) -> int:
+    number = options.num_classes or len(class_names_of(dataset) or ())
+    if not number:
+        raise ValueError('the dataset does not report its classes: pass --num-classes')
+    check_classes(dataset, number, given=True)
+    return number
+
+
+def _freeze(model: Any, options: Options, config: DataConfig, world: World) -> Backbone:
+    """Return the model as a backbone, with BatchNorm folded into convolutions unless `--amp` rounds more than that."""
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    size = config['input_size']
+    image = None if options.amp else torch.linspace(-2, 2, math.prod(size), device=world.device).view(1, *size)
+    return Backbone(model, create_autocast(options, world.device), image)
+
+
+def _search(
+    options: ProbeOptions, trainer: Trainer, fit: Callable, score: Callable[[list[Run]], dict]
+) -> tuple[list[Run], list[Choice]]:
+    """Find the learning rate of each head, and train at it with the seeds that are left.
+
+    Args:
+        trainer: Has the runs of every head at every rate that was given.
+        fit: Trains the runs of the trainer, and calls a function after each epoch.
+        score: Returns the metrics of runs on the validation split.
+
+    Returns:
+        All runs, and the choice of each head.
+    """
+    runs, train = list(trainer.runs), options.train
+
+    def log_scores(epoch: int) -> None:
+        found = score(trainer.own)
+        for run in trainer.own:
+            run.metrics[epoch] = found[id(run)]
+        _logger.info(f'Epoch {epoch}: {len(trainer.runs)} runs trained and scored')
+
+    with advise_on_memory(train.batch_size, train.batch_size, 1):
+        while trainer.runs:
+            fit(log_scores)
+            choices = choose(runs, train.eval_metric)
+            trainer.begin(further_runs(choices, options.rates, options.further, options.tuning_seeds))
+            for spec, rate in dict.fromkeys((run.spec.label, run.rate) for run in trainer.runs):
+                _logger.info(f'{spec}: the best learning rate is at an end of the range, trying {rate:g}')
+            runs += trainer.runs
+        left = range(options.tuning_seeds, options.seeds)
+        for choice in choices:
+            choice.runs.extend(Run(choice.spec, choice.rate, seed) for seed in left)
+        if left:
+            trainer.begin([run for choice in choices for run in choice.runs[options.tuning_seeds :]])
+            runs += trainer.runs
+            fit(log_scores)
+    return runs, choices
+
+
+def _test(
+    runs: list[Run], choices: list[Choice], score: Callable[[list[Run]], dict], world: World
+) -> dict[int, dict[str, float] | None]:
+    """Return the metrics of the chosen runs on the test split, by their index in `runs`; a collective call."""
+    found = score([run for choice in choices for run in choice.runs])
+    own = {index: found[id(run)] for index, run in enumerate(runs) if id(run) in found}
+    return {index: metrics for part in world.all_gather(own) for index, metrics in part.items()}
 
 
 def _create_backbone(options: Options) -> tuple[Any, Options, DataConfig]:

@@ -115,6 +115,7 @@ class Trainer:
                 run.losses.append(total.item() / steps)
             if (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs:
                 score(epoch)
+        self._share_results()
 
     def step(self, batch: Batch, step: int, factor: float) -> list[Tensor]:
         """Take one optimizer step of each run of this rank, and return their losses.
@@ -183,8 +184,8 @@ class Trainer:
             for name, evaluator in evaluators.items()
         }
 
-    def share(self) -> None:
-        """Give every rank the results of all runs; a collective call."""
+    def _share_results(self) -> None:
+        """Give every rank the results of all runs."""
         gathered = self.world.all_gather([run.result() for run in self.own])
         for rank, results in enumerate(gathered):
             for run, result in zip(self.runs[rank :: self.world.size], results, strict=True):

@@ -1,5 +1,6 @@
 """Errors that users see in one line, out-of-memory ones as advice about the batch size, and exit codes."""
 
+import argparse
 import ctypes
 import io
 import logging
@@ -9,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import setup_default_logging
@@ -26,6 +28,24 @@ _ONE_VALUE = 'Expected more than 1 value per channel'  # torch's BatchNorm
 
 class RunFailed(RuntimeError):
     """A run that cannot continue, through no mistake in its options; exit code 1."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ValueErrors of one line, where argparse prints the usage and exits.
+
+    It takes no abbreviations: `--ml-decoder` would be `--ml-decoder-kwargs`. `--help-all` is `--help`.
+    """
+
+    def __init__(self, prog: str | None, description: str | None, add_help: bool = True, **settings: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog, description=description, formatter_class=formatter, add_help=add_help, allow_abbrev=False, **settings
+        )
+        if add_help:
+            self.add_argument('--help-all', action='help', help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix('argument '))
 
 
 def run_command(main: Callable[[], None]) -> int:

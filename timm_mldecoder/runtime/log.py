@@ -4,11 +4,13 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from timm.task import ClassificationEvaluator
+from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +27,18 @@ def logged(label: str, items: Iterable[T], total: int, seconds: float = 10.0) ->
             mark, elapsed = now, now - start
             left = elapsed / number * (total - number)
             _logger.info(f'{label}: [{number}/{total}]  {elapsed:.0f} s, about {left:.0f} s to go')
+
+
+@contextmanager
+def warnings_of_first_rank() -> Iterator[None]:
+    """Leave what every rank finds alike, such as copies in a dataset, to the first rank: the others log errors only."""
+    before = logging.root.manager.disable
+    if world_info_from_env()[1] != 0:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class StepTimer:

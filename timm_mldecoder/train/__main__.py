@@ -9,6 +9,7 @@ The flags are those of timm's own script, with the same defaults; `--help` lists
 import sys
 from collections.abc import Sequence
 
+from timm_mldecoder.checkpoint.files import print_result
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.runtime.errors import run_command
@@ -25,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse_train(argv)
     with join_world(options.device, options.device_modules or ()) as world:
-        (find_lr if options.lr_find else fit)(build_run(options, world))
+        run = build_run(options, world)
+        if options.lr_find:
+            find_lr(run)
+            return
+        fit(run)
+        if world.primary:
+            print_result(run.state.rows, run.eval_metric, run.state.checkpoints.decreasing)
 
 
 if __name__ == '__main__':

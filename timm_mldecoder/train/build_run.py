@@ -20,13 +20,13 @@ from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
 from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.data.images import some_headers
-from timm_mldecoder.data.transforms import lost_share
+from timm_mldecoder.data.transforms import CUT, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, has_bfloat16, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
-from timm_mldecoder.loading.checked import check_readable
+from timm_mldecoder.loading.bad_images import check_readable
 from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes, number_of_classes
 from timm_mldecoder.loading.create_loaders import (
     DataConfig,
@@ -41,8 +41,9 @@ from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
 from timm_mldecoder.modeling.classes import Classes, class_names_of, other_classes, read_classes
 from timm_mldecoder.modeling.create import create_train_model, has_text_queries, script
+from timm_mldecoder.models.classifier_model import classifiers_of
 from timm_mldecoder.runtime.files import choose_folder, create_folder, write_atomically
-from timm_mldecoder.train.freeze import Freezer, head_modules, head_parameters
+from timm_mldecoder.train.freeze import Freezer, head_parameters
 from timm_mldecoder.train.loss import create_task
 from timm_mldecoder.train.optim import (
     choose_ema_warmup,
@@ -56,8 +57,6 @@ from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.trackers import create_trackers
 
 _logger = logging.getLogger(__name__)
-
-CUT = 0.05  # share of the area of images that an evaluation of several labels may lose without a warning
 
 
 class Data(NamedTuple):
@@ -198,7 +197,7 @@ def _create_model(options: Options, given: Options, data: Data, layout: Layout, 
     if options.split_bn:
         model = convert_splitbn_model(model, options.aug_splits or 2)
     model.to(dtype=model_dtype(options))
-    layout.place(model, head_modules(model))
+    layout.place(model, classifiers_of(model))
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if world.device.type == 'cpu' and not options.amp and has_bfloat16():

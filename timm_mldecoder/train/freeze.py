@@ -5,18 +5,14 @@ import logging
 from timm.utils import unwrap_model
 from torch import nn
 
+from timm_mldecoder.models.classifier_model import classifiers_of
+
 _logger = logging.getLogger(__name__)
-
-
-def head_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the classifier of a timm model; two for a distilled one."""
-    classifier = unwrap_model(model).get_classifier()
-    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
 
 
 def head_parameters(model: nn.Module) -> set[int]:
     """Return the `id` of every parameter of the classifier."""
-    return {id(parameter) for module in head_modules(model) for parameter in module.parameters()}
+    return {id(parameter) for module in classifiers_of(unwrap_model(model)) for parameter in module.parameters()}
 
 
 class Freezer:
@@ -58,5 +54,5 @@ class Freezer:
         model.train()
         if self.is_frozen(epoch):
             self._model.eval()
-            for module in head_modules(self._model):
+            for module in classifiers_of(self._model):
                 module.train()

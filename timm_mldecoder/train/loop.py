@@ -13,10 +13,11 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_mldecoder.checkpoint.files import print_result, summary_row
+from timm_mldecoder.checkpoint.files import summary_row
 from timm_mldecoder.evaluation.evaluate import Metrics, evaluate, test_time_views
 from timm_mldecoder.evaluation.predicted import PredictedClasses
-from timm_mldecoder.loading.loader import BadImage, Batch, record_bad_images
+from timm_mldecoder.loading.bad_images import BadImage, record_bad_images
+from timm_mldecoder.loading.loader import Batch
 from timm_mldecoder.loading.randomness import STEP, key, seed_all
 from timm_mldecoder.modeling.classes import other_classes
 from timm_mldecoder.runtime.errors import RunFailed, advise_on_memory
@@ -46,10 +47,8 @@ def fit(run: Run) -> None:
         run.close()
 
     checkpoints = run.state.checkpoints
-    if run.world.primary:
-        if checkpoints.best_metric is not None:
-            _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
-        print_result(run.state.rows, run.eval_metric, checkpoints.decreasing)
+    if run.world.primary and checkpoints.best_metric is not None:
+        _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
 
 
 def log_epoch(run: Run, seconds: float, left: float) -> None:

@@ -91,9 +91,7 @@ def create_schedule(
         )
     else:
         schedule, epochs = create_scheduler_v2(
-            optimizer,
-            **scheduler_kwargs(options, decreasing_metric=decreasing),
-            updates_per_epoch=steps_per_epoch,
+            optimizer, **scheduler_kwargs(options, decreasing_metric=decreasing), updates_per_epoch=steps_per_epoch
         )
     unit = 'epoch' if schedule is None or schedule.t_in_epochs else 'update'
     _logger.info(f'Scheduled epochs: {epochs}. LR stepped per {unit}.')

@@ -17,12 +17,13 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_mldecoder.data.images import image_path
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast
 from timm_mldecoder.flags.options import ReportOptions
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.loading.create_loaders import DataConfig, create_eval_loader
-from timm_mldecoder.loading.loader import EvalLoader, image_path
+from timm_mldecoder.loading.loader import EvalLoader
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise, thumbnail
 from timm_mldecoder.runtime.files import utf8, write_atomically, write_csv

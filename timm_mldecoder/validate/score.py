@@ -17,13 +17,7 @@ from timm_mldecoder.checkpoint.state import held_out_before
 from timm_mldecoder.data import class_to_index
 from timm_mldecoder.data.class_files import read_categories
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.evaluation.evaluate import (
-    create_autocast,
-    create_evaluator,
-    evaluate,
-    test_time_views,
-    widen,
-)
+from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator, evaluate, test_time_views, widen
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import Options, warn_no_effect
 from timm_mldecoder.flags.options import CreateOptions, EvalLoaderOptions
@@ -70,10 +64,7 @@ def score_model(options: Options, world: World) -> Result:
 
     loader = _create_loader(options, dataset, config, patches, world)
     limit = evaluation_sample_limit(loader)
-    tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
-    if tuned is not None:
-        _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
-    operating_point = 'stored thresholds' if tuned is not None else f'threshold {options.multilabel_threshold:g}'
+    tuned, operating_point = _thresholds(options, content, names)
     evaluator: Any = create_evaluator(options, dataset, tuned, device=world.device, max_samples=limit)
     extra = create_extra_metrics(options, dataset, limit, world)
     predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
@@ -145,6 +136,15 @@ def _create_loader(
         patches=patches,
         tf_preprocessing=options.tf_preprocessing,
     )
+
+
+def _thresholds(options: Options, content: dict[str, Any], names: list[str] | None) -> tuple[Tensor | None, str]:
+    """Return the stored threshold of each class, None for that of the options; and how to report which."""
+    tuned = thresholds_for(content, names) if 'multilabel_threshold' not in options.given else None
+    if tuned is None:
+        return None, f'threshold {options.multilabel_threshold:g}'
+    _logger.info('Labels are predicted by the thresholds in the checkpoint; --multilabel-threshold overrides them')
+    return tuned, 'stored thresholds'
 
 
 def _log_result(metrics: dict[str, Any], operating_point: str, predicted: PredictedClasses, world: World) -> None:

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,12 @@ def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
     return [name for part in field.split(separator) if (name := normalize_name(part))]
 
 
+@cache
+def _log_delimiter(path: Path, delimiter: str) -> None:
+    """Log what separates the columns of a file, once: a file is opened several times in a run."""
+    _logger.info(f'{path}: columns are separated by {delimiter!r}')
+
+
 def _open_table(path: Path, path_column: str, label_column: str, split_column: str) -> Table:
     """Find delimiter and columns by the header, where names count without case and blanks."""
     rows = read_rows(path)
@@ -90,7 +97,7 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         if names.count(paths) != 1 or names.count(labels) > 1 or len({*titled}) < len(titled):
             continue
         if delimiter != ',':
-            _logger.info(f'{path}: columns are separated by {delimiter!r}')
+            _log_delimiter(path, delimiter)
         place = names.index(paths)
         wanted = split_column.strip().lower()
         split = names.index(wanted) if wanted and wanted in names else None
@@ -139,32 +146,12 @@ def read_images(
     table = _open_table(path, path_column, label_column, split_column)
     separator = label_separator or SEPARATOR
     images: dict[str, dict[str, tuple[int, int]]] = {}
-    rows = read_rows(path, table.delimiter, table.skip)
-    next(rows)
-    labelled = (n for n, value in table.columns.items() if value == POSITIVE)
-    count, needed = 0, max(table.path, table.split or 0, *labelled, *table.one_hot)
-    splits: Counter[str] = Counter()
+    count = 0
     interned: dict[str, str] = {}  # one object per name, not one per row
-    for line, row in rows:
-        if not any(field.strip() for field in row):
-            continue  # a row of a spreadsheet without content
+    for line, row in _checked_rows(path, table, separator):
+        if table.split is not None and split_name(row[table.split]) != split_name(split):
+            continue
         where = f'{path}, line {line}'
-        for number in (table.path, *table.columns):
-            check_field(row[number] if number < len(row) else '', where)
-        if len(row) > len(table.header):
-            raise ValueError(
-                f'{where}: {len(row)} fields under a header of {len(table.header)}: {row}; separate labels by '
-                f'{separator!r} and quote fields that contain {table.delimiter!r}'
-            )
-        if len(row) <= needed or not row[table.path].strip():
-            raise ValueError(f'{where}: expected a path and labels, got {row}')
-        if table.split is not None:
-            name = split_name(row[table.split])
-            if not name:
-                raise ValueError(f'{where}: no split in the column {split_column!r}')
-            splits[name] += 1
-            if name != split_name(split):
-                continue
         file, positive = row[table.path].strip(), (POSITIVE, line)
         labels = images.setdefault(file, {})
         for name, value in _labels(table, row, separator, where):
@@ -180,7 +167,8 @@ def read_images(
                     f'{labels[name][1]})'
                 )
         count += 1
-    if not count and splits:
+    if not count and (rows := list(_checked_rows(path, table, separator))):
+        splits = Counter(split_name(row[table.split or 0]) for _, row in rows)
         found = ', '.join(f'{name} ({number} rows)' for name, number in splits.most_common(8))
         raise ValueError(f'{path}: no row of the split {split!r} in the column {split_column!r}, which has {found}')
     if not count:
@@ -190,6 +178,30 @@ def read_images(
     if not label_separator and not table.one_hot:
         _offer_separator(path, {name for labels in images.values() for name in labels})
     return images
+
+
+def _checked_rows(path: Path, table: Table, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows with their line numbers; a ValueError for one without path or split, or with too many or few fields."""
+    rows = read_rows(path, table.delimiter, table.skip)
+    next(rows)
+    labelled = (n for n, value in table.columns.items() if value == POSITIVE)
+    needed = max(table.path, table.split or 0, *labelled, *table.one_hot)
+    for line, row in rows:
+        if not any(field.strip() for field in row):
+            continue  # a row of a spreadsheet without content
+        where = f'{path}, line {line}'
+        for number in (table.path, *table.columns):
+            check_field(row[number] if number < len(row) else '', where)
+        if len(row) > len(table.header):
+            raise ValueError(
+                f'{where}: {len(row)} fields under a header of {len(table.header)}: {row}; separate labels by '
+                f'{separator!r} and quote fields that contain {table.delimiter!r}'
+            )
+        if len(row) <= needed or not row[table.path].strip():
+            raise ValueError(f'{where}: expected a path and labels, got {row}')
+        if table.split is not None and not split_name(row[table.split]):
+            raise ValueError(f'{where}: no split in the column {table.header[table.split]!r}')
+        yield line, row
 
 
 def _labels(table: Table, row: list[str], separator: str, where: str) -> Iterator[tuple[str, int]]:

@@ -1,7 +1,10 @@
-"""Which files `timm-mldecoder check` has read, and which of them it could not: remembered by their size and time.
+"""Images that cannot be read: found by loading them, remembered by `timm-mldecoder check`, reported by training.
 
-A CSV file `checked.csv` in the folder `.timm_mldecoder` of the dataset or, where that is read-only, in the user's cache
-folder: path, size, time of change and the reason why the file cannot be read, empty if it can.
+They are named and counted. Training replaces them by the next readable one or ends; evaluation ends or leaves them out.
+(timm logs the index of such an image and takes the next one, in evaluation too, where the score would then be over
+other images than requested.) What has been checked is in a CSV file `checked.csv` in the folder `.timm_mldecoder` of
+the dataset or, where that is read-only, in the user's cache folder: path, size, time of change and the reason why the
+file cannot be read, empty if it can.
 """
 
 import csv
@@ -10,27 +13,47 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_mldecoder.data.annotation_cache import cache_folders
-from timm_mldecoder.data.images import Reading
+from timm_mldecoder.data.images import Reading, image_path
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.loading.loader import BadImage, image_path
 from timm_mldecoder.loading.scan import ImageFacts, scan, state_of
 from timm_mldecoder.runtime.errors import RunFailed
 from timm_mldecoder.runtime.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
-FILE = 'checked.csv'
+BAD_IMAGES = 'bad_images.csv'  # in the folder of a run
+CHECKED = 'checked.csv'
 Checked = dict[str, tuple[tuple[int, int], str]]  # by absolute path: size and time, and the reason
+
+
+class BadImage(NamedTuple):
+    """A file that cannot be read, and why."""
+
+    path: str
+    reason: str
+
+
+def log_bad_image(image: BadImage) -> None:
+    _logger.warning('unreadable image left out: %s (%s)', image.path, image.reason)
+
+
+def record_bad_images(bad: list[BadImage], folder: Path) -> None:
+    """Add images to the list in the folder of a run, each file once."""
+    path = folder / BAD_IMAGES
+    known = path.read_text(errors='surrogateescape') if path.exists() else 'path,reason'
+    text = io.StringIO()
+    csv.writer(text).writerows({**dict(csv.reader(io.StringIO(known))), **dict(bad)}.items())
+    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
 
 
 def recall(root: str | None) -> Checked:
     """What is remembered of the files of a dataset; a damaged file is nothing."""
     for folder in cache_folders(Path(root or '')):
         try:
-            with (folder / FILE).open(newline='', errors='surrogateescape') as file:
+            with (folder / CHECKED).open(newline='', errors='surrogateescape') as file:
                 return {path: ((int(size), int(time)), reason) for path, size, time, reason in csv.reader(file)}
         except (OSError, ValueError, csv.Error):
             continue
@@ -47,8 +70,8 @@ def remember(root: str | None, facts: Iterable[ImageFacts]) -> Path | None:
     for folder in cache_folders(Path(root or '')):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / FILE, lambda file: file.write(content))
-            return folder / FILE
+            write_atomically(folder / CHECKED, lambda file: file.write(content))
+            return folder / CHECKED
         except OSError:
             continue
     return None
@@ -61,13 +84,10 @@ def check_readable(
 
     Args:
         dataset: Dataset of files, with its `reading`; others are not checked.
-        root: Folder of the dataset.
-        world: The ranks, which share the work.
         decode: Whether to decode the images that are not known to be readable.
         policy: 'abort' to end the run at such images, 'skip' to warn.
         remedy: The flag that leaves such images out.
         mode: PIL mode of the images.
-        workers: Data loader workers.
 
     Raises:
         RunFailed: If there are such images and the policy is 'abort'.
