@@ -15,6 +15,7 @@ from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.metrics import MultiLabelEvaluator
+from timm_mldecoder.probe.__main__ import main as probe_main
 from timm_mldecoder.probe.options import parse_probe
 from timm_mldecoder.probe.sweep import _create_splits
 from timm_mldecoder.runtime.errors import advise_on_memory
@@ -55,6 +56,12 @@ def write_table(folder):
 def test_an_evaluation_crop_is_warned_of(flags, tmp_path, caplog):
     data = write_table(tmp_path / 'data')
     build(data, tmp_path, '--dataset', 'csv', '--task', 'multilabel', *flags.split()).close()
+    assert ('evaluation cuts 10% of the area' in caplog.text) == (not flags)
+    caplog.clear()
+    more = (
+        '--dataset csv --task multilabel --model test_resnet --heads linear --lrs 1e-3 --seeds 1 --epochs 1 -b 3 -j 0'
+    )
+    probe_main([str(data), *more.split(), *flags.split(), '--device', 'cpu', '--output', str(tmp_path)])
     assert ('evaluation cuts 10% of the area' in caplog.text) == (not flags)
 
 

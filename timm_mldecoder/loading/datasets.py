@@ -28,9 +28,10 @@ from timm_mldecoder.data.formats.class_folders import split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
-from timm_mldecoder.data.images import Reading, strict
+from timm_mldecoder.data.images import Reading, some_headers, strict
 from timm_mldecoder.data.partial import leave_out_labels
 from timm_mldecoder.data.text_files import SPLITS, split_name, split_names
+from timm_mldecoder.data.transforms import CUT, lost_share
 from timm_mldecoder.flags import scores_both
 from timm_mldecoder.flags.options import SplitOptions
 from timm_mldecoder.runtime.log import warnings_of_first_rank
@@ -307,6 +308,17 @@ def warn_about_overlap(train: Any, other: Dataset) -> None:
     if shared := overlap(train, other):
         remedy = '; --val-fraction 0.2 holds a part out' if len(shared) == len(train) else ''
         _logger.warning(f'{len(shared)} files are in both splits, such as {shared[0]}: scores will be too high{remedy}')
+
+
+@warnings_of_first_rank()
+def warn_about_crop(dataset: Dataset, config: dict[str, Any]) -> None:
+    """Warn where the evaluation of a data configuration of timm cuts off what several labels per image may be about."""
+    lost = lost_share((image.size for image in some_headers(dataset)), config)
+    if lost > CUT:
+        _logger.warning(
+            f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
+            'labelled: --crop-mode squash --crop-pct 1 shows all of them'
+        )
 
 
 def _check_folder(dataset: str, root: str | None, split: str) -> None:

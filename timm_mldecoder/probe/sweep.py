@@ -22,7 +22,7 @@ from timm_mldecoder.evaluation.evaluate import create_autocast, create_evaluator
 from timm_mldecoder.flags import Options
 from timm_mldecoder.loading.compare_classes import check_classes, check_same_classes
 from timm_mldecoder.loading.create_loaders import DataConfig, resolve_config, set_eval_transform, set_train_transform
-from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
+from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_crop, warn_about_overlap
 from timm_mldecoder.loading.ranks import check_ranks
 from timm_mldecoder.modeling.classes import class_names_of, read_classes
 from timm_mldecoder.modeling.create import create_train_model, errors_naming_flags, training_words
@@ -75,6 +75,8 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
     splits = _create_splits(options, world)
     num_classes = _number_of_classes(train, splits['train'])
     config = resolve_config(train, model, stored=stored_config)
+    if train.task == 'multilabel':
+        warn_about_crop(splits['validation'], config)
     backbone = _freeze(model.to(world.device), train, config, world)
     words = training_words(train, splits['train']) if train.word_embeddings else {}
     classes = read_classes(train.word_embeddings, splits['validation']) if train.class_split and words else None

@@ -19,8 +19,6 @@ from timm_mldecoder.checkpoint.folders import folder_config, stored_folder
 from timm_mldecoder.checkpoint.read import RUN, read_checkpoint
 from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingState, held_out_to_resume, resume
 from timm_mldecoder.data.annotation_cache import cache_in
-from timm_mldecoder.data.images import some_headers
-from timm_mldecoder.data.transforms import CUT, lost_share
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import create_autocast, has_bfloat16, widen
@@ -35,7 +33,7 @@ from timm_mldecoder.loading.create_loaders import (
     model_dtype,
     resolve_config,
 )
-from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_overlap
+from timm_mldecoder.loading.datasets import create_split, image_mode, log_summary, warn_about_crop, warn_about_overlap
 from timm_mldecoder.loading.loader import EvalLoader, TrainLoader
 from timm_mldecoder.loading.naflex import PatchFormat, patch_format
 from timm_mldecoder.loading.ranks import check_ranks, describe
@@ -242,7 +240,7 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
             workers=options.workers,
         )
     if options.task == 'multilabel' and model.patches is None:
-        _warn_about_crop(data.validation, images)
+        warn_about_crop(data.validation, images)
     evaluation = create_eval_loader(
         options,
         data.validation,
@@ -255,15 +253,6 @@ def _create_loaders(options: Options, data: Data, model: Model, world: World) ->
         persistent_workers=options.persistent_workers,
     )
     return Loaders(train, evaluation)
-
-
-def _warn_about_crop(validation: Dataset, images: DataConfig) -> None:
-    lost = lost_share((image.size for image in some_headers(validation)), images)
-    if lost > CUT:
-        _logger.warning(
-            f'evaluation cuts {lost:.0%} of the area of the images off (the median), and objects with it that are '
-            'labelled: --crop-mode squash --crop-pct 1 shows all of them'
-        )
 
 
 def _create_training(
