@@ -103,7 +103,7 @@ def create_dataset(
         if prefix == 'hfids':
             check_stream(dataset.reader, name, several)
         if prefix in ('hfds', 'wds'):
-            name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
+            return name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
         return dataset
 
     reader: Any
