@@ -1,6 +1,9 @@
-"""Seconds and memory to read CSV annotations: the first time, and from the cache of compact arrays.
+"""Seconds and memory to read annotations: the first time, and from the cache of compact arrays.
 
     python -m benchmarks.annotations [--images 1000000] [--labels 3] [--classes 500] [--only pyarrow cache]
+    python -m benchmarks.annotations --images 300000 --labels 22 --classes 5000 --only json cache coco cache
+
+`rows`, `csv` and `pyarrow` read CSV; `cache` is that of the reader before it.
 
 Each reader has a process of its own. Seconds are of the processor. Peak memory is what the process holds more than
 before, at its peak, with `import pyarrow`; private memory is what it shares with no other process afterwards
@@ -9,6 +12,7 @@ follows in train.py once: which files are listed twice, the summary, and the wei
 8 bytes per image. `worker` is the private memory once two processes have read 200,000 targets in any order.
 """
 
+import json
 import multiprocessing
 import random
 import resource
@@ -16,17 +20,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import MIB, markdown, parser
-from timm_mldecoder.data import MultiLabelDataset, summarize
+from timm_mldecoder.data import Annotations, MultiLabelDataset, summarize
 from timm_mldecoder.data.annotation_cache import FOLDER
 from timm_mldecoder.data.formats import csv_list
+from timm_mldecoder.data.formats.coco import read_coco
 from timm_mldecoder.data.formats.csv_list import read_csv
+from timm_mldecoder.data.formats.json_list import read_json
 from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.loading.create_loaders import balanced_weights
 
@@ -40,36 +47,76 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument('--images', type=int, default=1_000_000)
     flags.add_argument('--labels', type=int, default=3, help='per image')
     flags.add_argument('--classes', type=int, default=500)
-    flags.add_argument('--only', choices=list(READERS), nargs='+', default=list(READERS), help='(default: all)')
+    flags.add_argument('--only', choices=list(READERS), nargs='+', default=['csv', 'pyarrow', 'cache'])
     flags.add_argument('--folder', help='where to write the file; default: a temporary folder')
     args = flags.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        _write(Path(folder, 'train.csv'), args.images, args.labels, args.classes)
-        rows = []
+        rows, read = [], read_csv
         for label in args.only:
-            prepare, cached = READERS[label]
-            if not cached:
+            prepare = _nothing
+            if label != 'cache':
+                prepare, write, read = READERS[label]
+                with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+                    pool.submit(write, Path(folder), args.images, args.labels, args.classes).result()
                 shutil.rmtree(Path(folder, FOLDER), ignore_errors=True)
             with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-                found = pool.submit(_measure, prepare, folder).result()
-            rows.append([label, args.images, args.labels, *found, _worker(folder)])
+                found = pool.submit(_measure, prepare, read, folder).result()
+            rows.append([label, args.images, args.labels, *found, _worker(read, folder)])
     return markdown(HEADER, rows)
 
 
-def _write(path: Path, images: int, labels: int, classes: int) -> None:
+def _drawn(images: int, labels: int, classes: int) -> Iterator[tuple[str, list[str]]]:
+    """Path and labels of each image."""
     draw = random.Random(0)
     names = [f'tag_{index:05d}' for index in range(classes)]
-    with path.open('w') as file:
+    for index in range(images):
+        yield f'images/{index % 1000:04d}/photo_{index:08d}.jpg', draw.choices(names, k=labels)
+
+
+def _write_csv(folder: Path, *size: int) -> None:
+    with (folder / 'train.csv').open('w') as file:
         file.write('path,labels\n')
-        for index in range(images):
-            file.write(f'images/{index % 1000:04d}/photo_{index:08d}.jpg,{";".join(draw.choices(names, k=labels))}\n')
+        file.writelines(f'{path},{";".join(labels)}\n' for path, labels in _drawn(*size))
 
 
-def _measure(prepare: Callable[[], None], folder: str) -> list[float]:
+def _write_json(folder: Path, *size: int) -> None:
+    names = sorted({name for _, labels in _drawn(*size) for name in labels})
+    with (folder / 'train.json').open('w') as file:
+        file.write(f'{{"classes": {json.dumps(names)}, "images": [')
+        file.writelines(', ' * (n > 0) + json.dumps(image) for n, image in enumerate(_drawn(*size)))
+        file.write(']}')
+
+
+def _write_coco(folder: Path, *size: int) -> None:
+    """The annotations in any order, as COCO's own are."""
+    names = {
+        name: number for number, name in enumerate(sorted({name for _, labels in _drawn(*size) for name in labels}))
+    }
+    entries = [(image, names[name]) for image, (_, labels) in enumerate(_drawn(*size)) for name in labels]
+    random.Random(0).shuffle(entries)
+    box = dict(bbox=[1.5, 2.25, 30.0, 40.5], area=1215.0, iscrowd=0)
+    lists = dict(
+        images=(
+            dict(id=number, file_name=path, width=640, height=480) for number, (path, _) in enumerate(_drawn(*size))
+        ),
+        annotations=(dict(id=n, image_id=image, category_id=name, **box) for n, (image, name) in enumerate(entries)),
+        categories=(dict(id=number, name=name) for name, number in names.items()),
+    )
+    (folder / 'annotations').mkdir(exist_ok=True)
+    with (folder / 'annotations' / 'instances_train2014.json').open('w') as file:
+        file.write('{"info": {}')
+        for key, items in lists.items():
+            file.write(f', "{key}": [')
+            file.writelines(', ' * (n > 0) + json.dumps(item) for n, item in enumerate(items))
+            file.write(']')
+        file.write('}')
+
+
+def _measure(prepare: Callable[[], None], read: Callable[..., Annotations], folder: str) -> list[float]:
     prepare()
     before, private, found = _peak(), _private(), []
     start = time.process_time()
-    annotations = read_csv(Path(folder), 'train')
+    annotations = read(Path(folder), 'train')
     found += [time.process_time() - start, _peak() - before, _private() - private]
     start = time.process_time()
     dataset = MultiLabelDataset(merge_same_files(annotations, folder), folder)
@@ -79,11 +126,11 @@ def _measure(prepare: Callable[[], None], folder: str) -> list[float]:
     return [*found, time.process_time() - start, _peak() - before, _private() - private]
 
 
-def _worker(folder: str) -> float:
+def _worker(read: Callable[..., Annotations], folder: str) -> float:
     """Private memory of one of two processes that have read targets."""
     context = get_context('spawn')
     barrier, queue = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_read_targets, args=(folder, seed, barrier, queue)) for seed in range(2)]
+    processes = [context.Process(target=_read_targets, args=(read, folder, seed, barrier, queue)) for seed in range(2)]
     for process in processes:
         process.start()
     found = [queue.get() for _ in processes]
@@ -92,9 +139,11 @@ def _worker(folder: str) -> float:
     return max(found)
 
 
-def _read_targets(folder: str, seed: int, barrier: Any, queue: 'multiprocessing.Queue[float]') -> None:
+def _read_targets(
+    read: Callable[..., Annotations], folder: str, seed: int, barrier: Any, queue: 'multiprocessing.Queue[float]'
+) -> None:
     private = _private()
-    annotations = read_csv(Path(folder), 'train')
+    annotations = read(Path(folder), 'train')
     for index in random.Random(seed).choices(range(len(annotations)), k=TARGETS):
         assert annotations.path(index) and len(annotations.labels(index)[0])
     barrier.wait()
@@ -123,12 +172,14 @@ def _private() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith('Private')) * 1024 / MIB
 
 
-# Reader -> what prepares its process, and whether it reads the cache of the one before it.
-READERS = {
-    'rows': (_rows_alone, False),
-    'csv': (_without_pyarrow, False),
-    'pyarrow': (_nothing, False),
-    'cache': (_nothing, True),
+# what prepares a process, writes the file and reads it; a cache has what the reader before it has
+READERS: dict[str, Any] = {
+    'rows': (_rows_alone, _write_csv, read_csv),
+    'csv': (_without_pyarrow, _write_csv, read_csv),
+    'pyarrow': (_nothing, _write_csv, read_csv),
+    'json': (_nothing, _write_json, read_json),
+    'coco': (_nothing, _write_coco, partial(read_coco, year=2014)),
+    'cache': None,
 }
 
 

@@ -38,6 +38,7 @@ SMALLEST = {
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
     'annotations': '--images 30 --classes 3',
+    'collate': '--rounds 1 --batch-size 2 --classes 3 --labels 1',
     'probe_runs': '--rounds 1 --tokens 4 --width 32 --batch-size 2 --steps 1 --heads linear',
     'allocator': '--rounds 1 --cases probe inference --model test_resnet --img-size 32 --batch-size 2',
     'decode': '--rounds 1 --images 2 --batch-size 2',

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from multilabel_data import VOC_CLASSES, write_text
 from PIL import Image
 from runs import MODEL
 
+from timm_mldecoder.data import annotations
+from timm_mldecoder.data.compact import TableBuilder
 from timm_mldecoder.data.images import Reading
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.loading.datasets import create_split
@@ -76,7 +79,15 @@ def write_files(folder):
 
 
 def split_of(root, *flags):
-    return create_split(parse_train([str(root), *MODEL[:2], '--device', 'cpu', *flags]), 'train')
+    options = parse_train([str(root), *MODEL[:2], '--device', 'cpu', '--cache-dir', f'{root}-cache', *flags])
+    dataset = create_split(options, 'train')
+    if annotations.CACHED:
+        return dataset
+    with patch.object(annotations, 'make_table', None), patch.object(TableBuilder, 'add', None):  # it is only mapped
+        again = create_split(options, 'train')
+    assert again.class_names == dataset.class_names and isinstance(again.annotations._table['label'], np.memmap)
+    assert all(again.annotations.target(n).equal(dataset.annotations.target(n)) for n in range(len(dataset)))
+    return again
 
 
 def read_all(dataset, names=None):
@@ -147,13 +158,23 @@ def voc(root):
     return read_all(split_of(root, '--dataset', 'voc2007', '--task', 'multilabel'), list(ALL))
 
 
-def hugging_face(root):
+def write_rows(root, labels, kind):
     datasets = pytest.importorskip('datasets')
-    rows = {'image': [dict(bytes=content, path=name) for name, content in ALL.items()], 'label': [0] * len(ALL)}
-    features = datasets.Features({'image': datasets.Image(decode=False), 'label': datasets.ClassLabel(names=['a'])})
+    rows = {'image': [dict(bytes=content, path=name) for name, content in ALL.items()], 'label': labels}
+    features = datasets.Features({'image': datasets.Image(decode=False), 'label': kind(datasets)})
     data = datasets.Dataset.from_dict(rows, features=features)
     data.to_parquet(root / 'rows' / 'train-00000-of-00001.parquet')
-    return read_all(split_of(root / 'cache', '--dataset', f'hfds/{root}/rows'), list(ALL))
+    return ['--dataset', f'hfds/{root}/rows']
+
+
+def hugging_face(root):
+    flags = write_rows(root, [0] * len(ALL), lambda datasets: datasets.ClassLabel(names=['a']))
+    return read_all(split_of(root / 'cache', *flags), list(ALL))
+
+
+def hugging_face_names(root):
+    flags = write_rows(root, [*['a b'] * (len(ALL) - 1), ''], lambda datasets: datasets.Value('string'))
+    return read_all(split_of(root / 'cache', *flags, '--task', 'multilabel'))
 
 
 def webdataset(root):
@@ -186,9 +207,12 @@ def prediction(root):
     return read_all(dataset)
 
 
+LISTS = [csv_list, json_list, coco, voc, hugging_face_names]
+
+
 @pytest.mark.parametrize(
     'read',
-    [folders, tar, csv_list, json_list, coco, voc, hugging_face, webdataset, prediction],
+    [folders, tar, *LISTS, hugging_face, webdataset, prediction],
     ids=lambda f: f.__name__,
 )
 def test_the_same_files_give_the_same_images(read, tmp_path, monkeypatch):
@@ -199,3 +223,9 @@ def test_the_same_files_give_the_same_images(read, tmp_path, monkeypatch):
     different = [name for name, pixels in images.items() if not np.array_equal(pixels, EXPECTED[name])]
     assert not different
     assert all('--image-range' in broken[name] for name in ('out of range.tif',) if broken[name])
+
+
+@pytest.mark.parametrize('read', LISTS, ids=lambda f: f.__name__)
+def test_a_cache_of_annotations_gives_the_same_images(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, 'CACHED', 0)
+    test_the_same_files_give_the_same_images(read, tmp_path, monkeypatch)

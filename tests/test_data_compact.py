@@ -1,18 +1,20 @@
 """Annotations in compact form: the blocks of CSV files have the labels of the row reader; large files are cached."""
 
+import json
 import logging
 import multiprocessing
 import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from multilabel_data import write_coco, write_text
+from multilabel_data import WRITTEN, write_coco, write_text
 
-from timm_mldecoder.data import annotations, create_dataset
+from timm_mldecoder.data import annotations, create_dataset, json_entries
 from timm_mldecoder.data.compact import TableBuilder
 from timm_mldecoder.data.formats import csv_blocks, csv_list
 from timm_mldecoder.data.formats.csv_list import read_csv
@@ -131,30 +133,91 @@ def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tm
     assert read_csv(tmp_path, 'train').class_names == ['dog', 'cat']
 
 
-def test_json_lists_are_cached_too(tmp_path, monkeypatch):
-    text = '{"classes": ["b", "a"], "images": [["x.png", ["a", "a"]], ["y.png", []]]}'
-    (tmp_path / 'train.json').write_text(text)
-    before = create_dataset('json', str(tmp_path), 'train', missing=None, instances=True).annotations
+@pytest.mark.parametrize('block', [1, 7, 1000])
+def test_json_is_read_entry_by_entry(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_entries, 'BLOCK', block)
+    content = {
+        'a': [],
+        'b é"\\': [1, -2.5e3, 'x]},"', None, True, [[]], {'c': [{}]}],
+        'd': {'e': [1]},
+        'f': 12,
+        'g': ['ü'],
+    }
+    for text in (
+        json.dumps(content),
+        json.dumps(content, indent=1, ensure_ascii=False) + '\n',
+        '{}',
+        ' { "a" : [ 12 ] }',
+    ):
+        (tmp_path / 'x.json').write_text(text, encoding='utf-8-sig')
+        found = json_entries.read_object(tmp_path / 'x.json')
+        assert {key: [*value] if isinstance(value, Iterator) else value for key, value in found} == json.loads(text)
+        assert [key for key, _ in json_entries.read_object(tmp_path / 'x.json')] == [*json.loads(text)], (
+            'lists left out'
+        )
+
+
+@pytest.mark.parametrize('text', [
+    '', '[]', '{', '{"a"', '{"a": [1 2]}', '{"a": [1,]}', '{"a": [1]', '{"a": [1]} 1', '{"a": tru}', '{1: 2}',
+    '{"a": 1, "a": 2}',
+    '{"a": [{"b": "c}]}', '{"a": ' + '[' * 200_000, '{"a": [' + '[' * 200_000,
+])  # fmt: skip
+def test_other_json_is_refused_with_the_position(text, tmp_path):
+    (tmp_path / 'x.json').write_text(text)
+    with pytest.raises(ValueError, match=r'x\.json is not JSON: .* at character \d+$'):
+        for _, value in json_entries.read_object(tmp_path / 'x.json'):
+            list(value) if isinstance(value, Iterator) else value
+
+
+def write_nus_wide(root):
+    write_text(
+        root / 'data.csv', 'path,labels,split', 'a.jpg,"[sky, clouds]",train', 'b.jpg,[],train', 'c.jpg,[sea],val'
+    )
+
+
+FORMATS = [(name, {}) for name in ('nuswide', *WRITTEN)]
+FORMATS += [('json', dict(instances=True)), ('coco2014', dict(instances=True, unannotated='drop'))]
+FORMATS += [('voc2007', dict(difficult='positive', instances=True))]
+
+
+@pytest.mark.parametrize(('name', 'options'), FORMATS)
+def test_every_format_is_cached_until_its_files_or_a_flag_change(name, options, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    WRITTEN.get(name, [write_nus_wide])[0](tmp_path)
+
+    def read(**options):
+        """The annotations, the warnings, and how many lines tell of a new cache."""
+        caplog.clear()
+        found = create_dataset(name, str(tmp_path), 'train', missing=None, **options).annotations
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        instances = None if found.instances is None else found.instances.tolist()
+        return found, (content(found), found.unlisted, instances, warnings), caplog.text.count('into a cache')
+
+    expected = read(**options)[1]
+    assert not (tmp_path / '.timm_mldecoder').exists()
     monkeypatch.setattr(annotations, 'CACHED', 0)
-    for _ in range(2):
-        found = create_dataset('json', str(tmp_path), 'train', missing=None, instances=True).annotations
-        assert content(found) == content(before) and found.instances.tolist() == [2]
-    assert list((tmp_path / '.timm_mldecoder').glob('json-*/label.npy'))
+    read()  # other flags are another cache
+    for built in (bool(options), False):
+        found, same, lines = read(**options)
+        assert same == expected and lines == built
+        assert isinstance(found._table['label'], np.memmap)
+    for path in tmp_path.rglob('*'):
+        if path.is_file() and '.timm_mldecoder' not in path.parts:
+            os.utime(path, (1, 1))
+    assert read(**options)[1:] == (expected, 1), 'built again, with one line'
 
 
-@pytest.mark.parametrize(('name', 'options'), [('coco2014', dict(instances=True)), ('coco', dict(unannotated='drop'))])
-def test_coco_files_are_cached_too(name, options, tmp_path, monkeypatch):
+def test_the_warnings_of_a_reader_are_those_of_its_cache_too(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(annotations, 'CACHED', 0)
     write_coco(tmp_path)
-    options['missing'] = None
-    before = create_dataset(name, str(tmp_path), 'train', **options).annotations
-    monkeypatch.setattr(annotations, 'CACHED', 0)
-    create_dataset(name, str(tmp_path), 'train', missing=None)  # other options are another cache
+    path = tmp_path / 'annotations' / 'instances_train2014.json'
+    names = [dict(id=1, name='animal', supercategory='none'), dict(id=3, name='Dog', supercategory='animal')]
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, 'categories': [*found['categories'], *names]}))
     for _ in range(2):
-        found = create_dataset(name, str(tmp_path), 'train', **options).annotations
-        assert content(found) == content(before)
-        if 'instances' in options:
-            assert found.instances.tolist() == before.instances.tolist()
-    assert len(list((tmp_path / '.timm_mldecoder').glob('coco-*/label.npy'))) == 2
+        caplog.clear()
+        create_dataset('coco2014', str(tmp_path), 'train', missing=None)
+        assert "'animal' has no annotation" in caplog.text and 'only in case: dog / Dog' in caplog.text
 
 
 def test_the_cache_of_data_that_may_not_be_changed_is_where_one_says(large, tmp_path):
@@ -200,7 +263,7 @@ def test_a_process_that_is_killed_while_it_builds_leaves_nothing(tmp_path, monke
     assert len(found) == 200 and isinstance(found._table['label'], np.memmap)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [found._folder.name], 'what was left is removed'
     names = {path.stem for path in found._folder.iterdir()}
-    assert names == {'paths', 'offsets', 'start', 'label', 'value', 'classes', 'unlisted'}
+    assert names == {'paths', 'offsets', 'start', 'label', 'value', 'classes', 'warnings', 'unlisted'}
 
 
 def test_other_classes_and_paths_are_renumbered_as_they_are_read(large, tmp_path):

@@ -206,6 +206,7 @@ MISTAKES = [
     ('csv', 'classes.txt', 'cat', 'dog', None, "classes.txt.*repeated: .'dog'"),
     ('csv', None, '', '', 'test', "'test'.*train.*validation"),
     ('json', 'train.json', '"cat", "dog"', '"cat", "dgo"', None, r"train.json, images\[1\].*12.png.*'dgo'"),
+    ('json', 'train.json', '"cat", "dog"', '"cat", "\u200b "', None, r'train.json, images\[1\]'),
     ('json', 'train.json', '["images/11.png", ["dog", "dog"]]', '["images/11.png"]', None, r'train.json, images\[0\]'),
     ('json', 'train.json', '["dog", "dog"]', '"dog"', None, r'train.json, images\[0\]'),
     ('json', 'train.json', '["dog", "cat"]', '["dog", "dog"]', None, "train.json.*'dog'"),
@@ -213,8 +214,8 @@ MISTAKES = [
     ('json', 'train.json', '"images"', '"image"', None, 'train.json.*images'),
     ('json', 'train.json', ']}', '}', None, 'train.json'),
     ('json', None, '', '', 'test', "'test'.*train.*val"),
-    ('coco2014', COCO_FILE, '"category_id": 18', '"category_id": 99', None, 'json, annotation 0.*category 99'),
-    ('coco2014', COCO_FILE, '"image_id": 11', '"image_id": 99', None, 'annotation 0: unknown image 99'),
+    ('coco2014', COCO_FILE, '"category_id": 18', '"category_id": 99', None, r'json, annotations\[0\].*category 99'),
+    ('coco2014', COCO_FILE, '"image_id": 11', '"image_id": 99', None, r'annotations\[0\]: unknown image 99'),
     ('coco2014', COCO_FILE, '}]}', '}', None, 'train2014.json'),
     ('coco2014', COCO_FILE, '"categories"', '"cats"', None, 'train2014.json.*categories'),
     ('coco2014', None, '', '', 'test', "'test'.*train.*validation"),
@@ -378,8 +379,8 @@ def test_a_supercategory_without_annotations_and_names_that_are_almost_equal_are
     path.write_text(json.dumps(content))
     assert create_dataset('coco2014', str(tmp_path), 'train').class_names == ['dog', 'cat', 'animal', 'Dog']
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(lines) == 2 and "'animal' has no annotation and is the supercategory" in lines[1]
-    assert "only in case or leading zeros: 'dog', 'Dog'" in lines[0]
+    assert len(lines) == 2 and "'animal' has no annotation and is the supercategory" in lines[0]
+    assert "only in case or leading zeros: 'dog', 'Dog'" in lines[1]
 
 
 def test_the_flag_keeps_or_drops_images_without_annotations(tmp_path):

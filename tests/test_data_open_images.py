@@ -12,7 +12,7 @@ import pytest
 import torch
 from multilabel_data import write_image, write_open_images, write_text
 
-from timm_mldecoder.data import create_dataset
+from timm_mldecoder.data import annotations, create_dataset
 from timm_mldecoder.data.formats import open_images
 
 LABELS = 'train-annotations-human-imagelabels.csv'
@@ -20,7 +20,8 @@ LABELS = 'train-annotations-human-imagelabels.csv'
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """A user's cache folder of the test's own."""
+    """A user's cache folder of the test's own, for small files too."""
+    monkeypatch.setattr(annotations, 'CACHED', 0)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'user-cache'))
 
 
@@ -112,7 +113,7 @@ def test_the_cache_of_a_read_only_root_is_in_the_cache_folder_of_the_user(tmp_pa
 
 def read_train(root: str) -> tuple[int, int]:
     """Number of images, and of tables that this process built."""
-    built = []
+    annotations.CACHED, built = 0, []
     read_labels = open_images.read_labels
     open_images.read_labels = lambda *arguments: built.append(1) or read_labels(*arguments)
     return len(create_dataset('openimages', root, 'train')), len(built)
@@ -129,7 +130,7 @@ def test_of_several_processes_one_builds_the_table(tmp_path):
         results = pool.map(read_train, [str(tmp_path)] * 3, chunksize=1)
     assert [images for images, _ in results] == [300] * 3
     assert sum(built for _, built in results) == 1
-    assert [name.startswith('openimages-train-') for name in cache_folders(tmp_path)] == [True], 'nothing is left over'
+    assert [name.startswith('openimages-') for name in cache_folders(tmp_path)] == [True], 'nothing is left over'
 
 
 def test_workers_map_the_table_instead_of_receiving_it(tmp_path):

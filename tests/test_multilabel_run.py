@@ -397,3 +397,21 @@ def test_multi_label_results_of_one_label_per_image_are_refused(tmp_path):
     flags = ['--model', 'test_resnet.r160_in1k', '--num-classes', '1', '--device', 'cpu', '--class-report', 'x.csv']
     with pytest.raises(ValueError, match='--class-report.*multilabel'):
         validate([str(tmp_path / 'data'), *flags, '--checkpoint', 'untrained.pth'])
+
+
+@pytest.mark.parametrize('flags', ['', '--mixup 0.5 --cutmix 0.5', '--no-prefetcher --mixup 0.5 -j 1'])
+def test_targets_are_int8_until_they_are_on_the_device(tmp_path, flags):
+    WRITTEN['coco2014'][0](tmp_path)
+    flags = f'--dataset coco2014 --num-classes 2 --epochs 1 --output {tmp_path}/output {flags}'.split()
+    options = parse_train([str(tmp_path), *SMALL, *flags])
+    with join_world(options.device) as world:
+        run = build_run(options, world)
+    for loader in (run.train_loader, run.eval_loader):
+        assert loader.dataset[0][1].dtype == torch.int8
+    evaluated = torch.cat([target for _, target in run.eval_loader.batches()])
+    annotations = run.eval_loader.dataset.annotations
+    assert torch.equal(evaluated, torch.stack([annotations.target(index) for index in range(len(annotations))]))
+    for _, target in run.train_loader.epoch(0):
+        assert target.dtype == torch.float32 and bool((target % 1).any()) == ('--mixup' in flags)
+    run.train_loader.close()
+    run.eval_loader.close()

@@ -10,8 +10,9 @@ from image_folders import write_images
 from runs import build, summary, train
 from test_train_data import SMALL, write_shards
 
-from timm_mldecoder.data import class_to_index
+from timm_mldecoder.data import class_to_index, overlap, summarize
 from timm_mldecoder.flags import parse_train
+from timm_mldecoder.loading.compare_classes import use_classes_of
 from timm_mldecoder.loading.datasets import create_split
 
 TAGS = ['old house', 'tree', 'caf\u0065\u0301']
@@ -57,6 +58,20 @@ def test_names_are_labels(column, labels, flags, tmp_path):
     assert shown[0] == shown[3] != shown[1] and all(len(part) == 2 for part in shown)
     run = build(tmp_path / 'cache', tmp_path, *flags, '--epochs', '1')
     assert run.state.class_names == names
+
+
+def test_names_of_rows_are_annotations(tmp_path):
+    flags = shlex.split(write_rows(tmp_path, 'tags', lambda number: [TAGS[number % 3], TAGS[(number + 1) % 3]]))
+    flags += ['--task', 'multilabel', '--num-classes', '3', '--partial-labels', 'rps=0.5', '--val-fraction', '0.25']
+    options = parse_train(flags)
+    train, validation = (create_split(options, split, training=split == 'train') for split in ('train', 'validation'))
+    assert len(train) + len(validation) == 12 and summarize(validation).positives.sum() == 2 * len(validation)
+    assert train.annotations.has_ignored and not validation.annotations.has_ignored
+    assert summarize(train).duplicates is None and overlap(train, validation) == []
+    use_classes_of(train, trained := ['new', *reversed(train.class_names)])
+    assert train.class_names == trained and (train[0][1] == train.annotations.target(0)).all()
+    names = {dataset.filename(index) for dataset in (train, validation) for index in range(len(dataset))}
+    assert len(names) == 12
 
 
 def test_a_name_per_image_is_a_class(tmp_path):

@@ -85,6 +85,7 @@ def create_dataset(
         return torchvision_sets.create_stanford_cars(root, split, kwargs.get('download', False))
     if name not in FORMATS:
         return _create_timm_dataset(name, root, split, is_training, **kwargs)
+
     reader: Any
     reader, known = FORMATS[name]
     options = {option: value for option, value in kwargs.items() if value and option not in STREAMING_OPTIONS}
@@ -126,7 +127,7 @@ def _create_timm_dataset(name: str, root: str | None, split: str, is_training: b
     if prefix == 'hfids':
         check_stream(dataset.reader, name, several)
     if prefix in ('hfds', 'wds'):
-        name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
+        return name_targets(dataset, name, several, lambda: training_split(name, root, split, **kwargs), separator)
     return dataset
 
 

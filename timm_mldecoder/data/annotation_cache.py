@@ -22,7 +22,8 @@ _chosen: ContextVar[Path | None] = ContextVar('cache folder', default=None)
 FOLDER = '.timm_mldecoder'
 FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 VERSION = 2  # of the layout of the tables
-ARRAYS = {'paths', 'offsets', 'start', 'label', 'value'}  # of every table, see `compact`
+# of every table, see `compact` and `cached_annotations`
+ARRAYS = {'paths', 'offsets', 'start', 'label', 'value', 'classes', 'warnings', 'unlisted'}
 
 
 def load_or_build(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import annotation_cache
@@ -75,6 +74,7 @@ class Annotations:
     def _set(self, class_names: Sequence[str], table: Table, unlisted: int, folder: Path | None) -> None:
         self.class_names = list(class_names)
         self.unlisted = unlisted
+        self.warnings: list[str] = []  # what a reader has to warn of, also when they come from a cache
         self.distinct = False  # whether no file is known to be listed twice, see `same_files`
         self._table = table
         self._folder = folder
@@ -181,9 +181,9 @@ class Annotations:
             label, value = label[label >= 0], value[label >= 0]
         return label, value
 
-    def target(self, index: int) -> torch.Tensor:
-        """Dense float32 target of image `index`, [num_classes], of 1, 0 and -1 (ignored)."""
-        target = np.full(len(self.class_names), self.unlisted, dtype=np.float32)
+    def target(self, index: int, dtype: Any = np.float32) -> torch.Tensor:
+        """Dense target of image `index`, [num_classes], of 1, 0 and -1 (ignored)."""
+        target = np.full(len(self.class_names), self.unlisted, dtype=dtype)
         label, value = self.labels(index)
         target[label] = value
         return torch.from_numpy(target)
@@ -247,19 +247,25 @@ def cached_annotations(
         build: Reads them; it may write the arrays of the table into the folder that it is given.
     """
     files = [file for file in dict.fromkeys(files) if file.is_file()]
-    if sum(file.stat().st_size for file in files) < CACHED:
-        return build(None)
 
     def make(folder: Path | None) -> Table:
         made = build(folder)
-        shown = ', '.join(map(str, files))
+        shown = ', '.join(map(str, files[:2])) + ', ...' * (len(files) > 2)
         _logger.info(f'{shown}: read {len(made._table["label"]):,} labels of {len(made):,} images into a cache')
-        classes = np.array([name.encode() for name in made.class_names], dtype=np.bytes_)
-        return {**made._table, 'classes': classes, 'unlisted': np.array(made.unlisted)}
+        texts = dict(classes=made.class_names, warnings=made.warnings)
+        packed = {key: np.array([text.encode() for text in lines], dtype=np.bytes_) for key, lines in texts.items()}
+        return {**made._table, **packed, 'unlisted': np.array(made.unlisted)}
 
-    table, folder = annotation_cache.load_or_build(root, f'{name}-{annotation_cache.digest(flags)}', files, make)
-    classes = [name.decode() for name in table['classes'].tolist()]
-    return Annotations.from_table(classes, table, int(table['unlisted']), folder)
+    if sum(file.stat().st_size for file in files) < CACHED:
+        annotations = build(None)
+    else:
+        table, folder = annotation_cache.load_or_build(root, f'{name}-{annotation_cache.digest(flags)}', files, make)
+        classes, warnings = ([text.decode() for text in table[key].tolist()] for key in ('classes', 'warnings'))
+        annotations = Annotations.from_table(classes, table, int(table['unlisted']), folder)
+        annotations.warnings = warnings
+    for line in annotations.warnings:
+        _logger.warning(line)
+    return annotations
 
 
 class ClassIndex:
@@ -288,6 +294,8 @@ class MultiLabelDataset(Dataset):
     # number of classes, the first ones, that the model was trained on; None if it was trained on all
     num_seen: int | None = None
     reading = Reading()  # how files become images
+    target_dtype: Any = np.float32  # that of numpy
+    has_files = True  # whether the paths of the annotations are those of files
 
     def __init__(
         self,
@@ -313,14 +321,14 @@ class MultiLabelDataset(Dataset):
 
     def __getitem__(self, index: int):
         image = self._load(os.path.join(self.root, self.annotations.path(index)))
-        target = self.annotations.target(index)
+        target = self.annotations.target(index, self.target_dtype)
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:
             target = self.target_transform(target)
         return image, target
 
-    def _load(self, path: str) -> Image.Image:
+    def _load(self, path: str) -> Any:
         try:
             return self.reading.open(path, self.input_img_mode)
         except OSError as error:

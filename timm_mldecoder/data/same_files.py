@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,21 +28,32 @@ def path_ids(paths: Paths) -> np.ndarray:
     parts = [np.zeros(0, dtype=np.uint64)]
     for _, block in paths.blocks():
         data, offsets = block.arrays()
-        parts.append(_segment_ids(data, offsets[:-1], offsets[1:], _OF_BYTE))
+        parts.append(_segment_ids(_sums(data, _OF_BYTE), offsets[:-1], offsets[1:]))
     return np.concatenate(parts).view(np.int64)
 
 
-def _segment_ids(data: np.ndarray, first: np.ndarray, last: np.ndarray, of_byte: np.ndarray) -> np.ndarray:
-    """Polynomial hashes modulo 2^64 of parts of a buffer, by sums over its beginning, uint64 [N]."""
-    powers = np.full(len(data) + 1, _FACTOR)
-    powers[0] = 1
-    np.cumprod(powers, out=powers)
+def _sums(data: np.ndarray, of_byte: np.ndarray) -> np.ndarray:
+    """Polynomial hashes modulo 2^64 of the beginnings of a buffer [B], uint64 [B + 1]."""
     sums = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(of_byte[data] * powers[:-1], out=sums[1:])
-    inverse = np.full(len(data) + 1, _INVERSE)
-    inverse[0] = 1
-    np.cumprod(inverse, out=inverse)
-    return (sums[last] - sums[first]) * inverse[first]
+    np.cumsum(of_byte[data] * _powers(len(data), _FACTOR)[:-1], out=sums[1:])
+    return sums
+
+
+def _segment_ids(sums: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Hashes of parts of a buffer, by those of its beginnings, uint64 [N]."""
+    return (sums[last] - sums[first]) * _powers(len(sums) - 1, _INVERSE)[first]
+
+
+def _powers(highest: int, base: np.uint64) -> np.ndarray:
+    """The powers of a number modulo 2^64 from 0 on."""
+    return _powers_below(1 << highest.bit_length(), base)[: highest + 1]
+
+
+@lru_cache(maxsize=8)
+def _powers_below(count: int, base: np.uint64) -> np.ndarray:
+    powers = np.full(count, base)
+    powers[0] = 1
+    return np.cumprod(powers, out=powers)
 
 
 def file_ids(paths: Paths | np.ndarray | Sequence[bytes], root: str | os.PathLike) -> np.ndarray:
@@ -71,33 +83,28 @@ def file_ids(paths: Paths | np.ndarray | Sequence[bytes], root: str | os.PathLik
         alone = np.frombuffer(name, dtype=np.uint8)
         real = folder + slash
         number = np.array([hash(real.lower() if any_case else real) % 2**64], dtype=np.uint64)
-        return (number * _FACTOR + _segment_ids(alone, np.zeros(1, int), np.full(1, len(alone)), of_byte))[0]
+        return (number * _FACTOR + _sums(alone, of_byte)[-1:])[0]
 
     for start, block in packed.blocks():
         data, offsets = block.arrays()
         first, last = offsets[:-1], offsets[1:]
         slashes = np.concatenate([[-1], np.flatnonzero(data == ord('/'))])
         cut = np.maximum(slashes[np.searchsorted(slashes, last) - 1] + 1, first)  # where the name begins
-        spelled = _segment_ids(data, first, cut, _OF_BYTE)
-        runs = np.flatnonzero(np.append(True, np.diff(spelled) != 0))
-        number = np.zeros(len(runs), dtype=np.uint64)
-        linked = []
-        for index, row in enumerate(runs.tolist()):
-            key = int(spelled[row])
+        sums = _sums(data, _OF_BYTE)
+        spelled, rows, of_folder = np.unique(_segment_ids(sums, first, cut), return_index=True, return_inverse=True)
+        for key, row in zip(spelled.tolist(), rows.tolist(), strict=True):
             if key not in folders:
                 folders[key] = resolve(data[first[row] : cut[row]].tobytes())
-            number[index], _, links = folders[key]
-            if links:
-                linked.append(index)
-        ends = np.append(runs[1:], len(block))
-        part = ids[start : start + len(block)]
-        part[:] = np.repeat(number, ends - runs) * _FACTOR + _segment_ids(data, cut, last, of_byte)
-        for index in linked:
-            _, real, links = folders[int(spelled[runs[index]])]
-            for row in range(int(runs[index]), int(ends[index])):
+        found = [folders[key] for key in spelled.tolist()]
+        number = np.array([number for number, *_ in found], dtype=np.uint64)[of_folder]
+        names = _segment_ids(_sums(data, of_byte) if any_case else sums, cut, last)
+        ids[start : start + len(block)] = number * _FACTOR + names
+        for index in [index for index, (*_, links) in enumerate(found) if links]:
+            _, real, links = found[index]
+            for row in np.flatnonzero(of_folder == index).tolist():
                 name = data[cut[row] : last[row]].tobytes()
                 if name in links:
-                    part[row] = id_of(os.path.realpath(real + name))
+                    ids[start + row] = id_of(os.path.realpath(real + name))
     return ids.view(np.int64)
 
 
@@ -118,10 +125,12 @@ def _folder(path: bytes) -> tuple[bytes, set[bytes]]:
 
 def repeated(ids: np.ndarray) -> list[np.ndarray]:
     """Groups of positions of one number, for the numbers that occur more than once, in the order of the first one."""
+    if (np.diff(np.sort(ids)) != 0).all():
+        return []
     order = np.argsort(ids, kind='stable')
     same = np.diff(ids[order]) == 0
-    order = order[np.append(False, same) | np.append(same, False)] if len(ids) else order
-    groups = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1) if len(order) else []
+    order = order[np.append(False, same) | np.append(same, False)]
+    groups = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1)
     return sorted(groups, key=lambda group: group[0])
 
 

@@ -185,14 +185,15 @@ def shown_classes(dataset: Any) -> tuple[np.ndarray, np.ndarray] | None:
 def shown_blocks(dataset: Any) -> Iterable[tuple[np.ndarray, np.ndarray]] | None:
     """Return the parts of `shown_classes`, those of annotations for some images at a time."""
     if isinstance(dataset, MultiLabelDataset):
-        blocks = dataset.annotations.blocks()
-        return ((image[shown], label[shown].astype(np.int64)) for image, label, shown in _positive(blocks))
+        return _positive(dataset.annotations)
     found = _shown_classes(dataset)
     return None if found is None else [found]
 
 
-def _positive(blocks: Iterable[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    return ((image, label, value == POSITIVE) for image, label, value in blocks)
+def _positive(annotations: Annotations) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for image, label, value in annotations.blocks():
+        shown = value == POSITIVE
+        yield (image, label) if shown.all() else (image[shown], label[shown])
 
 
 def _shown_classes(dataset: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -217,7 +218,7 @@ def _samples(dataset: Any) -> list | None:
 
 def _paths(dataset: Any) -> Paths | None:
     if isinstance(dataset, MultiLabelDataset):
-        return dataset.annotations.paths
+        return dataset.annotations.paths if dataset.has_files else None
     samples = _samples(dataset)
     return None if samples is None else Paths.of([sample[0] for sample in samples])
 

@@ -5,8 +5,11 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from timm_mldecoder.data.class_order import alike
 
@@ -27,6 +30,36 @@ def normalize_name(name: str) -> str:
     """A class name without surrounding blanks and zero-width characters, in NFC: both ways to encode an accent."""
     name = name if name.isascii() else unicodedata.normalize('NFC', name.translate(_INVISIBLE))
     return name.strip()
+
+
+class Names(dict):
+    """Numbers of names as they are written; the same for those that are normalized alike, -1 for an empty one.
+
+    Names are numbered in the order of their first use. A reader sets `position`, where it reads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalized: dict[str, int] = {}
+        self.position: Any = None
+        self._first_uses: list[Any] = []
+
+    def __missing__(self, text: str) -> int:
+        name = normalize_name(text)
+        self[text] = self.normalized.setdefault(name, len(self.normalized)) if name else -1
+        self._first_uses += [self.position] * (len(self.normalized) - len(self._first_uses))
+        return self[text]
+
+    def unknown(self, class_names: Sequence[str]) -> list[tuple[str, Any]]:
+        """Return the names that are not among those of the classes, each with the position of its first use."""
+        known = {*class_names}
+        used = zip(self.normalized, self._first_uses, strict=True)
+        return [(name, position) for name, position in used if name not in known]
+
+    def order(self, class_names: Sequence[str]) -> np.ndarray:
+        """Return the class number of each number; the names must be known."""
+        place = {name: index for index, name in enumerate(class_names)}
+        return np.array([place[name] for name in self.normalized], dtype=np.int64)
 
 
 def normalize_path(path: str) -> str:
@@ -50,14 +83,15 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: If the file is a device, which may have no end, or not UTF-8 (naming file and line).
     """
-    _refuse_device(path)
+    refuse_device(path)
     try:
         return path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise not_utf8(path) from None
 
 
-def _refuse_device(path: Path) -> None:
+def refuse_device(path: Path) -> None:
+    """Raise ValueError for a device, which may have no end."""
     if path.is_char_device() or path.is_block_device():
         raise ValueError(f'{path}: not a regular file')
 
@@ -79,7 +113,7 @@ def read_rows(path: Path, delimiter: str = ',', skip: int = 0) -> Iterator[tuple
     Raises:
         ValueError: If the file is a device, or not UTF-8 or not CSV (naming file and line).
     """
-    _refuse_device(path)
+    refuse_device(path)
     with path.open(newline='', encoding='utf-8-sig') as file:
         reader = csv.reader(file, delimiter=delimiter)
         line = 1
@@ -89,7 +123,7 @@ def read_rows(path: Path, delimiter: str = ',', skip: int = 0) -> Iterator[tuple
                     yield line, row
                 line = reader.line_num + 1
         except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+            raise not_utf8(path) from None
         except csv.Error as error:
             raise ValueError(f'{path}, line {line}: {error}') from error
 
@@ -114,7 +148,8 @@ def warn_about_case(class_names: Iterable[str], source: str | Path) -> None:
         _logger.warning(f'{source}: classes differ only in case or leading zeros: {shown}')
 
 
-def _not_utf8(path: Path) -> ValueError:
+def not_utf8(path: Path) -> ValueError:
+    """Return the error that names the first line of a file that is not UTF-8."""
     with path.open('rb') as file:
         for number, line in enumerate(file, start=1):
             try:

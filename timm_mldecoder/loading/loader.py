@@ -117,7 +117,8 @@ class Placement(NamedTuple):
         return self.prefetcher(batches, device=self.device, img_dtype=self.dtype or torch.float32, **self.prefetch)
 
     def place(self, images: Batch, target: Tensor) -> tuple[Batch, Tensor]:
-        """Move a batch that was not prefetched to the device."""
+        """Move a batch that was not prefetched to the device, and make int8 targets float32 there."""
+        target = target.to(self.device, torch.float32 if target.dtype == torch.int8 else None, non_blocking=True)
         if self.prefetch is not None:
             return images, target
         move: dict[str, Any] = dict(device=self.device, non_blocking=True)
@@ -126,7 +127,7 @@ class Placement(NamedTuple):
             images = {**images, **moved, 'patches': moved['patches'].to(self.dtype or torch.float32)}
         else:
             images = images.to(dtype=self.dtype, **move)
-        return images, target.to(**move)
+        return images, target
 
     def layout(self, images: Batch) -> Batch:
         if self.channels_last and isinstance(images, Tensor):

@@ -11,13 +11,17 @@ every size, also crowds, count. Images without annotations show none of the clas
 out (82,081 images for training and 40,137 for validation in 2014), as `unannotated='drop'` does.
 """
 
-import json
 import logging
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
+from timm_mldecoder.data.json_entries import read_object
 from timm_mldecoder.data.text_files import normalize_name, normalize_path, split_names, warn_about_case
 
 _logger = logging.getLogger(__name__)
@@ -101,50 +105,88 @@ def read_coco(
         return _read(home, path, folder, split_names(split), instances, unannotated)
 
     flags = [path.relative_to(home).as_posix(), folder, instances, unannotated]
-    return cached_annotations(home, 'coco', flags, [path], build)
+    annotations = cached_annotations(home, 'coco', flags, [path], build)
+    warn_about_case(annotations.class_names, path)
+    return annotations
 
 
 def _read(home: Path, path: Path, folder: str, names: Sequence[str], instances: bool, unannotated: str) -> Annotations:
     """Read an annotation file; images are in `folder` or, if that is empty, where the split's `names` lead to."""
-    try:
-        content = json.loads(path.read_bytes())
-        categories = {category['id']: normalize_name(category['name']) for category in content['categories']}
-        parents = {c.get('supercategory') for c in content['categories'] if c.get('supercategory') != c['name']}
-        files = {image['id']: image['file_name'] for image in content['images']}
-        objects = [(entry['id'], entry['image_id'], entry['category_id']) for entry in content['annotations']]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{path} is not a complete COCO instances file: {error!r}') from error
-
+    categories, parents, files, image_ids, category_ids, image, label = _read_entries(path)
     if not folder and files:
         folder = os.path.relpath(_find_images(path, names, next(iter(files.values()))), home)
     class_names = list(dict.fromkeys(categories.values()))
     _log_merged(categories, path)
-    warn_about_case(class_names, path)
     class_index = {name: index for index, name in enumerate(class_names)}
     label_index = {category: class_index[name] for category, name in categories.items()}
-    for annotation, image, category in objects:
-        if image not in files or category not in label_index:
-            raise ValueError(f'{path}, annotation {annotation}: unknown image {image} or category {category}')
-    shown = {categories[category] for _, _, category in objects}
+    shown = {categories[category] for category in category_ids if category in categories}
+    if unlisted := sum(identifier not in image_ids for identifier in files):
+        done = 'left out' if unannotated == 'drop' else 'kept, as negatives of every class'
+        _logger.info(f'{path}: {unlisted:,} of {len(files):,} images have no annotation: {done}')
+    kept = [identifier for identifier in files if unannotated == 'keep' or identifier in image_ids]
+    image_index = {identifier: index for index, identifier in enumerate(kept)}
+    images, labels = (
+        np.array([index.get(identifier, -1) for identifier in ids], dtype=np.int32)[numbers]
+        for index, ids, numbers in ((image_index, image_ids, image), (label_index, category_ids, label))
+    )
+    if len(unknown := np.flatnonzero((images < 0) | (labels < 0))):
+        number = int(unknown[0])
+        raise ValueError(
+            f'{path}, annotations[{number}]: unknown image {[*image_ids][image[number]]!r} or category '
+            f'{[*category_ids][label[number]]!r}'
+        )
+    annotations = Annotations(
+        class_names,
+        [normalize_path(f'{folder}/{files[identifier]}') for identifier in kept],
+        images,
+        labels,
+        np.full(len(labels), POSITIVE, dtype=np.int8),
+        instances=np.ones(len(labels), dtype=np.int32) if instances else None,
+    )
     if empty := [name for name in class_names if name in parents and name not in shown]:
-        _logger.warning(
+        annotations.warnings.append(
             f'{path}: {", ".join(map(repr, empty))} has no annotation and is the supercategory of others: it counts as '
             'a class with AP 0 unless it is removed from "categories"'
         )
-    annotated = {image for _, image, _ in objects}
-    if len(annotated) < len(files):
-        done = 'left out' if unannotated == 'drop' else 'kept, as negatives of every class'
-        _logger.info(f'{path}: {len(files) - len(annotated):,} of {len(files):,} images have no annotation: {done}')
-    kept = [image for image in files if unannotated == 'keep' or image in annotated]
-    image_index = {image: index for index, image in enumerate(kept)}
-    return Annotations(
-        class_names,
-        [normalize_path(f'{folder}/{files[image]}') for image in image_index],
-        image=[image_index[image] for _, image, _ in objects],
-        label=[label_index[category] for _, _, category in objects],
-        value=[POSITIVE] * len(objects),
-        instances=[1] * len(objects) if instances else None,
-    )
+    return annotations
+
+
+class _Entries(NamedTuple):
+    """What is used of a file; the annotations as two numbers each, those of the ids in the order of their first use."""
+
+    categories: dict[Any, str]  # name of each id
+    parents: set[str]  # names of the supercategories
+    files: dict[Any, str]  # file name of each image id
+    image_ids: dict[Any, int]  # number of each id in the annotations
+    category_ids: dict[Any, int]
+    image: array  # these numbers, [A]
+    label: array
+
+
+def _read_entries(path: Path) -> _Entries:
+    found = _Entries({}, set(), {}, {}, {}, array('i'), array('i'))
+    categories, parents, files, image_ids, category_ids, image, label = found
+    missing = {'categories', 'images', 'annotations'}
+    for key, entries in read_object(path):
+        if key not in missing or not isinstance(entries, Iterator):
+            continue
+        missing.remove(key)
+        try:
+            for entry in entries:
+                if key == 'annotations':
+                    image.append(image_ids.setdefault(entry['image_id'], len(image_ids)))
+                    label.append(category_ids.setdefault(entry['category_id'], len(category_ids)))
+                elif key == 'images':
+                    files[entry['id']] = entry['file_name']
+                else:
+                    categories[entry['id']] = normalize_name(entry['name'])
+                    if entry.get('supercategory') not in (None, entry['name']):
+                        parents.add(entry['supercategory'])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path} is not a complete COCO instances file: {error!r} in "{key}"') from error
+    if missing:
+        raise ValueError(f'{path} is not a complete COCO instances file: it has no list of {sorted(missing)}')
+    return found
 
 
 def _log_merged(categories: dict[int, str], path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from timm_mldecoder.data import annotations
 from timm_mldecoder.data.compact import POSITIVE, Paths, Table, TableBuilder, label_type
 from timm_mldecoder.data.same_files import path_ids
-from timm_mldecoder.data.text_files import normalize_name, read_rows
+from timm_mldecoder.data.text_files import Names, read_rows
 
 BLOCK_BYTES, BLOCK_ROWS = 2**20, 2**15
 # in the syntax that re and RE2 share; a path of these would be changed by `normalize_path`, or refused
@@ -47,19 +47,6 @@ class Columns(NamedTuple):
     labels: Mapping[int, int]  # number of a column of names: value of its labels
 
 
-class _Names(dict):
-    """Numbers of names as they are written; the same for those that are normalized alike, -1 for an empty one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.normalized: dict[str, int] = {}
-
-    def __missing__(self, text: str) -> int:
-        name = normalize_name(text)
-        self[text] = self.normalized.setdefault(name, len(self.normalized)) if name else -1
-        return self[text]
-
-
 def read_blocks(
     path: Path,
     columns: Columns,
@@ -82,7 +69,7 @@ def read_blocks(
     Raises:
         NotPlainError: If the file is of another form, has a mistake, or a name is not one of the classes.
     """
-    names, builder, ids = _Names(), TableBuilder(folder), [np.zeros(0, np.int64)]
+    names, builder, ids = Names(), TableBuilder(folder), [np.zeros(0, np.int64)]
     given = np.zeros(0, dtype=bool)
     large = path.stat().st_size >= annotations.CACHED  # to import pyarrow takes longer than to read a small file
     read = (large and _arrow_blocks(path, columns, separator, names)) or _csv_blocks(path, columns, separator, names)
@@ -98,11 +85,9 @@ def read_blocks(
         raise NotPlainError
     del found
     class_names = classes(set(names.normalized), {name for name, code in names.normalized.items() if given[code]})
-    place = {name: index for index, name in enumerate(class_names)}
-    if not names.normalized.keys() <= place.keys():
+    if names.unknown(class_names):
         raise NotPlainError
-    order = np.array([place[name] for name in names.normalized], dtype=np.int64)
-    table = builder.finish(label_type(len(class_names) - 1), order)
+    table = builder.finish(label_type(len(class_names) - 1), names.order(class_names))
     if builder.contradictions:  # a label both given and ignored
         raise NotPlainError
     return class_names, table
@@ -123,7 +108,7 @@ def _block(paths: Paths, parts: list[tuple[np.ndarray, np.ndarray, int]]) -> Blo
     return Block(paths, np.bincount(row, minlength=len(paths)), label, value)
 
 
-def _arrow_blocks(path: Path, columns: Columns, separator: str, names: _Names) -> Iterator[Block] | None:
+def _arrow_blocks(path: Path, columns: Columns, separator: str, names: Names) -> Iterator[Block] | None:
     """Blocks by pyarrow; None where it is not installed."""
     try:
         import pyarrow
@@ -164,7 +149,7 @@ def _arrow_blocks(path: Path, columns: Columns, separator: str, names: _Names) -
     return blocks()
 
 
-def _csv_blocks(path: Path, columns: Columns, separator: str, names: _Names) -> Iterator[Block]:
+def _csv_blocks(path: Path, columns: Columns, separator: str, names: Names) -> Iterator[Block]:
     rows = (row for _, row in islice(read_rows(path, columns.delimiter, columns.skip), 1, None))
     odd_path, odd_field = re.compile(ODD_PATH).search, re.compile(ODD_FIELD).search
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from timm_mldecoder.data.annotations import POSITIVE, Annotations
+from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
 from timm_mldecoder.data.text_files import normalize_name, read_rows
 from timm_mldecoder.data.word_embeddings import load_tensors
 
@@ -29,18 +29,17 @@ def read_nus_wide(root: Path, split: str) -> Annotations:
     """
     if split not in SPLITS:
         raise ValueError(f'NUS-WIDE has no split {split!r}, choose one of {sorted(SPLITS)}')
-    rows = _read_images(root)
-    class_names = _class_names(rows)
-    label_index = {name: index for index, name in enumerate(class_names)}
-    chosen = [(path, labels) for path, labels, part in rows if part == SPLITS[split]]
-    entries = [(image, label_index[name]) for image, (_, labels) in enumerate(chosen) for name in labels]
-    return Annotations(
-        class_names,
-        [path for path, _ in chosen],
-        image=[image for image, _ in entries],
-        label=[label for _, label in entries],
-        value=[POSITIVE] * len(entries),
-    )
+
+    def build(_: Path | None) -> Annotations:
+        rows = _read_images(root)
+        class_names = _class_names(rows)
+        label_index = {name: index for index, name in enumerate(class_names)}
+        chosen = [(path, labels) for path, labels, part in rows if part == SPLITS[split]]
+        entries = [(image, label_index[name]) for image, (_, labels) in enumerate(chosen) for name in labels]
+        image, label = zip(*entries, strict=True) if entries else ((), ())
+        return Annotations(class_names, [path for path, _ in chosen], image, label, [POSITIVE] * len(entries))
+
+    return cached_annotations(root, 'nuswide', [split], [root / 'data.csv'], build)
 
 
 def read_word_vectors(root: Path) -> tuple[Tensor, list[str]]:

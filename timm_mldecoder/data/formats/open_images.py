@@ -16,8 +16,8 @@ As distributed for the class-aware selective loss (CSL, arXiv 2110.10955):
     ROOT/mid_to_classes.pth     dictionary of LabelName and display name, in the order of the classes
 
 A class is positive (1), verified to be absent (0), or, most often, not annotated (-1). The labels (57 million for
-training) are read with pyarrow, several times as fast as Python's csv module reads, and kept in a memory-mapped
-cache, see `cache`. Without pyarrow the csv module is used; both give the same table.
+training) are read with pyarrow, several times as fast as Python's csv module reads. Without pyarrow the csv module is
+used; both give the same table.
 """
 
 import logging
@@ -30,8 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_mldecoder.data.annotation_cache import load_or_build
-from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, cached_annotations
 from timm_mldecoder.data.compact import Table, make_table
 from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows
 from timm_mldecoder.data.word_embeddings import load_tensors
@@ -60,18 +59,18 @@ def read_open_images(root: Path, split: str) -> Annotations:
     patterns = [f'*{name}-annotations-human-imagelabels.csv' for name in SPLITS[split]]
     path = _find(root, *patterns)
     descriptions_path = _find(root, '*class-descriptions.csv')
-    descriptions = read_descriptions(descriptions_path)
-    labels, lists = _read_classes(root, descriptions, descriptions_path)
-    class_index = dict.fromkeys(descriptions, SKIPPED) | {label: index for index, label in enumerate(labels)}
+    trainable = _find_trainable(root)
     folder = next((name for name in SPLITS[split] if (root / name).is_dir()), split)
 
-    def build(_: Path | None) -> Table:
+    def build(_: Path | None) -> Annotations:
+        descriptions = read_descriptions(descriptions_path)
+        labels = _read_classes(trainable, descriptions, descriptions_path)
+        class_index = dict.fromkeys(descriptions, SKIPPED) | {label: index for index, label in enumerate(labels)}
         table = read_labels(path, class_index, folder)
-        _logger.info(f'{path}: read {len(table["label"])} labels of {len(table["offsets"]) - 1} images')
-        return table
+        return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED)
 
-    table, cache = load_or_build(root, f'openimages-{split}', [path, *lists], build)
-    return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
+    files = [path, descriptions_path, *trainable]
+    return cached_annotations(root, 'openimages', [split, folder], files, build)
 
 
 def read_labels(path: Path, class_index: dict[str, int], folder: str) -> Table:
@@ -194,52 +193,61 @@ def fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:
 
 def _read_csl(root: Path, split: str) -> Annotations:
     path, names_path = (root / name for name in CSL_FILES)
-    names = load_tensors(names_path)
-    if not isinstance(names, dict) or not all(isinstance(text, str) for item in names.items() for text in item):
-        raise ValueError(f'{names_path}: expected a dictionary of LabelName and display name')
-    descriptions = _distinct({label: normalize_name(name.strip('\'" ')) for label, name in names.items()})
-    labels, lists = _read_classes(root, descriptions, names_path)
-    class_index = {label: index for index, label in enumerate(labels)}
+    trainable = _find_trainable(root)
 
-    def build(_: Path | None) -> Table:
-        paths: list[str] = []
-        image, label, value = array('i'), array('i'), array('b')
-        skipped: Counter[str] = Counter()
-        rows = read_rows(path)
-        next(rows, None)  # the header
-        for line, row in rows:
-            bracketed = all(field[:1] + field[-1:] == '[]' for field in row[1:3])
-            if len(row) < 4 or row[-1] not in ('train', 'val', 'test') or not bracketed:
-                raise ValueError(f'{path}, line {line}: expected a path, two lists of labels and a split, got {row}')
-            if row[-1] not in SPLITS[split]:
-                continue
-            for field, meaning in ((row[1], POSITIVE), (row[2], NEGATIVE)):
-                for name in re.findall(r'[^\[\]\'",\s]+', field):
-                    if name not in class_index:
-                        skipped[name] += 1
-                        continue
-                    image.append(len(paths))
-                    label.append(class_index[name])
-                    value.append(meaning)
-            paths.append(row[0])
-        if not paths:
-            raise ValueError(f'{path} has no image of split {split!r}')
-        if skipped:
-            _logger.info(f'{path}: left out {skipped.total()} labels of {len(skipped)} other classes')
-        return make_table(paths, image, label, value)
+    def build(_: Path | None) -> Annotations:
+        names = load_tensors(names_path)
+        if not isinstance(names, dict) or not all(isinstance(text, str) for item in names.items() for text in item):
+            raise ValueError(f'{names_path}: expected a dictionary of LabelName and display name')
+        descriptions = _distinct({label: normalize_name(name.strip('\'" ')) for label, name in names.items()})
+        labels = _read_classes(trainable, descriptions, names_path)
+        table = _read_csl_labels(path, split, {label: index for index, label in enumerate(labels)})
+        return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED)
 
-    table, cache = load_or_build(root, f'openimages-csl-{split}', [path, *lists], build)
-    return Annotations.from_table([descriptions[label] for label in labels], table, IGNORED, cache)
+    return cached_annotations(root, 'openimages-csl', [split], [path, names_path, *trainable], build)
 
 
-def _read_classes(root: Path, descriptions: dict[str, str], source: Path) -> tuple[list[str], list[Path]]:
-    """LabelNames of the classes, and the files that decide them."""
-    trainable = _find(root, '*classes-trainable.txt', optional=True)
-    labels = read_names(trainable) if trainable else list(descriptions)
+def _read_csl_labels(path: Path, split: str, class_index: dict[str, int]) -> Table:
+    paths: list[str] = []
+    image, label, value = array('i'), array('i'), array('b')
+    skipped: Counter[str] = Counter()
+    rows = read_rows(path)
+    next(rows, None)  # the header
+    for line, row in rows:
+        bracketed = all(field[:1] + field[-1:] == '[]' for field in row[1:3])
+        if len(row) < 4 or row[-1] not in ('train', 'val', 'test') or not bracketed:
+            raise ValueError(f'{path}, line {line}: expected a path, two lists of labels and a split, got {row}')
+        if row[-1] not in SPLITS[split]:
+            continue
+        for field, meaning in ((row[1], POSITIVE), (row[2], NEGATIVE)):
+            for name in re.findall(r'[^\[\]\'",\s]+', field):
+                if name not in class_index:
+                    skipped[name] += 1
+                    continue
+                image.append(len(paths))
+                label.append(class_index[name])
+                value.append(meaning)
+        paths.append(row[0])
+    if not paths:
+        raise ValueError(f'{path} has no image of split {split!r}')
+    if skipped:
+        _logger.info(f'{path}: left out {skipped.total()} labels of {len(skipped)} other classes')
+    return make_table(paths, image, label, value)
+
+
+def _find_trainable(root: Path) -> list[Path]:
+    """The list of trainable classes, if there is one."""
+    found = _find(root, '*classes-trainable.txt', optional=True)
+    return [found] if found else []
+
+
+def _read_classes(trainable: list[Path], descriptions: dict[str, str], source: Path) -> list[str]:
+    """LabelNames of the classes."""
+    labels = [label for path in trainable for label in read_names(path)] or list(descriptions)
     unknown = [label for label in labels if label not in descriptions]
     if unknown:
-        raise ValueError(f'{trainable}: no description in {source} for {unknown}')
-    return labels, [source, *([trainable] if trainable else [])]
+        raise ValueError(f'{trainable[0]}: no description in {source} for {unknown}')
+    return labels
 
 
 def read_descriptions(path: Path) -> dict[str, str]:

@@ -4,26 +4,32 @@ timm takes class indices. Here a target may also be a name, a list of names, or 
 `tag_string`: `1girl solo long_hair`.
 """
 
+import io
 import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm.data
 from timm.data.readers.targets import get_field, has_field
 
+from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset, cached_annotations
+from timm_mldecoder.data.compact import TableBuilder, label_type
 from timm_mldecoder.data.images import Reading
-from timm_mldecoder.data.text_files import normalize_name
+from timm_mldecoder.data.text_files import Names, normalize_name
 
 _logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 2**13
 
 Target = int | str | list | None
 
 
-def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Callable[[], Any], separator: str) -> None:
+def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Callable[[], Any], separator: str) -> Any:
     """Let names be targets of a dataset of timm, and check that its targets fit the task.
 
     Args:
@@ -33,84 +39,139 @@ def name_targets(dataset: Any, name: str, multilabel: bool, training_split: Call
         training_split: Makes the training split, whose names are the classes where no class map lists them.
         separator: Between the names in one string; empty for blanks.
 
+    Returns:
+        The dataset, or a `RowDataset` of its rows, whose names are annotations.
+
     Raises:
         ValueError: If the targets do not fit the task, or a name is not one of the classes.
     """
     reader = dataset.reader
     if reader.target_keys or reader.dense_target:
-        return
+        return dataset
     streamed = not hasattr(reader, 'iter_targets')
     remap, reader.remap_class = reader.remap_class, False  # the targets as they are stored
     first = _first_of_shards(reader) if streamed else _example(reader)
     _check_task(name, reader, first, multilabel)
     if not _is_named(first):  # where a class map has no such index, it names the classes, and indices stay as they are
         reader.remap_class = remap and (not isinstance(first, int) or {first, str(first)} & {*reader.class_to_idx})
-        return
+        return dataset
     split = NameSplit(multilabel, separator)
     names = _classes(reader)
-    if not names and streamed:
-        raise ValueError(f'dataset {name!r}: the targets are names such as {first!r}: pass --class-map, the classes')
-    if not names:
-        found = {label for target in training_split().reader.iter_targets() for label in split(target)}
-        names = {label: index for index, label in enumerate(sorted(found))}
-    reader.class_to_idx = names
-    numbers = Numbers(split, names, multilabel)
     if streamed:
-        reader.numbers = numbers
+        if not names:
+            raise ValueError(
+                f'dataset {name!r}: the targets are names such as {first!r}: pass --class-map, the classes'
+            )
+        reader.class_to_idx, reader.numbers = names, Numbers(split, names)
         reader._lazy_init = partial(_begin, reader)
-        return
-    for row, target in enumerate(reader.iter_targets()):
-        numbers(target, f'dataset {name!r}, split {reader.split}, row {row}')
-    reader.remap_class = False
-    reader.dataset = reader.dataset.with_transform(NumberedColumn(reader.label_key, numbers))
+        return dataset
+    classes = sorted(names, key=names.__getitem__)
+    if not classes and reader.split != 'train':
+        classes = _row_labels(name, training_split().reader, split, []).class_names
+    return RowDataset(dataset, _row_labels(name, reader, split, classes))
 
 
 class NameSplit:
     """The names of a target, normalized as in every reader."""
 
     def __init__(self, multilabel: bool, separator: str) -> None:
-        self._multilabel, self._separator = multilabel, separator
+        self.multilabel, self.separator = multilabel, separator
 
     def __call__(self, target: Target) -> list[str]:
-        if isinstance(target, str) and self._multilabel:
-            target = target.split(self._separator or None)
-            if not self._separator and any(part.endswith((',', ';')) for part in target):
+        if isinstance(target, str) and self.multilabel:
+            target = target.split(self.separator or None)
+            if not self.separator and any(part.endswith((',', ';')) for part in target):
                 raise ValueError(
                     f'names such as {target[0]!r} end with a separator: pass --label-separator {target[0][-1]!r}'
                 )
         parts = target if isinstance(target, (list, tuple)) else [] if target is None else [target]
         return [name for part in parts if (name := normalize_name(str(part)))]
 
+    def checked(self, target: Target, where: str) -> list[str]:
+        """The names, one alone if the task is not of several."""
+        names = self(target)
+        if len(names) != 1 and not self.multilabel:
+            raise ValueError(f'{where}: expected one class, got {target!r}')
+        return names
+
 
 class Numbers:
     """The class indices of a target of names."""
 
-    def __init__(self, split: NameSplit, classes: dict[str, int], multilabel: bool) -> None:
-        self._split, self._classes, self._multilabel = split, classes, multilabel
+    def __init__(self, split: NameSplit, classes: dict[str, int]) -> None:
+        self._split, self._classes = split, classes
 
     def __call__(self, target: Target, where: str) -> int | list[int]:
-        names = self._split(target)
-        unknown = [name for name in names if name not in self._classes]
-        if unknown:
-            shown = ', '.join(list(self._classes)[:5])
-            raise ValueError(f'{where}: unknown label {unknown[0]!r}; the classes are {shown}, ...')
-        if self._multilabel:
-            return [self._classes[name] for name in names]
-        if len(names) != 1:
-            raise ValueError(f'{where}: expected one class, got {target!r}')
-        return self._classes[names[0]]
+        names = self._split.checked(target, where)
+        if unknown := [name for name in names if name not in self._classes]:
+            raise _unknown_label(unknown[0], where, self._classes)
+        numbers = [self._classes[name] for name in names]
+        return numbers if self._split.multilabel else numbers[0]
 
 
-class NumberedColumn:
-    """Batches of rows whose names are indices."""
+def _unknown_label(label: str, where: str, classes: Iterable[str]) -> ValueError:
+    return ValueError(f'{where}: unknown label {label!r}; the classes are {", ".join([*classes][:5])}, ...')
 
-    def __init__(self, column: str, numbers: Numbers) -> None:
-        self._column, self._numbers = column, numbers
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        if self._column not in batch:
-            return batch
-        return {**batch, self._column: [self._numbers(target, self._column) for target in batch[self._column]]}
+def _row_labels(name: str, reader: Any, split: NameSplit, classes: list[str]) -> Annotations:
+    """Annotations of the rows of a Hugging Face dataset; a path is the number of a row.
+
+    Args:
+        name: Name of the dataset, for messages.
+        reader: timm's reader of it.
+        split: Splits a target into names.
+        classes: Class names; empty for the sorted names of the rows.
+    """
+
+    def build(folder: Path | None) -> Annotations:
+        names, builder = Names(), TableBuilder(folder)
+        column = reader.label_key.partition('/')[0]
+        rows = reader.dataset.select_columns([column])
+        for first in range(0, len(rows), BLOCK_ROWS):
+            counts, label = [], []
+            for row, value in enumerate(rows[first : first + BLOCK_ROWS][column], start=first):
+                names.position = f'dataset {name!r}, split {reader.split}, row {row}'
+                found = split.checked(get_field({column: value}, reader.label_key), names.position)
+                counts.append(len(found))
+                label += [names[text] for text in found]
+            builder.add([str(row) for row in range(first, first + len(counts))], counts, label)
+        class_names = classes or sorted(names.normalized)
+        if unknown := names.unknown(class_names):
+            raise _unknown_label(*unknown[0], class_names)
+        table = builder.finish(label_type(len(class_names) - 1), names.order(class_names))
+        return Annotations.from_table(class_names, table)
+
+    files = [Path(part['filename']) for part in reader.dataset.cache_files]
+    flags = [reader.split, len(reader), reader.label_key, split.multilabel, split.separator, classes]
+    return cached_annotations(files[0].parent if files else Path(), 'rows', flags, files, build)
+
+
+class RowDataset(MultiLabelDataset):
+    """Rows of a Hugging Face dataset, whose labels are annotations and whose images are read from the rows.
+
+    Args:
+        dataset: timm's dataset of them.
+        annotations: Their labels; a path is the number of a row.
+    """
+
+    has_files = False
+
+    def __init__(self, dataset: Any, annotations: Annotations) -> None:
+        settings = {name: getattr(dataset, name) for name in ('transform', 'target_transform', 'input_img_mode')}
+        super().__init__(annotations, **settings)
+        self.reader, self.load_bytes = dataset.reader, dataset.load_bytes
+        self._images = self.reader.dataset.select_columns([self.reader.image_key])
+
+    def _load(self, path: str) -> Any:
+        image = self._images[int(path)][self.reader.image_key]
+        content = image['bytes'] or Path(image['path']).read_bytes()
+        if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
+            return content
+        return self.reading.open(io.BytesIO(content), self.input_img_mode)
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """File of image `index` as the row has it."""
+        return self.reader.filename(int(self.annotations.path(index)), basename, absolute)
 
 
 def read_by_rule(dataset: Any, reading: Reading, mode: str) -> None:

@@ -13,7 +13,7 @@ positive in both (`difficult='positive'`).
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations
+from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, cached_annotations
 from timm_mldecoder.data.text_files import read_text
 
 CLASSES = (
@@ -46,14 +46,22 @@ def read_voc(root: Path, split: str, year: int, difficult: str = 'ignore', insta
     home = next((home for home in homes if (home / 'ImageSets' / 'Main').is_dir()), None)
     if home is None:
         raise ValueError(f'no folder ImageSets/Main in any of {[str(home) for home in homes]}')
-    numbers = _read(home / 'ImageSets' / 'Main' / f'{SPLITS[split]}.txt').split()
-    paths = [home.relative_to(root) / 'JPEGImages' / f'{number}.jpg' for number in numbers]
-    if difficult == 'ignore' and not instances:
-        entries = _read_lists(home / 'ImageSets' / 'Main', SPLITS[split], numbers)
-    else:
-        entries = _read_annotations(home / 'Annotations', numbers, difficult)
-    image, label, value, count = zip(*entries, strict=True) if entries else ((), (), (), ())
-    return Annotations(CLASSES, paths, image, label, value, instances=count if instances else None)
+    lists = home / 'ImageSets' / 'Main'
+    listed = lists / f'{SPLITS[split]}.txt'
+    numbers = _read(listed).split()
+    of_lists = difficult == 'ignore' and not instances
+    files = [lists / f'{name}_{SPLITS[split]}.txt' for name in CLASSES]
+    if not of_lists:
+        files = [home / 'Annotations' / f'{number}.xml' for number in numbers]
+
+    def build(_: Path | None) -> Annotations:
+        entries = _read_lists(listed, numbers, files) if of_lists else _read_annotations(files, difficult)
+        image, label, value, count = zip(*entries, strict=True) if entries else ((), (), (), ())
+        paths = [home.relative_to(root) / 'JPEGImages' / f'{number}.jpg' for number in numbers]
+        return Annotations(CLASSES, paths, image, label, value, instances=count if instances else None)
+
+    flags = [str(home.relative_to(root)), split, difficult, instances]
+    return cached_annotations(root, f'voc{year}', flags, [listed, *files], build)
 
 
 def read_objects(path: Path) -> dict[str, tuple[int, int]]:
@@ -80,31 +88,30 @@ def read_objects(path: Path) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _read_annotations(folder: Path, numbers: list[str], difficult: str) -> list[tuple[int, int, int, int]]:
+def _read_annotations(files: list[Path], difficult: str) -> list[tuple[int, int, int, int]]:
     """Image index, class index, value and number of objects of every class of every image."""
     entries = []
-    for index, number in enumerate(numbers):
-        for name, (ordinary, hard) in read_objects(folder / f'{number}.xml').items():
+    for index, path in enumerate(files):
+        for name, (ordinary, hard) in read_objects(path).items():
             value = POSITIVE if ordinary else DIFFICULT[difficult]
             counted = ordinary + hard if difficult == 'positive' else ordinary
             entries.append((index, CLASSES.index(name), value, counted))
     return entries
 
 
-def _read_lists(lists: Path, split: str, numbers: list[str]) -> list[tuple[int, int, int, int]]:
+def _read_lists(listed: Path, numbers: list[str], files: list[Path]) -> list[tuple[int, int, int, int]]:
     """Image index, class index, value and number of objects (unknown, 0) of every line of the lists of the classes."""
     image_index = {number: index for index, number in enumerate(numbers)}
     entries = []
-    for class_index, name in enumerate(CLASSES):
-        path = lists / f'{name}_{split}.txt'
+    for class_index, path in enumerate(files):
         for line, content in enumerate(_read(path).splitlines(), start=1):
             number, flag = (content.split() + ['', ''])[:2]
             if number not in image_index or flag not in MEANINGS:
-                raise ValueError(f'{path}, line {line}: not an image of {split}.txt and 1, -1 or 0: {content!r}')
+                raise ValueError(f'{path}, line {line}: not an image of {listed.name} and 1, -1 or 0: {content!r}')
             entries.append((image_index[number], class_index, MEANINGS[flag], 0))
     # an image that is missing from the list of a class would count as a negative
     if len({entry[:2] for entry in entries}) != len(numbers) * len(CLASSES):
-        raise ValueError(f'{lists}: the lists of the classes do not name the same images as {split}.txt')
+        raise ValueError(f'{listed}: the lists of the classes do not name the same images')
     return entries
 
 
