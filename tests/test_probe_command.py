@@ -21,10 +21,13 @@ import validate
 from benchmarks.digits import write_digit_scenes
 from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
+from timm_mldecoder.distributed.world import World
 from timm_mldecoder.modeling.load import load as load_model
 from timm_mldecoder.models.probes import PROBES
 from timm_mldecoder.probe import report
 from timm_mldecoder.probe.__main__ import main
+from timm_mldecoder.probe.options import parse_probe
+from timm_mldecoder.probe.sweep import _with_steps
 from timm_mldecoder.runtime.errors import RunFailed
 
 SMALL = shlex.split('--model test_resnet --img-size 64 --device cpu -j 0 -b 8 --epochs 2')
@@ -141,6 +144,25 @@ def test_some_seeds_choose_the_rate_and_the_others_are_trained_at_it(scenes, tmp
         }
     with pytest.raises(ValueError, match='--tuning-seeds 4 is more than --seeds 3'):
         run(*flags, '--tuning-seeds', 4, output=tmp_path, name='more')
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+@pytest.mark.parametrize('images', [3, 40, 240, 1640, 100_000])
+def test_few_images_get_small_batches_and_enough_steps(images, ranks):
+    world = World(torch.device('cpu'), size=ranks)
+    options = _with_steps(parse_probe('', ['data', '--model', 'test_resnet']).train, images, world, cached=False)
+    step = options.batch_size * ranks
+    assert options.batch_size >= 1 and step <= 128 and options.epochs >= 10
+    assert step > images or options.epochs * (images // step) >= 400
+    assert images < 512 or images // step >= 32 or step < 16
+    given = parse_probe('', ['data', '--model', 'test_resnet', '-b', '7', '--epochs', '3']).train
+    assert _with_steps(given, images, world, cached=True) == given
+
+
+def test_a_probe_of_few_images_takes_steps_enough(images, tmp_path):
+    flags = '--model test_resnet --img-size 32 --device cpu -j 0 --heads linear --lrs 1e-2 --seeds 1 --val-interval 400'
+    results = run(images, *flags.split(), '--cache', tmp_path / 'cache', output=tmp_path)
+    assert results['epochs'] == 400 and results['heads']['linear']['mean'] is not None
 
 
 def test_one_class_per_image(images, tmp_path, capsys):

@@ -46,7 +46,7 @@ _INSTEAD = {
     'decoder_embedding': 'give it in --heads: ml_decoder:dim=128',
     'freeze_backbone': 'the backbone of a probe is always frozen',
 }
-_DEFAULTS = dict(opt='adamw', weight_decay='0.01', epochs='10', smoothing='0', output='output/probe')
+_DEFAULTS = dict(opt='adamw', weight_decay='0.01', smoothing='0', output='output/probe')
 
 
 class HeadSpec(NamedTuple):
@@ -152,7 +152,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         epilog='Flags of train.py, described there: '
         + ' '.join(f'--{name.replace("_", "-")}' for name in sorted(_TAKEN - {'data', 'local_rank'}))
         + '. Defaults that differ: '
-        + ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in _DEFAULTS.items()),
+        + ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in _DEFAULTS.items())
+        + '; --batch-size 16 to 128 by the number of images, --epochs 10 or more, for 400 steps.',
     )
     add = parser.add_argument
     everything = 'linear,max,logsumexp,attention_pool,efficient_probing,ml_decoder_small,ml_decoder'

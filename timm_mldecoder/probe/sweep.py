@@ -40,6 +40,8 @@ from timm_mldecoder.train.loss import create_train_loss
 
 _logger = logging.getLogger(__name__)
 
+STEPS = 400  # of the optimizer, at least, unless epochs are given
+
 # Options of the model that a checkpoint of train.py brings, where it is the backbone.
 _OF_BACKBONE = (
     'model',
@@ -71,8 +73,9 @@ def probe(options: ProbeOptions, world: World) -> dict[str, Any] | None:
     folder = _new_folder(options.train) if world.primary else None
     random_seed(options.train.seed, 0)  # every rank needs the same backbone, also where its weights are random
     model, train, stored_config = _create_backbone(options.train)
+    splits = _create_splits(options._replace(train=train), world)
+    train = _with_steps(train, len(splits['train']), world, cached=bool(options.cache))
     options = options._replace(train=train)
-    splits = _create_splits(options, world)
     num_classes = _number_of_classes(train, splits['train'])
     config = resolve_config(train, model, stored=stored_config)
     if train.task == 'multilabel':
@@ -126,6 +129,23 @@ def _new_folder(options: Options) -> Path:
     if (folder / report.RESULTS).exists():
         raise ValueError(f'{folder} holds the results of a probe: choose another --experiment, or remove it')
     return folder
+
+
+def _with_steps(options: Options, images: int, world: World, *, cached: bool) -> Options:
+    """Return options with batch size and epochs for this number of training images, where they were not given.
+
+    Attention heads need some hundred optimizer steps. Few images make small batches: 32 an epoch, of 16 images at least.
+    """
+    batch = options.batch_size
+    if 'batch_size' not in options.given:
+        batch = 2 ** int(math.log2(max(1, min(images, 128, max(16, images / 32)))))
+        batch = max(1, batch // world.size)
+    epochs = options.epochs
+    if 'epochs' not in options.given:
+        epochs = max(10, math.ceil(STEPS / max(1, images // (batch * world.size))))
+    remedy = '' if cached or epochs == 10 else '; --cache FOLDER computes features once, not in every epoch'
+    _logger.info(f'{images} training images: --batch-size {batch} --epochs {epochs}{remedy}')
+    return options.replace(batch_size=batch, epochs=epochs)
 
 
 def _number_of_classes(options: Options, dataset: Any) -> int:
