@@ -134,7 +134,7 @@ def _new_folder(options: Options) -> Path:
 def _with_steps(options: Options, images: int, world: World, *, cached: bool) -> Options:
     """Return options with batch size and epochs for this number of training images, where they were not given.
 
-    Attention heads need some hundred optimizer steps. Few images make small batches: 32 an epoch, of 16 images at least.
+    Attention heads need some hundred optimizer steps. Few images make small batches, 32 an epoch, but not below 16.
     """
     batch = options.batch_size
     if 'batch_size' not in options.given:
