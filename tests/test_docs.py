@@ -281,7 +281,7 @@ def test_the_commands_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
         assert (tmp_path / made).is_file(), made
     (code,) = fences(TEXTS['docs/tutorial.md'], 'python')
     short = "model='test_resnet', pretrained=False, epochs=1, device='cpu', workers=0, batch_size=4"
-    code = code.replace("model='resnet18'", short)
+    code = code.replace("model='tf_efficientnet_lite0'", short)
     capsys.readouterr()
     exec(code, {})
     score, *labels = capsys.readouterr().out.splitlines()[-3:]

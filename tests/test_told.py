@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from image_folders import write_images
 from marks import few
@@ -83,6 +84,33 @@ def test_random_weights_are_warned_of(flags, line, caplog, tmp_path):
     caplog.clear()
     parse_probe('', [str(tmp_path), *MODEL[:4], '--device', 'cpu'])
     assert 'a probe keeps random weights' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('size', 'flags', 'warned'),
+    [
+        (1, '--opt adamw --lr 1e-3', False), (0.2, '--opt adamw --lr 1e-3', False),
+        (0.05, '--opt adamw --lr 1e-3', True),
+        (1, '--opt adamw --lr 3e-2', True), (1, '--opt sgd --lr 3e-2', False),
+        (0.05, '--opt adamw --lr 1e-3 --freeze-backbone', False),
+    ],
+)  # fmt: skip
+def test_a_rate_too_fast_for_pretrained_weights_is_warned_of(size, flags, warned, tmp_path, caplog):
+    model = timm.create_model('test_resnet', num_classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1 * size)
+    torch.save(model.state_dict(), weights := tmp_path / 'weights.pth')
+    data = write_images(tmp_path / 'data', train=4, validation=2, classes=3)
+    build(data, tmp_path, *flags.split(), '--initial-checkpoint', str(weights)).close()
+    lines = [record.getMessage() for record in caplog.records if 'moves the pretrained weights' in record.getMessage()]
+    assert len(lines) == warned
+    if lines:  # what it advises is not warned of
+        caplog.clear()
+        flags = flags.split()[:2] + lines[0].split()[-2:]
+        build(data, tmp_path, *flags, '--initial-checkpoint', str(weights), '--experiment', 'again').close()
+        assert 'moves the pretrained weights' not in caplog.text
 
 
 @pytest.mark.parametrize('task', ['multilabel', 'classification'])

@@ -50,6 +50,7 @@ from timm_mldecoder.train.optim import (
     create_schedule,
     learning_rate,
     scale_rates,
+    warn_of_rate,
 )
 from timm_mldecoder.train.run import Run
 from timm_mldecoder.train.trackers import create_trackers
@@ -264,9 +265,13 @@ def _create_training(
     if options.unfreeze_epoch is None:  # else the optimizer gets the backbone too, and skips it without gradients
         freezer.apply(0)
     optimizer = create_optimizer(options, task.get_trainable_module())
+    head = head_parameters(model.module)
     if options.head_lr_scale != 1:
-        scale_rates(optimizer, head_parameters(model.module), options.head_lr_scale)
+        scale_rates(optimizer, head, options.head_lr_scale)
     freezer.apply(0)
+    if (options.pretrained or options.initial_checkpoint) and not options.resume:
+        backbone = (parameter for parameter in model.module.parameters() if id(parameter) not in head)
+        warn_of_rate(backbone, options.opt, optimizer.defaults['lr'])
     eval_metric = options.eval_metric if loaders.evaluation else 'loss'
     schedule, epochs = create_schedule(options, optimizer, steps, decreasing=eval_metric == 'loss')
     return Training(task, optimizer, schedule, freezer, min(epochs, options.stop_epoch or epochs), eval_metric)

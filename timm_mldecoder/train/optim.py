@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +19,9 @@ from timm_mldecoder.flags.options import LoopOptions, UpdateOptions
 from timm_mldecoder.train.nonfinite import Buffers
 
 _logger = logging.getLogger(__name__)
+
+# rate of Adam over the root mean square of weights: what is warned of, and at what recipes for own images were found
+FAST, GENTLE = 0.05, 0.03
 
 
 def learning_rate(options: UpdateOptions, world: World) -> float:
@@ -70,6 +74,19 @@ def scale_rates(optimizer: torch.optim.Optimizer, chosen: set[int], scale: float
         groups += [{**group, 'params': others}] if others else []
         groups += [{**group, 'params': own, 'lr_scale': scale * group.get('lr_scale', 1.0)}] if own else []
     optimizer.param_groups[:] = groups
+
+
+def warn_of_rate(backbone: Iterable[Tensor], name: str, lr: float) -> None:
+    """Warn of a rate that soon overwrites pretrained weights: Adam moves each by about the rate, whatever its size."""
+    weights = [weight.detach() for weight in backbone if weight.ndim > 1 and weight.requires_grad]
+    if 'adam' not in name.lower() or not weights:
+        return
+    size = statistics.median(weight.float().square().mean().sqrt().item() for weight in weights)
+    if lr > FAST * size:
+        _logger.warning(
+            f'{name} at {lr:.1e} moves the pretrained weights, of about {size:.1e}, by {lr / size:.0%} in a step: '
+            f'try --lr {GENTLE * size:.0e}'
+        )
 
 
 def create_schedule(
