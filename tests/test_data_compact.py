@@ -217,7 +217,7 @@ def test_the_warnings_of_a_reader_are_those_of_its_cache_too(tmp_path, monkeypat
     for _ in range(2):
         caplog.clear()
         create_dataset('coco2014', str(tmp_path), 'train', missing=None)
-        assert "'animal' has no annotation" in caplog.text and 'only in case: dog / Dog' in caplog.text
+        assert "'animal' has no annotation" in caplog.text and "leading zeros: 'dog', 'Dog'" in caplog.text
 
 
 def test_the_cache_of_data_that_may_not_be_changed_is_where_one_says(large, tmp_path):
