@@ -26,7 +26,6 @@ DEVICES = {
     'table9': ('cpu', 'cuda'),
     'scaling': ('cpu', 'cuda'),
     'a2_step': ('cpu', 'cuda'),
-    'cpu': ('cpu',),
     'million_classes': ('cpu', 'cuda'),
     'train_loop': ('cpu', 'cuda'),
     'validate_loop': ('cpu', 'cuda'),

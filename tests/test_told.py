@@ -13,6 +13,7 @@ from timm.task import ClassificationEvaluator
 
 from timm_mldecoder.data.transforms import lost_share, shown_share
 from timm_mldecoder.distributed.world import join_world
+from timm_mldecoder.evaluation import evaluate
 from timm_mldecoder.evaluation.predicted import PredictedClasses
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.metrics import MultiLabelEvaluator
@@ -111,6 +112,32 @@ def test_a_rate_too_fast_for_pretrained_weights_is_warned_of(size, flags, warned
         flags = flags.split()[:2] + lines[0].split()[-2:]
         build(data, tmp_path, *flags, '--initial-checkpoint', str(weights), '--experiment', 'again').close()
         assert 'moves the pretrained weights' not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('has', 'amp', 'told'),
+    [
+        (dict(architecture='x86_64', avx512_bf16=True), False, '--amp --channels-last is about twice as fast'),
+        (dict(architecture='x86_64', amx_bf16=True), True, ''),
+        (dict(architecture='x86_64', avx2=True), True, 'no instructions for bfloat16'),
+        (dict(architecture='x86_64', avx2=True), False, ''),
+        (dict(architecture='aarch64'), True, ''),
+        (None, True, ''),
+    ],
+)
+def test_what_bfloat16_does_on_a_cpu_is_said_once(has, amp, told, monkeypatch, caplog):
+    caplog.set_level('INFO')
+    monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    if has:
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has, raising=False)
+    options = parse_train(['data', *MODEL, *['--amp'] * amp])
+    caplog.clear()
+    evaluate._advise_on_amp.cache_clear()
+    for _ in range(2):
+        evaluate.create_autocast(options, torch.device('cpu'))
+    lines = [record.getMessage() for record in caplog.records if 'bfloat16' in record.getMessage()]
+    assert len(lines) == bool(told) and all(told in line for line in lines)
+    evaluate._advise_on_amp.cache_clear()
 
 
 @pytest.mark.parametrize('task', ['multilabel', 'classification'])

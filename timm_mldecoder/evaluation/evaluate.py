@@ -1,9 +1,10 @@
 """One pass over a split: logits in float32 under mixed precision, metrics that are exact for any number of ranks."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,11 +25,15 @@ from timm_mldecoder.modeling.classes import Classes, other_classes
 from timm_mldecoder.models.classifier_model import classifiers_of
 from timm_mldecoder.runtime.log import EvalLog
 
+_logger = logging.getLogger(__name__)
+
 Metrics = OrderedDict[str, float]
 
 
 def create_autocast(options: DeviceOptions, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Return the context that the forward passes of a script run in."""
+    if device.type == 'cpu':
+        _advise_on_amp(bool(options.amp))
     return autocast_context(device, options.amp_dtype if options.amp else None)
 
 
@@ -39,10 +44,19 @@ def autocast_context(device: torch.device, dtype: str | None) -> Callable[[], Ab
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, dtype))
 
 
-def has_bfloat16() -> bool:
-    """Return whether the CPU has instructions for bfloat16, without which `--amp` is slower than float32."""
+@cache
+def _advise_on_amp(amp: bool) -> None:
+    """Say, once in a process, where bfloat16 would be faster on an x86 CPU, or is slower for want of instructions."""
     found: dict = getattr(torch.cpu, 'get_capabilities', dict)()  # not in torch 2.9
-    return bool(found.get('avx512_bf16') or found.get('amx_bf16'))
+    fast = found.get('avx512_bf16') or found.get('amx_bf16')
+    if fast and not amp:
+        _logger.info(
+            'this CPU computes in bfloat16: --amp --channels-last is about twice as fast (docs/performance.md)'
+        )
+    elif found.get('architecture') == 'x86_64' and not fast and amp:
+        _logger.warning(
+            '--amp: this CPU has no instructions for bfloat16 and is several times slower with it; leave it out'
+        )
 
 
 def create_evaluator(

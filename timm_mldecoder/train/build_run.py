@@ -21,7 +21,7 @@ from timm_mldecoder.checkpoint.state import EarlyStop, RunningLoss, TrainingStat
 from timm_mldecoder.data.annotation_cache import cache_in
 from timm_mldecoder.distributed.layout import Layout, create_layout
 from timm_mldecoder.distributed.world import World
-from timm_mldecoder.evaluation.evaluate import create_autocast, has_bfloat16, widen
+from timm_mldecoder.evaluation.evaluate import create_autocast, widen
 from timm_mldecoder.flags import Options
 from timm_mldecoder.flags.config import ARGS, DEFAULT_OUTPUT
 from timm_mldecoder.loading.bad_images import check_readable
@@ -199,8 +199,6 @@ def _create_model(options: Options, given: Options, data: Data, layout: Layout, 
     layout.place(model, classifiers_of(model))
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
-    if world.device.type == 'cpu' and not options.amp and has_bfloat16():
-        _logger.info('This CPU computes bfloat16: --amp --channels-last is about twice as fast (docs/performance.md)')
     if options.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Model(model, num_classes, stored, images, patches, rng_state)
