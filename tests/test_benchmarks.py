@@ -36,6 +36,7 @@ SMALLEST = {
     'validate_loop': '--rounds 1 --model test_resnet --img-size 32 --batch-size 4 --images 20 --workers 0',
     'plan': '--classes 1000 --ranks 2',
     'predict': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --images 8 --workers 0',
+    'predict_memory': '--images 3 5 --ranks 1',
     'probe_speed': '--rounds 1 --model test_resnet --img-size 64 --batch-size 4 --cache-images 8',
     'annotations': '--images 30 --classes 3',
     'collate': '--rounds 1 --batch-size 2 --classes 3 --labels 1',
