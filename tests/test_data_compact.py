@@ -133,7 +133,7 @@ def test_a_large_file_is_read_once_and_again_when_it_or_a_flag_changes(large, tm
     assert read_csv(tmp_path, 'train').class_names == ['dog', 'cat']
 
 
-@pytest.mark.parametrize('block', [1, 7, 1000])
+@pytest.mark.parametrize('block', [*range(1, 20), 1000])
 def test_json_is_read_entry_by_entry(block, tmp_path, monkeypatch):
     monkeypatch.setattr(json_entries, 'BLOCK', block)
     content = {
@@ -148,6 +148,7 @@ def test_json_is_read_entry_by_entry(block, tmp_path, monkeypatch):
         json.dumps(content, indent=1, ensure_ascii=False) + '\n',
         '{}',
         ' { "a" : [ 12 ] }',
+        '{"a": [1.5e3, -0.25, 1E-7,2.5e+30],"b":-1.25e-3,"c":[12e5]}',
     ):
         (tmp_path / 'x.json').write_text(text, encoding='utf-8-sig')
         found = json_entries.read_object(tmp_path / 'x.json')

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
+from timm_mldecoder.checkpoint.published_graph import convert_graph_state_dict
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
 from timm_mldecoder.data.label_graph import read_label_graph, write_label_graph
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
@@ -23,7 +24,6 @@ from timm_mldecoder.label_graph import main as label_graph
 from timm_mldecoder.models.graph import (
     GraphClassifier,
     add_graph_classifier,
-    convert_graph_state_dict,
     empty_graph_classifier,
     graph_options,
     label_edges,

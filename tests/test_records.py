@@ -1,5 +1,6 @@
 """Names as labels of Hugging Face datasets and WebDataset shards, and targets that do not fit the task."""
 
+import io
 import json
 import pickle
 import re
@@ -7,6 +8,7 @@ import shlex
 
 import pytest
 from image_folders import write_images
+from PIL import Image
 from runs import build, summary, train
 from test_train_data import SMALL, write_shards
 
@@ -72,6 +74,24 @@ def test_names_of_rows_are_annotations(tmp_path):
     assert train.class_names == trained and (train[0][1] == train.annotations.target(0)).all()
     names = {dataset.filename(index) for dataset in (train, validation) for index in range(len(dataset))}
     assert len(names) == 12
+
+
+@pytest.mark.parametrize('gone', [None, dict(bytes=b'', path=None)])
+@pytest.mark.parametrize('labels', ['ab', (0, 1)])
+def test_a_row_without_an_image_is_a_damaged_image(gone, labels, tmp_path, caplog):
+    datasets = pytest.importorskip('datasets')
+    pixels = io.BytesIO()
+    Image.new('RGB', (40, 40)).save(pixels, 'PNG')
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value('string' if labels == 'ab' else 'int64'))
+    for split in ('train', 'validation'):
+        images = [gone if number == 2 else dict(bytes=pixels.getvalue(), path=None) for number in range(6)]
+        rows = [dict(image=image, label=labels[number % 2]) for number, image in enumerate(images)]
+        data = datasets.Dataset.from_list(rows, features=features)
+        data.to_parquet(tmp_path / 'rows' / f'{split}-00000-of-00001.parquet')
+    flags = f'--data-dir {tmp_path}/cache --dataset hfds/{tmp_path}/rows --num-classes 2 --epochs 1'
+    run = train(tmp_path / 'cache', tmp_path, *shlex.split(flags), '--val-bad-image', 'skip')
+    assert len(summary(run)) == 1
+    assert caplog.text.count('image 2 of the dataset') >= 2
 
 
 def test_a_name_per_image_is_a_class(tmp_path):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from timm_mldecoder.checkpoint.published_graph import convert_backbone, convert_graph_state_dict
 from timm_mldecoder.checkpoint.read import weights_of
 from timm_mldecoder.checkpoint.repairs import repair_attention
 from timm_mldecoder.head import MLDecoder
 from timm_mldecoder.models.attach import MLDecoderModel
 from timm_mldecoder.models.classifier_model import shorten, state_dict_mismatches
-from timm_mldecoder.models.graph import convert_backbone, convert_graph_state_dict
 
 OURS = 'timm_mldecoder'
 # Name of the group fully-connected weight, different in every layout -> the layout.

@@ -257,5 +257,8 @@ def strict(dataset: Dataset) -> Dataset:
 
 def image_path(dataset: Any, index: int) -> str:
     """Return the file of an image, or its number in a dataset without files."""
-    name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    try:
+        name = dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else None
+    except TypeError:  # of timm's reader of rows, of one without an image
+        name = None
     return f'image {index} of the dataset' if name is None else os.fspath(name)  # rows may hold bytes without a name

@@ -10,7 +10,7 @@ from timm_mldecoder.data.text_files import not_utf8, refuse_device
 
 BLOCK = 1 << 20  # characters that are read at a time
 _skip_blanks: Any = re.compile(r'[ \t\n\r]*').match
-_decoder: Any = json.JSONDecoder()
+_decoder = json.JSONDecoder()
 
 
 def read_object(path: Path) -> Iterator[tuple[str, Any]]:
@@ -81,13 +81,11 @@ class _Text:
         while True:
             problem = ''
             try:
-                value, end = _decoder.scan_once(self._text, self._at)
-                if end < len(self._text):  # a number may go on behind what was read
+                value, end = _decoder.raw_decode(self._text, self._at)
+                if end + 2 < len(self._text):  # a number may go on behind what was read: `.5`, `e+3`
                     break
             except json.JSONDecodeError as error:
                 problem, end = error.msg, error.pos
-            except StopIteration as error:
-                problem, end = 'expected a value', error.value
             except RecursionError:
                 raise self.error('nested too deeply') from None
             if not self._read():

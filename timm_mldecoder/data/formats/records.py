@@ -163,7 +163,9 @@ class RowDataset(MultiLabelDataset):
         self._images = self.reader.dataset.select_columns([self.reader.image_key])
 
     def _load(self, path: str) -> Any:
-        image = self._images[int(path)][self.reader.image_key]
+        image = self._images[int(path)][self.reader.image_key] or {}
+        if not (image.get('bytes') or image.get('path')):
+            raise OSError(f'row {path} has no image')
         content = image['bytes'] or Path(image['path']).read_bytes()
         if self.load_bytes:  # the transform decodes them (`--tf-preprocessing`)
             return content
