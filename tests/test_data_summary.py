@@ -19,6 +19,7 @@ from timm_mldecoder.data import (
     overlap,
     summarize,
 )
+from timm_mldecoder.data.images import strict
 
 
 @pytest.fixture
@@ -141,6 +142,19 @@ def test_wrong_columns_of_a_hugging_face_dataset_are_named_with_the_flag(tmp_pat
         create(input_key='image', target_key='fine')
     with pytest.raises(ValueError, match="'hfds/'"):
         create_dataset('hfds/', str(tmp_path), 'train')
+
+
+def test_a_first_row_without_an_image_is_no_missing_column(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    write_image(tmp_path / 'cat.png', 1)
+    rows = dict(image=[None, str(tmp_path / 'cat.png')], label=[0, 1])
+    data = datasets.Dataset.from_dict(rows).cast_column('image', datasets.Image())
+    data.to_parquet(tmp_path / 'rows' / 'train-00000-of-00001.parquet')
+    dataset = strict(create_dataset(f'hfds/{tmp_path}/rows', str(tmp_path / 'cache'), 'train', input_key='image'))
+    assert len(dataset) == 2 and dataset[1][1] == 1
+    with pytest.raises(OSError):
+        dataset[0]
 
 
 def test_classes_are_in_the_order_of_their_indices():

@@ -8,7 +8,7 @@ from typing import Any
 import timm.data
 
 from timm_mldecoder.data.annotations import Annotations, MultiLabelDataset
-from timm_mldecoder.data.class_order import one_order
+from timm_mldecoder.data.class_order import one_order, warn_about_case
 from timm_mldecoder.data.formats import torchvision_sets
 from timm_mldecoder.data.formats.class_folders import create_folder_dataset
 from timm_mldecoder.data.formats.coco import read_coco
@@ -21,7 +21,6 @@ from timm_mldecoder.data.formats.voc import read_voc
 from timm_mldecoder.data.missing_images import apply_policy, with_paths_on_disk
 from timm_mldecoder.data.same_files import merge_same_files
 from timm_mldecoder.data.summary import DatasetSummary, class_to_index, cooccurrence, overlap, summarize
-from timm_mldecoder.data.text_files import warn_about_case
 
 # name: reader of (root, split) that returns the annotations of one split, and the names of its options
 FORMATS = {
@@ -135,7 +134,8 @@ def _check_columns(name: str, reader) -> None:
     """Raise a ValueError if a Hugging Face dataset lacks the columns of images or targets; timm fails at an image."""
     columns = [column for column in reader.dataset.column_names if column != reader.image_key]
     # timm's cast to images adds a column of None
-    if len(reader) and reader.dataset[0][reader.image_key] is None:
+    table = reader.dataset.data
+    if len(table) and table.column(reader.image_key).null_count == len(table):
         raise ValueError(f'dataset {name!r} has no column {reader.image_key!r}: pass --input-key, one of {columns}')
     missing = [key for key in reader.target_keys or [reader.label_key] if key.partition('/')[0] not in columns]
     if missing:

@@ -1,15 +1,19 @@
-"""One order of class folders and files in every process.
+"""One order of class folders and files in every process, and class names that are almost equal.
 
 timm sorts the set of class names by a key that is equal for `A` and `a`, and for `1` and `01`: their order then depends
 on the hash seed of the process.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from timm.data.readers import reader_image_folder, reader_image_in_tar, reader_image_tar
+
+_logger = logging.getLogger(__name__)
 
 _READERS: tuple[Any, ...] = (reader_image_folder, reader_image_in_tar, reader_image_tar)
 
@@ -43,3 +47,10 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(tuple(_natural(name)), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def warn_about_case(class_names: Iterable[str], source: str | Path) -> None:
+    """Warn of classes that differ only in case or in leading zeros: most often one class, spelled in two ways."""
+    if groups := alike(class_names):
+        shown = '; '.join(', '.join(map(repr, group)) for group in groups[:5]) + ('; ...' if len(groups) > 5 else '')
+        _logger.warning(f'{source}: classes differ only in case or leading zeros: {shown}')

@@ -1,20 +1,14 @@
 """Text files as users write them: UTF-8 with or without a byte order mark, class names in Unicode form NFC."""
 
 import csv
-import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from timm_mldecoder.data.class_order import alike
-
-_logger = logging.getLogger(__name__)
-
 
 _INVISIBLE = dict.fromkeys(map(ord, '\u200b\u2060\ufeff'))  # zero-width characters that no script needs
 _CONTROL = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
@@ -139,13 +133,6 @@ def read_names(path: Path) -> list[str]:
     if repeated or not names:
         raise ValueError(f'{path}: expected one distinct name per line, got {len(names)} lines, repeated: {repeated}')
     return names
-
-
-def warn_about_case(class_names: Iterable[str], source: str | Path) -> None:
-    """Warn of classes that differ only in case or in leading zeros: most often one class, spelled in two ways."""
-    if groups := alike(class_names):
-        shown = '; '.join(', '.join(map(repr, group)) for group in groups[:5]) + ('; ...' if len(groups) > 5 else '')
-        _logger.warning(f'{source}: classes differ only in case or leading zeros: {shown}')
 
 
 def not_utf8(path: Path) -> ValueError:

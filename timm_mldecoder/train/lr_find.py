@@ -51,9 +51,12 @@ def find_lr(run: Run) -> None:
         raise ValueError(f'--lr-find {options.lr_find}: the loss diverged after {len(points)} steps')
     if run.folder is not None:
         write_csv(run.folder / 'lr_find.csv', [Point._fields, *points])
-        steepest = steepest_descent(points)
+        steepest, lowest = steepest_descent(points), min(points, key=lambda point: point.smoothed).lr
         draw(points, steepest, run.folder / 'lr_find.png')
-        _logger.info(f'The loss falls fastest at --lr {steepest:.2g}: {run.folder / "lr_find.png"}')
+        _logger.info(
+            f'The loss falls fastest at a rate of {steepest:.2g} and is lowest at {lowest:.2g}. '
+            f'Try --lr {lowest / 10:.2g}, a tenth of that: {run.folder / "lr_find.png"}'
+        )
 
 
 def steepest_descent(points: list[Point]) -> float:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.data.annotations import POSITIVE, Annotations, cached_annotations
+from timm_mldecoder.data.class_order import warn_about_case
 from timm_mldecoder.data.json_entries import read_object
-from timm_mldecoder.data.text_files import normalize_name, normalize_path, split_names, warn_about_case
+from timm_mldecoder.data.text_files import normalize_name, normalize_path, split_names
 
 _logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, cached_annotations
+from timm_mldecoder.data.class_order import warn_about_case
 from timm_mldecoder.data.formats.csv_blocks import Columns, NotPlainError, read_blocks
 from timm_mldecoder.data.text_files import (
     check_field,
@@ -33,7 +34,6 @@ from timm_mldecoder.data.text_files import (
     read_rows,
     split_name,
     split_names,
-    warn_about_case,
 )
 
 _logger = logging.getLogger(__name__)

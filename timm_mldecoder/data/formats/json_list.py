@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from timm_mldecoder.data.annotations import Annotations, cached_annotations
+from timm_mldecoder.data.class_order import warn_about_case
 from timm_mldecoder.data.compact import TableBuilder, label_type
 from timm_mldecoder.data.json_entries import read_object
-from timm_mldecoder.data.text_files import Names, normalize_name, normalize_path, split_names, warn_about_case
+from timm_mldecoder.data.text_files import Names, normalize_name, normalize_path, split_names
 
 BLOCK_IMAGES = 2**13
 
