@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 import timm_mldecoder
 from benchmarks import pictures
 from benchmarks.digits import write_digit_scenes, write_digits
-from timm_mldecoder import cli
+from timm_mldecoder import __main__ as cli
 from timm_mldecoder.models.attention_maps import attention_maps, attention_overlay, denormalise
 from timm_mldecoder.runtime.errors import run_command
 

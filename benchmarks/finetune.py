@@ -41,7 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, default=3, help='(default: 3)')
     parser.add_argument('--images', type=int, default=400, help='training pictures (default: 400)')
     parser.add_argument('--size', type=int, default=160, help='pixels (default: 160)')
-    parser.add_argument('--flags', type=json.loads, default={}, help='more flags of train, as JSON: tries of a recipe')
+    parser.add_argument(
+        '--flags', type=json.loads, default={}, help='more flags of train, as JSON, such as another config'
+    )
     return parser.parse_args(arguments)
 
 
@@ -69,11 +71,12 @@ def train_once(options: argparse.Namespace, key: dict) -> dict:
     reader = dict(dataset='csv') if task == 'multilabel' else {}
     shutil.rmtree(options.folder / 'runs', ignore_errors=True)  # of a grid that was stopped
     begin = time.perf_counter()
+    flags = dict(config=f'finetune/{task}') | HEADS[key['head']] | key['flags']
     result = timm_mldecoder.train(
-        data, config=f'finetune/{task}', model=f'local-dir:{options.folder / key["model"]}', pretrained=True,
+        data, model=f'local-dir:{options.folder / key["model"]}', pretrained=True,
         img_size=key['size'], lr=float(key['rate']), seed=key['seed'],
         output=options.folder / 'runs', experiment='run', device='cpu', channels_last=True,
-        workers=0, checkpoint_hist=1, **reader, **{**HEADS[key['head']], **key['flags']},
+        workers=0, checkpoint_hist=1, **reader, **flags,
     )  # fmt: skip
     minutes = (time.perf_counter() - begin) / 60
     metric = METRICS[task]

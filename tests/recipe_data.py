@@ -13,8 +13,8 @@ from multilabel_data import LABELS, WRITTEN, write_image, write_text
 from PIL import Image
 from timm.models import save_for_hf
 
+from timm_mldecoder.data.class_files import write_priors
 from timm_mldecoder.data.formats.voc import CLASSES as VOC_CLASSES
-from timm_mldecoder.data.priors import write_priors
 from timm_mldecoder.data.word_embeddings import write_word_embeddings
 
 NUS_LABELS = {

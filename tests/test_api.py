@@ -14,7 +14,7 @@ from PIL import Image
 from runs import ROOT, environment, write_data
 
 import timm_mldecoder
-from timm_mldecoder import cli
+from timm_mldecoder import __main__ as cli
 from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.predict.__main__ import main as predict
 from timm_mldecoder.runtime.errors import run_command

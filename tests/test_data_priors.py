@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from timm_mldecoder.data.priors import read_priors, write_priors
+from timm_mldecoder.data.class_files import read_priors, write_priors
 from timm_mldecoder.losses import create_loss
 
 NAMES = ['cat', 'dog, large', 'gnu']

@@ -77,8 +77,8 @@ def module_of(path: Path) -> str:
     return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
 
 
-# the scripts under another name, and the command that starts the others
-NOT_HERE = {'timm_mldecoder', 'timm_mldecoder.cli', 'timm_mldecoder.train', 'timm_mldecoder.validate'}
+# the command that starts the others, and the scripts under another name
+NOT_HERE = {'timm_mldecoder', 'timm_mldecoder.train', 'timm_mldecoder.validate'}
 COMMANDS = [module_of(path) for path in sorted(ROOT.glob('timm_mldecoder/**/*.py')) if is_command(path)]
 COMMANDS = [name for name in COMMANDS if name not in NOT_HERE]
 

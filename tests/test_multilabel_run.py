@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from benchmarks.digits import NAMES, write_digit_scenes
 from timm_mldecoder.checkpoint.read import read_checkpoint
 from timm_mldecoder.data import create_dataset
-from timm_mldecoder.data.priors import read_priors
+from timm_mldecoder.data.class_files import read_priors
 from timm_mldecoder.distributed.world import World, join_world
 from timm_mldecoder.flags import parse_train
 from timm_mldecoder.losses import AngularMarginLoss, AsymmetricLoss, ClassAwareSelectiveLoss

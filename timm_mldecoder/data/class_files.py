@@ -1,5 +1,6 @@
-"""Files of class names, thresholds, categories and implications that a user has for a model."""
+"""Files of class names, thresholds, priors, categories and implications that a user has for a model."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,41 @@ def read_thresholds(path: Path, class_names: Sequence[str] | None, task: str = '
             raise ValueError(f'{path}: no threshold of class {name!r}')
         found[name] = _probability(values[name], f'{path}: threshold of class {name!r}')
     return found
+
+
+PRIORS_HEADER = ['Classes', 'avg_pred']
+
+
+def write_priors(path: str | Path, class_names: Sequence[str], priors: Tensor) -> None:
+    """Write the prior of each class, [C] in [0, 1]: its estimated frequency, for `--loss csl` (arXiv 2110.10955).
+
+    The layout is that of the published files. The estimate is the mean predicted probability of a model trained with
+    mode 'ignore' (`validate.py --write-class-priors`).
+    """
+    with Path(path).open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(PRIORS_HEADER)
+        writer.writerows(zip(class_names, priors.tolist(), strict=True))
+
+
+def read_priors(path: str | Path, class_names: Sequence[str]) -> Tensor:
+    """Read what `write_priors` writes, float32 [C] in the order of `class_names`.
+
+    Raises:
+        ValueError: If a line is malformed, or the classes of the file are not `class_names`.
+    """
+    priors = {}
+    for line, row in read_rows(Path(path)):
+        if row == PRIORS_HEADER and line == 1:
+            continue
+        if len(row) < 2:
+            raise ValueError(f'{path}, line {line}: expected class and prior, got {row}')
+        name = normalize_name(row[0])
+        priors[name] = _probability(row[1], f'{path}, line {line}: the prior of {name!r}')
+    missing, unknown = [sorted(set(a) - set(b)) for a, b in ((class_names, priors), (priors, class_names))]
+    if missing or unknown:
+        raise ValueError(f'{path} does not have the classes of the dataset: missing {missing}, unknown {unknown}')
+    return torch.tensor([priors[name] for name in class_names])
 
 
 def read_categories(path: Path, class_names: Sequence[str]) -> Tensor:

@@ -56,6 +56,13 @@ class Paths:
         np.cumsum(list(map(len, texts)), out=offsets[1:])
         return cls(np.frombuffer(b''.join(texts), dtype=np.uint8), offsets)
 
+    @classmethod
+    def of_arrow(cls, strings: Any) -> 'Paths':
+        """Take the strings of an Arrow array as they lie in memory."""
+        _, offsets, data = strings.buffers()
+        cuts = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
+        return cls(np.frombuffer(data, dtype=np.uint8), cuts)
+
     def __len__(self) -> int:
         return len(self._offsets) - 1 if self._chosen is None else len(self._chosen)
 
@@ -105,10 +112,6 @@ class Paths:
         step = max(1, BLOCK // 32)
         for first in range(0, len(self), step):
             yield first, self[first : first + step]
-
-    def changed(self, change: Callable[[bytes], bytes]) -> 'Paths':
-        """Return these paths as `change` makes them, whenever they are read."""
-        return Paths(self._data, self._offsets, self._chosen, change)
 
     @property
     def width(self) -> int:

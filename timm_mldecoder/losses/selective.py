@@ -24,8 +24,8 @@ class ClassAwareSelectiveLoss(AsymmetricLoss):
         weight_pos: Weight of positives, its `alpha_pos`. A soft target y has y weight_pos + (1 - y) weight_neg.
         weight_neg: Weight of annotated negatives, its `alpha_neg`.
         clip: See `AsymmetricLoss`.
-        class_prior: Estimated frequency of each class, [C]; see `timm_mldecoder.data.priors`. Without it, 'selective'
-            uses the likelihood alone.
+        class_prior: Estimated frequency of each class, [C]; see `timm_mldecoder.data.class_files`. Without it,
+            'selective' uses the likelihood alone.
         prior_threshold: 'selective' ignores unannotated entries of more frequent classes.
         likelihood_topk: 'selective' ignores the `likelihood_topk` * B most likely unannotated entries of a batch.
         smoothing: See `MultiLabelLoss`.

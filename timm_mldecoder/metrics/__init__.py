@@ -1,7 +1,6 @@
 """Multi-label and zero-shot metrics, exact across ranks."""
 
-from timm_mldecoder.metrics.class_priors import MeanProbability
 from timm_mldecoder.metrics.multilabel import MultiLabelEvaluator, average_precision, best_thresholds
 from timm_mldecoder.metrics.zero_shot import ZeroShotEvaluator
 
-__all__ = ['MeanProbability', 'MultiLabelEvaluator', 'ZeroShotEvaluator', 'average_precision', 'best_thresholds']
+__all__ = ['MultiLabelEvaluator', 'ZeroShotEvaluator', 'average_precision', 'best_thresholds']

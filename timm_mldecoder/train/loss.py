@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_mldecoder.data import MultiLabelDataset, summarize
-from timm_mldecoder.data.priors import read_priors
+from timm_mldecoder.data.class_files import read_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.evaluation.evaluate import multilabel_evaluator
 from timm_mldecoder.flags import scores_both

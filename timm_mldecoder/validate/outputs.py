@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_mldecoder.checkpoint.folders import store_thresholds
-from timm_mldecoder.data.priors import write_priors
+from timm_mldecoder.data.class_files import write_priors
 from timm_mldecoder.distributed.world import World
 from timm_mldecoder.flags.options import ReportOptions
-from timm_mldecoder.metrics import MeanProbability, MultiLabelEvaluator
+from timm_mldecoder.metrics import MultiLabelEvaluator
 from timm_mldecoder.runtime.files import write_atomically
 from timm_mldecoder.validate.report_scores import ratios
 
@@ -24,21 +24,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class MultiLabelOutputs:
-    """Sees the scores of an evaluation, and writes what the options request once all are there."""
+    """Writes what the options request of an evaluation's scores."""
 
     options: ReportOptions
-    evaluator: MultiLabelEvaluator  # of the same scores
+    evaluator: MultiLabelEvaluator  # holds the scores
     class_names: list[str]
-    max_samples: int | None  # images of this rank that are not padding, None for all
     world: World
-
-    def __post_init__(self) -> None:
-        self._priors = MeanProbability(len(self.class_names), self.world.device, max_samples=self.max_samples)
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Take in logits [B, C]."""
-        if self.options.write_class_priors:
-            self._priors.update(output)
 
     def write(self, content: dict[str, Any]) -> None:
         """Write what was requested, given what the checkpoint holds; a collective call, after the metrics.
@@ -46,7 +37,9 @@ class MultiLabelOutputs:
         All are at the thresholds of the evaluator, which are the tuned ones with `--write-thresholds`.
         """
         options, distributed = self.options, self.world.distributed
-        priors = self._priors.compute(distributed) if options.write_class_priors else None
+        priors = None
+        if options.write_class_priors:
+            priors = self.evaluator.per_class(lambda logits, _: logits.sigmoid().double().mean(0), distributed)
         counts = self.evaluator.class_counts(distributed=distributed) if options.class_report else None
         if not self.world.primary:
             return

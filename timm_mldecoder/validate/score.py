@@ -70,7 +70,7 @@ def score_model(options: Options, world: World) -> Result:
     predicted = PredictedClasses(evaluator, names if valid_labels is None else None, limit, world)
     labels = names or [str(index) for index in range(num_classes)]
     multilabel = options.task == 'multilabel'
-    outputs = [MultiLabelOutputs(options, evaluator, labels, limit, world)] if multilabel else []
+    outputs = [MultiLabelOutputs(options, evaluator, labels, world)] if multilabel else []
     categories = read_categories(Path(file), labels) if (file := options.threshold_categories) else None
     report = Report(options, dataset, names, evaluator, loader, limit, world) if options.report else None
     try:
@@ -83,7 +83,7 @@ def score_model(options: Options, world: World) -> Result:
             log=EvalLog('Test', evaluator, len(loader), options.log_freq, world.primary),
             views=test_time_views(options.tta, config['input_size'][1:]),
             classes=valid_labels,
-            measures=[measure.update for measure in (predicted, *extra, *outputs, *([report] if report else []))],
+            measures=[measure.update for measure in (predicted, *extra, *([report] if report else []))],
         )
     finally:
         loader.close()

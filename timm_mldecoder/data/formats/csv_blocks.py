@@ -142,7 +142,7 @@ def _arrow_blocks(path: Path, columns: Columns, separator: str, names: Names) ->
                     raise NotPlainError
                 if len(paths):
                     labels = [parts(field, value) for field, value in zip(fields, columns.labels.values(), strict=True)]
-                    yield _block(_packed(paths), labels)
+                    yield _block(Paths.of_arrow(paths), labels)
         except pyarrow.ArrowException as error:
             raise NotPlainError from error
 
@@ -167,10 +167,3 @@ def _csv_blocks(path: Path, columns: Columns, separator: str, names: Names) -> I
             yield _block(Paths.of([text.encode() for text in fields[columns.path]]), parts)
     except ValueError as error:  # rows of several lengths, or not CSV
         raise NotPlainError from error
-
-
-def _packed(strings: Any) -> Paths:
-    """Return the strings of an Arrow array, without a Python object for each."""
-    _, offsets, data = strings.buffers()
-    cuts = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
-    return Paths(np.frombuffer(data, dtype=np.uint8), cuts)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from timm_mldecoder.data.annotations import IGNORED, NEGATIVE, POSITIVE, Annotations, cached_annotations
-from timm_mldecoder.data.compact import Table, make_table
+from timm_mldecoder.data.compact import Paths, Table, make_table
 from timm_mldecoder.data.text_files import normalize_name, read_names, read_rows
 from timm_mldecoder.data.word_embeddings import load_tensors
 
@@ -113,7 +113,7 @@ def _read_with_csv(path: Path, class_index: dict[str, int], folder: str) -> tupl
 
 def _read_with_pyarrow(
     path: Path, class_index: dict[str, int], folder: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+) -> tuple[Paths, np.ndarray, np.ndarray, np.ndarray] | None:
     """The same as `_read_with_csv`, vectorized; None without pyarrow or if anything in the file is not as expected."""
     try:
         import pyarrow
@@ -151,7 +151,7 @@ def _read_with_pyarrow(
     kept = label != SKIPPED
     if not kept.all():
         image, label, value = image[kept], label[kept], value[kept]
-    paths = fixed_width(images, f'{folder}/'.encode(), b'.jpg')
+    paths = Paths.of_arrow(compute.binary_join_element_wise(f'{folder}/', images, '.jpg', ''))
     used = np.zeros(len(paths), dtype=bool)
     used[image] = True
     if not used.all():  # images without any of the classes, and the order in which those with one come first
@@ -169,26 +169,6 @@ def _translate(column: Any, meanings: dict[str, int]) -> np.ndarray:
     found = [meanings.get(name, UNKNOWN) for name in column.dictionary.to_pylist()]
     # to_numpy would import pandas where that is installed
     return np.array(found, dtype=np.int32)[np.from_dlpack(column.indices)]
-
-
-def fixed_width(strings: Any, prefix: bytes, suffix: bytes) -> np.ndarray:
-    """Strings of an Arrow array between `prefix` and `suffix`, as a bytes array, without a Python object each."""
-    _, offsets, data = strings.buffers()
-    offsets = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
-    content = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
-    lengths = np.diff(offsets)
-    width = len(prefix) + int(lengths.max(initial=0)) + len(suffix)
-    result = np.zeros((len(strings), width), dtype=np.uint8)
-    result[:, : len(prefix)] = np.frombuffer(prefix, dtype=np.uint8)
-    if (lengths == lengths[0]).all():
-        result[:, len(prefix) : width - len(suffix)] = content.reshape(len(strings), -1)
-        result[:, width - len(suffix) :] = np.frombuffer(suffix, dtype=np.uint8)
-    else:
-        column = np.arange(width) - len(prefix)
-        result[(column >= 0) & (column < lengths[:, None])] = content
-        for index, byte in enumerate(suffix):
-            result[np.arange(len(strings)), len(prefix) + lengths + index] = byte
-    return result.view(f'S{width}').ravel()
 
 
 def _read_csl(root: Path, split: str) -> Annotations:
