@@ -1,9 +1,13 @@
 """A user's mistake ends with exit code 2 and one line that names it."""
 
+import os
 import re
+import select
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -180,6 +184,22 @@ def test_cuda_where_there_is_none(data, line_of):
     line = line_of(train_main, data, *MODEL, '--device', 'cuda')
     assert '--device cuda' in line and '--device cpu' in line
     assert parse_train([str(data), *MODEL]).device == parse_validate([str(data)]).device == 'cpu'
+
+
+@pytest.mark.skipif(not hasattr(select, 'poll'), reason='POSIX alone tells that nobody reads a pipe')
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('flags', ['--help', 'train --help-all', 'validate'])
+def test_a_reader_of_the_output_that_ends_early_is_no_error(flags, unbuffered, monkeypatch):
+    monkeypatch.setenv('PYTHONUNBUFFERED', unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        command = [sys.executable, '-m', 'timm_mldecoder', *flags.split()]
+        process = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    if flags == 'validate':  # has nothing to print: its error stays
+        assert process.returncode == 2 and 'DIR' in process.stderr
+    else:
+        assert (process.returncode, process.stderr) == (141, '')
 
 
 def test_a_warning_is_one_line_without_code(capsys, caplog):

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import platform
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from timm_mldecoder.runtime import signals
 USER_ERROR = 2  # as argparse exits
 FAILURE = 1
 INTERRUPTED = 130  # Ctrl-C before there is anything to save
+NO_READER = 141  # the program that read our output has ended, as `head` does; what SIGPIPE gives other programs
 
 # What torch raises on a CPU as a plain RuntimeError; the last is oneDNN's, for its own scratch memory.
 _CPU_MESSAGES = ("can't allocate memory", 'not enough memory', 'could not create a primitive')
@@ -65,16 +67,35 @@ def run_command(main: Callable[[], None]) -> int:
     keep_freed_memory()
     try:
         main()
+        sys.stdout.flush()
     except signals.Stopped:
         signals.ignore()
         raise
     except ValueError as error:
         return _report(error, USER_ERROR, rank)
     except (RunFailed, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return NO_READER
         return _report(error, FAILURE, rank)
+    except SystemExit:  # after --help
+        if _reader_has_left():
+            return NO_READER
+        raise
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _reader_has_left() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more; what is left to write then goes nowhere."""
+    if not isinstance(sys.stdout, io.TextIOWrapper) or not hasattr(select, 'poll'):
+        return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)  # errors alone
+    if not pipe.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _report(error: Exception, code: int, rank: str) -> int:
