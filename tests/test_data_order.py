@@ -20,7 +20,7 @@ from timm_mldecoder.data import Annotations, MultiLabelDataset, class_to_index, 
 from timm_mldecoder.data.class_order import alike, sort_key
 from timm_mldecoder.distributed.world import join_world
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.loading.compare_classes import likely_causes, use_classes_of
+from timm_mldecoder.loading.compare_classes import check_same_classes, likely_causes, use_classes_of
 from timm_mldecoder.loading.ranks import _describe
 from timm_mldecoder.train.build_run import build_run
 from timm_mldecoder.train.loss import _weights_of_counts
@@ -147,6 +147,18 @@ def test_the_classes_of_a_split_that_lacks_some_are_numbered_as_in_the_checkpoin
         assert numbers == shown[Path(file).parent.name]
     use_classes_of(dataset, TRAINED[:3])  # not all of them: left for the error
     assert list(class_to_index(dataset)) == TRAINED
+
+
+def test_folders_for_validation_may_lack_a_class_of_training(tmp_path, caplog):
+    write_folders(tmp_path, TRAINED)
+    write_folders(tmp_path, ['green', 'white'], 'validation')
+    train, validation = (create_dataset('', str(tmp_path), split) for split in ('train', 'validation'))
+    check_same_classes(train, validation)
+    assert [validation[index][1] for index in range(4)] == [1, 1, 3, 3]
+    assert "the data has no 'blue', 'red'" in caplog.text
+    write_folders(tmp_path, ['pink'], 'validation')
+    with pytest.raises(ValueError, match='differ in their classes'):
+        check_same_classes(train, create_dataset('', str(tmp_path), 'validation'))
 
 
 @pytest.mark.parametrize(

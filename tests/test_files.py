@@ -198,7 +198,7 @@ def test_tables_as_people_write_them(text, options, tmp_path):
         ('path,labels\nx/0.png,"[1, 2]"\nx/1.png,[1]\n', '--label-separator list'),
         ('path,cat,dog\nx/0.png,1,many\n', r"train\.csv, line 2: .*'dog'.*--label-column"),
         ('file,names\n' + rows(), '--path-column'),
-        ('file;names\n' + rows(';'), r"got \['file', 'names'\]; --path-column"),
+        ('file;names\n' + rows(';'), r"got \['file', 'names'\], .*; --path-column"),
         ('path,labels\n' + rows() + 'x/1.png,NaN\n', r"train\.csv, line 6: .*'NaN'.*empty cell"),
         ('path,labels\nx\\0.png,cat\nx\\9.png,dog\n', r'2 of 2 images are missing .*Windows'),
     ],
@@ -274,6 +274,52 @@ def test_what_spreadsheets_leave_behind_is_no_class(text, expected, tmp_path):
     dataset = create_dataset('csv', str(tmp_path), 'train')
     assert dataset.class_names == ['cat', 'dog']
     assert [[dataset.class_names[i] for i in dataset[n][1].nonzero()[:, 0]] for n in range(2)] == expected
+
+
+def test_every_column_of_labels_is_a_class_and_so_is_every_ignored_label(tmp_path):
+    write_table(tmp_path, 'path,dog,cat,gnu,owl\nx/0.png,1,0,0,-1\nx/1.png,0,1,0,-1\n')
+    dataset = create_dataset('csv', str(tmp_path), 'train')
+    assert dataset.class_names == ['cat', 'dog', 'gnu', 'owl']
+    assert [dataset[n][1].tolist() for n in range(2)] == [[0, 1, 0, -1], [1, 0, 0, -1]]
+    write_table(tmp_path, 'path,cat,yak\nx/0.png,1,0\n', 'validation.csv')  # one more column, without a label
+    assert create_dataset('csv', str(tmp_path), 'validation')[0][1].tolist() == [1, 0, 0, 0]
+    write_table(tmp_path, 'path,labels,ignored\nx/0.png,cat,owl\nx/1.png,dog,owl\n', 'train.csv')
+    dataset = create_dataset('csv', str(tmp_path), 'train')
+    assert dataset.class_names == ['cat', 'dog', 'owl'] and dataset[1][1].tolist() == [0, 1, -1]
+
+
+def test_some_columns_are_chosen_among_others(tmp_path, caplog):
+    caplog.set_level('INFO')
+    write_table(tmp_path, 'path,photographer,dog,is_valid,Cat\nx/0.png,Anna,1,0,0\nx/1.png,Bert,0,1,1\n')
+    dataset = create_dataset('csv', str(tmp_path), 'train', label_column='cat,dog')
+    assert [dataset[n][1].tolist() for n in range(2)] == [[0, 1], [1, 0]]
+    assert 'columns of 0 and 1 are the classes: Cat, dog' in caplog.text
+    with pytest.raises(ValueError, match="no column 'gnu', of .*photographer"):
+        create_dataset('csv', str(tmp_path), 'train', label_column='cat,gnu')
+    with pytest.raises(ValueError, match="line 2: expected 0, 1 or -1 .*'photographer', got 'Anna'; --label-column"):
+        create_dataset('csv', str(tmp_path), 'train')
+    write_table(tmp_path, 'path,red\nx/0.png,1\nx/1.png,0\n')
+    assert [target.tolist() for _, target in create_dataset('csv', str(tmp_path), 'train')] == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('path,red,Red\nx/0.png,1,0\n', r"each once, got \['red'\] more than once"),
+        ('x/0.png,cat\nx/1.png,dog\n', 'which may be a row without a header'),
+        ('path,red,blue\nx/0.png,1,-1\nx/1.png,-1,1\n', r'1 and -1 and no 0 in 2 columns \(blue, red\): -1 says that'),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(text, message, tmp_path):
+    write_table(tmp_path, text)
+    with pytest.raises(ValueError, match=message):
+        create_dataset('csv', str(tmp_path), 'train')
+
+
+def test_a_column_in_which_minus_1_may_say_no_is_warned_of(tmp_path, caplog):
+    write_table(tmp_path, 'path,red,blue\nx/0.png,1,-1\nx/1.png,0,1\n')
+    assert create_dataset('csv', str(tmp_path), 'train')[0][1].tolist() == [-1, 1]
+    assert '1 and -1 and no 0 in 1 columns (blue)' in caplog.text
 
 
 def test_a_list_of_a_prediction_as_excel_and_pandas_write_it(tmp_path):

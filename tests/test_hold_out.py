@@ -144,12 +144,39 @@ def test_a_column_names_the_split(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('column', 'values'),
+    [
+        ('partition', ['0', '0', '1', '2']),  # of CelebA
+        ('is_valid', ['False', 'False', 'True', 'False']),  # of fastai
+        ('is_valid', ['0', '0', '1', '0']),
+    ],
+)
+def test_splits_as_published_tables_have_them(column, values, tmp_path):
+    rows = [f'{labels},{value}' for labels, value in zip(['cat', 'dog', 'cat;dog', 'dog'], values, strict=True)]
+    table = write_table(tmp_path / 'data', rows, f'path,labels,{column}')
+    counts = {'train': values.count(values[0]), 'validation': 1, **({'test': 1} if '2' in values else {})}
+    for split, count in counts.items():
+        assert len(create_dataset('csv', str(table), split, split_column=column)) == count
+    folds = write_table(tmp_path / 'folds', ['cat,0', 'dog,1', 'cat,2'], 'path,labels,fold')
+    with pytest.raises(ValueError, match="no row of the split 'train'"):
+        create_dataset('csv', str(folds), 'train', split_column='fold')
+
+
+def test_validation_images_are_held_out_of_the_training_rows_where_a_column_has_a_test_split_alone(tmp_path):
+    table = write_table(tmp_path / 'data', ['cat,train', 'dog,train'] * 10 + ['cat,test'] * 3, 'path,labels,split')
+    flags = ['--dataset', 'csv', '--task', 'multilabel', '--split-column', 'split', '--val-fraction', '0.2']
+    assert [len(part) for part in splits_of(table, *flags)] == [16, 4]
+    write_table(tmp_path / 'data', ['cat,train', 'dog,train'] * 10 + ['cat,val'] * 3, 'path,labels,split')
+    with pytest.raises(ValueError, match="the column 'split' has rows for validation; leave one out"):
+        splits_of(table, *flags)
+
+
+@pytest.mark.parametrize(
     ('flags', 'message'),
     [
         ('', r'photos\.csv is one file for all splits: .*--val-fraction 0\.2.*--split-column'),
         ('--split-column part', r"no column 'part' for --split-column"),
         ('--split-column fold', r"no row of the split 'validation' .* train \(2 rows\), holdout \(1 rows\)"),
-        ('--split-column fold --val-fraction 0.5', 'contradicts --split-column'),
         ('--val-fraction 0.6', r'0\.6.*0\.5'),
     ],
 )

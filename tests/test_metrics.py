@@ -212,6 +212,12 @@ def test_a_threshold_between_neighbouring_floats_still_separates_them():
     assert low < threshold <= high
 
 
+def test_classes_whose_score_says_nothing_are_named(caplog):
+    target = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, 0.0]])
+    evaluate(torch.zeros(2, 3), target).compute()
+    assert '2 of 3 classes have no negative image and count as AP 100' in caplog.text
+
+
 def rank_main(rank: int, world_size: int, folder: str) -> None:
     """Rank 1 has fewer images than rank 0, rank 2 has none."""
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world_size)

@@ -77,7 +77,7 @@ def test_images_without_class_folders_get_the_flag_of_the_annotations(data, tmp_
 
 
 def test_a_class_without_images(data, tmp_path, line_of):
-    assert 'class_1' in line_of(train_main, without(data, tmp_path, 'validation/class_1/*'), *MODEL)
+    assert 'class_1' in line_of(train_main, without(data, tmp_path, 'train/class_1/*'), *MODEL)
 
 
 def test_another_number_of_classes(data, tmp_path, line_of, checkpoint):
@@ -146,6 +146,16 @@ def test_what_a_model_that_is_evaluated_does_not_take(data, tmp_path, line_of, c
         labels.write_text(text)
         line = line_of(validate_main, *flags, '--valid-labels', labels)
         assert f'--valid-labels {labels}' in line and named in line
+
+
+@pytest.mark.parametrize(
+    'flags',
+    ['test_vit --img-size 60', 'convnext_atto --img-size 20', 'vgg11 --img-size 20', 'mixer_s32_224 --img-size 64'],
+)
+def test_a_size_that_a_model_does_not_take_is_named_before_the_run_begins(data, tmp_path, line_of, flags):
+    line = line_of(train_main, data, '--model', *flags.split(), '--output', tmp_path / 'runs')
+    assert '--img-size' in line and f'{flags.split()[-1]} x {flags.split()[-1]}' in line
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_model_built_for_its_size_by_an_argument_is_evaluated_at_that_size(data, tmp_path):

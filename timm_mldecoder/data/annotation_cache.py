@@ -21,7 +21,7 @@ _chosen: ContextVar[Path | None] = ContextVar('cache folder', default=None)
 
 FOLDER = '.timm_mldecoder'
 FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
-VERSION = 2  # of the layout of the tables
+VERSION = 3  # of the tables: their layout, and which classes they have
 # of every table, see `compact` and `cached_annotations`
 ARRAYS = {'paths', 'offsets', 'start', 'label', 'value', 'classes', 'warnings', 'unlisted'}
 

@@ -7,6 +7,7 @@ from timm_mldecoder.flags.flag import DISTRIBUTED, NO_HEAD, Need, given, train
 from timm_mldecoder.flags.group import Group
 
 # fmt: off
+CROPS = Need(lambda o: o.train_crop_mode != 'squash', '--train-crop-mode rrc: squash takes the whole image')
 AUGMENTS = Need(lambda o: not o.no_aug, 'augmentation, which --no-aug turns off')
 MIXES = given('mixup', 'cutmix', 'cutmix_minmax')
 MIXES_BOTH = Need(lambda o: bool(o.mixup and (o.cutmix or o.cutmix_minmax)), 'both --mixup and --cutmix')
@@ -23,9 +24,9 @@ class AugmentationOptions(Group):
         'keeping the aspect ratio (rkrc, rkrr), or resize without crop (squash)',
         choices=('rrc', 'rkrc', 'rkrr', 'squash'), needs=AUGMENTS)
     scale: list[float] = train([0.08, 1.0], 'smallest and largest area of the random crop, as a share of the image',
-        range='(0, inf)', needs=AUGMENTS)
+        range='(0, inf)', needs=(AUGMENTS, CROPS))
     ratio: list[float] = train([3.0 / 4.0, 4.0 / 3.0], 'smallest and largest aspect ratio of the random crop',
-        range='(0, inf)', needs=AUGMENTS)
+        range='(0, inf)', needs=(AUGMENTS, CROPS))
     hflip: float = train(0.5, 'probability of a horizontal flip', range='[0, 1]', needs=AUGMENTS)
     vflip: float = train(0.0, 'probability of a vertical flip', range='[0, 1]', needs=AUGMENTS)
     color_jitter: float = train(0.4, 'strength of color jitter', range='[0, inf)', needs=AUGMENTS)

@@ -68,7 +68,8 @@ class DatasetOptions(Group):
         needs=with_dataset('csv'), inherited=True)
     path_column: str = both('', 'column of a CSV file that has the paths of images (default: path)',
         needs=with_dataset('csv'), inherited=True)
-    label_column: str = both('', 'column of a CSV file that has the labels (default: labels)',
+    label_column: str = both('', 'column of a CSV file that has the labels (default: labels), '
+        'or columns of 0 and 1, with commas between',
         needs=with_dataset('csv'), inherited=True)
     label_separator: str = both('', 'what is between labels in a CSV file (default: ;) or a string of records '
         '(default: blanks), or list for lists such as [1, 2]', metavar='TEXT',

@@ -139,6 +139,8 @@ def _finish(script: str, parser: Parser, given: dict[str, Any], spelled: Mapping
         rows['config'].check(path, '--config', None)
         recipe = read_config(path, rows, parser, skip=FOLDER if given.keys() & FOLDER else ())
         given['config'] = path  # its name may have been given
+        if 'lr' in resumed:  # computed of the recipe's
+            recipe = {name: value for name, value in recipe.items() if not name.startswith('lr_base')}
     spelled = (
         {name: rows[name].label for name in changed}
         | {name: f'--config {path}: {name}' for name in recipe}

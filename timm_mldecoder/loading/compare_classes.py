@@ -72,8 +72,15 @@ def likely_causes(names: Sequence[str]) -> list[str]:
 
 
 def check_same_classes(train: Any, validation: Any) -> None:
-    """Raise ValueError if two splits number their classes differently."""
-    ours, theirs = class_to_index(train), class_to_index(validation)
+    """Number the classes of folders for validation as those for training, where some of these have no image.
+
+    Raises:
+        ValueError: If two splits number their classes differently.
+    """
+    ours = class_to_index(train)
+    if isinstance(getattr(validation, 'reader', None), ReaderImageFolder):
+        use_classes_of(validation, list(ours or ()), 'in training')
+    theirs = class_to_index(validation)
     if ours is None or theirs is None or ours == theirs:
         return
     odd = sorted(set(ours) ^ set(theirs)) or sorted(name for name in ours if ours[name] != theirs[name])
@@ -83,8 +90,8 @@ def check_same_classes(train: Any, validation: Any) -> None:
     )
 
 
-def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
-    """Number the classes of a dataset as in the checkpoint if all of them are there: some may have no image here."""
+def use_classes_of(dataset: Any, trained: Sequence[str], where: str = 'in the checkpoint') -> None:
+    """Number the classes of a dataset as in `trained` if all of them are there: some may have no image here."""
     present = list(class_to_index(dataset) or ())
     if not present or not trained or present == list(trained):
         return
@@ -106,9 +113,12 @@ def use_classes_of(dataset: Any, trained: Sequence[str]) -> None:
         reader.class_idx_to_name = dict(enumerate(trained))
     else:
         return
-    without = _shown(name for name in trained if name not in present)
-    _logger.info(f'classes are numbered as in the checkpoint; the data has no {without}' if without else
-                 'classes are numbered as in the checkpoint')  # fmt: skip
+    _logger.info(f'classes are numbered as {where}')
+    if without := _shown(name for name in trained if name not in present):
+        text = f'the data has no {without}'
+        if isinstance(dataset, MultiLabelDataset):
+            text += ', which count as absent from every image, so that each prediction of them is wrong'
+        _logger.warning(text)
 
 
 def check_class_names(dataset: Any, trained: list[str] | None) -> None:

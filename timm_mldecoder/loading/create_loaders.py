@@ -29,6 +29,7 @@ from timm_mldecoder.loading.loader import EvalLoader, Placement, SplitDataset, T
 from timm_mldecoder.loading.naflex import PatchFormat, create_train_batches
 from timm_mldecoder.loading.randomness import EpochBatches, Order
 from timm_mldecoder.loading.workers import worker_options
+from timm_mldecoder.runtime.errors import is_out_of_memory, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def resolve_config(
     """Resolve input size, normalization, interpolation and crop; what a checkpoint has `stored` takes precedence.
 
     Raises:
-        ValueError: If the model takes images of another size only.
+        ValueError: If the model does not take images of this size.
     """
     config = resolve_data_config(vars(options), model=model, use_test_size=use_test_size)
     config = {**config, **(stored or {})}
@@ -302,7 +303,7 @@ def create_placement(
 
 
 def _check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
-    """Raise ValueError if images [C, H, W] do not have the one size that a model is built for."""
+    """Raise ValueError if a model does not take images [C, H, W]: one of a size that is not its own is tried."""
     patches = getattr(model, 'patch_embed', None)
     size = getattr(patches, 'img_size', None)
     if getattr(patches, 'strict_img_size', False) and size and tuple(size) != tuple(input_size[1:]):
@@ -310,6 +311,23 @@ def _check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
             f'the model takes images of {size[0]} x {size[1]}, they have {input_size[1]} x {input_size[2]}: pass '
             f'--img-size {size[0]}, or --model-kwargs img_size={input_size[1]}'
         )
+    if tuple(input_size) == tuple(model.pretrained_cfg.get('input_size', ())):
+        return
+    training, evaluating = model.training, [module for module in model.modules() if not module.training]
+    weight = next(model.parameters())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f'--img-size: the model does not take images of {input_size[1]} x {input_size[2]}: {one_line(error)}'
+        ) from error
+    finally:
+        model.train(training)
+        for module in evaluating:
+            module.training = False
 
 
 def balanced_weights(dataset: Any) -> Tensor:

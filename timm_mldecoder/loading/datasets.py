@@ -26,6 +26,7 @@ from timm_mldecoder.data.annotations import POSITIVE, ClassIndex
 from timm_mldecoder.data.class_split import read_class_split, select_classes
 from timm_mldecoder.data.formats.class_folders import split_folder
 from timm_mldecoder.data.formats.coco import LAYOUTS
+from timm_mldecoder.data.formats.csv_list import has_rows
 from timm_mldecoder.data.formats.records import read_by_rule
 from timm_mldecoder.data.hold_out import hold_out
 from timm_mldecoder.data.images import Reading, some_headers, strict
@@ -259,7 +260,9 @@ def _source_of(options: SplitOptions, split: str) -> tuple[str, bool | None]:
             f'{flag}: only CSV, JSON and COCO files, class folders, tars and hfds/ datasets can be divided'
         )
     if kind == 'csv' and options.split_column:
-        raise ValueError(f'{flag} contradicts --split-column {options.split_column}; give one of them')
+        if has_rows(root, validation, options.split_column, options.path_column, options.label_column):
+            raise ValueError(f'{flag}: the column {options.split_column!r} has rows for {validation}; leave one out')
+        return train, split != train
     own = [
         name if kind not in ('csv', 'json') else f'{name}.{kind}' for name in (validation, *split_names('validation'))
     ]

@@ -262,12 +262,14 @@ class MultiLabelEvaluator(ClassificationEvaluator):
         for counts in (class_counts, annotated, sample_f1) if distributed else ():
             dist.all_reduce(counts)
         class_counts, annotated = class_counts.cpu(), annotated.cpu()
-        if without := int((class_counts[0, 2] == 0).sum()):
+        positives = class_counts[0, 2]
+        if without := int((positives == 0).sum()):
             _logger.info(f'{without} of {len(annotated)} classes have no positive image and count as AP 0')
+        if without := int(((positives == annotated) & (positives > 0)).sum()):
+            _logger.warning(f'{without} of {len(annotated)} classes have no negative image and count as AP 100')
 
         metrics = super().compute(distributed)
         self.class_ap = 100 * self.per_class(average_precision, distributed)
-        positives = class_counts[0, 2]
         both = (positives > 0) & (positives < annotated)
         metrics['map'] = self.class_ap.mean().item()
         metrics['map_partial'] = _ratio(self.class_ap[both].sum(), both.sum()).item()

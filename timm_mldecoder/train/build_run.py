@@ -266,6 +266,11 @@ def _create_training(
     head = head_parameters(model.module)
     if options.head_lr_scale != 1:
         scale_rates(optimizer, head, options.head_lr_scale)
+        if options.head_lr_scale < 1 and not options.use_ml_decoder_head:
+            _logger.warning(
+                f'--head-lr-scale {options.head_lr_scale:g}: the recipes have it for ML-Decoder; for a linear layer, '
+                'whose rate it lowers too, pass --head-lr-scale 1'
+            )
     freezer.apply(0)
     if (options.pretrained or options.initial_checkpoint) and not options.resume:
         backbone = (parameter for parameter in model.module.parameters() if id(parameter) not in head)

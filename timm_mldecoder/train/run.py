@@ -129,7 +129,9 @@ class Run:
         saved = self.save_recovery() or self.layout.wait()
         if saved is not None:
             where = f'in epoch {self.state.epoch} after batch {self.state.batch}'
-            _logger.warning(f'{Signals(number).name}: stopped {where}; --resume {saved} continues there')
+            _logger.warning(
+                f'{Signals(number).name}: stopped {where}; the same command with --resume {saved} continues there'
+            )
         raise Stopped(number)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from timm_mldecoder.data import annotations
-from timm_mldecoder.data.compact import POSITIVE, Paths, Table, TableBuilder, label_type
+from timm_mldecoder.data.compact import Paths, Table, TableBuilder, label_type
 from timm_mldecoder.data.same_files import path_ids
 from timm_mldecoder.data.text_files import Names, read_rows
 
@@ -51,7 +51,7 @@ def read_blocks(
     path: Path,
     columns: Columns,
     separator: str,
-    classes: Callable[[set[str], set[str]], list[str]],
+    classes: Callable[[set[str]], list[str]],
     folder: Path | None = None,
 ) -> tuple[list[str], Table]:
     """Read a plain file.
@@ -60,7 +60,7 @@ def read_blocks(
         path: The file.
         columns: Its columns.
         separator: Between labels.
-        classes: Makes the class names of the names that occur, and of those that occur as positive labels.
+        classes: Makes the class names of the names that occur.
         folder: Where the arrays are written while they are read; None for memory.
 
     Returns:
@@ -70,13 +70,10 @@ def read_blocks(
         NotPlainError: If the file is of another form, has a mistake, or a name is not one of the classes.
     """
     names, builder, ids = Names(), TableBuilder(folder), [np.zeros(0, np.int64)]
-    given = np.zeros(0, dtype=bool)
     large = path.stat().st_size >= annotations.CACHED  # to import pyarrow takes longer than to read a small file
     read = (large and _arrow_blocks(path, columns, separator, names)) or _csv_blocks(path, columns, separator, names)
     for block in read:
         ids.append(path_ids(block.paths))
-        given = np.pad(given, (0, len(names.normalized) - len(given)))
-        given[block.label[block.value == POSITIVE]] = True
         builder.add(*block)
     found = np.concatenate(ids)
     del ids
@@ -84,7 +81,7 @@ def read_blocks(
     if not len(found) or (np.diff(found) == 0).any():
         raise NotPlainError
     del found
-    class_names = classes(set(names.normalized), {name for name, code in names.normalized.items() if given[code]})
+    class_names = classes(set(names.normalized))
     if names.unknown(class_names):
         raise NotPlainError
     table = builder.finish(label_type(len(class_names) - 1), names.order(class_names))

@@ -4,11 +4,11 @@
     ROOT/classes.txt                        optional: one class name per line, in the order of the model's outputs
 
 `path` is relative to ROOT. Columns may also be named by options, separated by semicolons or tabs, or be one column of 0
-and 1 per class. `labels` are the classes in the image and `ignored` the classes that were not annotated,
-both separated by semicolons and both possibly empty; every other class is absent. One file may hold all splits, with a
-column that names that of each row. An image may have several rows, for
-instance one per label; their labels are merged. Without `classes.txt` (or `--class-map`) the classes are the sorted
-labels of `train.csv`. Class names are compared in Unicode form NFC.
+and 1 per class. `labels` are the classes in the image and `ignored` the classes that were not annotated, both separated
+by semicolons and both possibly empty; every other class is absent. One file may hold all splits, with a column that
+names that of each row. An image may have several rows, for instance one per label; their labels are merged. Without
+`classes.txt` (or `--class-map`) the classes are the sorted labels, or columns of labels, of `train.csv`. Their
+names are compared in Unicode form NFC.
 """
 
 import ast
@@ -16,7 +16,7 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +42,7 @@ SEPARATOR = ';'
 LIST = 'list'  # in place of a separator
 EMPTY_CELLS = {'nan', 'NaN', '<NA>'}  # what pandas writes for them
 DELIMITERS = (',', ';', '\t')
+NUMBERED_SPLITS = {'0': 'train', '1': 'validation', '2': 'test'}  # of CelebA
 ONE_HOT = {
     **dict.fromkeys(('0', '0.0', 'false', 'no'), NEGATIVE),
     **dict.fromkeys(('1', '1.0', 'true', 'yes'), POSITIVE),
@@ -60,6 +61,7 @@ class Table:
     columns: dict[int, int]  # number of a column of names: POSITIVE or IGNORED
     one_hot: dict[int, str]  # number of a column of 0, 1 and -1 (ignored): name of its class
     split: int | None = None  # number of the column of splits
+    with_zero: set[int] = field(default_factory=set)  # the columns in which a 0 was read
 
 
 def split_labels(field: str, separator: str = SEPARATOR) -> list[str]:
@@ -106,16 +108,23 @@ def _open_table(path: Path, path_column: str, label_column: str, split_column: s
         columns = {
             names.index(name): value for name, value in ((labels, POSITIVE), ('ignored', IGNORED)) if name in names
         }
+        chosen = [normalize_name(name).lower() for name in label_column.split(',')]  # several are columns of 0 and 1
         one_hot = {}
-        if labels not in names and not label_column and len(names) > 2:
+        if labels not in names and (not label_column or len(chosen) > 1):
             others = {place, split, *columns}
             others |= {n for n, name in enumerate(names) if not name or name.startswith('unnamed: ')}  # pandas' index
             one_hot = {n: normalize_name(name) for n, name in enumerate(header) if n not in others}
+        if label_column and one_hot:
+            if unknown := {*chosen} - {*names}:
+                raise ValueError(f'{path}, line {skip + 1}: --label-column: no column {min(unknown)!r}, of {header}')
+            one_hot = {n: name for n, name in one_hot.items() if names[n] in chosen}
         if labels in names or one_hot:
             return Table(delimiter, skip, header, place, columns, one_hot, split)
+    repeated = [name for name, count in Counter(normalize_name(name).lower() for name in best).items() if count > 1]
+    found = f'{repeated} more than once' if any(repeated) else f'{best}, which may be a row without a header above it'
     raise ValueError(
-        f'{path}, line {skip + 1}: the header must hold {paths} and {labels}, each once, got {best}; --path-column and '
-        '--label-column name others'
+        f'{path}, line {skip + 1}: the header must hold {paths} and {labels}, or {paths} and columns of 0 and 1, each '
+        f'once, got {found}; --path-column and --label-column name others'
     )
 
 
@@ -134,6 +143,7 @@ def read_images(
         path: The file.
         path_column: Name of the column of paths, `path` if empty.
         label_column: Name of the column of labels, `labels` if empty; without one, columns of 0 and 1 are classes.
+            Several names, with commas between, are some such columns.
         label_separator: Between labels, `;` if empty; `list` for lists such as `['a', 'b']`.
         split_column: Name of the column that has the split of each row; empty to read every row.
         split: Split to read, of that column.
@@ -149,7 +159,7 @@ def read_images(
     count = 0
     interned: dict[str, str] = {}  # one object per name, not one per row
     for line, row in _checked_rows(path, table, separator):
-        if table.split is not None and split_name(row[table.split]) != split_name(split):
+        if table.split is not None and _split_of(table, row) != split_name(split):
             continue
         where = f'{path}, line {line}'
         file, positive = row[table.path].strip(), (POSITIVE, line)
@@ -168,16 +178,45 @@ def read_images(
                 )
         count += 1
     if not count and (rows := list(_checked_rows(path, table, separator))):
-        splits = Counter(split_name(row[table.split or 0]) for _, row in rows)
+        splits = Counter(_split_of(table, row) for _, row in rows)
         found = ', '.join(f'{name} ({number} rows)' for name, number in splits.most_common(8))
         raise ValueError(f'{path}: no row of the split {split!r} in the column {split_column!r}, which has {found}')
     if not count:
         raise ValueError(f'{path}: a header and no rows, so no image')
     if count > len(images):
         _logger.info(f'{path}: merged {count} rows into {len(images)} images')
-    if not label_separator and not table.one_hot:
+    if table.one_hot:
+        _check_zeros(path, table, images)
+    elif not label_separator:
         _offer_separator(path, {name for labels in images.values() for name in labels})
     return images
+
+
+def _split_of(table: Table, row: list[str]) -> str:
+    """The split of a row: a name, a number as CelebA has it, or whether the row is for validation, as in fastai."""
+    assert table.split is not None
+    value, column = row[table.split].strip().lower(), table.header[table.split].strip().lower()
+    if 'val' in column and value in ONE_HOT:
+        return 'validation' if ONE_HOT[value] == POSITIVE else 'train'
+    if value in NUMBERED_SPLITS and ('partition' in column or 'split' in column):  # others may be folds
+        return NUMBERED_SPLITS[value]
+    return split_name(value)
+
+
+def _check_zeros(path: Path, table: Table, images: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
+    """Look for -1 that means no: in the columns that have 1 and -1 alone."""
+    names = {name for number, name in table.one_hot.items() if number not in table.with_zero}
+    values = {value: {name for labels in images.values() for name, (given, _) in labels.items() if given == value}
+              for value in (POSITIVE, IGNORED)}  # fmt: skip
+    odd = sorted(names & values[POSITIVE] & values[IGNORED])
+    text = f'{path}: 1 and -1 and no 0 in {len(odd)} columns ({", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""})'
+    if odd and not table.with_zero:
+        raise ValueError(
+            f'{text}: -1 says that a label was not annotated. If it says no here, write 0; if not, give the classes as '
+            'columns labels and ignored'
+        )
+    if odd:
+        _logger.warning(f'{text}: -1 says that a label was not annotated; if it says no, write 0')
 
 
 def _checked_rows(path: Path, table: Table, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -216,10 +255,12 @@ def _labels(table: Table, row: list[str], separator: str, where: str) -> Iterato
         value = ONE_HOT.get(row[number].strip().lower())
         if value is None:
             raise ValueError(
-                f'{where}: expected 0, 1 or -1 (ignored) in the column {name!r}, got {row[number]!r}; a column of '
-                'names is called labels, or named by --label-column'
+                f'{where}: expected 0, 1 or -1 (not annotated) in the column {name!r}, got {row[number]!r}; '
+                '--label-column names the column of labels, or those of 0 and 1 with commas between'
             )
-        if value != NEGATIVE:
+        if value == NEGATIVE:
+            table.with_zero.add(number)
+        else:
             yield name, value
 
 
@@ -252,6 +293,13 @@ def write_csv(
                 path = f'{split}/{number:05d}.png'
                 Image.fromarray(image).save(root / path)
                 writer.writerow([path, SEPARATOR.join(labels)])
+
+
+def has_rows(root: Path, split: str, split_column: str, path_column: str = '', label_column: str = '') -> bool:
+    """Return whether a file of all splits has rows of a split."""
+    path = _find_table(root, split, split_column)
+    table = _open_table(path, path_column, label_column, split_column)
+    return any(_split_of(table, row) == split_name(split) for _, row in _checked_rows(path, table, SEPARATOR))
 
 
 def _find_table(root: Path, split: str, split_column: str) -> Path:
@@ -328,14 +376,14 @@ def _read_plain(
     if table.one_hot or table.split is not None or separator == LIST or '' in table.header:
         return None
 
-    def classes(names: set[str], given: set[str]) -> list[str]:
+    def classes(names: set[str]) -> list[str]:
         if not columns.get('label_separator'):
             _offer_separator(path, names)
         if not listed and names & EMPTY_CELLS:
             raise NotPlainError
         if listed:
             return read_names(source)
-        return sorted(given) if source == path else read_csv(root, 'train', **columns).class_names
+        return sorted(names) if source == path else read_csv(root, 'train', **columns).class_names
 
     try:
         plain = Columns(table.delimiter, table.skip, table.header, table.path, table.columns)
@@ -361,9 +409,10 @@ def _read_rows(
             if 'no row of the split' not in str(error):
                 raise
             train_images = read_images(source, class_map=listed, **columns)  # splits of other names: all rows
-        class_names = sorted(
-            {name for labels in train_images.values() for name, (value, _) in labels.items() if value == POSITIVE}
-        )
+        table = _open_table(source, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
+        class_names = sorted({*table.one_hot.values(), *(name for labels in train_images.values() for name in labels)})
+        if table.one_hot:
+            _logger.info(f'{source}: columns of 0 and 1 are the classes: {", ".join(class_names)}')
     class_index = {name: index for index, name in enumerate(class_names)}
 
     image, label, values = [], [], []
