@@ -177,12 +177,8 @@ def read_images(
                     f'{labels[name][1]})'
                 )
         count += 1
-    if not count and (rows := list(_checked_rows(path, table, separator))):
-        splits = Counter(_split_of(table, row) for _, row in rows)
-        found = ', '.join(f'{name} ({number} rows)' for name, number in splits.most_common(8))
-        raise ValueError(f'{path}: no row of the split {split!r} in the column {split_column!r}, which has {found}')
     if not count:
-        raise ValueError(f'{path}: a header and no rows, so no image')
+        raise _no_rows(path, table, separator, split)
     if count > len(images):
         _logger.info(f'{path}: merged {count} rows into {len(images)} images')
     if table.one_hot:
@@ -190,6 +186,15 @@ def read_images(
     elif not label_separator:
         _offer_separator(path, {name for labels in images.values() for name in labels})
     return images
+
+
+def _no_rows(path: Path, table: Table, separator: str, split: str) -> ValueError:
+    if table.split is None or not (rows := list(_checked_rows(path, table, separator))):
+        return ValueError(f'{path}: a header and no rows, so no image')
+    splits = Counter(_split_of(table, row) for _, row in rows)
+    found = ', '.join(f'{name} ({number} rows)' for name, number in splits.most_common(8))
+    column = table.header[table.split]
+    return ValueError(f'{path}: no row of the split {split!r} in the column {column!r}, which has {found}')
 
 
 def _split_of(table: Table, row: list[str]) -> str:
