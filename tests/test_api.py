@@ -102,6 +102,11 @@ def test_library_works_without_fcntl():
     assert result.returncode == 0, result.stderr
 
 
+def test_evaluate_needs_a_model(tmp_path):
+    with pytest.raises(ValueError, match='needs checkpoint=.* or model='):
+        timm_mldecoder.evaluate(tmp_path)
+
+
 def test_console_lists_commands_and_refuses_others(capsys):
     cli.main(['--help'])
     shown = capsys.readouterr().out

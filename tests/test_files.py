@@ -316,6 +316,14 @@ def test_tables_that_would_be_misread_are_refused(text, message, tmp_path):
         create_dataset('csv', str(tmp_path), 'train')
 
 
+def test_a_table_that_is_no_text_is_to_be_saved_as_csv(tmp_path):
+    (tmp_path / 'tags.xlsx').write_bytes(b'PK\x03\x04\x14\x00\xff\xfe')
+    with pytest.raises(ValueError, match=r'tags\.xlsx is not a text file: save it as CSV'):
+        create_dataset('csv', str(tmp_path / 'tags.xlsx'), 'train')
+    with pytest.raises(ValueError, match=r'gone\.csv. is not there'):
+        create_dataset('csv', str(tmp_path / 'gone.csv'), 'train')
+
+
 def test_a_column_in_which_minus_1_may_say_no_is_warned_of(tmp_path, caplog):
     write_table(tmp_path, 'path,red,blue\nx/0.png,1,-1\nx/1.png,0,1\n')
     assert create_dataset('csv', str(tmp_path), 'train')[0][1].tolist() == [-1, 1]

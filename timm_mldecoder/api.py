@@ -58,8 +58,10 @@ def evaluate(data: str | os.PathLike[str], **flags: Any) -> dict[str, Any]:
     A folder of a run as `checkpoint` means its best one, as in `load`.
 
     Raises:
-        ValueError: If the flags name several models, and as in `train`.
+        ValueError: If the flags name no model or several, and as in `train`.
     """
+    if not (flags.get('checkpoint') or flags.get('model')):
+        raise ValueError('evaluate needs checkpoint=..., such as the folder of a run, or model=..., pretrained=True')
     best = Path(flags.get('checkpoint') or '') / BEST
     if best.is_file():
         flags['checkpoint'] = best

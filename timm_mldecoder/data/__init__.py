@@ -93,7 +93,8 @@ def create_dataset(
         raise ValueError(f'dataset {name!r} has no option {refused}, it has {sorted(known)}')
     is_table = name in ('csv', 'json', 'coco') and root is not None and Path(root).is_file()
     if root is None or not (Path(root).is_dir() or is_table):
-        raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is not a folder')
+        found = 'not a folder' if root is not None and Path(root).exists() else 'not there'
+        raise ValueError(f'dataset {name!r} needs the folder of its files; {str(root)!r} is {found}')
     split = {'val': 'validation'}.get(split, split)
     annotations = reader(Path(root), split, **{option: options.pop(option) for option in known & options.keys()})
     root = os.path.dirname(root) if is_table else root

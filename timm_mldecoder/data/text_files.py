@@ -137,6 +137,8 @@ def read_names(path: Path) -> list[str]:
 
 def not_utf8(path: Path) -> ValueError:
     """Return the error that names the first line of a file that is not UTF-8."""
+    if path.suffix.lower() not in ('.csv', '.tsv', '.txt', '.json', '.yaml'):
+        return ValueError(f'{path} is not a text file: save it as CSV with UTF-8')
     with path.open('rb') as file:
         for number, line in enumerate(file, start=1):
             try:
