@@ -324,6 +324,15 @@ def test_a_table_that_is_no_text_is_to_be_saved_as_csv(tmp_path):
         create_dataset('csv', str(tmp_path / 'gone.csv'), 'train')
 
 
+def test_a_column_of_0_and_1_may_name_two_classes_of_which_an_image_has_one(tmp_path):
+    write_table(tmp_path, 'path,label\nx/0.png,0\nx/1.png,1\nx/2.png,1\n')
+    flags = [str(tmp_path), '--dataset', 'csv', '--val-split', '']
+    with pytest.raises(ValueError, match='pass --task multilabel, or --label-column label'):
+        create_split(parse_train(flags), 'train')
+    dataset = create_split(parse_train([*flags, '--label-column', 'label']), 'train')
+    assert [target for _, target in dataset] == [0, 1, 1]
+
+
 def test_a_column_in_which_minus_1_may_say_no_is_warned_of(tmp_path, caplog):
     write_table(tmp_path, 'path,red,blue\nx/0.png,1,-1\nx/1.png,0,1\n')
     assert create_dataset('csv', str(tmp_path), 'train')[0][1].tolist() == [-1, 1]

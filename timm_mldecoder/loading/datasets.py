@@ -196,9 +196,12 @@ def _check_one_class(name: str, dataset: MultiLabelDataset) -> None:
         example = int(odd[0]) if len(odd) else 0
         label, value = dataset.annotations.labels(example)
         names = [dataset.class_names[index] for index in label[value == POSITIVE].tolist()]
+        remedy = 'pass --task multilabel'
+        if name == 'csv' and len(dataset.class_names) == 1:
+            remedy += f', or --label-column {dataset.class_names[0]}: its 0 and 1 are then the names of two classes'
         raise ValueError(
             f'--dataset {name}: {len(odd)} of {len(dataset)} images do not have exactly one class, such as '
-            f'{dataset.filename(example)} ({", ".join(names[:3]) or "none"}): pass --task multilabel'
+            f'{dataset.filename(example)} ({", ".join(names[:3]) or "none"}): {remedy}'
         )
 
 
