@@ -9,8 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from multilabel_data import WRITTEN, write_coco, write_csv, write_image, write_json, write_open_images, write_text
-from multilabel_data import write_voc as write_voc
+from multilabel_data import (
+    WRITTEN,
+    write_coco,
+    write_csv,
+    write_image,
+    write_json,
+    write_open_images,
+    write_text,
+    write_voc,
+)
 from PIL import Image
 from timm.data import create_loader
 
@@ -191,6 +199,14 @@ def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+
+
+def test_a_folder_in_the_form_of_voc_with_other_classes_is_said_to_be_that(tmp_path):
+    write_voc(tmp_path)
+    for path in tmp_path.rglob('*_train.txt'):
+        path.unlink()
+    with pytest.raises(ValueError, match='aeroplane_train.txt is missing: voc20xx has the 20 classes .* CSV or COCO'):
+        create_dataset('voc2007', str(tmp_path), 'train')
 
 
 VOC_LISTS = 'VOCdevkit/VOC2007/ImageSets/Main'

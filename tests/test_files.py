@@ -324,6 +324,13 @@ def test_a_table_that_is_no_text_is_to_be_saved_as_csv(tmp_path):
         create_dataset('csv', str(tmp_path / 'gone.csv'), 'train')
 
 
+@pytest.mark.parametrize('kind', ['json', 'coco'])
+def test_a_list_in_place_of_an_object_is_answered_with_its_layout(kind, tmp_path):
+    (tmp_path / 'train.json').write_text('[{"path": "x/0.png", "labels": ["cat"]}]')
+    with pytest.raises(ValueError, match=r'train\.json is a list, not an object with the lists "classes" and "images"'):
+        create_dataset(kind, str(tmp_path / 'train.json'), 'train')
+
+
 def test_a_column_of_0_and_1_may_name_two_classes_of_which_an_image_has_one(tmp_path):
     write_table(tmp_path, 'path,label\nx/0.png,0\nx/1.png,1\nx/2.png,1\n')
     flags = [str(tmp_path), '--dataset', 'csv', '--val-split', '']
@@ -385,8 +392,17 @@ def test_split_folders_count_in_any_case_and_are_no_classes(tmp_path, caplog):
         create_dataset('', str(tmp_path), 'train')
     with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
         tar.add(tmp_path / 'data', '.')
-    with pytest.raises(ValueError, match='the folders Train, VAL are splits, not classes: name the folder'):
+    with pytest.raises(ValueError, match='the folders Train, VAL are splits, not classes: unpack it, or make a tar'):
         create_dataset('', str(tmp_path / 'all.tar'), 'train')
+    (tmp_path / 'tars').mkdir()
+    with tarfile.open(tmp_path / 'tars' / 'train.tar', 'w') as tar:
+        tar.add(tmp_path / 'data' / 'Train', '.')
+    with pytest.raises(ValueError, match='no images in class folders .*--train-split train.tar'):
+        create_dataset('', str(tmp_path / 'tars'), 'train')
+    assert len(create_dataset('', str(tmp_path / 'tars'), 'train.tar')) == 2
+    (tmp_path / 'all.zip').write_bytes(b'PK')
+    with pytest.raises(ValueError, match='all.zip: no images in class folders .*: unpack it'):
+        create_dataset('', str(tmp_path / 'all.zip'), 'train')
     write(tmp_path / 'data' / 'Train' / 'cat' / 'old' / 'x.png', Image.new('RGB', (8, 8)))
     assert len(class_to_index(create_dataset('', str(tmp_path / 'data'), 'train'))) == 3
     assert 'cat/old is a folder within a class, and a class of its own' in caplog.text

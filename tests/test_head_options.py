@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -325,3 +326,21 @@ def test_reset_parameters_keeps_the_label_embeddings_of_known_classes():
     assert not torch.equal(head.queries.proj.weight, before)
     with pytest.raises(RuntimeError, match='does not have its classes'):
         head.to('meta').to_empty(device='cpu')(torch.zeros(1, 12, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('learnable_queries', 'false'),
+        ('self_attention', None),
+        ('num_of_groups', 2.5),
+        ('num_of_groups', True),
+        ('decoder_embedding', 64.0),
+        ('num_heads', '8'),
+        ('num_classes', 2.0),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_named(name, value):
+    with pytest.raises(TypeError, match=f'{name} must be of type (int|bool), got {value!r}'):
+        MLDecoder(**{'num_classes': 3, 'initial_num_features': 8, name: value})
+    assert MLDecoder(np.int64(3), initial_num_features=8, learnable_queries=1).config.learned_queries

@@ -645,6 +645,12 @@ def test_the_options_are_stored_and_other_classifiers_load_the_backbone(family, 
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size)
     maps = attention_maps(model, images, torch.tensor([0, 1]))
+    for classes in ([1], [0, -1], [0, CLASSES], 1):
+        with pytest.raises(ValueError, match='expected a class below'):
+            attention_maps(model, images, torch.tensor(classes))
+    with pytest.raises(ValueError, match='eval mode'):
+        attention_maps(model.train(), images, torch.tensor([0, 1]))
+    model.eval()
     assert maps.shape[1] == maps.shape[2] and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(2))
     model.train()(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -156,7 +156,9 @@ def test_ranks_start_from_the_weights_that_ddp_starts_from(tmp_path):
         f'--pretrained --model test_vit --pretrained-path {tmp_path}/weights.safetensors {head}',
         f'--model test_vit --initial-checkpoint {tmp_path}/weights.pth',
     ]
-    flags = f'{COMMON} --head-init-scale 0.5 --img-size 160 -b 3 --epochs 1 --lr 0 --val-split "" --output {tmp_path}'
+    flags = (
+        f'{COMMON} --head-init-scale 0.5 --img-size 160 -b 3 --epochs 1 --lr 1e-30 --val-split "" --output {tmp_path}'
+    )
     commands = [
         [data, *shlex.split(f'{flags} {start} --parallel {parallel} --experiment {parallel}{number}')]
         for number, start in enumerate(starts)

@@ -110,6 +110,7 @@ def test_names_of_the_benchmark_that_the_dataset_lacks_are_left_out(tmp_path, ca
     (tmp_path / 'split.json').write_text('{"train class": ["a", "x", "a"], "test class": ["b", "y"]}')
     split = read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])
     assert split.all == ['a', 'b'] and 'x, y' in caplog.text
+    assert '1 classes of the dataset are in neither part, and left out: c' in caplog.text
     (tmp_path / 'split.json').write_text('{"train class": ["a", "b"], "test class": ["b"]}')
     with pytest.raises(ValueError, match='twice: b'):
         read_class_split(tmp_path / 'split.json', ['a', 'b', 'c'])

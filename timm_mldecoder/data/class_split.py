@@ -69,6 +69,9 @@ def read_class_split(path: str | Path, class_names: Sequence[str]) -> ClassSplit
         raise ValueError(f'{path} does not split the {len(known)} classes of the dataset; {lists}')
     if not parts['seen'] or not parts['unseen']:
         raise ValueError(f'{path} has no seen or no unseen class')
+    if absent := [name for name in class_names if name not in every]:
+        shown = f'{", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}'
+        _logger.warning(f'{path}: {len(absent)} classes of the dataset are in neither part, and left out: {shown}')
     order = {name: index for index, name in enumerate(class_names)}
     return ClassSplit(*(sorted(parts[part], key=order.__getitem__) for part in KEYS))
 

@@ -23,6 +23,11 @@ def read_object(path: Path) -> Iterator[tuple[str, Any]]:
     keys = set()
     with path.open(newline='', encoding='utf-8-sig') as file:
         text = _Text(path, file)
+        if text.next() == '[':
+            raise ValueError(
+                f'{path} is a list, not an object with the lists "classes" and "images" (--dataset json), or "images", '
+                '"annotations" and "categories" (coco)'
+            )
         for _ in text.items('{}'):
             key = text.value()
             if key in keys or not isinstance(key, str):

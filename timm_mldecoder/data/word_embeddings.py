@@ -100,4 +100,7 @@ def load_tensors(path: Path):
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many types of exceptions on broken or unsafe bytes
-        raise ValueError(f'{path} does not hold only tensors and plain containers ({type(error).__name__})') from error
+        raise ValueError(
+            f'{path} does not hold only tensors and plain containers ({type(error).__name__}); vectors in a text file '
+            'are converted by timm-mldecoder embed --text-vectors'
+        ) from error

@@ -156,7 +156,7 @@ class ScheduleOptions(Group):
                  'none'))
     sched_on_updates: bool = train(False, 'change the learning rate after each optimizer step, not each epoch',
         needs=EPOCH_SCHEDULE)
-    lr: float | None = train(None, 'learning rate; computed from --lr-base if not given', range='[0, inf)',
+    lr: float | None = train(None, 'learning rate; computed from --lr-base if not given', range='(0, inf)',
         metavar='LR')
     lr_find: int = train(0, 'learning rate range test in place of training: optimizer steps; 100 are usual, 0: off',
         range='[0, 1000000]', metavar='STEPS')

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,7 @@ class HeadConfig:
             ValueError: If the classifier does not go with the queries, or the classes do not fit the groups.
         """
         config = cls(num_queries=num_of_groups, **options)
+        _check_types(bool, learnable_queries=config.learned_queries)
         grouping = config._text_groups() if config.embedding_width is not None else config._groups()
         config = replace(config, **grouping)
         if config.class_token_width < 0 or (config.class_token_width and config.embedding_width is not None):
@@ -120,7 +122,8 @@ class HeadConfig:
 
 
 def check_sizes(num_classes: int, num_of_groups: int, dim: int, features: int | Sequence[int], num_heads: int) -> None:
-    """Raise ValueError for an invalid number of classes, groups or heads, or an invalid width."""
+    """Raise TypeError or ValueError for an invalid number of classes, groups or heads, or an invalid width."""
+    _check_types(int, num_classes=num_classes, num_of_groups=num_of_groups, decoder_embedding=dim, num_heads=num_heads)
     widths = [features] if isinstance(features, int) else list(features)
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}')
@@ -137,8 +140,17 @@ def check_sizes(num_classes: int, num_of_groups: int, dim: int, features: int | 
         )
 
 
-def check_layers(dim_feedforward: int, dropout: float, num_layers: int, classifier_dropout: float) -> None:
-    """Raise ValueError for invalid options of the decoder layers."""
+def check_layers(
+    dim_feedforward: int,
+    dropout: float,
+    num_layers: int,
+    classifier_dropout: float,
+    self_attention: bool,
+    attention_projections: bool,
+) -> None:
+    """Raise TypeError or ValueError for invalid options of the decoder layers."""
+    _check_types(int, dim_feedforward=dim_feedforward, num_layers=num_layers)
+    _check_types(bool, self_attention=self_attention, attention_projections=attention_projections)
     if dim_feedforward < 0:
         raise ValueError(f'dim_feedforward must be at least 1, or 0 for no feed-forward network, got {dim_feedforward}')
     if num_layers < 1:
@@ -146,3 +158,10 @@ def check_layers(dim_feedforward: int, dropout: float, num_layers: int, classifi
     for name, value in (('dropout', dropout), ('classifier_dropout', classifier_dropout)):
         if not 0 <= value < 1:
             raise ValueError(f'{name} must be in [0, 1), got {value}')
+
+
+def _check_types(kind: type, **values: Any) -> None:
+    for name, value in values.items():
+        fits = value in (0, 1) if kind is bool else not isinstance(value, bool)
+        if not (isinstance(value, Integral) and fits):
+            raise TypeError(f'{name} must be of type {kind.__name__}, got {value!r}')

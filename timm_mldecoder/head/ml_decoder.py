@@ -106,7 +106,7 @@ class MLDecoder(nn.Module):
         super().__init__()
         dim = DEFAULT_EMBEDDING if decoder_embedding == -1 else decoder_embedding
         check_sizes(num_classes, num_of_groups, dim, initial_num_features, num_heads)
-        check_layers(dim_feedforward, dropout, num_layers, classifier_dropout)
+        check_layers(dim_feedforward, dropout, num_layers, classifier_dropout, self_attention, attention_projections)
         _check_input(memory_activation, position)
         text = (class_names, random_queries, query_noise, query_cutout)
         _check_text(word_embeddings, zsl, *text)

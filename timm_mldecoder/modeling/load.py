@@ -175,6 +175,8 @@ class LoadedModel:
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
                 raise TypeError(f'expected uint8 [H, W], [H, W, 3] or [H, W, 4], got {image.dtype} {image.shape}')
             image = Image.fromarray(image)
+        if isinstance(image, Tensor):
+            raise TypeError('expected a path, a PIL image or a uint8 array; a tensor is an input of `model`')
         read: Any = self.reading.convert if isinstance(image, Image.Image) else self.reading.open
         return self.transform(read(image, self.image_mode))
 

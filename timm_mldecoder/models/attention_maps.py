@@ -19,7 +19,7 @@ def attention_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor:
     """Return the attention of the query of one class per image, the mean over heads.
 
     Args:
-        model: A timm model with an ML-Decoder head, in eval mode.
+        model: A timm model with an ML-Decoder head, in eval mode: in training mode it would change its statistics.
         images: Preprocessed images, [B, C, H, W].
         classes: A class index per image, [B].
 
@@ -27,11 +27,17 @@ def attention_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor:
         Maps [B, h, w] over the grid of the head's tokens; each sums to 1.
 
     Raises:
-        ValueError: If the model has no ML-Decoder head, reads several scales, or its tokens form no grid.
+        ValueError: If the model has no ML-Decoder head, is in training mode, reads several scales, or its tokens form
+            no grid; if there is not one class per image.
     """
     head = model.get_classifier()
     if not isinstance(head, MLDecoder):
         raise ValueError(f'attention maps need an ML-Decoder head, the model has {type(head).__name__}')
+    if model.training:
+        raise ValueError('attention maps need a model in eval mode: call model.eval() first')
+    classes = torch.as_tensor(classes, device=images.device)
+    if classes.shape != images.shape[:1] or not ((classes >= 0) & (classes < head.num_classes)).all():
+        raise ValueError(f'expected a class below {head.num_classes} for each of {len(images)} images, got {classes}')
     seen: list = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.extend(args[:1]))
     try:

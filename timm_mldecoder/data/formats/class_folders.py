@@ -52,6 +52,8 @@ def check_leaves(where: str | os.PathLike, folders: Iterable[str]) -> None:
         if len(splits) > 1 and all(split_name(name) in SPLITS for name in splits):
             inner = os.path.join(where, folders[0].split('/')[0]) if depth else ''
             remedy = f'give {inner}' if depth else 'name the folder that has them, or --train-split and --val-split'
+            if os.path.isfile(where):
+                remedy = 'unpack it, or make a tar of each and pass --train-split train.tar --val-split validation.tar'
             raise ValueError(f'{where}: the folders {", ".join(sorted(splits))} are splits, not classes: {remedy}')
     for folder in folders:
         other = first.setdefault(class_name(folder), folder)
@@ -90,7 +92,12 @@ class ClassFolders(ReaderImageFolder):
         ]
         self.samples = sorted(samples, key=lambda sample: sort_key(sample[0]))
         if not self.samples:
-            raise ValueError(f'{root}: no images in class folders (.png, .jpg, .webp, .tif and what else Pillow reads)')
+            tars = sorted(path.name for path in Path(root).glob('*.tar'))
+            remedy = f'; a tar of them is named by --train-split {tars[0]}' if tars else ''
+            remedy = ': unpack it' if os.path.isfile(root) else remedy
+            raise ValueError(
+                f'{root}: no images in class folders (.png, .jpg, .webp, .tif and what else Pillow reads){remedy}'
+            )
 
 
 def create_folder_dataset(
