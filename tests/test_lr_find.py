@@ -9,7 +9,7 @@ from PIL import Image
 from runs import MODEL, build, write_data
 
 from timm_mldecoder.flags import parse_train
-from timm_mldecoder.train.lr_find import Point, find_lr, steepest_descent
+from timm_mldecoder.train.lr_find import Point, find_lr, rise, steepest_descent
 from train import main as train
 
 
@@ -63,6 +63,7 @@ def test_the_steepest_descent_is_where_the_smoothed_loss_falls_most_per_decade()
     losses = [2.0, 2.0, 1.9, 1.2, 1.0, 0.9, 3.0]
     points = [Point(10.0**power, loss, loss) for power, loss in enumerate(losses, -5)]
     assert steepest_descent(points) == pytest.approx(1e-2)  # 1.9 before, 1.0 after
+    assert rise(points) == pytest.approx(10) and rise(points[:-1]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize('flags', ['--lr-find 5', '--lr-find 100 --resume auto --experiment x'])

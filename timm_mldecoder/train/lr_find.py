@@ -51,11 +51,12 @@ def find_lr(run: Run) -> None:
         raise ValueError(f'--lr-find {options.lr_find}: the loss diverged after {len(points)} steps')
     if run.folder is not None:
         write_csv(run.folder / 'lr_find.csv', [Point._fields, *points])
-        steepest, lowest = steepest_descent(points), min(points, key=lambda point: point.smoothed).lr
+        steepest, rising = steepest_descent(points), rise(points)
         draw(points, steepest, run.folder / 'lr_find.png')
+        low, high = sorted((steepest, rising / 10))
         _logger.info(
-            f'The loss falls fastest at a rate of {steepest:.2g} and is lowest at {lowest:.2g}. '
-            f'Try --lr {lowest / 10:.2g}, a tenth of that: {run.folder / "lr_find.png"}'
+            f'The loss falls fastest at a rate of {steepest:.2g} and rises from {rising:.2g} on: try --lr {low:.1g} to '
+            f'{high:.1g} ({run.folder / "lr_find.png"})'
         )
 
 
@@ -66,6 +67,13 @@ def steepest_descent(points: list[Point]) -> float:
         for before, point, after in zip(points, points[1:], points[2:], strict=False)
     }
     return min(slopes, key=slopes.__getitem__)
+
+
+def rise(points: list[Point]) -> float:
+    """Return the learning rate from which the smoothed loss is a tenth above its lowest value, or the last rate."""
+    lowest = min(range(len(points)), key=lambda number: points[number].smoothed)
+    above = (point.lr for point in points[lowest:] if point.smoothed > 1.1 * points[lowest].smoothed)
+    return next(above, points[-1].lr)
 
 
 def draw(points: list[Point], steepest: float, path: Path) -> None:
