@@ -344,6 +344,8 @@ def test_a_column_in_which_minus_1_may_say_no_is_warned_of(tmp_path, caplog):
     write_table(tmp_path, 'path,red,blue\nx/0.png,1,-1\nx/1.png,0,1\n')
     assert create_dataset('csv', str(tmp_path), 'train')[0][1].tolist() == [-1, 1]
     assert '1 and -1 and no 0 in 1 columns (blue)' in caplog.text
+    write_table(tmp_path, 'path,red,blue\nx/2.png,1,-1\nx/3.png,-1,1\n', 'validation.csv')  # a few of the labels
+    assert create_dataset('csv', str(tmp_path), 'validation')[0][1].tolist() == [-1, 1]
 
 
 def test_a_list_of_a_prediction_as_excel_and_pandas_write_it(tmp_path):

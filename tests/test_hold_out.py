@@ -157,6 +157,12 @@ def test_splits_as_published_tables_have_them(column, values, tmp_path):
     counts = {'train': values.count(values[0]), 'validation': 1, **({'test': 1} if '2' in values else {})}
     for split, count in counts.items():
         assert len(create_dataset('csv', str(table), split, split_column=column)) == count
+    stored = dict(zip(['train', 'train', 'validation', 'test'], values, strict=True))
+    for split, value in stored.items() if 'partition' in column else ():  # by what the column has
+        assert len(create_dataset('csv', str(table), value, split_column=column)) == counts[split]
+    turned = write_table(tmp_path / 'turned', ['cat,1', 'dog,1', 'cat,0'], 'path,labels,train_test_split')
+    with pytest.raises(ValueError, match="no row of the split 'train'"):  # 1 means train there
+        create_dataset('csv', str(turned), 'train', split_column='train_test_split')
     folds = write_table(tmp_path / 'folds', ['cat,0', 'dog,1', 'cat,2'], 'path,labels,fold')
     with pytest.raises(ValueError, match="no row of the split 'train'"):
         create_dataset('csv', str(folds), 'train', split_column='fold')
@@ -166,6 +172,7 @@ def test_validation_images_are_held_out_of_the_training_rows_where_a_column_has_
     table = write_table(tmp_path / 'data', ['cat,train', 'dog,train'] * 10 + ['cat,test'] * 3, 'path,labels,split')
     flags = ['--dataset', 'csv', '--task', 'multilabel', '--split-column', 'split', '--val-fraction', '0.2']
     assert [len(part) for part in splits_of(table, *flags)] == [16, 4]
+    assert len(create_split(parse_train([str(table), *flags]), 'test')) == 3
     write_table(tmp_path / 'data', ['cat,train', 'dog,train'] * 10 + ['cat,val'] * 3, 'path,labels,split')
     with pytest.raises(ValueError, match="the column 'split' has rows for validation; leave one out"):
         splits_of(table, *flags)

@@ -206,6 +206,10 @@ def test_a_reader_of_the_output_that_ends_early_is_no_error(flags, unbuffered, m
     with os.fdopen(writer) as stdout:
         command = [sys.executable, '-m', 'timm_mldecoder', *flags.split()]
         process = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    closed = subprocess.run(
+        ['sh', '-c', f'exec "$0" -m timm_mldecoder {flags} >&-', sys.executable], capture_output=True
+    )
+    assert closed.returncode == (2 if flags == 'validate' else 0) and b'Traceback' not in closed.stderr
     if flags == 'validate':  # has nothing to print: its error stays
         assert process.returncode == 2 and 'DIR' in process.stderr
     else:

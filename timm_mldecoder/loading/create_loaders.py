@@ -46,7 +46,8 @@ def resolve_config(
     """
     config = resolve_data_config(vars(options), model=model, use_test_size=use_test_size)
     config = {**config, **(stored or {})}
-    _check_image_size(model, config['input_size'])
+    if not getattr(options, 'naflex_loader', False):  # which makes patches of images as they are
+        _check_image_size(model, config['input_size'])
     lines = ''.join(f'\n\t{name}: {value}' for name, value in config.items())
     _logger.info(f'Data processing configuration for current model + dataset:{lines}')
     return config
@@ -321,6 +322,8 @@ def _check_image_size(model: Any, input_size: tuple[int, int, int]) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
+        if weight.is_meta and isinstance(error, NotImplementedError):
+            return
         raise ValueError(
             f'--img-size: the model does not take images of {input_size[1]} x {input_size[2]}: {one_line(error)}'
         ) from error

@@ -250,7 +250,8 @@ def _source_of(options: SplitOptions, split: str) -> tuple[str, bool | None]:
     divided = bool(options.val_fraction and validation)
     if divided and split_name(split) == 'validation':
         split = validation
-    whole = root.is_file() or (options.dataset in TIMM_FOLDERS and split_folder(str(root), split) == str(root))
+    one = root.is_file() and not options.split_column
+    whole = one or (options.dataset in TIMM_FOLDERS and split_folder(str(root), split) == str(root))
     if divided and split not in (train, validation) and whole:
         raise ValueError(f'{root} has no split {split!r}: {flag} divides it into {train} and {validation}')
     if not divided or split not in (train, validation):

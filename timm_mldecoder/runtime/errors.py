@@ -67,7 +67,8 @@ def run_command(main: Callable[[], None]) -> int:
     keep_freed_memory()
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed
+            sys.stdout.flush()
     except signals.Stopped:
         signals.ignore()
         raise

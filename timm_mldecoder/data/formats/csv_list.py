@@ -136,6 +136,7 @@ def read_images(
     split_column: str = '',
     split: str = '',
     class_map: bool = False,
+    training: bool = True,
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Labels of each image of a file: image path to class name to (POSITIVE or IGNORED, line number).
 
@@ -148,6 +149,7 @@ def read_images(
         split_column: Name of the column that has the split of each row; empty to read every row.
         split: Split to read, of that column.
         class_map: Whether a file lists the classes: then a label may be `nan`.
+        training: Whether columns of 1 and -1 alone are refused; else they are warned of.
 
     Raises:
         ValueError: If the header lacks a column, a row has another number of fields or no path, a label is both given
@@ -159,7 +161,7 @@ def read_images(
     count = 0
     interned: dict[str, str] = {}  # one object per name, not one per row
     for line, row in _checked_rows(path, table, separator):
-        if table.split is not None and _split_of(table, row) != split_name(split):
+        if not _is_in(table, row, split):
             continue
         where = f'{path}, line {line}'
         file, positive = row[table.path].strip(), (POSITIVE, line)
@@ -182,7 +184,7 @@ def read_images(
     if count > len(images):
         _logger.info(f'{path}: merged {count} rows into {len(images)} images')
     if table.one_hot:
-        _check_zeros(path, table, images)
+        _check_zeros(path, table, images, training)
     elif not label_separator:
         _offer_separator(path, {name for labels in images.values() for name in labels})
     return images
@@ -201,21 +203,28 @@ def _split_of(table: Table, row: list[str]) -> str:
     """The split of a row: a name, a number as CelebA has it, or whether the row is for validation, as in fastai."""
     assert table.split is not None
     value, column = row[table.split].strip().lower(), table.header[table.split].strip().lower()
-    if 'val' in column and value in ONE_HOT:
+    if 'train' in column or 'test' in column:  # 1 in train_test_split is train
+        return split_name(value)
+    if 'val' in column and ONE_HOT.get(value, IGNORED) != IGNORED:
         return 'validation' if ONE_HOT[value] == POSITIVE else 'train'
     if value in NUMBERED_SPLITS and ('partition' in column or 'split' in column):  # others may be folds
         return NUMBERED_SPLITS[value]
     return split_name(value)
 
 
-def _check_zeros(path: Path, table: Table, images: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
+def _is_in(table: Table, row: list[str], split: str) -> bool:
+    """Whether a row is of a split, by its name or by what the column has for it."""
+    return table.split is None or split_name(split) in (_split_of(table, row), split_name(row[table.split]))
+
+
+def _check_zeros(path: Path, table: Table, images: Mapping[str, Mapping[str, tuple[int, int]]], training: bool) -> None:
     """Look for -1 that means no: in the columns that have 1 and -1 alone."""
     names = {name for number, name in table.one_hot.items() if number not in table.with_zero}
     values = {value: {name for labels in images.values() for name, (given, _) in labels.items() if given == value}
               for value in (POSITIVE, IGNORED)}  # fmt: skip
     odd = sorted(names & values[POSITIVE] & values[IGNORED])
     text = f'{path}: 1 and -1 and no 0 in {len(odd)} columns ({", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""})'
-    if odd and not table.with_zero:
+    if odd and training and not table.with_zero:
         raise ValueError(
             f'{text}: -1 says that a label was not annotated. If it says no here, write 0; if not, give the classes as '
             'columns labels and ignored'
@@ -304,7 +313,7 @@ def has_rows(root: Path, split: str, split_column: str, path_column: str = '', l
     """Return whether a file of all splits has rows of a split."""
     path = _find_table(root, split, split_column)
     table = _open_table(path, path_column, label_column, split_column)
-    return any(_split_of(table, row) == split_name(split) for _, row in _checked_rows(path, table, SEPARATOR))
+    return any(_is_in(table, row, split) for _, row in _checked_rows(path, table, SEPARATOR))
 
 
 def _find_table(root: Path, split: str, split_column: str) -> Path:
@@ -401,7 +410,8 @@ def _read_rows(
     root: Path, path: Path, source: Path, listed: bool, split: str, split_column: str, columns: Mapping[str, str]
 ) -> Annotations:
     def read(file: Path, split: str) -> dict[str, dict[str, tuple[int, int]]]:
-        return read_images(file, split_column=split_column, split=split, class_map=listed, **columns)
+        training = split_name(split) == 'train'
+        return read_images(file, split_column=split_column, split=split, class_map=listed, training=training, **columns)
 
     images = read(path, split)
     if listed:
@@ -413,7 +423,9 @@ def _read_rows(
         except ValueError as error:
             if 'no row of the split' not in str(error):
                 raise
-            train_images = read_images(source, class_map=listed, **columns)  # splits of other names: all rows
+            train_images = read_images(
+                source, class_map=listed, training=True, **columns
+            )  # splits of other names: all rows
         table = _open_table(source, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
         class_names = sorted({*table.one_hot.values(), *(name for labels in train_images.values() for name in labels)})
         if table.one_hot:

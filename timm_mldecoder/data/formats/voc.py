@@ -117,7 +117,8 @@ def _read_lists(listed: Path, numbers: list[str], files: list[Path]) -> list[tup
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        if path.with_name(path.name.partition('_')[2]).is_file():
+        listed = path.name.partition('_')[2]  # the list of all images beside that of a class
+        if listed and path.with_name(listed).is_file():
             raise ValueError(f'{path} is missing: voc20xx has the 20 classes of Pascal-VOC; give others as CSV or COCO')
         raise ValueError(f'{path} is missing: this split is not unpacked, or its labels are not public')
     return read_text(path)
