@@ -15,7 +15,7 @@ on the validation split by one seed; then mean and standard deviation over seeds
 least 410 steps of 32 pictures (8 epochs of 1,640). Columns that are done are kept in FOLDER, features of a column are deleted after it.
 
 `--published` follows the protocol of Deitsch et al. (arXiv 1807.02894): 1,968 cells for training, 656 for the test. The cells are 448 pixels
-large, each in four augmented views. The rate is chosen with 1,640 and 328 of the 1,968; then each head is trained on all of them at that rate.
+large. The rate is chosen with 1,640 and 328 of the 1,968, in the last column of `size`; then each head is trained on all of them at that rate.
 """  # noqa: E501
 
 import argparse
@@ -53,7 +53,6 @@ COMMON = [
     *('--crop-pct', '1', '--crop-mode', 'squash', '-b', str(BATCH), '-j', '1', '--device', 'cpu', '--channels-last'),
     *('--model', 'local-dir:lite0', '--pretrained', '--lrs', '1e-3,3e-3,1e-2'),
 ]  # fmt: skip
-VIEWS = ['--augment', '--cache-views', '4', '--train-crop-mode', 'squash', '--hflip', '0.5', '--vflip', '0.5']
 
 
 def probe(name: str, data: Path, pixels: int, options: argparse.Namespace, *flags: str, keep=False) -> dict[str, Any]:
@@ -93,9 +92,8 @@ def column(source: str | SceneOptions, pixels: int, count: int | None, options: 
 
 def published(options: argparse.Namespace) -> str:
     """Return the table of the published protocol."""
-    data = pictures.write('solar', options.folder)
-    epochs = ['--epochs', '8', '--val-interval', '8', *VIEWS]
-    chosen = probe('chosen', data, 448, options, '--tuning-seeds', '1', '--extend-lrs', '2', *epochs)
+    chosen = column(*TABLES['size']['448 pixels'], options)
+    data = options.folder / 'solar'
     whole = options.folder / 'solar_1968'
     if not whole.exists():
         part = whole.with_name(f'{whole.name}.part')
@@ -106,7 +104,7 @@ def published(options: argparse.Namespace) -> str:
     rows = []
     for label, row in chosen.items():  # nothing is left to choose: the test split only scores
         one = argparse.Namespace(**{**vars(options), 'heads': label})
-        flags = ['--val-split', 'test', '--lrs', f'{row["lr"]:g}', *epochs]
+        flags = ['--val-split', 'test', '--lrs', f'{row["lr"]:g}', '--epochs', '8', '--val-interval', '8']
         rows.append((label, probe(f'published_{label}', whole, 448, one, *flags, keep=True)[label]))
     shutil.rmtree(options.folder / 'features', ignore_errors=True)
     lines = ['| head | test top-1 | learning rate | seconds |', '|---|---|---|---|']
