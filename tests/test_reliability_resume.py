@@ -273,6 +273,18 @@ def save(checkpoints, epoch, metric):
     checkpoints.save_epoch(epoch, content, is_best, dropped)
 
 
+def test_a_run_killed_before_a_milestone_was_kept_keeps_it_when_resumed(data, tmp_path):
+    flags = ['--epochs', '3', '--save-epochs', '1', '2']
+    folder = train(data, tmp_path, *flags, '--stop-epoch', '1')
+    content = (folder / 'milestone-1.pth.tar').read_bytes()
+    (folder / 'milestone-1.pth.tar').unlink()
+    train(data, tmp_path, *flags, '--resume', 'auto')
+    assert (folder / 'milestone-1.pth.tar').read_bytes() == content
+    (folder / 'milestone-2.pth.tar').unlink()  # the run has gone on since
+    train(data, tmp_path, *flags, '--epochs', '4', '--resume', 'auto')
+    assert {path.name for path in folder.glob('milestone*')} == {'milestone-1.pth.tar'}
+
+
 @pytest.mark.parametrize(('decreasing', 'worse'), [(False, 10.0), (True, 90.0), (False, float('nan'))])
 def test_a_worse_epoch_never_becomes_the_best(tmp_path, decreasing, worse):
     checkpoints = CheckpointFolder(tmp_path, decreasing)

@@ -167,6 +167,12 @@ class CheckpointFolder:
         """Keep the last checkpoint permanently, under the number of epochs done."""
         duplicate(self.folder / LAST, self.folder / f'milestone-{epochs}{SUFFIX}')
 
+    def complete(self, path: Path, epochs: int, milestones: Sequence[int]) -> None:
+        """Keep what is resumed from if it is a milestone that is not there: the run was killed before it was kept."""
+        kept = self.folder / f'milestone-{epochs}{SUFFIX}'
+        if epochs in milestones and path.parent.resolve() == self.folder.resolve() and not kept.exists():
+            duplicate(path, kept)
+
     def recoveries(self) -> list[Path]:
         """Return the checkpoints within an epoch, the furthest first."""
         return [path for path in numbered(self.folder) if path.name.startswith('recovery')]
