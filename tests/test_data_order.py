@@ -149,16 +149,24 @@ def test_the_classes_of_a_split_that_lacks_some_are_numbered_as_in_the_checkpoin
     assert list(class_to_index(dataset)) == TRAINED
 
 
-def test_folders_for_validation_may_lack_a_class_of_training(tmp_path, caplog):
+@pytest.mark.parametrize('tarred', [False, True])
+def test_a_split_for_validation_may_lack_a_class_of_training(tarred, tmp_path, caplog):
+    def read(split):
+        if not tarred:
+            return create_dataset('', str(tmp_path), split)
+        with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+            tar.add(tmp_path / split, '.')
+        return create_dataset('', str(tmp_path), f'{split}.tar')
+
     write_folders(tmp_path, TRAINED)
     write_folders(tmp_path, ['green', 'white'], 'validation')
-    train, validation = (create_dataset('', str(tmp_path), split) for split in ('train', 'validation'))
+    train, validation = read('train'), read('validation')
     check_same_classes(train, validation)
     assert [validation[index][1] for index in range(4)] == [1, 1, 3, 3]
     assert "the data has no 'blue', 'red'" in caplog.text
     write_folders(tmp_path, ['pink'], 'validation')
     with pytest.raises(ValueError, match='differ in their classes'):
-        check_same_classes(train, create_dataset('', str(tmp_path), 'validation'))
+        check_same_classes(train, read('validation'))
 
 
 @pytest.mark.parametrize(

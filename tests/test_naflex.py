@@ -220,6 +220,12 @@ def test_the_loss_grows_with_the_batch_size(data, tmp_path):
         assert build(data, tmp_path / str(number), *flags).loss_scale(16) == pytest.approx(expected)
 
 
+def test_a_size_that_is_no_multiple_of_the_patch_is_for_whole_images_alone(data, tmp_path):
+    build(data, tmp_path / 'patches', *MODEL.split(), *PATCHES.split(), '--img-size', '50').close()
+    with pytest.raises(ValueError, match='--img-size: the model does not take images of 50 x 50'):
+        build(data, tmp_path / 'whole', *MODEL.split(), '--img-size', '50')
+
+
 def test_normalizing_in_the_workers_trains_the_same(data, tmp_path):
     flags = shlex.split(f'{MODEL} {PATCHES} -b 8 --epochs 1 --no-aug')
     runs = [summary(train(data, tmp_path / name, *flags, *more))[0]

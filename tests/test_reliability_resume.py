@@ -283,6 +283,10 @@ def test_a_run_killed_before_a_milestone_was_kept_keeps_it_when_resumed(data, tm
     (folder / 'milestone-2.pth.tar').unlink()  # the run has gone on since
     train(data, tmp_path, *flags, '--epochs', '4', '--resume', 'auto')
     assert {path.name for path in folder.glob('milestone*')} == {'milestone-1.pth.tar'}
+    (folder / 'milestone-1.pth.tar').unlink()
+    last = str(folder / 'last.pth.tar')  # the end of another epoch than the one to start from
+    train(data, tmp_path, *flags, '--epochs', '4', '--resume', last, '--start-epoch', '2')
+    assert not list(folder.glob('milestone*'))
 
 
 @pytest.mark.parametrize(('decreasing', 'worse'), [(False, 10.0), (True, 90.0), (False, float('nan'))])

@@ -196,7 +196,7 @@ def test_cuda_where_there_is_none(data, line_of):
     assert parse_train([str(data), *MODEL]).device == parse_validate([str(data)]).device == 'cpu'
 
 
-@pytest.mark.skipif(not hasattr(select, 'poll'), reason='POSIX alone tells that nobody reads a pipe')
+@pytest.mark.skipif(not hasattr(select, 'poll'), reason='only POSIX tells that a pipe has no reader')
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('flags', ['--help', 'train --help-all', 'validate'])
 def test_a_reader_of_the_output_that_ends_early_is_no_error(flags, unbuffered, monkeypatch):

@@ -367,7 +367,7 @@ def resume(
             same_run = path.parent.resolve() == folder.resolve()
             set_aside(folder, (state.epoch, state.batch) if same_run else NOTHING, whole=layout.reads_whole)
         state.checkpoints.load_state_dict(content.get('saver', {}), path.parent)
-        if not state.batch:
+        if not state.batch and options.start_epoch is None:
             state.checkpoints.complete(path, state.epoch, options.save_epochs or ())
         _logger.info(f"Resumed from '{path}' at epoch {state.epoch}, batch {state.batch}")
     return True

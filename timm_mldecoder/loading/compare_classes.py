@@ -72,13 +72,13 @@ def likely_causes(names: Sequence[str]) -> list[str]:
 
 
 def check_same_classes(train: Any, validation: Any) -> None:
-    """Number the classes of folders for validation as those for training, where some of these have no image.
+    """Number the classes of folders or tars for validation as in training; some may have no image there.
 
     Raises:
         ValueError: If two splits number their classes differently.
     """
     ours = class_to_index(train)
-    if isinstance(getattr(validation, 'reader', None), ReaderImageFolder):
+    if not isinstance(validation, MultiLabelDataset):
         use_classes_of(validation, list(ours or ()), 'in training')
     theirs = class_to_index(validation)
     if ours is None or theirs is None or ours == theirs:

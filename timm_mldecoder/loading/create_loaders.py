@@ -37,16 +37,22 @@ DataConfig = dict[str, Any]  # timm's: input_size, mean, std, interpolation, cro
 
 
 def resolve_config(
-    options: ImageOptions, model: nn.Module, stored: DataConfig | None = None, use_test_size: bool = False
+    options: ImageOptions,
+    model: nn.Module,
+    stored: DataConfig | None = None,
+    use_test_size: bool = False,
+    any_size: bool = False,
 ) -> DataConfig:
     """Resolve input size, normalization, interpolation and crop; what a checkpoint has `stored` takes precedence.
+
+    Images of `any_size`, as those of the NaFlex loader, are not compared with what the model takes.
 
     Raises:
         ValueError: If the model does not take images of this size.
     """
     config = resolve_data_config(vars(options), model=model, use_test_size=use_test_size)
     config = {**config, **(stored or {})}
-    if not getattr(options, 'naflex_loader', False):  # which makes patches of images as they are
+    if not any_size:
         _check_image_size(model, config['input_size'])
     lines = ''.join(f'\n\t{name}: {value}' for name, value in config.items())
     _logger.info(f'Data processing configuration for current model + dataset:{lines}')

@@ -88,7 +88,7 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def _reader_has_left() -> bool:
-    """Return whether stdout is a pipe that nobody reads any more; what is left to write then goes nowhere."""
+    """Return whether stdout is a pipe without a reader; what is left to write is then dropped."""
     if not isinstance(sys.stdout, io.TextIOWrapper) or not hasattr(select, 'poll'):
         return False
     pipe = select.poll()

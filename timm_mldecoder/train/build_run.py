@@ -192,7 +192,7 @@ def _create_model(options: Options, given: Options, data: Data, layout: Layout, 
     rng_state = world.broadcast(torch.get_rng_state())  # ranks have drawn with seeds of their own
     num_classes = options.num_classes or model.num_classes
     check_classes(data.train, num_classes, given=given.num_classes is not None)
-    images, patches = resolve_config(options, model), patch_format(options, model)
+    images, patches = resolve_config(options, model, any_size=options.naflex_loader), patch_format(options, model)
     if options.split_bn:
         model = convert_splitbn_model(model, options.aug_splits or 2)
     model.to(dtype=model_dtype(options))
@@ -266,10 +266,10 @@ def _create_training(
     head = head_parameters(model.module)
     if options.head_lr_scale != 1:
         scale_rates(optimizer, head, options.head_lr_scale)
-        if options.head_lr_scale < 1 and not options.use_ml_decoder_head:
+        if options.head_lr_scale < 1 and any(isinstance(part, nn.Linear) for part in classifiers_of(model.module)):
             _logger.warning(
-                f'--head-lr-scale {options.head_lr_scale:g}: the recipes have it for ML-Decoder; for a linear layer, '
-                'whose rate it lowers too, pass --head-lr-scale 1'
+                f'--head-lr-scale {options.head_lr_scale:g} lowers the rate of a linear layer; the recipes have it for '
+                'ML-Decoder: pass --head-lr-scale 1'
             )
     freezer.apply(0)
     if (options.pretrained or options.initial_checkpoint) and not options.resume:

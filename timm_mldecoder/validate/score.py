@@ -52,7 +52,7 @@ def score_model(options: Options, world: World) -> Result:
     dataset = _open_split(options, loaded, world)
     names = class_names_of(dataset)
     num_classes = (not has_text_queries(options) and options.num_classes) or model.num_classes
-    config = resolve_config(options, model, stored=loaded.data_config, use_test_size=not options.use_train_size)
+    config = resolve_config(options, model, loaded.data_config, not options.use_train_size, options.naflex_loader)
     model, config = _test_pool(options, model, config)
     valid_labels = _read_valid_labels(options.valid_labels, dataset, num_classes, world.device)
     if valid_labels is None:

@@ -219,10 +219,11 @@ def _is_in(table: Table, row: list[str], split: str) -> bool:
 
 def _check_zeros(path: Path, table: Table, images: Mapping[str, Mapping[str, tuple[int, int]]], training: bool) -> None:
     """Look for -1 that means no: in the columns that have 1 and -1 alone."""
-    names = {name for number, name in table.one_hot.items() if number not in table.with_zero}
-    values = {value: {name for labels in images.values() for name, (given, _) in labels.items() if given == value}
-              for value in (POSITIVE, IGNORED)}  # fmt: skip
-    odd = sorted(names & values[POSITIVE] & values[IGNORED])
+    found = {name: set[int]() for number, name in table.one_hot.items() if number not in table.with_zero}
+    for labels in images.values():
+        for name in found.keys() & labels.keys():
+            found[name].add(labels[name][0])
+    odd = sorted(name for name, values in found.items() if values == {POSITIVE, IGNORED})
     text = f'{path}: 1 and -1 and no 0 in {len(odd)} columns ({", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""})'
     if odd and training and not table.with_zero:
         raise ValueError(
@@ -423,9 +424,8 @@ def _read_rows(
         except ValueError as error:
             if 'no row of the split' not in str(error):
                 raise
-            train_images = read_images(
-                source, class_map=listed, training=True, **columns
-            )  # splits of other names: all rows
+            # splits of other names: all rows
+            train_images = read_images(source, class_map=listed, training=True, **columns)
         table = _open_table(source, columns.get('path_column', ''), columns.get('label_column', ''), split_column)
         class_names = sorted({*table.one_hot.values(), *(name for labels in train_images.values() for name in labels)})
         if table.one_hot:
